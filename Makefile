@@ -1,0 +1,44 @@
+# make demo    the whole path on real pictures: shard, train two towers, report
+# make test    lint, types and tests (about 5 minutes after installation on 2 cores)
+# make help    every target
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+DEMO   ?= demo
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## create .venv and install everything (about 2 minutes, 7 GB)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or newer, and $(PYTHON) is "+sys.version.split()[0]+"; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: setup  ## shard the digits, train two towers on them, write the report
+	$(PY) -m pipeline prepare --source digits --resize 32 --shard-size 128 --workers 2 --output $(DEMO)/digits
+	$(PY) -m pipeline verify $(DEMO)/digits
+	$(PY) -m trainer train --config configs/digits.toml --data $(DEMO)/digits --run $(DEMO)/run --processes 2 --overwrite
+	$(PY) -m trainer evaluate --run $(DEMO)/run --data $(DEMO)/digits
+	@$(PY) -m trainer report --run $(DEMO)/run --data $(DEMO)/digits
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check pipeline trainer cluster tests benchmarks
+	$(PY) -m ruff format --check pipeline trainer cluster tests benchmarks
+	$(PY) -m mypy
+
+test: lint  ## lint and the fast tests
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## fault tests with real kills, and long tests
+	$(PY) -m pytest -m "slow and not gpu"
+
+clean:  ## remove what demo and tests made (not .venv)
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache *.egg-info

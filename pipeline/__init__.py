@@ -1,0 +1,1 @@
+"""Prepare data sets once (Ray), read them with DALI."""

@@ -1,0 +1,217 @@
+"""The record of a prepared data set: ``manifest.json``, written last, so it exists only when all else is whole.
+
+Layout of a data set folder::
+
+    manifest.json             this record
+    train/train-000000.tar    samples KEY.jpg|png|raw, KEY.cls, KEY.json, in USTAR, fixed mtime and order
+    train/train-000000.idx    DALI index v1.2 of that tar
+    val/...                   the other splits, the same way
+    statistics.npz            mean image, mean RGB, RGB covariance, eigenvalues, eigenvectors, counts (train split)
+    _info.json                shard list in the form timm reads
+    quarantine.jsonl          every picture left out or converted, and why
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DatasetError
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+STATISTICS_NAME = "statistics.npz"
+INFO_NAME = "_info.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """One shard: a tar and its index.
+
+    Attributes:
+        name: path of the tar inside the data set, with ``/``, for example ``train/train-000000.tar``.
+        num_samples: samples in the tar.
+        size_bytes: size of the tar.
+        sha256: hex digest of the tar.
+        index_size_bytes: size of the index (the same name with suffix ``.idx``).
+        index_sha256: hex digest of the index.
+    """
+
+    name: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    index_size_bytes: int
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """Path of the index inside the data set."""
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassRecord:
+    """One row of the class table; the row number is the label.
+
+    Attributes:
+        name: the source's own id: a WordNet id, a folder name, a digit.
+        title: human-readable name(s); the same as ``name`` where the source has no other.
+    """
+
+    name: str
+    title: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFormat:
+    """What the stored pictures are.
+
+    Attributes:
+        encoding: ``jpeg``, ``png``, ``raw`` (uint8 HWC bytes) or ``original`` (bytes as the source had them).
+        channels: 3 for RGB, 1 for gray.
+        height_px: height of every picture, or None where sizes differ.
+        width_px: width of every picture, or None where sizes differ.
+    """
+
+    encoding: str
+    channels: int
+    height_px: int | None
+    width_px: int | None
+
+    @property
+    def extension(self) -> str:
+        """The component name inside the tars: ``jpg``, ``png`` or ``raw`` (``original`` is stored as ``jpg``)."""
+        return {"jpeg": "jpg", "png": "png", "raw": "raw", "original": "jpg"}[self.encoding]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRecord:
+    """One split, for example ``train`` or ``val``.
+
+    Attributes:
+        num_samples: samples in all shards.
+        num_quarantined: pictures of the source that were left out (see quarantine.jsonl).
+        shards: the shards in order.
+    """
+
+    num_samples: int
+    num_quarantined: int
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A whole data set.
+
+    Attributes:
+        format: version of this layout.
+        source: name of the source (``digits``, ``folder``, ``imagenet``, ...).
+        settings: every setting that decides the bytes (seed, shard size, resize, encoding, filter, orientation policy...).
+        picture: what the stored pictures are.
+        classes: the class table; row number = label.
+        label_order: how labels are ordered (``alphabetical``, ``ilsvrc``, ``source``).
+        splits: the splits by name.
+        files: size and sha256 of the other files (statistics.npz, _info.json, quarantine.jsonl), as
+            ``{name: {"size_bytes": int, "sha256": hex}}``.
+    """
+
+    format: int
+    source: str
+    settings: dict[str, Any]
+    picture: PictureFormat
+    classes: tuple[ClassRecord, ...]
+    label_order: str
+    splits: dict[str, SplitRecord]
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The manifest as canonical JSON text: sorted keys, so the same data set gives the same bytes."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the manifest's bytes: the identity of the data set, every picture included."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def from_json(text: str) -> Manifest:
+    """Parses a manifest.
+
+    Raises:
+        DatasetError: the text is not a manifest of this format.
+    """
+    try:
+        raw = json.loads(text)
+        found = raw["format"]
+        if found != FORMAT:
+            raise DatasetError(f"manifest format {found} is not supported (expected {FORMAT}): prepare the data set again")
+        splits = {
+            name: SplitRecord(
+                num_samples=split["num_samples"],
+                num_quarantined=split["num_quarantined"],
+                shards=tuple(ShardRecord(**shard) for shard in split["shards"]),
+            )
+            for name, split in raw["splits"].items()
+        }
+        return Manifest(
+            format=found,
+            source=raw["source"],
+            settings=raw["settings"],
+            picture=PictureFormat(**raw["picture"]),
+            classes=tuple(ClassRecord(**row) for row in raw["classes"]),
+            label_order=raw["label_order"],
+            splits=splits,
+            files=raw["files"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"manifest.json is damaged ({type(error).__name__}: {error}): run prepare again") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a data set folder.
+
+    Raises:
+        DatasetError: there is no whole data set in ``folder``.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}")
+    try:
+        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again to finish it"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{folder / MANIFEST_NAME} is damaged ({error}): run prepare again") from None
+    return from_json(text)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either whole under its name or absent: temporary name, fsync, rename, fsync of folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

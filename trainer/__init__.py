@@ -1,0 +1,1 @@
+"""Train the two-tower AlexNet of 2012."""
