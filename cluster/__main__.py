@@ -1,0 +1,134 @@
+"""Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster import commands
+from cluster.errors import ClusterError
+from cluster.local import default_folder
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster",
+        description="Run the project's commands as Ray jobs: on this machine, a `ray up` cluster, KubeRay or Slurm.",
+        epilog=_example(
+            "python -m cluster up --local",
+            "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits",
+            "python -m cluster down",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(run: Callable[[argparse.Namespace], int], text: str, *examples: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            run.__name__,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_example(*examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_cluster_commands(add)
+    _add_job_commands(add)
+    doctor = add(commands.doctor, "check a cluster and this machine, and say what to do", "python -m cluster doctor")
+    _add_address(doctor)
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
+    doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help=argparse.SUPPRESS)
+    return parser
+
+
+def _example(*lines: str) -> str:
+    return "example:\n" + textwrap.indent("\n".join(lines), "  ")
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)",
+    )
+
+
+def _add_cluster_commands(add: Add) -> None:
+    up = add(
+        commands.up,
+        "start a cluster, with token authentication and the dashboard on loopback",
+        "python -m cluster up --local",
+        "python -m cluster up --local --nodes 2 --cpus 1",
+        "python -m cluster up cluster/ray-cluster.yaml",
+    )
+    down = add(commands.down, "end a cluster that `up` started", "python -m cluster down")
+    for parser in (up, down):
+        parser.add_argument("config", nargs="?", metavar="CLUSTER.yaml", help="a `ray up` cluster")
+        parser.add_argument("--local", action="store_true", help="on this machine (default without CLUSTER.yaml)")
+        parser.add_argument(
+            "--folder",
+            type=Path,
+            default=default_folder(),
+            metavar="DIR",
+            help="sockets and logs of the local cluster (default: %(default)s)",
+        )
+    up.add_argument("--cpus", type=int, default=0, metavar="N", help="CPUs a node offers (default: all cores, shared)")
+    up.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes on this machine (default: 1)")
+    up.add_argument("--dashboard-port", type=int, default=8265, metavar="N", help="0: any (default: 8265)")
+    up.add_argument(
+        "--stop-wait",
+        type=int,
+        default=60,
+        metavar="S",
+        help="seconds that a stopped job has to save its work before it is killed (default: 60)",
+    )
+
+
+def _add_job_commands(add: Add) -> None:
+    submit = add(
+        commands.submit,
+        "run a command as a Ray job, show its log, and exit with its exit code",
+        "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits --address auto",
+        "python -m cluster submit --no-wait -- python -m trainer train --config configs/digits.toml ...",
+    )
+    submit.add_argument("--id", metavar="ID", help="job id, never used before on the cluster (default: a new one)")
+    submit.add_argument("--no-wait", action="store_true", help="return when the cluster has the job")
+    submit.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; repeatable")
+    submit.add_argument(
+        "--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)"
+    )
+    submit.add_argument("--print", action="store_true", help="only print the equal `ray job submit` command")
+    submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
+    status = add(commands.status, "show jobs: state, progress, exit code", "python -m cluster status --json")
+    status.add_argument("id", nargs="?", metavar="ID", help="one job (default: all)")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    logs = add(commands.logs, "show a job's log", "python -m cluster logs --follow prepare-20261122-103000-1f3a")
+    logs.add_argument("id", metavar="ID")
+    logs.add_argument("--follow", action="store_true", help="until the job is over; exits with its exit code")
+    stop = add(commands.stop, "stop a job: SIGTERM, time to save, SIGKILL", "python -m cluster stop ID")
+    stop.add_argument("id", metavar="ID")
+    for parser in (submit, status, logs, stop):
+        _add_address(parser)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; 2 after an error that the user can mend."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What each subcommand does; `__main__` only parses."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import doctor as checks
+from cluster import jobs, local
+from cluster.auth import ensure_token, token_path
+from cluster.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
+from cluster.errors import ClusterError
+from cluster.progress import Progress, latest
+
+OLDEST_SAFE_RAY = (2, 55)
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Start a cluster."""
+    if arguments.config:
+        return _ray("up", "--yes", _config(arguments))
+    if arguments.nodes < 1 or arguments.cpus < 0 or arguments.stop_wait < 1:
+        raise ClusterError("--nodes and --stop-wait must be 1 or more, --cpus 0 or more")
+    options = local.LocalOptions(
+        arguments.folder, arguments.dashboard_port, arguments.cpus, arguments.nodes, arguments.stop_wait
+    )
+    path, done = ensure_token()
+    if done:
+        _say(f"{done}: {path}")
+    cluster = local.up(options)
+    nodes = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
+    _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
+    return 0
+
+
+def down(arguments: argparse.Namespace) -> int:
+    """End a cluster."""
+    if arguments.config:
+        return _ray("down", "--yes", _config(arguments))
+    cluster = local.down(arguments.folder)
+    _say(f"ended the cluster at {cluster.address}" if cluster else f"no local cluster is running in {arguments.folder}")
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> str:
+    if arguments.local:
+        raise ClusterError("give either --local or CLUSTER.yaml, not both")
+    if not Path(arguments.config).is_file():
+        raise ClusterError(f"cluster file {arguments.config} does not exist; cluster/ray-cluster.yaml is an example")
+    ensure_token()
+    return str(arguments.config)
+
+
+def _ray(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=False).returncode
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Run a command as a job."""
+    words = arguments.entrypoint[1:] if arguments.entrypoint[:1] == ["--"] else arguments.entrypoint
+    if not words:
+        raise ClusterError("submit: no command; expected: python -m cluster submit -- python -m pipeline prepare ...")
+    address = dashboard_address(arguments.address)
+    request = jobs.JobRequest(
+        command=jobs.absolute_paths(words, address),
+        job_id=arguments.id or jobs.new_job_id(words),
+        environment=_environment(arguments.env),
+        python=arguments.python,
+    )
+    if arguments.print:
+        print(request.ray_command(address))
+        return 0
+    client = Client(address)
+    _check_version(client)
+    if not is_loopback(address) and address.startswith("http://"):
+        _say(f"warning: {address} is not encrypted, so your token can be read on the way; use an SSH tunnel or https")
+    started = time.time()
+    jobs.submit(client, request)
+    if arguments.no_wait:
+        print(request.job_id)
+        return 0
+    _say(f"job {request.job_id} sent; follow it elsewhere: python -m cluster logs --follow {request.job_id}")
+    return _follow(client, request.job_id, started)
+
+
+def _follow(client: Client, job_id: str, started: float | None = None) -> int:
+    """Show the log to the end, say how the job ended and return its exit code."""
+    try:
+        job, follower = jobs.wait(client, job_id, jobs.binary_stdout())
+    except KeyboardInterrupt:
+        _say(f"\njob {job_id} goes on; end it with `python -m cluster stop {job_id}`")
+        return 130
+    end = jobs.ending(client, job)
+    first = follower.first_byte_at if follower and started else None
+    times = f"{((job.get('end_time') or 0) - (job.get('start_time') or 0)) / 1000:.1f} s"
+    times += f", first log line {first - started:.1f} s after submit" if first and started else ""
+    _say(f"job {job_id} {end.outcome}{' ' + end.note if end.note else ''}: exit code {end.exit_code} ({times})")
+    return end.exit_code
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show jobs."""
+    client = Client(dashboard_address(arguments.address))
+    records = [client.job(arguments.id)] if arguments.id else client.jobs()
+    rows = [_row(client, record) for record in records]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    elif not rows:
+        print(f"no jobs on {client.address}")
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
+    over = job["status"] in TERMINAL
+    end = jobs.ending(client, job) if over else None
+    progress = _progress(client, job)
+    now_ms = (job.get("end_time") if over else None) or time.time() * 1000
+    return {
+        "id": job.get("submission_id"),
+        "state": end.outcome if end else job["status"].lower(),
+        "exit_code": end.exit_code if end else None,
+        "elapsed_s": round((now_ms - (job.get("start_time") or now_ms)) / 1000, 1),
+        "stage": progress.stage if progress else "",
+        "done": progress.done if progress else None,
+        "total": progress.total if progress else None,
+        "images_per_s": progress.images_per_s if progress else None,
+        "left": progress.left if progress and not over else "",
+        "entrypoint": job["entrypoint"].partition(" -- ")[2] or job["entrypoint"],
+    }
+
+
+def _progress(client: Client, job: dict[str, Any]) -> Progress | None:
+    if not job.get("driver_node_id"):
+        return None
+    try:
+        text = client.log_file(job["driver_node_id"], f"job-driver-{job['submission_id']}.log", lines=30)
+    except ServerError:
+        return None
+    return latest(text.decode(errors="replace"))
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    head = ("ID", "STATE", "EXIT", "TIME", "STAGE", "DONE", "IMAGES/S", "LEFT")
+    table = [head]
+    for row in rows:
+        done = f"{row['done']}/{row['total']}" if row["total"] is not None else ""
+        rate = f"{row['images_per_s']:.0f}" if row["images_per_s"] is not None else ""
+        code = "" if row["exit_code"] is None else str(row["exit_code"])
+        table.append(
+            (row["id"], row["state"], code, f"{row['elapsed_s']:.0f} s", row["stage"], done, rate, row["left"])
+        )
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """Show a job's log."""
+    client = Client(dashboard_address(arguments.address))
+    client.job(arguments.id)
+    if arguments.follow:
+        return _follow(client, arguments.id)
+    jobs.binary_stdout().write(client.log(arguments.id))
+    sys.stdout.flush()
+    return 0
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """Stop a job and wait until it has ended."""
+    client = Client(dashboard_address(arguments.address))
+    job = client.job(arguments.id)
+    if job["status"] not in TERMINAL:
+        client.stop(arguments.id)
+        job, _ = jobs.wait(client, arguments.id, None)
+    end = jobs.ending(client, job)
+    _say(f"job {arguments.id} {end.outcome}{' ' + end.note if end.note else ''}: exit code {end.exit_code}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check the machine and the cluster."""
+    findings = checks.examine(dashboard_address(arguments.address), arguments.folder)
+    if arguments.json:
+        print(json.dumps([finding.__dict__ for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(finding)
+    return 1 if any(finding.level == "bad" for finding in findings) else 0
+
+
+def _environment(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair or pair.startswith("="):
+            raise ClusterError(f"--env {pair!r}: expected NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _check_version(client: Client) -> None:
+    """Refuse a cluster whose Ray is older than the known holes or not the one that the project is pinned to here."""
+    from importlib.metadata import version
+
+    theirs, ours = client.version(), version("ray")
+    if _release(theirs) < OLDEST_SAFE_RAY:
+        raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
+    if _release(theirs) != _release(ours):
+        raise ClusterError(f"{client.address} runs Ray {theirs}, this machine {ours}: install the same version on both")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _say(text: str) -> None:
+    """Our own words go to stderr: stdout is the job's log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+__all__ = ["doctor", "down", "logs", "status", "stop", "submit", "token_path", "up"]

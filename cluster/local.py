@@ -1,0 +1,286 @@
+"""A Ray cluster on this machine: one head, and if wanted more nodes, each a process group that we can end by its id.
+
+`ray stop` ends every Ray process of the machine, also those of other clusters and of other people's tests. So each node
+runs here as `ray start --block` in a session of its own, and its process id and start time are written down.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.auth import ensure_token, token_path
+from cluster.client import Client, ServerError, Unreachable
+from cluster.errors import ClusterError
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+EXTRA_NODE_STORE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LocalNode:
+    """One node's process group: `pid` leads it; `started` (clock ticks since boot) tells it from a later namesake."""
+
+    pid: int
+    started: int
+    head: bool
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """What `up --local` writes down for the other commands."""
+
+    address: str
+    gcs: str
+    nodes: tuple[LocalNode, ...]
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How a local cluster is made.
+
+    Attributes:
+        folder: sockets, logs and our record; short, for a socket's path may have 107 characters.
+        dashboard_port: 0 picks a free one.
+        num_cpus: CPUs a node offers; 0: all cores this process may use, shared out between the nodes.
+        num_nodes: nodes on this machine; more than one shows what a lost node does.
+        stop_wait_s: how long a stopped job may take to save its work before SIGKILL.
+    """
+
+    folder: Path
+    dashboard_port: int = 8265
+    num_cpus: int = 0
+    num_nodes: int = 1
+    stop_wait_s: int = 60
+
+
+def default_folder() -> Path:
+    """The folder of this user's local cluster."""
+    return Path(tempfile.gettempdir()) / f"twotower-{os.getuid()}"
+
+
+def up(options: LocalOptions) -> LocalCluster:
+    """Start a cluster and wait until all its nodes answer.
+
+    Raises:
+        ClusterError: one is running already, a port is taken, or Ray does not start.
+    """
+    _prepare_folder(options.folder)
+    if running := load(options.folder):
+        raise ClusterError(f"a local cluster is running at {running.address}; end it with `python -m cluster down`")
+    ensure_token()
+    port = options.dashboard_port or _free_ports(1)[0]
+    if not _is_free(port):
+        raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
+    address = f"http://127.0.0.1:{port}"
+    gcs_port, client_port = _free_ports(2)
+    gcs = f"{_node_ip()}:{gcs_port}"
+    head_arguments = [
+        "--head",
+        f"--port={gcs_port}",
+        f"--ray-client-server-port={client_port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}",
+        f"--temp-dir={options.folder / 'ray'}",
+    ]
+    cluster = LocalCluster(address, gcs, (_start_node(options, head_arguments, 0),))
+    save(options.folder, cluster)
+    try:
+        _wait_for_nodes(options, cluster, 1)
+        for number in range(1, options.num_nodes):
+            cluster = add_node(options, cluster, number)
+        _wait_for_nodes(options, cluster, options.num_nodes)
+    except BaseException:
+        down(options.folder)
+        raise
+    return cluster
+
+
+def add_node(options: LocalOptions, cluster: LocalCluster, number: int) -> LocalCluster:
+    """Start one more node on this machine and write it down; `number` names its log file."""
+    arguments = [f"--address={cluster.gcs}", f"--object-store-memory={EXTRA_NODE_STORE_BYTES}"]
+    cluster = LocalCluster(cluster.address, cluster.gcs, (*cluster.nodes, _start_node(options, arguments, number)))
+    save(options.folder, cluster)
+    return cluster
+
+
+def down(folder: Path) -> LocalCluster | None:
+    """End the cluster of a folder: every process of its nodes and no other.
+
+    Returns:
+        The cluster that was ended, or None if none was running.
+    """
+    cluster = load(folder)
+    if cluster is None:
+        return None
+    for node in reversed(cluster.nodes):
+        stop_node(node)
+    (folder / "cluster.json").unlink(missing_ok=True)
+    return cluster
+
+
+def stop_node(node: LocalNode, kill: bool = False) -> None:
+    """End one node: SIGTERM to `ray start --block`, which ends its children; SIGKILL to all that is left."""
+    if not _is_alive(node):
+        return
+    if not kill:
+        os.kill(node.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while _is_alive(node) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    for pid in _session_members(node.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def save(folder: Path, cluster: LocalCluster) -> None:
+    """Write the record whole or not at all."""
+    part = folder / ".cluster.json"
+    part.write_text(json.dumps(asdict(cluster), indent=1))
+    part.replace(folder / "cluster.json")
+
+
+def load(folder: Path) -> LocalCluster | None:
+    """The cluster of a folder if its head is alive, else None."""
+    try:
+        record = json.loads((folder / "cluster.json").read_text())
+    except FileNotFoundError:
+        return None
+    nodes = tuple(LocalNode(**node) for node in record["nodes"])
+    return LocalCluster(record["address"], record["gcs"], nodes) if _is_alive(nodes[0]) else None
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder; Ray makes its session folders world-writable, so this one above them shuts everyone else out."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise ClusterError(f"folder {folder} belongs to somebody else; choose another with --folder DIR")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise ClusterError(f"folder {folder}: {error.strerror}; choose another with --folder DIR") from error
+    if len(str(folder.resolve())) > 40:
+        raise ClusterError(
+            f"folder {folder} has a path of more than 40 characters: too long for Ray's sockets; shorten it"
+        )
+
+
+def _start_node(options: LocalOptions, arguments: list[str], number: int) -> LocalNode:
+    num_cpus = options.num_cpus or max(1, len(os.sched_getaffinity(0)) // options.num_nodes)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={num_cpus}"]
+    # Port 0 is "any free port": with Ray's fixed defaults a second cluster or node on a machine fails to start.
+    command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
+    command += ["--disable-usage-stats", *arguments]
+    with _node_log(options.folder, number).open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(options),
+            cwd=options.folder,
+            start_new_session=True,
+        )
+    started = _start_time(process.pid)
+    return LocalNode(process.pid, started, head="--head" in arguments)
+
+
+def _environment(options: LocalOptions) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    environment["RAY_AUTH_MODE"] = "token"
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        environment["RAY_AUTH_TOKEN_PATH"] = str(token_path().resolve())
+    # Read by the job's supervisor on the cluster's side; the default of 3 s is too short to save a checkpoint.
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(options.stop_wait_s)
+    # A job's `python` is looked up in the head's PATH: make it the interpreter that has the project's packages.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return environment
+
+
+def _wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) -> None:
+    """Wait until `wanted` nodes are alive in the dashboard's eyes."""
+    client = Client(cluster.address)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for number, node in enumerate(cluster.nodes):
+            if not _is_alive(node):
+                raise ClusterError(f"Ray did not start: {_last_words(_node_log(options.folder, number))}")
+        with contextlib.suppress(Unreachable, ServerError, KeyError, ValueError):
+            alive = [node for node in client.nodes() if node.get("raylet", {}).get("state") == "ALIVE"]
+            if len(alive) >= wanted:
+                return
+        time.sleep(0.3)
+    logs = _node_log(options.folder, 0)
+    raise ClusterError(
+        f"Ray did not answer at {cluster.address} within {START_TIMEOUT_S:.0f} s; its output is in {logs}"
+    )
+
+
+def _node_log(folder: Path, number: int) -> Path:
+    return folder / f"node-{number}.log"
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines[-1] if lines else "no output") + f" (all of it: {log})"
+
+
+def _node_ip() -> str:
+    """The address that Ray gives this machine; it replaces loopback by it on purpose."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))  # no packet is sent: the kernel only chooses the interface
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the command's name: state, parent, group, session, ...; [] if gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _start_time(pid: int) -> int:
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
+def _is_alive(node: LocalNode) -> bool:
+    fields = _stat_fields(node.pid)
+    return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started
+
+
+def _session_members(session: int) -> list[int]:
+    """The living processes of a session: all that a node started and that did not leave it."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    fields = {pid: _stat_fields(pid) for pid in pids}
+    return [pid for pid, stat in fields.items() if stat and stat[0] != "Z" and int(stat[3]) == session]

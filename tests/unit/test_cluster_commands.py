@@ -1,0 +1,245 @@
+"""The command line and its parts, without a cluster."""
+
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+
+from cluster import jobs, local
+from cluster.__main__ import main
+from cluster.auth import ensure_token, mode_too_wide, read_token
+from cluster.client import Client, dashboard_address
+from cluster.doctor import check_cluster, check_token
+from cluster.errors import ClusterError
+from cluster.progress import latest, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("up", "down", "submit", "status", "logs", "stop", "doctor")
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing answers
+
+
+@pytest.fixture(autouse=True)
+def token_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "secret" / "token"))
+    return tmp_path / "secret"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_subcommand_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  python -m cluster {command}" in text
+
+
+def test_help_needs_neither_ray_nor_torch_nor_dali():
+    code = (
+        "import sys, cluster.__main__, cluster.entry\n"
+        "heavy = {'ray', 'torch', 'nvidia', 'pipeline', 'trainer'} & {name.split('.')[0] for name in sys.modules}\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["status", "--address", NOBODY], "no Ray cluster at http://127.0.0.1:9"),
+        (["status", "--address", "ray://host:10001"], "expected the dashboard as http://HOST:PORT"),
+        (["status", "--address", "auto"], "expected the dashboard as http://HOST:PORT"),
+        (["submit"], "no command"),
+        (["submit", "--env", "X", "--", "true"], "expected NAME=VALUE"),
+        (["up", "nothing.yaml"], "nothing.yaml does not exist"),
+        (["up", "--nodes", "0"], "must be 1 or more"),
+        (["down", "--local", "cluster.yaml"], "not both"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_token_is_made_once_and_for_its_owner_only(token_folder):
+    old = os.umask(0o022)
+    try:
+        path, done = ensure_token()
+    finally:
+        os.umask(old)
+    assert "new token" in done
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    token = read_token()
+    assert re.fullmatch(r"[0-9a-f]{64}", token)
+    assert ensure_token() == (path, "") and read_token() == token
+
+
+def test_token_file_that_others_can_read_is_found_and_mended():
+    path, _ = ensure_token()
+    path.chmod(0o644)  # as Ray writes it
+    assert mode_too_wide(path) == 0o644
+    (finding,) = check_token(NOBODY, path.parent)
+    assert finding.level == "bad" and finding.fix == f"chmod 600 {path}"
+    assert ensure_token()[1] and mode_too_wide(path) is None
+
+
+def test_empty_token_file_is_named():
+    path, _ = ensure_token()
+    path.write_text("\n")
+    with pytest.raises(ClusterError, match="is empty"):
+        Client(NOBODY)
+
+
+def test_print_shows_the_equal_ray_command(capsys):
+    command = ["python", "-m", "pipeline", "prepare", "--output", "/data/a b"]
+    assert main(["submit", "--print", "--id", "x", "--env", "A=1", "--", *command]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --submission-id x ")
+    assert line.endswith("-- exec python -m cluster.entry -- python -m pipeline prepare --output '/data/a b'")
+    assert """--runtime-env-json '{"env_vars": {"A": "1"}}'""" in line
+
+
+def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["python", "-m", "trainer", "train", "--config", "configs/digits.toml", "--data=d", "--run", "r"]
+    here = jobs.absolute_paths(command, "http://127.0.0.1:8265")
+    assert here[5:] == ("configs/digits.toml", f"--data={tmp_path}/d", "--run", f"{tmp_path}/r")
+    with pytest.raises(ClusterError, match="absolute path"):
+        jobs.absolute_paths(command, "http://10.0.0.7:8265")
+    away = ["prepare", "--output", "s3://bucket/x", "--input", "/data"]
+    assert list(jobs.absolute_paths(away, "http://10.0.0.7:8265")) == away
+
+
+def test_job_ids_say_what_they_do_and_differ():
+    ids = {jobs.new_job_id(["python", "-m", "pipeline", "prepare", "--source", "digits"]) for _ in range(20)}
+    assert len(ids) == 20 and all(job.startswith("prepare-") for job in ids)
+
+
+def test_addresses():
+    assert dashboard_address(None) == "http://127.0.0.1:8265"
+    assert dashboard_address("head:8265") == "http://head:8265"
+    assert dashboard_address("https://head:443/") == "https://head:443"
+
+
+class BreakingClient:
+    """A log whose connection breaks after every few bytes, also in the middle of a character."""
+
+    def __init__(self, log: bytes) -> None:
+        self._log, self._length = log, 0
+        self.everything_served = threading.Event()
+
+    def follow_log_file(self, node_id, name):
+        self._length += 5
+        yield self._log[:3]
+        yield self._log[3 : self._length]
+        if self._length > len(self._log) // 2:
+            self.everything_served.set()
+        raise requests.ConnectionError("broken")
+
+    def log_file(self, node_id, name, lines=-1):
+        return self._log
+
+
+def test_log_is_shown_once_and_whole_though_the_connection_breaks(monkeypatch):
+    monkeypatch.setattr(jobs, "POLL_S", 0.001)
+    log = "zeile eins é\nzeile zwei ü\n".encode() * 4
+    client, stream = BreakingClient(log), io.BytesIO()
+    follower = jobs.LogFollower(client, "job", stream)
+    follower.start("node")
+    assert client.everything_served.wait(30)
+    follower.finish("node")
+    assert stream.getvalue() == log
+
+
+@pytest.mark.parametrize(
+    ("job", "outcome", "code"),
+    [
+        ({"status": "STOPPED"}, "stopped", 137),
+        ({"status": "FAILED", "driver_exit_code": -9, "message": "x"}, "killed", 137),
+        ({"status": "FAILED", "driver_exit_code": 3, "message": "x"}, "failed", 3),
+        ({"status": "FAILED", "driver_exit_code": None, "message": "The node died"}, "lost", 70),
+    ],
+)
+def test_ending_without_a_result_file(job, outcome, code):
+    class NoResult:
+        def result(self, job):
+            return None
+
+    end = jobs.ending(NoResult(), job)
+    assert (end.outcome, end.exit_code) == (outcome, code)
+
+
+@pytest.fixture
+def open_dashboard():
+    """A dashboard that asks nobody for a token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps([] if "jobs" in self.path else {"ray_version": "2.40.0"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard, tmp_path):
+    findings = list(check_cluster(open_dashboard, tmp_path))
+    assert [finding.level for finding in findings] == ["bad", "bad"]
+    assert "RAY_AUTH_MODE=token" in findings[0].fix and "2.40.0" in findings[1].seen
+    assert all(finding.fix for finding in findings)
+
+
+def test_submit_refuses_a_ray_with_known_holes(open_dashboard, capsys):
+    assert main(["submit", "--address", open_dashboard, "--", "true"]) == 2
+    assert "2.40.0, which has known remote holes" in capsys.readouterr().err
+
+
+def test_local_folder_too_long_for_sockets(tmp_path):
+    with pytest.raises(ClusterError, match="40 characters"):
+        local.up(local.LocalOptions(tmp_path / ("x" * 41)))
+
+
+def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path):
+    ours = local.LocalNode(os.getpid(), started=1, head=True)
+    local.save(tmp_path, local.LocalCluster(NOBODY, "127.0.0.1:1", (ours,)))
+    assert local.load(tmp_path) is None
+    local.stop_node(ours)  # must not end this very process
+    assert local.down(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "stage", "done", "total", "rate", "left"),
+    [
+        ("prepare: 3/12 shards, 1,234 images, 645.5 images/s, 0:12 left", "prepare", 3, 12, 645.5, "0:12"),
+        ("train 40/110 steps loss 0.31 900 images/s ETA 12s", "train", 40, 110, 900.0, "12s"),
+    ],
+)
+def test_progress_lines(line, stage, done, total, rate, left):
+    progress = parse(line)
+    assert (progress.stage, progress.done, progress.total) == (stage, done, total)
+    assert (progress.images_per_s, progress.left) == (rate, left)
+
+
+def test_latest_progress_skips_other_lines():
+    assert latest("prepare: 1/4 shards\nprepare: 2/4 shards\ndone\n").done == 2
+    assert latest("nothing here\n") is None
