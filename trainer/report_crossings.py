@@ -1,0 +1,95 @@
+"""What crossed between the towers: the drawing of the net, and the ledger of a step as a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer import report_page as html
+from trainer.drawing import Crossing, draw_towers, format_bytes
+from trainer.net_drawing import crossings_of, layer_rows
+from trainer.report_run import RunRecord
+
+
+def towers(run: RunRecord) -> str:
+    """The two towers with what crossed, and the ledger as a table."""
+    if run.config is None:
+        return html.section(
+            "What crosses between the towers", html.missing("No drawing: the run folder has no config.toml.")
+        )
+    model, ledger = run.config.model, run.result.get("ledger") or []
+    batch, rows = run.config.train.batch_size, layer_rows(model)
+    measured = _crossings_in(ledger, batch, crossings_of(model))
+    crossings, note = (
+        (
+            measured,
+            f"Bytes an image, forward, as counted in a step of {batch}. Gradients go back the same ways, reversed.",
+        )
+        if measured
+        else (
+            crossings_of(model),
+            "Bytes an image, forward, in fp32, if each tower had its process. Gradients go back the same ways.",
+        )
+    )
+    drawing = draw_towers(
+        rows, crossings, image=f"{model.image_px}x{model.image_px}x{model.channels}", note=note, towers=model.towers
+    )
+    beside = _ledger(ledger, batch) if ledger else html.missing(_why_no_ledger(run))
+    compare = _against_all_reduce(crossings, rows, batch)
+    left = html.figure(
+        drawing, "The net. Lines between the towers are as wide as the bytes that cross there; nothing else crosses."
+    )
+    return html.section(
+        "What crosses between the towers", f'<div class="towers-and-ledger">{left}<div>{beside}{compare}</div></div>'
+    )
+
+
+def _why_no_ledger(run: RunRecord) -> str:
+    if run.result.get("processes") == 1:
+        return "No ledger: one process held both towers, so nothing crossed between processes."
+    return "No ledger yet: it is written when the run ends."
+
+
+def _crossings_in(ledger: Sequence[dict[str, Any]], batch: int, planned: Sequence[Crossing]) -> list[Crossing]:
+    """The forward crossings of a ledger, an image; [] where it holds none."""
+    found: dict[tuple[str, str], float] = {}
+    for row in ledger:
+        if row["kind"] == "crossing" and row["phase"] == "forward":
+            key = (row["name"], row["direction"])
+            found[key] = found.get(key, 0) + row["bytes"] / batch
+    elements = {crossing.layer: crossing.elements for crossing in planned}
+    names = dict.fromkeys(name for name, _ in found)
+    return [
+        Crossing(name, elements.get(name, 0), round(found.get((name, "a->b"), 0)), round(found.get((name, "b->a"), 0)))
+        for name in names
+    ]
+
+
+def _ledger(ledger: Sequence[dict[str, Any]], batch: int) -> str:
+    """The exchange ledger of one step: a row a place and phase, totals by kind."""
+    table: dict[tuple[str, str, str], dict[str, int]] = {}
+    totals: dict[str, int] = {}
+    for row in ledger:
+        cell = table.setdefault((row["kind"], row["name"], row["phase"]), {})
+        cell[row["direction"]] = cell.get(row["direction"], 0) + row["bytes"]
+        totals[row["kind"]] = totals.get(row["kind"], 0) + row["bytes"]
+    rows = [
+        [name, phase, *(f"{cell[way]:,}" if way in cell else "\u2013" for way in ("a->b", "b->a"))]
+        for (_, name, phase), cell in table.items()
+    ]
+    sums = range(len(rows), len(rows) + len(totals))
+    rows += [[f"all {kind}", "", "", f"{total:,}"] for kind, total in totals.items()]
+    head = ["what", "phase", "a \u2192 b", "b \u2192 a"]
+    caption = html.paragraph(f"The ledger of one training step of {batch} pictures, in bytes:")
+    return caption + html.table(head, rows, numbers=(2, 3), sums=tuple(sums))
+
+
+def _against_all_reduce(crossings: Sequence[Crossing], rows: Sequence[Any], batch: int) -> str:
+    """How much that is, beside the other way to use two devices."""
+    if not crossings:
+        return ""
+    moved = 2 * batch * sum(c.bytes_a_to_b + c.bytes_b_to_a for c in crossings)
+    alone = {c.layer for c in crossings if not c.bytes_a_to_b}
+    parameters = sum(row.parameters * (1 if row.name in alone else 2) for row in rows)
+    return html.paragraph(
+        f"A step moves {format_bytes(moved)} between the towers. Two replicas of this net ({parameters:,} parameters) "
+        f"that average their gradients in fp32 would each send {format_bytes(4 * parameters)}, whatever the batch."
+    )
