@@ -161,8 +161,8 @@ def _left(tower: str) -> float:
 
 
 def _text(x: float, y: float, text: str, css: str = "", *, anchor: str = "start", room: float = 0.0) -> str:
-    """Text; with ``room`` it is squeezed where it would be wider than that (a glyph counts 0.55 em)."""
-    wide = bool(room) and len(text) * 6.9 > room
+    """Text; with ``room`` it is squeezed where it would be wider than that (a glyph of 12 px counts 6 px)."""
+    wide = bool(room) and len(text) * 6.0 > room
     squeeze = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if wide else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}"{squeeze}>{escape(text)}</text>'
 

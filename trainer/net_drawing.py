@@ -4,7 +4,7 @@ from trainer.config import ModelConfig
 from trainer.describe import count_crossings, count_layers
 from trainer.drawing import Crossing, LayerRow, draw_towers
 
-NOTES = {"norm": "normalised", "spatial_norm": "spatially too"}
+NOTES = {"norm": "LRN", "spatial_norm": "spatial norm"}
 
 
 def draw_net(model: ModelConfig) -> str:

@@ -83,8 +83,8 @@ def render_report(report: Report) -> str:
         f"{run.folder.resolve().name}: two towers",
         [
             figures.opening(run, report.data),
-            report_crossings.towers(run),
             report_training.curves(run),
+            report_crossings.towers(run),
             figures.kernels(run),
             figures.pictures(report.pictures, report.no_pictures),
             figures.files(run),

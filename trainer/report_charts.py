@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _WIDTH, _HEIGHT = 480, 252  # of the view box
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 84, 34, 36  # margins around the plot
-_MOST_POINTS = 160  # a line has at most this many; more are summarised
+_MOST_POINTS = 100  # a line has at most this many; more are summarised
 _CROWDED = 40  # more dots than this are a line without dots
 _CELL = 30  # side of a cell of the confusion table
 
@@ -26,6 +26,7 @@ class Line:
         css: colour class of the page: ``ink``, ``soft``, ``a`` or ``b``.
         summarise: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
         steps: hold each value until the next (for a learning rate).
+        shown: the figure written at the line's end; None for its last value.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Line:
     css: str = "ink"
     summarise: bool = False
     steps: bool = False
+    shown: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Axis:
     Attributes:
         label: quantity and unit, the chart's title.
         form: value -> text, for ticks and ends.
-        log: logarithmic; ignored where a value is not positive.
+        log: logarithmic; ignored where a value is not positive or all are within a factor of 20.
         low: the axis reaches down to this at least, if given.
         high: the axis reaches up to this at least, if given.
     """
@@ -58,6 +60,7 @@ class Axis:
 @dataclasses.dataclass(frozen=True)
 class _Curve:
     line: Line
+    end: float
     xs: NDArray[np.float64]
     middle: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -111,7 +114,7 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> s
     parts = [_frame(x_scale, y_scale, axis, x_label)]
     parts += [_draw(curve, x_scale, y_scale) for curve in curves]
     parts.append(_end_labels(curves, x_scale, y_scale, axis))
-    ends = ", ".join(f"{c.line.name} {axis.form(c.middle[-1])}" for c in curves)
+    ends = ", ".join(f"{c.line.name} {axis.form(c.end)}" for c in curves)
     about = escape(f"{axis.label}; at the end: {ends}")
     return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{about}">{"".join(parts)}</svg>'
 
@@ -129,29 +132,33 @@ def _curve(line: Line) -> _Curve | None:
     if not line.summarise or len(xs) <= _MOST_POINTS:
         chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * _MOST_POINTS)).round().astype(int))
         xs, ys = xs[chosen], ys[chosen]
-        return _Curve(line, xs, ys, ys, ys)
+        return _Curve(line, line.shown if line.shown is not None else ys[-1], xs, ys, ys, ys)
     bins = np.array_split(np.arange(len(xs)), _MOST_POINTS)
     take = [(xs[b].mean(), np.median(ys[b]), ys[b].min(), ys[b].max()) for b in bins]
     x, middle, low, high = (np.array(column) for column in zip(*take, strict=True))
-    return _Curve(line, x, middle, low, high)
+    return _Curve(line, line.shown if line.shown is not None else middle[-1], x, middle, low, high)
 
 
 def _x_scale(curves: Sequence[_Curve]) -> _Scale:
     low, high = min(c.xs[0] for c in curves), max(c.xs[-1] for c in curves)
-    low = 0.0 if low < 0.1 * high else low
+    low = 0.0 if 0 <= low < 0.25 * high else low  # charts side by side begin alike
     return _Scale(low, high if high > low else low + 1, _LEFT, _WIDTH - _RIGHT)
 
 
 def _y_scale(curves: Sequence[_Curve], axis: Axis) -> _Scale:
     low = min(float(c.low.min()) for c in curves)
     high = max(float(c.high.max()) for c in curves)
-    log = axis.log and low > 0
-    if not log:
-        low = min(low, axis.low) if axis.low is not None else low
-        high = max(high, axis.high) if axis.high is not None else high
-    if high <= low:
-        low, high = (low / 1.5, high * 1.5) if log else (low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9)
-    return _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log)
+    start, end = _HEIGHT - _BOTTOM, _TOP
+    if axis.log and low > 0 and high / low > 20:
+        return _Scale(low / 1.15, high * 1.1, start, end, log=True)
+    low = min(low, axis.low) if axis.low is not None else low
+    high = max(high, axis.high) if axis.high is not None else high
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
+    ticks = nice_ticks(low, high)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
+    first, last = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    return _Scale(first, last, start, end)  # the axis ends on ticks
 
 
 def _frame(x_scale: _Scale, y_scale: _Scale, axis: Axis, x_label: str) -> str:
@@ -198,7 +205,7 @@ def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, axis
     parts = []
     for curve, place in zip(order, places, strict=True):
         x, y = min(x_scale(curve.xs[-1]), _WIDTH - _RIGHT) + 8, place - overflow
-        value, name = escape(axis.form(curve.middle[-1])), escape(curve.line.name)
+        value, name = escape(axis.form(curve.end)), escape(curve.line.name)
         parts.append(
             f'<g class="{curve.line.css}"><text class="end" x="{x:.1f}" y="{y + 1:.1f}">{value}</text>'
             f'<text class="series" x="{x:.1f}" y="{y + 14:.1f}">{name}</text></g>'

@@ -86,10 +86,11 @@ def _against_all_reduce(crossings: Sequence[Crossing], rows: Sequence[Any], batc
     """How much that is, beside the other way to use two devices."""
     if not crossings:
         return ""
-    moved = 2 * batch * sum(c.bytes_a_to_b + c.bytes_b_to_a for c in crossings)
+    moved_an_image = 2 * sum(c.bytes_a_to_b + c.bytes_b_to_a for c in crossings)  # forward and backward
     alone = {c.layer for c in crossings if not c.bytes_a_to_b}
     parameters = sum(row.parameters * (1 if row.name in alone else 2) for row in rows)
     return html.paragraph(
-        f"A step moves {format_bytes(moved)} between the towers. Two replicas of this net ({parameters:,} parameters) "
-        f"that average their gradients in fp32 would each send {format_bytes(4 * parameters)}, whatever the batch."
+        f"A step moves {format_bytes(batch * moved_an_image)} between the towers, both ways together. Two replicas of this "
+        f"net ({parameters:,} parameters) that average their gradients in fp32 would move {format_bytes(8 * parameters)}, "
+        f"whatever the batch: towers move less below a batch of {8 * parameters / moved_an_image:,.0f}."
     )

@@ -38,7 +38,7 @@ def _lede(run: RunRecord) -> str:
     )
     ending = {
         None: "The run has not ended: this is how far it has come.",
-        "finished": "It ended as its recipe says.",
+        "finished": "It ran to the end of its recipe.",
         "stopped": f"It was stopped early{_because(result)}, and can be resumed.",
         "failed": f"It failed{_because(result)}.",
     }.get(reason, f"It ended: {reason}.")

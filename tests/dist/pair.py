@@ -1,0 +1,73 @@
+"""Runs a function in two gloo processes, rank 0 as tower a and rank 1 as tower b, and brings back what they return."""
+
+import datetime
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run_pair(function: Callable[..., Any], *arguments: Any, timeout_s: float = 200) -> tuple[Any, Any]:
+    """Calls ``function(link, *arguments)`` on both towers; raises what either raised.
+
+    ``function`` must be a module-level function, so that it can be named across processes.
+    """
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job"
+        job.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
+        children = []
+        for rank in range(2):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+            }
+            out = (Path(folder) / f"log-{rank}").open("wb")
+            command = [sys.executable, "-m", "tests.dist.pair", str(job), f"{folder}/result-{rank}"]
+            children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+        try:
+            for child in children:
+                child.wait(timeout_s)
+        finally:
+            for child in children:
+                child.kill()
+        for rank, child in enumerate(children):
+            log = (Path(folder) / f"log-{rank}").read_text()
+            assert child.returncode == 0, f"rank {rank} ended with {child.returncode}:\n{log}"
+        first, second = (pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(2))
+    return first, second
+
+
+def _child() -> None:
+    """One tower."""
+    import importlib
+
+    from trainer.exchange import connect
+
+    module, name, arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
+    link = connect(150.0, "gloo")
+    result = getattr(importlib.import_module(module), name)(link, *arguments)
+    Path(sys.argv[2]).write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _child()

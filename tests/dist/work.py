@@ -1,0 +1,95 @@
+"""What the two towers do in the tests of this folder; module-level, so that both processes find it by name."""
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.config import Config, load_config
+from trainer.exchange import Link, PairJoin
+from trainer.model import DropoutDraws, TwoTowerNet
+from trainer.optimizer import PaperSGD
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+SEED = 5
+
+
+def recipe(name: str) -> Config:
+    """A recipe of the project with livelier weights, so that gradients are far from zero everywhere."""
+    std = "model.init_std=[0.02, 0.03, 0.03, 0.03, 0.03, 0.012, 0.018, 0.02]"
+    return load_config(CONFIGS / f"{name}.toml", [std] if name == "paper" else [])
+
+
+def a_batch(config: Config, step: int, size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, C, S, S) on the scale of mean-subtracted pixels, labels (N,)."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (size, config.model.channels, config.model.image_px, config.model.image_px)
+    images = torch.randn(shape, generator=generator) * (1.0 if config.data.scale == "std" else 60.0)
+    return images, torch.randint(config.model.classes, (size,), generator=generator)
+
+
+class CallCounter(TorchDispatchMode):
+    """Sees every c10d call below the project's own code: name, peers, bytes. Knows nothing of the ledger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            name = func._schema.name.split("::")[1]
+            self.calls[name, sum(t.nbytes for t in tensors if isinstance(t, Tensor))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -> dict[str, Any]:
+    """Loss and gradients of the first step, weights after the last; ``{tower.layer: tensor}``."""
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    facts: dict[str, Any] = {"losses": []}
+    for step in range(steps):
+        images, labels = a_batch(config, step, batch_size)
+        optimizer.zero_grad()
+        loss = net.loss(images, labels, DropoutDraws(SEED, step))
+        loss.backward()
+        facts["losses"].append(loss.item())
+        if step == 0:
+            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return facts
+
+
+def train_tower(link: Link, name: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """:func:`train_steps` on one tower of two."""
+    config = recipe(name)
+    net = TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=SEED)
+    return train_steps(net, config, batch_size, steps)
+
+
+def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """:func:`train_steps` with both towers here."""
+    config = recipe(name)
+    torch.set_num_threads(1)
+    return train_steps(TwoTowerNet(config.model, seed=SEED), config, batch_size, steps)
+
+
+def count_one_step(link: Link, name: str, batch_size: int) -> dict[str, Any]:
+    """Every c10d call of one training step, as the dispatcher sees it, and the ledger beside it."""
+    config = recipe(name)
+    net = TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=SEED)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    images, labels = a_batch(config, 0, batch_size)
+    link.ledger.clear()
+    with CallCounter() as forward:
+        loss = net.loss(images, labels, DropoutDraws(SEED, 0))
+    with CallCounter() as backward:
+        loss.backward()
+    with CallCounter() as rest:
+        link.control([1, 2, 3])
+        optimizer.step()
+    ledger = [row.to_dict() for row in link.ledger.rows()]
+    return {"forward": forward.calls, "backward": backward.calls, "rest": rest.calls, "ledger": ledger}

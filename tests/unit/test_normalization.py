@@ -1,0 +1,61 @@
+"""Response normalisation against torch's and against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.normalization import response_norm, spatial_norm
+
+
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+def test_gradients_are_exact(beta: float) -> None:
+    """float64 finite differences, with a strong alpha so that every term of the backward matters."""
+    x = torch.randn(2, 7, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: response_norm(v, size=5, alpha=0.3, beta=beta, k=2.0), (x,))
+    assert torch.autograd.gradcheck(lambda v: spatial_norm(v, size=3, alpha=0.3, beta=beta), (x,))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("maps", [3, 48])
+def test_equals_torch_whose_alpha_is_divided_by_size(maps: int, memory_format: torch.memory_format) -> None:
+    """Values and gradients of nn.LocalResponseNorm(5, 5 alpha)."""
+    x = (torch.randn(2, maps, 9, 9) * 30).to(memory_format=memory_format).requires_grad_()
+    ours = response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+    theirs = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * weights).sum(), x)[0],
+        torch.autograd.grad((theirs * weights).sum(), x)[0],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_spatial_norm_by_hand() -> None:
+    """One bright pixel, 3x3 window: its neighbours are zero, so only it is scaled."""
+    x = torch.zeros(1, 1, 5, 5)
+    x[0, 0, 2, 2] = 2.0
+    x[0, 0, 2, 3] = 1.0
+    y = spatial_norm(x, size=3, alpha=0.1, beta=0.75)
+    assert y[0, 0, 2, 2].item() == pytest.approx(2.0 * (1 + 0.1 * 5.0) ** -0.75)
+    assert y[0, 0, 2, 3].item() == pytest.approx(1.0 * (1 + 0.1 * 5.0) ** -0.75)
+
+
+def test_bfloat16_is_as_good_as_its_inputs() -> None:
+    """bfloat16 in and out, sums in float32: the relative error is that of rounding the output once."""
+    x = torch.randn(2, 16, 6, 6) * 50
+    narrow = x.bfloat16()
+    exact = response_norm(narrow.float(), size=5, alpha=1e-4, beta=0.75, k=2.0)
+    found = response_norm(narrow, size=5, alpha=1e-4, beta=0.75, k=2.0)
+    assert found.dtype == torch.bfloat16
+    assert ((found.float() - exact).norm() / exact.norm()).item() < 2**-8
+
+
+def test_only_the_input_is_saved() -> None:
+    """What the backward keeps alive is the input itself, nothing of its size besides."""
+    saved: list[torch.Tensor] = []
+    x = torch.randn(1, 8, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]

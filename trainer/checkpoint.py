@@ -1,0 +1,155 @@
+"""Checkpoints: one safetensors file a tower, whole or invisible.
+
+``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
+velocities as ``velocity/conv1.weight``) and ``checkpoint.json`` (step, loader state, sizes and sha256 of the others),
+which is written last into a folder that gets its name only then. Names do not say how many processes wrote them, so one
+process and two read each other's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.manifest import sync_folder, write_atomic
+from trainer.errors import CheckpointError
+from trainer.model import Tower, TwoTowerNet
+from trainer.optimizer import PaperSGD
+
+RECORD = "checkpoint.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRecord:
+    """What ``checkpoint.json`` says.
+
+    Attributes:
+        step: finished updates.
+        config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
+        loader: state of the training loader after the last batch of that step.
+        files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
+    """
+
+    step: int
+    config: str
+    loader: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
+    """Writes the towers that this process holds into an unfinished folder (see :func:`unfinished`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in net.held:
+        tower = net.tower(name)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tower.named_parameters()}
+        tensors |= {f"velocity/{key}": optimizer.velocity(value).cpu() for key, value in tower.named_parameters()}
+        path = folder / f"tower-{name}.safetensors"
+        save_file(tensors, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole; a leading dot keeps it out of every listing."""
+    return run / "checkpoints" / f".step-{step:08d}.unfinished"
+
+
+def commit(run: Path, step: int, *, config: str, loader: dict[str, Any], towers: Sequence[str]) -> Path:
+    """Makes a checkpoint visible, once every tower's file is in its unfinished folder. Called by one rank.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder, final = unfinished(run, step), folder_of(run, step)
+    files = {name: _facts(folder / name) for name in (f"tower-{tower}.safetensors" for tower in towers)}
+    record = CheckpointRecord(step=step, config=config, loader=loader, files=files)
+    write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+    if final.exists():
+        shutil.rmtree(final)
+    folder.replace(final)
+    sync_folder(final.parent)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Folders of the checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / RECORD).is_file())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Removes all but the newest ``count`` checkpoints, and what unfinished ones left behind."""
+    for path in [*checkpoints(run)[:-count], *(run / "checkpoints").glob(".step-*.unfinished")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """Reads and checks a checkpoint: every file there, of the right size and hash.
+
+    Raises:
+        CheckpointError: naming the file that is missing, torn or changed.
+    """
+    try:
+        record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
+        for name, expected in record.files.items():
+            found = _facts(folder / name)
+            if found != expected:
+                raise CheckpointError(f"{folder / name} is damaged: {found}, expected {expected}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {error})") from None
+    return record
+
+
+def load_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD | None = None) -> None:
+    """Loads the towers that this process holds, and their velocities where an optimizer is given.
+
+    Raises:
+        CheckpointError: a file does not fit the net.
+    """
+    for name in net.held:
+        path = folder / f"tower-{name}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        _fill(path, net.tower(name), tensors, optimizer)
+
+
+def _fill(path: Path, tower: Tower, tensors: dict[str, Any], optimizer: PaperSGD | None) -> None:
+    """Copies tensors into a tower, refusing any that is missing or of another shape."""
+    for key, parameter in tower.named_parameters():
+        pairs = [(key, parameter.data)]
+        if optimizer is not None:
+            pairs.append((f"velocity/{key}", optimizer.velocity(parameter)))
+        for tensor_name, target in pairs:
+            tensor = tensors.get(tensor_name)
+            if tensor is None or tensor.shape != target.shape:
+                found = "nothing" if tensor is None else tuple(tensor.shape)
+                raise CheckpointError(
+                    f"{path}: {tensor_name} is {found}, and this recipe's net needs {tuple(target.shape)}"
+                )
+            target.copy_(tensor)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size_bytes": path.stat().st_size, "sha256": digest}

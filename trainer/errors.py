@@ -1,0 +1,25 @@
+"""Errors that a user can act on: what is wrong, the value, what was expected, the fix."""
+
+
+class TrainerError(Exception):
+    """Root of every error the trainer raises on purpose; the command line prints it as one line and exits 2."""
+
+
+class ConfigError(TrainerError):
+    """A recipe has an unknown field or a value that cannot be used."""
+
+
+class RunError(TrainerError):
+    """A run folder is missing, in use, incomplete, or belongs to another recipe."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is missing, torn, or does not fit the network."""
+
+
+class DivergedError(TrainerError):
+    """The loss or a gradient is not finite; the update was not applied."""
+
+
+class PeerError(TrainerError):
+    """The other tower is gone, or it is not doing the same work (batch, recipe, version)."""

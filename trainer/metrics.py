@@ -1,0 +1,147 @@
+"""What a run writes about itself: environment.json, metrics.jsonl, TensorBoard, and progress for people."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.manifest import write_atomic
+
+PLAIN_LINE_EVERY_S = 5.0
+
+
+def describe_environment(argv: list[str]) -> dict[str, Any]:
+    """Commit, versions and machine, so that a figure can be traced."""
+    return {
+        "command": " ".join(argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str:
+    """Commit of the working tree, with ``+changes`` if it is not clean; ``unknown`` outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        read = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip()  # type: ignore[call-overload]
+        changes = subprocess.run(["git", "status", "--porcelain"], **read).stdout.strip()  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit + ("+changes" if changes else "")
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl`` and TensorBoard; a resumed run first drops the lines of steps that it will repeat.
+
+    Args:
+        run: run folder.
+        from_step: finished steps at the start; later lines are dropped.
+    """
+
+    def __init__(self, run: Path, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
+            write_atomic(path, b"".join(line + b"\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes one row; ``row["kind"]`` is ``step`` or ``evaluation``."""
+        self._file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            elif isinstance(value, dict):
+                for tower, number in value.items():
+                    self._board.add_scalar(f"{row['kind']}/{key}_{tower}", number, row["step"])
+
+    def flush(self) -> None:
+        """Makes what was written visible to readers."""
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    """Step of a line; a torn last line counts as never."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole rows of metrics.jsonl; an empty list where there is none."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) != float("inf")]
+
+
+class TrainingProgress:
+    """A bar on a terminal, one plain line every few seconds elsewhere, nothing where ``quiet``."""
+
+    def __init__(self, total_steps: int, *, done: int, quiet: bool) -> None:
+        console = Console(file=sys.stdout)
+        self._quiet, self._total, self._last = quiet, total_steps, time.monotonic()
+        self._bar: Progress | None = None
+        if not quiet and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("training", total=total_steps, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Shows a step row of metrics.jsonl."""
+        text = f"epoch {row['epoch'] + 1}  loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], description=text)
+        elif not self._quiet and time.monotonic() - self._last >= PLAIN_LINE_EVERY_S:
+            self._last = time.monotonic()
+            print(f"step {row['step']}/{self._total}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif not self._quiet:
+            print(text, flush=True)

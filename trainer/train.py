@@ -1,0 +1,314 @@
+"""The training loop. One process holds both towers, or two processes hold one each; the loop is the same."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import statistics
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.loader import Batch, EvaluationLoader, TrainingLoader
+from pipeline.manifest import read_manifest
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.errors import DivergedError, PeerError
+from trainer.evaluate import Evaluation, evaluate_net
+from trainer.exchange import Link, PairJoin
+from trainer.metrics import MetricsLog, TrainingProgress
+from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
+from trainer.optimizer import PaperSGD, rate_factor
+from trainer.run import Result, write_result
+
+FINITE, STOP = 1, 2  # flag bits of the control message
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What both towers know after the control message of a step."""
+
+    stop: bool
+    gradient_norm: dict[str, float]
+
+
+class Trainer:
+    """A run in this process.
+
+    Args:
+        config: the recipe.
+        data: data set folder.
+        run: run folder, already opened (:func:`trainer.run.open_run`).
+        link: the wire to the other tower, or None where this process holds both.
+        device: ``cpu`` or ``cuda:N``.
+    """
+
+    def __init__(self, config: Config, data: Path, run: Path, *, link: Link | None = None, device: str = "cpu") -> None:
+        self.config, self.data, self.run, self.link, self.device = config, data, run, link, device
+        self.started = time.perf_counter()
+        self.stop_signal: str | None = None
+        self.leads = link is None or link.tower == "a"
+        train = config.train
+        self.net = TwoTowerNet(
+            config.model,
+            held=TOWERS if link is None else (link.tower,),
+            join=PairJoin(link) if link else None,
+            seed=train.seed,
+            compiled=train.compile,
+        ).to(device)
+        self.optimizer = PaperSGD(self._named_parameters(), config.optimizer)
+        self.step = 0
+        state = self._resume()
+        self.loader = TrainingLoader(
+            data, config.data, batch_size=train.batch_size, seed=train.seed, device=device, state=state
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = train.epochs * self.steps_per_epoch
+        self.last_evaluation: Evaluation | None = None
+        self.rates: list[float] = []
+        self.ledger: list[dict[str, Any]] = []
+        self._handshake()
+
+    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.net.named_parameters()
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Loads the newest checkpoint, if there is one; returns the loader's state."""
+        folder = checkpoint.latest_checkpoint(self.run)
+        if folder is None:
+            return None
+        record = checkpoint.read_record(folder)
+        checkpoint.load_towers(folder, self.net, self.optimizer)
+        self.step = record.step
+        return record.loader
+
+    def _handshake(self) -> None:
+        """Refuses to start where the towers would not do the same work."""
+        if self.link is None:
+            return
+        facts = {
+            "recipe": self.config.fingerprint,
+            "data set": read_manifest(self.data).fingerprint,
+            "torch version": torch.__version__,
+            "step to start from": self.step,
+        }
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, facts, group=self.link.control_group)
+        for name in facts:
+            if everyone[0][name] != everyone[1][name]:
+                raise PeerError(
+                    f"the towers have different values of {name}: a {everyone[0][name]}, b {everyone[1][name]}"
+                )
+
+    def request_stop(self, number: int, _frame: object = None) -> None:
+        """Signal handler: finish the step, save, end."""
+        self.stop_signal = signal.Signals(number).name
+
+    def train(self) -> Result:
+        """Trains to the end, to a signal, or to an error; writes result.json in every case.
+
+        Raises:
+            DivergedError: loss or gradient not finite, on either tower; the weights stay as they were.
+            PeerError: the other tower is gone or disagrees.
+        """
+        self.log = MetricsLog(self.run, self.step) if self.leads else None
+        self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
+        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        reason, sentence = "failed", ""
+        try:
+            with self.progress:
+                stopped = self._loop()
+            reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
+        except Exception as error:
+            sentence = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            result = self._result(reason, sentence)
+            if self.leads:
+                write_result(self.run, result)
+            if self.log:
+                self.log.close()
+            self.loader.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return result
+
+    def _loop(self) -> str | None:
+        """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
+        self.progress.say(self._opening_line())
+        verdict = Verdict(stop=False, gradient_norm={})
+        while self.step < self.total_steps and not verdict.stop:
+            verdict = self._one_step()
+            ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
+            last = self.step == self.total_steps
+            every = self.config.train.evaluate_every_epochs
+            if last or (ended_epochs and every and ended_epochs % every == 0):
+                self._evaluate()
+            if last or verdict.stop or self._checkpoint_is_due(ended_epochs):
+                self._save()
+        if self.step == self.total_steps and self.last_evaluation is None:  # resumed after the last step
+            self._evaluate()
+        return (self.stop_signal or "the other tower") if verdict.stop and self.step < self.total_steps else None
+
+    def _opening_line(self) -> str:
+        """What the run is about to do."""
+        towers = "two processes, one a tower" if self.link else "one process"
+        begin = f"from step {self.step}" if self.step else "from the start"
+        return (
+            f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
+            f"{towers}, {self.device}, {begin}"
+        )
+
+    def _checkpoint_is_due(self, ended_epochs: int) -> bool:
+        """Whether the recipe asks for a checkpoint after this step."""
+        train = self.config.train
+        by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
+        return bool(by_step or (ended_epochs and ended_epochs % train.checkpoint_every_epochs == 0))
+
+    def _one_step(self) -> Verdict:
+        """One update; logs a row."""
+        begin = time.perf_counter()
+        batch = self.loader.next()
+        waited_s = time.perf_counter() - begin
+        if self.link:
+            self.link.ledger.clear()
+        loss = self._forward_backward(batch)
+        verdict = self._agree(batch, loss)
+        factor = rate_factor(self.config.optimizer, self.step / self.steps_per_epoch)
+        self.optimizer.set_rate_factor(factor)
+        self.optimizer.step()
+        self.step += 1
+        if self.link and not self.ledger:
+            self.ledger = [row.to_dict() for row in self.link.ledger.rows()]
+        elapsed_s = time.perf_counter() - begin
+        self.rates.append(self.config.train.batch_size / elapsed_s)
+        if self.log:
+            row = {
+                "kind": "step",
+                "step": self.step,
+                "epoch": batch.epoch,
+                "loss": loss,
+                "learning_rate": self.config.optimizer.learning_rate * factor,
+                "images_per_s": self.rates[-1],
+                "data_wait_share": waited_s / elapsed_s,
+                "gradient_norm": verdict.gradient_norm,
+            }
+            self.log.write(row)
+            self.progress.step(row)
+        return verdict
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Gradients of every parameter; returns the loss (nan on tower b, which does not know it)."""
+        draws = DropoutDraws(self.config.train.seed, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._precision():
+            loss = self.net.loss(batch.images, batch.labels, draws)
+        loss.backward()
+        return float(loss) if self.leads else math.nan
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 matrix products where the recipe asks for them."""
+        if self.config.train.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
+
+    def _agree(self, batch: Batch, loss: float) -> Verdict:
+        """Compares notes with the other tower before the update: same batch, finite numbers, stop or go on."""
+        norms = {name: self._gradient_norm(name) for name in self.net.held}
+        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or not self.leads)
+        flags = FINITE * finite | STOP * (self.stop_signal is not None)
+        if self.link:
+            norm = norms[self.link.tower]
+            theirs = self.link.control([batch.fingerprint, flags, _bits_of(norm)])
+            if theirs[0] != batch.fingerprint:
+                raise PeerError(f"step {self.step}: the towers have different batches (first key here {batch.keys[0]})")
+            norms[TOWERS[1 - TOWERS.index(self.link.tower)]] = _double_of(theirs[2])
+            flags = (flags & theirs[1] & FINITE) | ((flags | theirs[1]) & STOP)
+        if not flags & FINITE:
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in sorted(norms.items()))
+            raise DivergedError(
+                f"step {self.step}: not finite (loss {loss:.4g}, gradient norms {shown}); the update was not applied; "
+                f"batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these pictures"
+            )
+        return Verdict(stop=bool(flags & STOP), gradient_norm=dict(sorted(norms.items())))
+
+    def _gradient_norm(self, tower: str) -> float:
+        """Euclidean norm of all gradients of a tower."""
+        gradients = [p.grad for p in self.net.tower(tower).parameters() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+
+    def _evaluate(self) -> None:
+        """Top-1 and top-5 on the held-out split."""
+        train = self.config.train
+        loader = EvaluationLoader(
+            self.data, self.config.data, batch_size=train.batch_size, split=train.evaluate_split, device=self.device
+        )
+        evaluation = evaluate_net(self.net, loader)
+        if evaluation is None or self.log is None:
+            return
+        self.last_evaluation = evaluation
+        epoch = self.step / self.steps_per_epoch
+        row = {"kind": "evaluation", "step": self.step, "epoch": epoch, "split": train.evaluate_split}
+        row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5}
+        self.log.write(row | {"loss": evaluation.loss, "num_samples": evaluation.num_samples})
+        self.log.flush()
+        self.progress.say(
+            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
+            f"on {evaluation.num_samples} held-out pictures, {statistics.median(self.rates or [0.0]):.0f} images/s"
+        )
+
+    def _save(self) -> None:
+        """Writes a checkpoint: every process its towers, then one makes it visible."""
+        checkpoint.save_towers(checkpoint.unfinished(self.run, self.step), self.net, self.optimizer)
+        self._barrier()
+        if self.leads:
+            towers = TOWERS[: self.config.model.towers]
+            fingerprint, state = self.config.fingerprint, self.loader.state()
+            checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers)
+            checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
+            if self.log:
+                self.log.flush()
+        self._barrier()
+
+    def _barrier(self) -> None:
+        """Waits for the other tower."""
+        if self.link:
+            try:
+                dist.barrier(self.link.control_group)
+            except RuntimeError as error:
+                raise PeerError(
+                    f"the other tower is lost while a checkpoint was saved: {str(error).splitlines()[0]}"
+                ) from None
+
+    def _result(self, reason: str, sentence: str) -> Result:
+        """The run so far."""
+        evaluation = self.last_evaluation
+        return Result(
+            exit_reason=reason,
+            reason=sentence,
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            top1=evaluation.top1 if evaluation else None,
+            top5=evaluation.top5 if evaluation else None,
+            num_samples=evaluation.num_samples if evaluation else 0,
+            elapsed_s=time.perf_counter() - self.started,
+            images_per_s=statistics.median(self.rates or [0.0]),
+            processes=2 if self.link else 1,
+            batch_size=self.config.train.batch_size,
+            ledger=self.ledger,
+        )
+
+
+def _bits_of(number: float) -> int:
+    """The bits of a double as int64, so that it fits a control word."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _double_of(bits: int) -> float:
+    """The inverse of :func:`_bits_of`."""
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
