@@ -111,7 +111,7 @@ class Manifest:
     Attributes:
         format: version of this layout.
         source: name of the source (``digits``, ``folder``, ``imagenet``, ...).
-        settings: every setting that decides the bytes (seed, shard size, resize, encoding, filter, orientation policy...).
+        settings: every setting that decides the bytes (seed, shard size, resize, encoding, filter, orientation...).
         picture: what the stored pictures are.
         classes: the class table; row number = label.
         label_order: how labels are ordered (``alphabetical``, ``ilsvrc``, ``source``).
@@ -130,8 +130,12 @@ class Manifest:
     files: dict[str, dict[str, Any]]
 
     def to_json(self) -> str:
-        """The manifest as canonical JSON text: sorted keys, so the same data set gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        """The manifest as canonical JSON text: sorted keys, so the same data set gives the same bytes.
+
+        Its field ``sha256`` is the digest of the text without that field, so that a reader notices damage.
+        """
+        raw = dataclasses.asdict(self)
+        return _canonical(raw | {"sha256": hashlib.sha256(_canonical(raw).encode()).hexdigest()})
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +153,9 @@ def from_json(text: str) -> Manifest:
         raw = json.loads(text)
         found = raw["format"]
         if found != FORMAT:
-            raise DatasetError(f"manifest format {found} is not supported (expected {FORMAT}): prepare the data set again")
+            raise DatasetError(
+                f"manifest format {found} is not supported (expected {FORMAT}): prepare the data set again"
+            )
         splits = {
             name: SplitRecord(
                 num_samples=split["num_samples"],
@@ -158,7 +164,7 @@ def from_json(text: str) -> Manifest:
             )
             for name, split in raw["splits"].items()
         }
-        return Manifest(
+        manifest = Manifest(
             format=found,
             source=raw["source"],
             settings=raw["settings"],
@@ -168,8 +174,15 @@ def from_json(text: str) -> Manifest:
             splits=splits,
             files=raw["files"],
         )
+        if manifest.to_json() != text:
+            raise DatasetError(f"{MANIFEST_NAME} is damaged (its sha256 does not match its content): run prepare again")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"manifest.json is damaged ({type(error).__name__}: {error}): run prepare again") from None
+
+
+def _canonical(raw: dict[str, Any]) -> str:
+    return json.dumps(raw, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -179,12 +192,14 @@ def read_manifest(folder: Path) -> Manifest:
         DatasetError: there is no whole data set in ``folder``.
     """
     if not folder.is_dir():
-        raise DatasetError(f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}")
+        raise DatasetError(
+            f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}"
+        )
     try:
         text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DatasetError(
-            f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again to finish it"
+            f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again"
         ) from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{folder / MANIFEST_NAME} is damaged ({error}): run prepare again") from None
@@ -192,7 +207,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either whole under its name or absent: temporary name, fsync, rename, fsync of folder."""
+    """Writes a file that is either whole under its name or absent: temporary name, fsync, rename, fsync of folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -200,8 +215,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -1,0 +1,134 @@
+"""``prepare``: turn pictures into a data set."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import ENCODINGS, ON_ERROR, PrepareOptions
+from pipeline.manifest import QUARANTINE_NAME
+from pipeline.sources import SOURCES
+
+if TYPE_CHECKING:
+    from pipeline.prepare import Summary
+
+LEFT_OUT = 3
+STOPPED_INT = 130
+STOPPED_TERM = 143
+
+DESCRIPTION = """\
+Turn pictures into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
+repairs what is damaged, and does nothing when the data set is whole."""
+EPILOG = """\
+examples:
+  python -m pipeline prepare --source digits --output data/digits
+  python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
+exit codes:
+  0 whole; 3 whole, but some pictures were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
+  1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "prepare",
+        help="turn pictures into shards, on Ray",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_places(parser)
+    _add_pictures(parser)
+    _add_running(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("from where, to where")
+    group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
+    group.add_argument("--input", type=Path, metavar="PATH", help="what the source reads")
+    group.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder, or one begun before")
+    group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
+    group.add_argument(
+        "--shard-size", type=int, default=_default("shard_size"), metavar="N", help="most samples a tar (%(default)s)"
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        default=_default("val_fraction"),
+        metavar="F",
+        help="share of each class for val, where a folder has no splits (default: %(default)s)",
+    )
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--resize", default="default", metavar="N|none", help="side in pixels (default: 256 for files, none for pixels)"
+    )
+    group.add_argument(
+        "--encoding",
+        default="default",
+        metavar="|".join(ENCODINGS),
+        help="default: jpeg for files, png for pixels, original for files with --resize none",
+    )
+    group.add_argument(
+        "--quality", type=int, default=_default("quality"), metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--on-error",
+        default=_default("on_error"),
+        metavar="|".join(ON_ERROR),
+        help="for pictures that cannot be used (default: %(default)s)",
+    )
+    for option, unit in (("max_pixels", "pixels"), ("max_bytes", "bytes")):
+        group.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=int,
+            default=_default(option),
+            metavar="N",
+            help=f"more {unit} than this are refused before decoding (default: %(default)s)",
+        )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="shards in work at once (default: every core)"
+    )
+    group.add_argument("--address", metavar="A", help="of a Ray cluster (default: this machine)")
+
+
+def _default(option: str) -> object:
+    return PrepareOptions.__dataclass_fields__[option].default
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares, prints a summary, and returns the exit code."""
+    options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
+    from pipeline.prepare import Terminated, prepare  # imports ray
+
+    try:
+        summary = prepare(options)
+    except (KeyboardInterrupt, Terminated) as stop:
+        print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
+        return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
+    print_summary(options.output, summary)
+    return LEFT_OUT if summary.num_left_out else 0
+
+
+def print_summary(folder: Path, summary: "Summary") -> None:
+    """Counts, shards, bytes and rate, in a few lines."""
+    manifest = summary.manifest
+    if not summary.num_done:
+        print(f"{folder} is whole already: every file checked by sha256, nothing to do")
+    for name, split in manifest.splits.items():
+        size = sum(shard.size_bytes for shard in split.shards) / 1e6
+        print(f"{name}: {split.num_samples:,} pictures in {len(split.shards):,} shards, {size:,.1f} MB")
+    if summary.num_done:
+        rate = summary.num_done / max(summary.elapsed_s, 1e-9)
+        print(f"prepared {summary.num_done:,} pictures in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
+    if summary.num_left_out:
+        print(f"left out: {summary.num_left_out:,} pictures that cannot be used; see {folder / QUARANTINE_NAME}")
+    print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -1,0 +1,145 @@
+"""What can be asked of ``prepare``: typed, checked, and the part of it that decides the bytes."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+ENCODINGS = ("jpeg", "png", "raw", "original")
+MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32
+ON_ERROR = ("quarantine", "fail")
+CHROMA = "420"  # half of the chroma samples each way: what nearly every photo source has, and the fastest to decode
+FILTER = "centre square, then antialiased bicubic"
+ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSettings:
+    """How one picture is checked, resized and stored.
+
+    Attributes:
+        resize_px: side of the stored square, or None to keep the size.
+        encoding: ``jpeg``, ``png``, ``raw`` (uint8 HWC) or ``original`` (the source's bytes,
+            if DALI's decoder takes them).
+        quality: JPEG quality, 1 to 100.
+        channels: 3 for RGB, 1 for gray.
+        max_pixels: a picture of more pixels is refused before it is decoded.
+        max_bytes: a file of more bytes is refused before it is read.
+    """
+
+    resize_px: int | None = 256
+    encoding: str = "jpeg"
+    quality: int = 90
+    channels: int = 3
+    max_pixels: int = 100_000_000
+    max_bytes: int = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    """Everything that ``python -m pipeline prepare`` takes.
+
+    Attributes:
+        source: name of the source, see :data:`pipeline.sources.SOURCES`.
+        output: folder of the data set.
+        input: folder or file of the source; None where the source brings its own pictures.
+        workers: shards in work at once; 0 means every core (on a cluster: every CPU of it).
+        seed: seed of the split and of the global shuffle.
+        shard_size: most samples in one tar, 1 to 10,000,000; the shards of a split differ by at most one sample.
+        resize: ``default`` (the source's own), ``none`` or a side in pixels.
+        encoding: ``default`` or one of :data:`ENCODINGS`.
+        quality: JPEG quality, 1 to 100.
+        val_fraction: share of each class that goes to ``val`` where the source has no split, 0 <= share < 1.
+        address: address of a Ray cluster, None for this machine.
+        on_error: ``quarantine`` lists pictures that cannot be used and goes on, ``fail`` stops at the first.
+        max_pixels: size cap in pixels.
+        max_bytes: size cap in bytes.
+    """
+
+    source: str
+    output: Path
+    input: Path | None = None
+    workers: int = 0
+    seed: int = 0
+    shard_size: int = 2048
+    resize: str = "default"
+    encoding: str = "default"
+    quality: int = 90
+    val_fraction: float = 0.1
+    address: str | None = None
+    on_error: str = "quarantine"
+    max_pixels: int = 100_000_000
+    max_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
+        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        _require(1 <= self.shard_size <= MAX_SHARD_SIZE, "--shard-size", self.shard_size, f"1 to {MAX_SHARD_SIZE:,}")
+        _require(1 <= self.quality <= 100, "--quality", self.quality, "1 to 100")
+        _require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "a share from 0 to below 1")
+        _require(self.on_error in ON_ERROR, "--on-error", self.on_error, " or ".join(ON_ERROR))
+        _require(self.encoding in (*ENCODINGS, "default"), "--encoding", self.encoding, ", ".join(ENCODINGS))
+        _require(self.max_pixels >= 1, "--max-pixels", self.max_pixels, "1 or more")
+        _require(self.max_bytes >= 1, "--max-bytes", self.max_bytes, "1 or more")
+        if self.resize not in ("default", "none"):
+            side = int(self.resize) if self.resize.isdecimal() else 0
+            _require(1 <= side <= 4096, "--resize", self.resize, "none or a side in pixels from 1 to 4096")
+        if self.encoding == "original":
+            _require(
+                self.resize == "none", "--encoding", "original", "--resize none beside it (bytes are kept as they are)"
+            )
+
+    def picture_settings(self, *, encoded: bool, channels: int) -> PictureSettings:
+        """Resolves the defaults that depend on the source.
+
+        Args:
+            encoded: the source holds JPEG or PNG files; otherwise it holds pixels.
+            channels: channels of the source's pictures.
+
+        Raises:
+            ConfigError: ``original`` was asked of a source that holds pixels.
+        """
+        resize_px = 256 if encoded else None
+        if self.resize != "default":
+            resize_px = None if self.resize == "none" else int(self.resize)
+        encoding = self.encoding
+        if encoding == "default":
+            encoding = ("original" if resize_px is None else "jpeg") if encoded else "png"
+        if encoding == "original" and not encoded:
+            raise ConfigError(
+                f"--encoding original: source {self.source} holds pixels, not files; use png, jpeg or raw"
+            )
+        return PictureSettings(
+            resize_px=resize_px,
+            encoding=encoding,
+            quality=self.quality,
+            channels=channels,
+            max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes,
+        )
+
+    def num_workers(self) -> int:
+        """Shards in work at once on this machine."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+def byte_settings(picture: PictureSettings) -> dict[str, Any]:
+    """The picture settings that decide the stored bytes, as the manifest records them."""
+    jpeg = picture.encoding == "jpeg"
+    return {
+        "resize_px": picture.resize_px,
+        "encoding": picture.encoding,
+        "quality": picture.quality if jpeg else None,
+        "chroma": CHROMA if jpeg and picture.channels == 3 else None,
+        "filter": FILTER if picture.resize_px else None,
+        "orientation": ORIENTATION,
+        "max_pixels": picture.max_pixels,
+        "max_bytes": picture.max_bytes,
+    }
+
+
+def _require(holds: bool, option: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option} {value}: expected {expected}")

@@ -1,0 +1,28 @@
+"""Asks the decoder that DALI uses (nvImageCodec, CPU) whether it takes a picture, before a training run has to."""
+
+import functools
+import importlib
+from typing import Any
+
+
+def dali_accepts(data: bytes) -> bool:
+    """Tells whether DALI's CPU decoder makes pixels of these bytes.
+
+    One picture that it refuses would end a whole DALI pipeline, which has no skip option (DALI #3913).
+    """
+    stream, decoder, parameters = _decoder()
+    return decoder.decode(stream(data), params=parameters) is not None
+
+
+@functools.cache
+def _decoder() -> tuple[Any, Any, Any]:
+    """The codec's stream class, a decoder and its parameters."""
+    nvimgcodec: Any = importlib.import_module("nvidia.nvimgcodec")
+
+    decoder = nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+    )
+    parameters = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.SRGB, apply_exif_orientation=True)
+    return nvimgcodec.CodeStream, decoder, parameters

@@ -1,0 +1,311 @@
+"""Turns a source into a data set: plan, one Ray task a shard, manifest last. The only file that imports ray."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from pipeline import faults, output
+from pipeline.config import PictureSettings, PrepareOptions, byte_settings
+from pipeline.errors import OutputError, PipelineError, SourceError
+from pipeline.manifest import INFO_NAME, Manifest, PictureFormat, ShardRecord
+from pipeline.plan import ShardPlan, plan_split
+from pipeline.progress import ProgressLine
+from pipeline.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, build_shard, read_result
+from pipeline.sources import Listing, open_source
+from pipeline.statistics import Totals
+
+TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while the driver sleeps
+RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
+OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
+POLL_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        manifest: the whole data set.
+        num_done: pictures this run worked on; 0 if the data set was whole already.
+        elapsed_s: seconds spent on shards, without starting Ray.
+    """
+
+    manifest: Manifest
+    num_done: int
+    elapsed_s: float
+
+    @property
+    def num_left_out(self) -> int:
+        """Pictures of the source that are not in the data set."""
+        return sum(split.num_quarantined for split in self.manifest.splits.values())
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def prepare(options: PrepareOptions) -> Summary:
+    """Makes the data set whole: everything, what is missing, or nothing.
+
+    Raises:
+        PipelineError: something the user can act on; the folder stays in a state that a later run continues.
+    """
+    output.check_ours(options.output)
+    source = open_source(options)
+    listing = source.list()
+    picture = options.picture_settings(encoded=listing.encoded, channels=listing.channels)
+    settings = all_settings(options, listing, picture)
+    plan = make_plan(listing, options)
+    with output.output_lock(options.output):
+        manifest = output.load_manifest(options.output)
+        if manifest is not None:
+            output.refuse_difference(options.output, *_without_libraries(manifest.settings, settings))
+        run = _Run(options, listing, picture, settings, plan, manifest)
+        job = ShardJob(
+            output=options.output.absolute(),
+            source=source,
+            picture=picture,
+            class_names=tuple(record.name for record in listing.classes),
+            fail_on_error=options.on_error == "fail",
+        )
+        return run.execute(job)
+
+
+def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
+    """Every shard of every split."""
+    return [
+        shard
+        for split in sorted(listing.splits)
+        for shard in plan_split(split, len(listing.splits[split]), seed=options.seed, shard_size=options.shard_size)
+    ]
+
+
+def all_settings(options: PrepareOptions, listing: Listing, picture: PictureSettings) -> dict[str, Any]:
+    """Everything that decides the bytes of the data set, as the manifest records it."""
+    return {
+        "source": options.source,
+        "seed": options.seed,
+        "shard_size": options.shard_size,
+        "val_fraction": options.val_fraction if options.source == "folder" else None,
+        "input_sha256": listing.digest(),
+        **byte_settings(picture),
+        "libraries": _libraries(picture),
+    }
+
+
+class _Run:
+    """One run on a locked folder."""
+
+    def __init__(
+        self,
+        options: PrepareOptions,
+        listing: Listing,
+        picture: PictureSettings,
+        settings: dict[str, Any],
+        plan: list[ShardPlan],
+        manifest: Manifest | None,
+    ) -> None:
+        self._options = options
+        self._listing = listing
+        self._settings = settings
+        self._plan = plan
+        self._manifest = manifest
+        self._folder = options.output
+        self._work = options.output / WORK_NAME
+        self._head = output.DatasetHead(
+            source=options.source,
+            settings=settings,
+            picture=PictureFormat(picture.encoding, picture.channels, None, None),
+            classes=listing.classes,
+            label_order=listing.label_order,
+        )
+
+    def execute(self, job: ShardJob) -> Summary:
+        """Writes what is missing and makes the manifest."""
+        try:
+            output.sweep(self._folder)
+            if self._manifest is not None:
+                repaired = self._repair(job, self._manifest)
+                if repaired is not None:
+                    return repaired
+            output.begin(self._folder, self._settings, self._listing.splits)
+            sound = self._sound()
+            missing = [shard for shard in self._plan if shard.name not in sound]
+            elapsed_s = self._build(job, missing)
+            return self._finish(missing, elapsed_s)
+        except OSError as error:
+            raise OutputError(f"cannot write {error.filename or self._folder}: {error.strerror or error}") from None
+
+    def _repair(self, job: ShardJob, manifest: Manifest) -> Summary | None:
+        """Brings damaged shards back to their recorded bytes; None if everything must be made again."""
+        damaged_files = output.file_damage(self._folder, manifest)
+        if damaged_files.keys() - {INFO_NAME}:
+            output.refuse_difference(self._folder, manifest.settings, self._settings)
+            return None  # statistics and quarantine list come from all shards
+        recorded = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
+        sound = output.sound_shards(self._folder, recorded.values())
+        damaged = [shard for shard in self._plan if shard.name in recorded.keys() - sound]
+        elapsed_s = 0.0
+        if damaged:
+            output.refuse_difference(self._folder, manifest.settings, self._settings)
+            output.begin(self._folder, self._settings, self._listing.splits)
+            elapsed_s = self._build(job, damaged, recorded)
+        if damaged_files:
+            output.write_info(self._folder, manifest)
+        output.clear_work(self._folder)
+        return Summary(manifest, sum(len(shard.rows) for shard in damaged), elapsed_s)
+
+    def _sound(self) -> set[str]:
+        """Names of the shards that need no work: recorded, and their files as recorded."""
+        results = (read_result(self._work, Path(shard.name).stem, with_positions=True) for shard in self._plan)
+        return output.sound_shards(self._folder, (result.shard for result in results if result))
+
+    def _build(self, job: ShardJob, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
+        """Makes these shards and checks them against ``recorded``, if given; returns the seconds without Ray's start."""
+        if not missing:
+            return 0.0
+        total = sum(len(shard.rows) for shard in self._plan)
+        done = total - sum(len(shard.rows) for shard in missing)
+        with ray_session(self._options) as workers, ProgressLine(total, done) as progress:
+            start_s = time.monotonic()
+
+            def report(result: ShardResult) -> None:
+                if recorded is not None and result.shard != recorded[result.shard.name]:
+                    raise SourceError(f"{result.shard.name} came out different: the input changed")
+                progress.advance(result.num_planned)
+                faults.reach("driver-shard-done")
+
+            run_shards(job, self._tasks(missing), workers=workers, report=report, tick=progress.tick)
+            return time.monotonic() - start_s
+
+    def _tasks(self, missing: list[ShardPlan]) -> Iterator[ShardTask]:
+        for shard in missing:
+            items = self._listing.splits[shard.split].items(shard.rows)
+            yield ShardTask(name=shard.name, split=shard.split, start=shard.start, items=items)
+
+    def _finish(self, missing: list[ShardPlan], elapsed_s: float) -> Summary:
+        results, totals = self._results()
+        manifest = output.finish(self._folder, self._head, results, totals)
+        output.clear_work(self._folder)
+        return Summary(manifest, sum(len(shard.rows) for shard in missing), elapsed_s)
+
+    def _results(self) -> tuple[list[ShardResult], Totals | None]:
+        """Every shard's record in the order of the plan, and the train split's statistics."""
+        results: list[ShardResult] = []
+        totals: Totals | None = None
+        for shard in self._plan:
+            result = read_result(self._work, Path(shard.name).stem, with_positions=True)
+            if result is None:
+                raise OutputError(f"the record of {shard.name} vanished from {self._work}: run prepare again")
+            if shard.split == "train":
+                totals = result.totals if totals is None else totals.merge(result.totals)
+            results.append(dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None)))
+        return results, totals
+
+
+@contextlib.contextmanager
+def ray_session(options: PrepareOptions) -> Iterator[int]:
+    """Connects to the cluster, or starts one on this machine; gives the number of shards to work on at once.
+
+    Raises:
+        PipelineError: the cluster cannot be reached.
+    """
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    arguments: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": False,
+        "logging_level": "error",
+        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+    }
+    if address == "local":
+        arguments |= {
+            "num_cpus": options.num_workers(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(**arguments)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise PipelineError(
+            f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+        ) from None
+    previous = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets its own
+    try:
+        yield options.workers or int(ray.cluster_resources().get("CPU", 1))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def run_shards(
+    job: ShardJob,
+    tasks: Iterator[ShardTask],
+    *,
+    workers: int,
+    report: Callable[[ShardResult], None],
+    tick: Callable[[], None],
+) -> None:
+    """Works through the tasks with a bounded number in flight, so that memory does not grow with the data set.
+
+    Raises:
+        PipelineError: the first error of a shard; the others stop.
+    """
+    remote = ray.remote(build_shard).options(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")
+    shared = ray.put(job)
+    running: dict[Any, ShardTask] = {}
+    exhausted = False
+    while running or not exhausted:
+        while not exhausted and len(running) < workers * TASKS_PER_WORKER:
+            task = next(tasks, None)
+            exhausted = task is None
+            if task is not None:
+                running[remote.remote(shared, task)] = task
+        done, _ = ray.wait(list(running), timeout=POLL_S) if running else ([], [])
+        for reference in done:
+            report(_result(reference, running.pop(reference)))
+        tick()
+
+
+def _result(reference: Any, task: ShardTask) -> ShardResult:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PipelineError):
+            raise cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{task.name}: its worker died {RETRIES + 1} times ({reason})") from None
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _libraries(picture: PictureSettings) -> dict[str, str]:
+    """Versions that can change a byte."""
+    names = ["pillow"]
+    if picture.encoding in ("jpeg", "original") or picture.channels == 3:
+        names.append("simplejpeg")
+    if picture.resize_px and picture.channels == 3:
+        names.append("torch")
+    return {name: metadata.version(name) for name in names}
+
+
+def _without_libraries(*settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A whole data set stays whole under newer libraries; only a run that makes shards must have the same."""
+    return [{key: value for key, value in row.items() if key != "libraries"} for row in settings]

@@ -1,0 +1,137 @@
+"""Source ``folder``: class folders of JPEG or PNG files.
+
+``INPUT/{train,val,test}/CLASS/*`` keeps its splits; ``INPUT/CLASS/*`` is split by a seed, class by class. Every
+file that is not hidden counts as a picture: what it is, its content tells, not its name.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import PrepareOptions
+from pipeline.errors import ConfigError, PictureError, SourceError
+from pipeline.manifest import ClassRecord
+from pipeline.plan import stratified
+from pipeline.sources import Item, Listing, SplitListing, printable
+
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Pictures in class folders.
+
+    Attributes:
+        root: the input folder.
+        val_fraction: share of every class for ``val`` where the folder has no splits.
+        seed: seed of that split.
+    """
+
+    root: Path
+    val_fraction: float
+    seed: int
+
+    def list(self) -> Listing:
+        """Lists the files, split by split, in the order of their names' bytes."""
+        folders = self._split_folders()
+        names = {split: sorted(_files(self.root, folder), key=_row_bytes) for split, folder in folders.items()}
+        classes = sorted({row[0] for rows in names.values() for row in rows}, key=os.fsencode)
+        if not classes:
+            raise SourceError(
+                f"{self.root}: no class folders with files in them; expected INPUT/CLASS/* or INPUT/train/CLASS/*"
+            )
+        label_of = {name: label for label, name in enumerate(classes)}
+        splits = {split: _listing(rows, label_of) for split, rows in names.items() if rows}
+        if set(folders) == {"all"}:
+            splits = self._split(splits["all"])
+        return Listing(
+            classes=tuple(ClassRecord(name=printable(name), title=printable(name)) for name in classes),
+            label_order="alphabetical",
+            splits=splits,
+            encoded=True,
+            channels=3,
+        )
+
+    def read(self, item: Item) -> bytes:
+        """The file's bytes."""
+        try:
+            return (self.root / item.file).read_bytes()
+        except OSError as error:
+            if not self.root.is_dir():
+                raise SourceError(f"{self.root}: the input folder is gone or cannot be read on this machine") from None
+            raise PictureError(f"cannot be read: {error.strerror}") from None
+
+    def _split_folders(self) -> dict[str, str]:
+        """Split name -> folder relative to the root; ``all`` if the classes lie at the root."""
+        if not self.root.is_dir():
+            raise SourceError(f"--input {self.root}: no such folder")
+        found: dict[str, str] = {}
+        for folder, split in SPLIT_FOLDERS.items():
+            if (self.root / folder).is_dir():
+                if split in found:
+                    raise SourceError(f"{self.root}: both {found[split]}/ and {folder}/ are there; keep one of them")
+                found[split] = folder
+        return found if "train" in found else {"all": ""}
+
+    def _split(self, listing: SplitListing) -> dict[str, SplitListing]:
+        chosen = stratified(listing.labels, self.val_fraction, seed=self.seed)
+        splits = {"train": listing.take(np.flatnonzero(~chosen)), "val": listing.take(np.flatnonzero(chosen))}
+        return {split: rows for split, rows in splits.items() if len(rows)}
+
+
+def from_options(options: PrepareOptions) -> FolderSource:
+    """Makes the source.
+
+    Raises:
+        ConfigError: no input was given.
+    """
+    if options.input is None:
+        raise ConfigError("--source folder needs --input FOLDER")
+    return FolderSource(root=options.input.absolute(), val_fraction=options.val_fraction, seed=options.seed)
+
+
+def _files(root: Path, folder: str) -> Iterator[tuple[str, str, int]]:
+    """Yields (class, path relative to root, size in bytes); hidden files and folders are passed over."""
+    for entry in _scan(root / folder):
+        if entry.is_dir():
+            relative = f"{folder}/{entry.name}" if folder else entry.name
+            for path, size in _walk(root, relative):
+                yield entry.name, path, size
+
+
+def _walk(root: Path, relative: str) -> Iterator[tuple[str, int]]:
+    for entry in _scan(root / relative):
+        path = f"{relative}/{entry.name}"
+        if entry.is_dir():
+            yield from _walk(root, path)
+        elif entry.is_file():
+            yield path, entry.stat().st_size
+        elif entry.is_symlink():  # broken: listed, so that it is reported instead of silently missing
+            yield path, 0
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be listed: {error.strerror}") from None
+
+
+def _row_bytes(row: tuple[str, str, int]) -> bytes:
+    return os.fsencode(row[1])
+
+
+def _listing(rows: list[tuple[str, str, int]], label_of: dict[str, int]) -> SplitListing:
+    paths = [path for _, path, _ in rows]
+    return SplitListing(
+        names=paths,
+        labels=np.array([label_of[name] for name, _, _ in rows], np.int32),
+        files=paths,
+        file_of=np.arange(len(rows), dtype=np.int32),
+        offsets=np.zeros(len(rows), np.int64),
+        sizes=np.array([size for _, _, size in rows], np.int64),
+    )
