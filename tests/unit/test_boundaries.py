@@ -70,7 +70,7 @@ def test_only_prepare_imports_ray_in_pipeline():
 def test_only_the_loader_imports_dali():
     files = [path for package in OURS for path in python_files(package)]
     users = {path.relative_to(ROOT).as_posix() for path in files if imports_of(path, "nvidia.dali")}
-    assert users <= {"pipeline/loader.py"}
+    assert users <= {"pipeline/loader_graph.py"}
 
 
 def test_trainer_does_not_import_ray():

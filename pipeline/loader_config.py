@@ -1,0 +1,92 @@
+"""The loader's settings: the ``[data]`` table of a recipe. No DALI, no torch: importable anywhere."""
+
+import dataclasses
+import math
+
+from pipeline.errors import ConfigError
+
+CHOICES = {
+    "mean": ("none", "channel", "pixel", "centre"),
+    "scale": ("255", "std", "standardise"),
+    "colour": ("none", "eigenvalue", "deviation"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """What is done to a stored picture before the network sees it, and how the reading is arranged.
+
+    A picture x (0..255) becomes ``(crop(x) - mean + colour) / std / divisor``, float32.
+
+    Attributes:
+        crop_px: side of the square crop, pixels, >= 1 and at most the stored picture's side. Paper: 224 of 256.
+        crop_shared_by: consecutive samples of an epoch that share one crop and mirror draw, >= 1.
+            1 is the paper; 32 is the original program.
+        mirror: probability of a horizontal mirror image in training, 0..1.
+        mean: what is subtracted. ``none``; ``channel``: one number a channel; ``pixel``: the mean image, cropped and
+            mirrored like the picture; ``centre``: always the centre crop of the mean image, never mirrored, as the
+            original program does.
+        scale: ``255``: pixels stay on 0..255; ``std``: each channel divided by its standard deviation over the training
+            set; ``standardise``: each crop brought to mean 0 and deviation 1 over all its values, last of all.
+        colour: PCA colour shift in training. ``none``; ``deviation``: along each eigenvector by
+            N(0,1) * colour_sigma * sqrt(eigenvalue), grey levels of 0..255 (the original program); ``eigenvalue``:
+            by N(0,1) * colour_sigma * eigenvalue where pixels and eigenvalues are on 0..1 (the paper read literally; on
+            0..255 it would be noise of +-1,483 grey levels for ILSVRC), so 255 * eigenvalue_255 / 255**2 grey levels.
+            ILSVRC-2012 deviations 121.78, 37.09, 19.72 give steps of 12.2, 3.7, 2.0 (deviation) or 5.8, 0.54, 0.15
+            grey levels (eigenvalue) at colour_sigma 0.1.
+        colour_sigma: size of the colour shift, no unit, >= 0.
+        colour_off_epoch: first epoch (0-based) without colour shift; -1: never off.
+        divisor: the result is divided by it, > 0. 1.1 in the original program.
+        shuffle_buffer: samples held by the reader to be drawn from at random, >= 1. Costs their encoded bytes.
+        threads: decoding threads of one loader, 0: as many as this process may use cores.
+        prefetch: batches prepared ahead, 1..64.
+
+    Raises:
+        ConfigError: a value outside its range, naming field, value and range.
+    """
+
+    crop_px: int = 224
+    crop_shared_by: int = 1
+    mirror: float = 0.5
+    mean: str = "pixel"
+    scale: str = "255"
+    colour: str = "none"
+    colour_sigma: float = 0.1
+    colour_off_epoch: int = -1
+    divisor: float = 1.0
+    shuffle_buffer: int = 4096
+    threads: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _INTEGER_RANGES.items():
+            _check_integer(name, getattr(self, name), low, high)
+        for name in ("mirror", "colour_sigma", "divisor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"data.{name} is {value!r}: expected a finite number")
+        if not 0 <= self.mirror <= 1:
+            raise ConfigError(f"data.mirror is {self.mirror}: expected a probability, 0..1")
+        if self.colour_sigma < 0:
+            raise ConfigError(f"data.colour_sigma is {self.colour_sigma}: expected 0 or more")
+        if self.divisor <= 0:
+            raise ConfigError(f"data.divisor is {self.divisor}: expected more than 0")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"data.{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+_INTEGER_RANGES = {
+    "crop_px": (1, 65536),
+    "crop_shared_by": (1, 1 << 30),
+    "colour_off_epoch": (-1, 1 << 30),
+    "shuffle_buffer": (1, 1 << 30),
+    "threads": (0, 1024),
+    "prefetch": (1, 64),
+}
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"data.{name} is {value!r}: expected a whole number, {low}..{high}")
