@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import commands
+from cluster import commands, training
 from cluster.errors import ClusterError
 from cluster.local import default_folder
 
@@ -94,7 +94,8 @@ def _add_job_commands(add: Add) -> None:
         commands.submit,
         "run a command as a Ray job, show its log, and exit with its exit code",
         "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits --address auto",
-        "python -m cluster submit --no-wait -- python -m trainer train --config configs/digits.toml ...",
+        "python -m cluster submit --towers 2 -- python -m trainer train --config configs/digits.toml "
+        "--data /data/digits --run /runs/one",
     )
     submit.add_argument("--id", metavar="ID", help="job id, never used before on the cluster (default: a new one)")
     submit.add_argument("--no-wait", action="store_true", help="return when the cluster has the job")
@@ -103,6 +104,7 @@ def _add_job_commands(add: Add) -> None:
         "--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)"
     )
     submit.add_argument("--print", action="store_true", help="only print the equal `ray job submit` command")
+    training.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
     submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
     status = add(commands.status, "show jobs: state, progress, exit code", "python -m cluster status --json")
     status.add_argument("id", nargs="?", metavar="ID", help="one job (default: all)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import doctor as checks
-from cluster import jobs, local
+from cluster import jobs, local, training
 from cluster.auth import ensure_token, token_path
 from cluster.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
 from cluster.errors import ClusterError
@@ -65,7 +65,7 @@ def submit(arguments: argparse.Namespace) -> int:
         raise ClusterError("submit: no command; expected: python -m cluster submit -- python -m pipeline prepare ...")
     address = dashboard_address(arguments.address)
     request = jobs.JobRequest(
-        command=jobs.absolute_paths(words, address),
+        command=training.entrypoint(arguments, jobs.absolute_paths(words, address)),
         job_id=arguments.id or jobs.new_job_id(words),
         environment=_environment(arguments.env),
         python=arguments.python,
@@ -119,18 +119,19 @@ def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     over = job["status"] in TERMINAL
     end = jobs.ending(client, job) if over else None
     progress = _progress(client, job)
+    entrypoint = job["entrypoint"].partition(" -- ")[2] or job["entrypoint"]
     now_ms = (job.get("end_time") if over else None) or time.time() * 1000
     return {
         "id": job.get("submission_id"),
         "state": end.outcome if end else job["status"].lower(),
         "exit_code": end.exit_code if end else None,
         "elapsed_s": round((now_ms - (job.get("start_time") or now_ms)) / 1000, 1),
-        "stage": progress.stage if progress else "",
+        "stage": jobs.stage_of(entrypoint.split()),
         "done": progress.done if progress else None,
         "total": progress.total if progress else None,
         "images_per_s": progress.images_per_s if progress else None,
         "left": progress.left if progress and not over else "",
-        "entrypoint": job["entrypoint"].partition(" -- ")[2] or job["entrypoint"],
+        "entrypoint": entrypoint,
     }
 
 

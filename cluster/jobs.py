@@ -1,6 +1,7 @@
 """Submit a command as a Ray job, follow it to its end, and learn its true exit code."""
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -75,9 +76,16 @@ class Ending:
 
 def new_job_id(command: Sequence[str]) -> str:
     """A unique id that says what the job does and when it was sent, such as prepare-20261122-103000-1f3a."""
-    words = [word for word in command if word.isidentifier() and word != "python"]
-    name = words[1] if len(words) > 1 and words[0] in ("pipeline", "trainer", "cluster") else (words or ["job"])[0]
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{stage_of(command)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def stage_of(command: Sequence[str]) -> str:
+    """What a command does in one word: prepare for `python -m pipeline prepare ...`, job if it does not show."""
+    for package, word in itertools.pairwise(command):
+        if package in ("pipeline", "trainer") and word.isidentifier():
+            return word
+    first = Path(command[0]).name if command else ""
+    return first if first.isidentifier() and not first.startswith("python") else "job"
 
 
 def absolute_paths(command: Sequence[str], address: str) -> tuple[str, ...]:

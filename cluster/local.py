@@ -106,7 +106,9 @@ def up(options: LocalOptions) -> LocalCluster:
 
 def add_node(options: LocalOptions, cluster: LocalCluster, number: int) -> LocalCluster:
     """Start one more node on this machine and write it down; `number` names its log file."""
-    arguments = [f"--address={cluster.gcs}", f"--object-store-memory={EXTRA_NODE_STORE_BYTES}"]
+    # One log monitor a machine: with two, every line of a worker reaches the driver twice.
+    arguments = [f"--address={cluster.gcs}", "--include-log-monitor=false"]
+    arguments += [f"--object-store-memory={EXTRA_NODE_STORE_BYTES}"]
     cluster = LocalCluster(cluster.address, cluster.gcs, (*cluster.nodes, _start_node(options, arguments, number)))
     save(options.folder, cluster)
     return cluster

@@ -1,12 +1,11 @@
-"""Reads the progress lines that the project's commands print: stage, done / total, rate, time left."""
+"""Reads the progress lines that the project's commands print: done / total, rate, time left."""
 
 import re
 from dataclasses import dataclass
 
-_DONE = re.compile(r"(?P<done>\d[\d,]*)\s*(?:/|of)\s*(?P<total>\d[\d,]*)\s*(?P<unit>[a-z]+)?")
-_RATE = re.compile(r"(?P<rate>\d[\d,]*(?:\.\d+)?)\s*(?:images|pictures|img)/s")
-_LEFT = re.compile(r"(?P<left>[\d:.]+\s*(?:s|min|h)?)\s+left|(?:left|ETA)\s+(?P<eta>[\d:.]+\s*(?:s|min|h)?)")
-_STAGE = re.compile(r"^\W*(?P<stage>[A-Za-z][\w -]{0,30}?)(?::|\s+\d)")
+_DONE = re.compile(r"(?<![\d./])(?P<done>\d[\d,]*)\s?/\s?(?P<total>\d[\d,]*)(?![\d/.])")
+_RATE = re.compile(r"(?P<rate>\d[\d,]*(?:\.\d+)?) images/s")
+_LEFT = re.compile(r"(?P<left>[\d:.]+ ?(?:s|min|h)?) left|ETA (?P<eta>[\d:.]+ ?(?:s|min|h)?)")
 
 
 @dataclass(frozen=True)
@@ -14,16 +13,14 @@ class Progress:
     """What one line tells.
 
     Attributes:
-        stage: what is being done, such as prepare or train.
-        done: finished units (shards, steps, ...), None if the line does not say.
+        done: finished units (pictures, steps, ...).
         total: all units.
         images_per_s: rate, None if the line does not say.
         left: time left as printed, "" if the line does not say.
     """
 
-    stage: str
-    done: int | None
-    total: int | None
+    done: int
+    total: int
     images_per_s: float | None
     left: str
 
@@ -33,9 +30,8 @@ def parse(line: str) -> Progress | None:
     done = _DONE.search(line)
     if not done:
         return None
-    stage, rate, left = _STAGE.search(line), _RATE.search(line), _LEFT.search(line)
+    rate, left = _RATE.search(line), _LEFT.search(line)
     return Progress(
-        stage=stage["stage"].strip() if stage else "",
         done=_number(done["done"]),
         total=_number(done["total"]),
         images_per_s=float(rate["rate"].replace(",", "")) if rate else None,
@@ -44,9 +40,11 @@ def parse(line: str) -> Progress | None:
 
 
 def latest(log: str) -> Progress | None:
-    """The last progress in a log."""
-    found = (parse(line) for line in reversed(log.splitlines()))
-    return next((progress for progress in found if progress), None)
+    """The last progress in a log; a line that tells the rate goes before one that tells only how much is done."""
+    found = [progress for progress in map(parse, log.splitlines()) if progress]
+    with_rate = [progress for progress in found if progress.images_per_s is not None]
+    best = with_rate or found
+    return best[-1] if best else None
 
 
 def _number(text: str) -> int:

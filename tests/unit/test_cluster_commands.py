@@ -228,18 +228,40 @@ def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("line", "stage", "done", "total", "rate", "left"),
+    ("line", "done", "total", "rate", "left"),
     [
-        ("prepare: 3/12 shards, 1,234 images, 645.5 images/s, 0:12 left", "prepare", 3, 12, 645.5, "0:12"),
-        ("train 40/110 steps loss 0.31 900 images/s ETA 12s", "train", 40, 110, 900.0, "12s"),
+        ("prepared 239 / 1,797 pictures, 48 images/s, 33 s left", 239, 1797, 48.0, "33 s"),
+        ("(RayTrainWorker pid=7) step 55/88  epoch 3  loss 1.7552  921 images/s", 55, 88, 921.0, ""),
+        ("epoch 2/4: top-1 0.5222, top-5 0.9389 on 360 held-out pictures, 1,742.5 images/s", 2, 4, 1742.5, ""),
+        ("shards 3/12", 3, 12, None, ""),
     ],
 )
-def test_progress_lines(line, stage, done, total, rate, left):
+def test_progress_lines(line, done, total, rate, left):
     progress = parse(line)
-    assert (progress.stage, progress.done, progress.total) == (stage, done, total)
-    assert (progress.images_per_s, progress.left) == (rate, left)
+    assert (progress.done, progress.total, progress.images_per_s, progress.left) == (done, total, rate, left)
 
 
-def test_latest_progress_skips_other_lines():
-    assert latest("prepare: 1/4 shards\nprepare: 2/4 shards\ndone\n").done == 2
+@pytest.mark.parametrize(
+    "line", ["data set: /data/1/2 (7710be)", "finished at step 88: /runs/1", "", "2026/11/22 10:00"]
+)
+def test_other_lines_are_no_progress(line):
+    assert parse(line) is None
+
+
+def test_latest_progress_prefers_a_line_with_a_rate():
+    assert latest("step 1/4 10 images/s\nstep 2/4 10 images/s\ndone 4/4\n").done == 2
+    assert latest("shards 1/4\nshards 2/4\n").done == 2
     assert latest("nothing here\n") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        ("python -m pipeline prepare --output /data/train", "prepare"),
+        ("python -m cluster.training --towers 2 -- python -m trainer train --run /r", "train"),
+        ("/usr/bin/sleep 3", "sleep"),
+        ("python -c pass", "job"),
+    ],
+)
+def test_stage_of_a_command(command, stage):
+    assert jobs.stage_of(command.split()) == stage
