@@ -134,6 +134,13 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace) -> i
     if need.gpus:
         resources["GPU"] = float(need.gpus)
     workers: Any = most if least == most else (least, most)
+    name = Path(settings.folder).name  # never used before: Ray Train resumes a run by its name, silently
+    run_config: Any = RunConfig(
+        name=name,
+        storage_path=str(Path(settings.folder).parent),
+        failure_config=FailureConfig(max_failures=arguments.max_failures),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
     trainer = DataParallelTrainer(
         run_pair,
         train_loop_config=asdict(settings),
@@ -143,12 +150,7 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace) -> i
             resources_per_worker=resources,
             placement_strategy="SPREAD",
         ),
-        run_config=RunConfig(
-            name=Path(settings.folder).name,  # never used before: Ray Train resumes a run by its name, silently
-            storage_path=str(Path(settings.folder).parent),
-            failure_config=FailureConfig(max_failures=arguments.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
+        run_config=run_config,
     )
     try:
         result: Any = trainer.fit()
