@@ -171,7 +171,7 @@ class _Run:
         return output.sound_shards(self._folder, (result.shard for result in results if result))
 
     def _build(self, job: ShardJob, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
-        """Makes these shards and checks them against ``recorded``, if given; returns the seconds without Ray's start."""
+        """Makes these shards, checks them against ``recorded``; returns the seconds without Ray's start."""
         if not missing:
             return 0.0
         total = sum(len(shard.rows) for shard in self._plan)

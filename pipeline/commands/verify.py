@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="check every hash, count and index of a data set",
-        description="Check a data set against its manifest and name what is wrong: sizes, tar headers, counts, indexes,\n"
+        description="Check a data set against its manifest and name what is wrong: sizes, headers, counts, indexes,\n"
         "every sha256 (not with --fast); with --full every checksum, and DALI's decoder gets every picture.",
         epilog="example: python -m pipeline verify data/digits --full\n"
         "exit codes: 0 sound, 2 something is wrong (every finding is a line)",
