@@ -7,6 +7,7 @@ One graph serves CPU and GPU; DALI's default executor hands its buffers over, so
 """
 
 import base64
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.augmentation import Augmentation, Draws, centre_geometry, colour_steps, fingerprint, ten_views
+from pipeline.augmentation import Augmentation, Draws, centre_geometry, colour_steps, fingerprint
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader_batch import Batch, read_keys, read_labels
 from pipeline.loader_config import LoaderConfig
-from pipeline.loader_data import open_split, read_statistics
-from pipeline.loader_graph import (
-    Normaliser,
-    Reader,
-    build_pipeline,
-    evaluation_graph,
-    last_line,
-    positions,
-    training_graph,
-)
+from pipeline.loader_data import OpenSplit, open_split, read_statistics
+from pipeline.loader_graph import Normaliser, Reader, evaluation_graph, positions, split_graph, training_graph
+from pipeline.loader_limits import check_limits
+from pipeline.loader_running import QueueFill, RunningPipeline
+from pipeline.loader_skip import read_skip_list, skip_samples
+from pipeline.loader_split import SplitFeed, TorchNormaliser
+from pipeline.loader_sweep import with_decoder_share
+from pipeline.staging import stage
 
-__all__ = ["Batch", "EvaluationLoader", "LoaderConfig", "TrainingLoader"]
+__all__ = ["Batch", "EvaluationLoader", "LoaderConfig", "QueueFill", "SplitFeed", "TrainingLoader", "stage"]
 
 _STATE_FORMAT = 1
+
+
+class _Opened:
+    """A split that is ready to be read, with what lives as long as the loader."""
+
+    def __init__(self, data: Path, split: str, config: LoaderConfig, skip_list: Path | None, verify: bool) -> None:
+        self.split: OpenSplit = open_split(stage(data), split, verify=verify)
+        check_limits(len(self.split.tars), mmap=config.mmap)
+        self.indexes: tempfile.TemporaryDirectory[str] | None = None
+        if skip_list is not None:
+            self.indexes = tempfile.TemporaryDirectory(prefix="twotower-index-")
+            self.split = skip_samples(self.split, read_skip_list(skip_list), Path(self.indexes.name))
+        self.statistics = read_statistics(self.split.folder, self.split.manifest)
 
 
 class TrainingLoader:
     """Endless training batches: shuffled anew each epoch, the last partial batch of an epoch dropped.
 
     Args:
-        data: a prepared data set.
+        data: a prepared data set; a URL is staged to the local cache first.
         config: the recipe.
         batch_size: samples a batch of this replica, >= 1.
         seed: 0..2**63 - 1; decides order and draws. The same on both towers and on all replicas.
@@ -46,6 +58,9 @@ class TrainingLoader:
         replicas: how many there are; each sees its own part of every epoch.
         device: ``cpu`` or ``cuda:N``.
         state: what :meth:`state` returned, to continue after it.
+        skip_list: text file of sample keys to leave out, one a line.
+        verify: hash every tar before reading it.
+        split_feed: this tower's share of the decoding, for ``feed = "split"``.
 
     Attributes:
         steps_per_epoch: batches in an epoch, the same for every replica.
@@ -68,14 +83,16 @@ class TrainingLoader:
         replicas: int = 1,
         device: str = "cpu",
         state: dict[str, Any] | None = None,
+        skip_list: Path | None = None,
+        verify: bool = False,
+        split_feed: SplitFeed | None = None,
     ) -> None:
-        split = open_split(data, "train")
+        self._opened = _Opened(data, "train", config, skip_list, verify)
+        split, statistics = self._opened.split, self._opened.statistics
         _check_batch(batch_size, replica, replicas)
-        statistics = read_statistics(split.folder, split.manifest)
-        self._reader = Reader(split, config, batch_size, device, seed, True, replica, replicas)
-        self._augmentation = Augmentation(
-            config, seed, split.height_px, split.width_px, colour_steps(config, statistics)
-        )
+        steps = colour_steps(config, statistics)
+        self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
+        self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, True, replica, replicas))
         self.num_classes = len(split.manifest.classes)
         self.channels = split.manifest.picture.channels
         self.steps_per_epoch = split.num_samples // replicas // batch_size
@@ -84,15 +101,19 @@ class TrainingLoader:
                 f"batch size {batch_size} x {replicas} replica(s) is more than the {split.num_samples} training samples"
             )
         self._normaliser = Normaliser(config, statistics, self._reader)
-        self._iteration = 0  # batches that DALI has handed out, the dropped ones included
+        self._split_feed = _check_feed(config, split_feed, batch_size)
+        self._torch_normaliser = TorchNormaliser(self._normaliser, statistics, device) if self._split_feed else None
         self._restored = state
-        checkpoint = None if state is None else self._check_state(state)
-        self._pipeline = build_pipeline(
-            self._reader,
-            lambda: training_graph(self._reader, self._normaliser, self._feed),
-            checkpointing=True,
-            checkpoint=checkpoint,
+        checkpoint, iteration = (None, 0) if state is None else self._check_state(state)
+        self._running = RunningPipeline(
+            self._reader, self._graph, checkpointing=True, checkpoint=checkpoint, iteration=iteration
         )
+
+    def _graph(self) -> tuple[Any, ...]:
+        feed = self._split_feed
+        if feed:
+            return split_graph(self._reader, self._feed, part=feed.part, parts=feed.parts)
+        return training_graph(self._reader, self._normaliser, self._feed)
 
     def _feed(self, info: Any) -> tuple[np.ndarray, ...]:
         """The draws of DALI's iteration ``info.iteration``, for the external source."""
@@ -110,25 +131,25 @@ class TrainingLoader:
             DatasetError: a picture cannot be decoded; names shard and key.
         """
         while True:
-            epoch, position = divmod(self._iteration, self._reader.batches_per_epoch)
-            outputs = self._run()
-            self._iteration += 1
+            epoch, position = self._place()
+            outputs = self._running.run()
             self._restored = None
             if position < self.steps_per_epoch:
                 return self._batch(outputs, epoch, position)
 
-    def _run(self) -> Any:
-        try:
-            return self._pipeline.run()
-        except RuntimeError as error:
-            raise DatasetError(f"reading {self._reader.split.folder} failed: {last_line(error)}") from error
+    def _place(self) -> tuple[int, int]:
+        """Epoch and position of DALI's next batch; the position can be that of a batch to be dropped."""
+        return divmod(self._running.iteration, self._reader.batches_per_epoch)
 
     def _batch(self, outputs: Any, epoch: int, position: int) -> Batch:
-        images, labels, source, geometry, shift = outputs
+        pixels, labels, source, geometry, shift = outputs
         keys = read_keys(source)
         draws = Draws(np.array(geometry.as_array()), np.array(shift.as_array()))
+        images = torch.from_dlpack(pixels.as_tensor())
+        if self._split_feed and self._torch_normaliser:
+            images = self._torch_normaliser(self._split_feed.exchange(images), draws)
         return Batch(
-            images=torch.from_dlpack(images.as_tensor()),
+            images=images,
             labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),
             keys=keys,
             draws=draws.geometry,
@@ -137,20 +158,24 @@ class TrainingLoader:
             fingerprint=fingerprint(keys, draws, epoch=epoch, position=position),
         )
 
+    @property
+    def queue_fill(self) -> QueueFill:
+        """How often a batch was ready when it was asked for: a low ready_share means that the trainer starves."""
+        return self._running.queue_fill
+
     def state(self) -> dict[str, Any]:
         """The position after the last batch that :meth:`next` returned, JSON-able; prefetching does not show in it."""
         if self._restored is not None:  # nothing read since: DALI has no checkpoint of a restored iteration yet
             return dict(self._restored)
-        epoch, position = divmod(self._iteration, self._reader.batches_per_epoch)
+        epoch, position = self._place()
         if position >= self.steps_per_epoch:
             epoch, position = epoch + 1, 0
-        checkpoint = self._pipeline.checkpoint()
         return {
             **self._identity(),
             "epoch": epoch,
             "position": position,
-            "iteration": self._iteration,
-            "dali": base64.b64encode(checkpoint).decode(),
+            "iteration": self._running.iteration,
+            "dali": base64.b64encode(self._running.checkpoint()).decode(),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -158,6 +183,7 @@ class TrainingLoader:
         return {
             "format": _STATE_FORMAT,
             "data set": self._reader.split.manifest.fingerprint,
+            "skipped keys": list(self._reader.split.skipped),
             "batch size": self._reader.batch_size,
             "seed": self._reader.seed,
             "replica": self._reader.replica,
@@ -165,7 +191,7 @@ class TrainingLoader:
             "shuffle_buffer": self._reader.config.shuffle_buffer,
         }
 
-    def _check_state(self, state: dict[str, Any]) -> bytes:
+    def _check_state(self, state: dict[str, Any]) -> tuple[bytes, int]:
         for name, expected in self._identity().items():
             if state.get(name) != expected:
                 raise DatasetError(
@@ -173,29 +199,30 @@ class TrainingLoader:
                     "continue with the same, or start a new run"
                 )
         try:
-            self._iteration = int(state["iteration"])
-            return base64.b64decode(state["dali"], validate=True)
+            return base64.b64decode(state["dali"], validate=True), int(state["iteration"])
         except (KeyError, ValueError, TypeError) as error:
             raise DatasetError(f"the loader's state is damaged ({type(error).__name__}: {error})") from None
 
     def close(self) -> None:
         """Stops DALI's threads and frees its buffers; batches handed out stay valid."""
-        self._pipeline = None
+        self._running.close()
 
 
 class EvaluationLoader:
     """Every picture of a split exactly once, in stored order; the last batch may be smaller. Can be iterated again.
 
     Args:
-        data: a prepared data set.
+        data: a prepared data set; a URL is staged to the local cache first.
         config: the recipe; its random parts are off.
         batch_size: pictures a batch, >= 1.
         split: name of the split.
         views: ``centre``, or ``ten`` for corners and centre, then the same mirrored.
         device: ``cpu`` or ``cuda:N``.
+        skip_list: text file of sample keys to leave out, one a line.
+        verify: hash every tar before reading it.
 
     Attributes:
-        num_samples: pictures in the split.
+        num_samples: pictures that will be seen.
         num_classes: rows of the class table.
         channels: of the pictures.
 
@@ -212,50 +239,45 @@ class EvaluationLoader:
         split: str = "val",
         views: str = "centre",
         device: str = "cpu",
+        skip_list: Path | None = None,
+        verify: bool = False,
     ) -> None:
         if views not in ("centre", "ten"):
             raise ConfigError(f"views is {views!r}: expected centre or ten")
-        opened = open_split(data, split)
+        self._opened = _Opened(data, split, config, skip_list, verify)
+        opened, statistics = self._opened.split, self._opened.statistics
         _check_batch(batch_size, 0, 1)
-        statistics = read_statistics(opened.folder, opened.manifest)
         Augmentation(config, 0, opened.height_px, opened.width_px, statistics.eigenvectors)  # checks the crop
         self._views = views
-        self._reader = Reader(opened, config, batch_size, device, 0, False)
+        self._reader = with_decoder_share(Reader(opened, config, batch_size, device, 0, False))
         self._normaliser = Normaliser(config, statistics, self._reader)
         self.num_samples = opened.num_samples
         self.num_classes = len(opened.manifest.classes)
         self.channels = opened.manifest.picture.channels
 
-    def _geometry(self, count: int) -> np.ndarray:
+    def __iter__(self) -> Iterator[Batch]:
+        running = RunningPipeline(self._reader, lambda: evaluation_graph(self._reader, self._normaliser, self._views))
+        for position in range(self._reader.batches_per_epoch):
+            begin = position * self._reader.batch_size
+            count = min(self.num_samples - begin, self._reader.batch_size)  # the rest of the last batch is padding
+            yield self._batch(running.run(), position, count)
+        running.close()
+
+    def _batch(self, outputs: Any, position: int, count: int) -> Batch:
+        images, labels, source = outputs
+        keys = read_keys(source)[:count]
         split = self._reader.split
         size = {"height_px": split.height_px, "width_px": split.width_px, "crop_px": self._reader.config.crop_px}
-        return ten_views(**size) if self._views == "ten" else centre_geometry(count, **size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        pipeline = build_pipeline(self._reader, lambda: evaluation_graph(self._reader, self._normaliser, self._views))
-        left = self.num_samples
-        for position in range(self._reader.batches_per_epoch):
-            try:
-                images, labels, source = pipeline.run()
-            except RuntimeError as error:
-                raise DatasetError(f"reading {self._reader.split.folder} failed: {last_line(error)}") from error
-            count = min(left, self._reader.batch_size)  # the rest of the last batch is padding
-            left -= count
-            keys = read_keys(source)[:count]
-            split = self._reader.split
-            geometry = centre_geometry(
-                count, height_px=split.height_px, width_px=split.width_px, crop_px=self._reader.config.crop_px
-            )
-            draws = Draws(geometry, np.zeros((count, self.channels), np.float32))
-            yield Batch(
-                images=torch.from_dlpack(images.as_tensor())[:count],
-                labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),
-                keys=keys,
-                draws=geometry,
-                epoch=0,
-                position=position,
-                fingerprint=fingerprint(keys, draws, epoch=0, position=position),
-            )
+        draws = Draws(centre_geometry(count, **size), np.zeros((count, self.channels), np.float32))
+        return Batch(
+            images=torch.from_dlpack(images.as_tensor())[:count],
+            labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),
+            keys=keys,
+            draws=draws.geometry,
+            epoch=0,
+            position=position,
+            fingerprint=fingerprint(keys, draws, epoch=0, position=position),
+        )
 
 
 def _check_batch(batch_size: int, replica: int, replicas: int) -> None:
@@ -263,3 +285,14 @@ def _check_batch(batch_size: int, replica: int, replicas: int) -> None:
         raise ConfigError(f"batch size is {batch_size!r}: expected 1 or more")
     if not 0 <= replica < replicas:
         raise ConfigError(f"replica {replica} of {replicas}: expected 0..{replicas - 1}")
+
+
+def _check_feed(config: LoaderConfig, split_feed: SplitFeed | None, batch_size: int) -> SplitFeed | None:
+    """The split feed if the config asks for it.
+
+    Without one (a single process holds both towers) the whole batch is decoded here.
+    """
+    if config.feed == "each" or split_feed is None:
+        return None
+    split_feed.check(batch_size)
+    return split_feed

@@ -1,6 +1,7 @@
 """One batch, and how keys and labels are read out of what DALI returns."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,17 +33,26 @@ class Batch:
     fingerprint: int
 
 
+def _texts(padded: Any) -> list[bytes]:
+    rows = padded.as_array()
+    return rows.view(f"S{rows.shape[1]}").ravel().tolist()
+
+
 def read_keys(source: Any) -> tuple[str, ...]:
     """Keys out of DALI's source_info, ``PATH:OFFSET:KEY.EXTENSION``, a zero-padded uint8 array."""
-    rows = source.as_array()
-    texts = rows.view(f"S{rows.shape[1]}").ravel().tolist()
-    return tuple(text.rsplit(b":", 1)[1].rsplit(b"/", 1)[-1].split(b".", 1)[0].decode() for text in texts)
+    names = (text.rsplit(b":", 1)[1].rsplit(b"/", 1)[-1] for text in _texts(source))
+    return tuple(name.split(b".", 1)[0].decode() for name in names)
+
+
+def read_shards(source: Any, folder: Path) -> tuple[str, ...]:
+    """Each sample's shard, as a path inside the data set, out of DALI's source_info."""
+    paths = (text.rsplit(b":", 2)[0].decode() for text in _texts(source))
+    return tuple(Path(path).relative_to(folder).as_posix() for path in paths)
 
 
 def read_labels(labels: Any, keys: tuple[str, ...], num_classes: int) -> torch.Tensor:
     """(N,) int64 out of label texts, a zero-padded uint8 array."""
-    rows = labels.as_array()
-    texts = rows.view(f"S{rows.shape[1]}").ravel().tolist()[: len(keys)]
+    texts = _texts(labels)[: len(keys)]
     for text, key in zip(texts, keys, strict=True):
         if not text.isdigit() or int(text) >= num_classes:
             raise DatasetError(

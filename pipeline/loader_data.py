@@ -24,7 +24,8 @@ class OpenSplit:
         manifest: its record.
         record: the split's record.
         tars, indexes: absolute paths, in order.
-        num_samples: samples that will be read.
+        num_samples: samples that will be read: those of the record less the skipped ones.
+        skipped: keys of this split that the skip list took out, sorted.
         height_px, width_px: size of every picture.
     """
 
@@ -34,12 +35,18 @@ class OpenSplit:
     tars: tuple[str, ...]
     indexes: tuple[str, ...]
     num_samples: int
+    skipped: tuple[str, ...]
     height_px: int
     width_px: int
 
 
-def open_split(folder: Path, split: str) -> OpenSplit:
+def open_split(folder: Path, split: str, *, verify: bool = False) -> OpenSplit:
     """Reads the manifest and checks the split's files against it: sizes of tars, hashes and counts of indexes.
+
+    Args:
+        folder: a prepared data set on this machine.
+        split: name of the split.
+        verify: hash the tars as well (reads them whole).
 
     Raises:
         DatasetError: anything missing or different, named.
@@ -55,7 +62,7 @@ def open_split(folder: Path, split: str) -> OpenSplit:
     if sum(shard.num_samples for shard in record.shards) != record.num_samples or not record.num_samples:
         raise DatasetError(f"{folder}: split {split!r} records {record.num_samples} samples, not those of its shards")
     for shard in record.shards:
-        _check_shard(folder, shard)
+        _check_shard(folder, shard, verify)
     return OpenSplit(
         folder=folder,
         manifest=manifest,
@@ -63,13 +70,16 @@ def open_split(folder: Path, split: str) -> OpenSplit:
         tars=tuple(str(folder / shard.name) for shard in record.shards),
         indexes=tuple(str(folder / shard.index_name) for shard in record.shards),
         num_samples=record.num_samples,
+        skipped=(),
         height_px=picture.height_px,
         width_px=picture.width_px,
     )
 
 
-def _check_shard(folder: Path, shard: ShardRecord) -> None:
+def _check_shard(folder: Path, shard: ShardRecord, verify: bool) -> None:
     _check_size(folder / shard.name, shard.size_bytes)
+    if verify and file_sha256(folder / shard.name) != shard.sha256:
+        raise DatasetError(f"{folder / shard.name} is not the tar that the manifest records: {_REPAIR}")
     # An index of another tar is read silently by DALI, and one whose first line is too small shrinks the data set.
     # Hashing all of them is cheap (60 bytes a sample), so it is always done.
     index = _read(folder / shard.index_name)
@@ -80,6 +90,12 @@ def _check_shard(folder: Path, shard: ShardRecord) -> None:
         raise DatasetError(
             f"{folder / shard.index_name} begins {header!r}, expected 'v1.2 {shard.num_samples}': {_REPAIR}"
         )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:

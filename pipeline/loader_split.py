@@ -1,0 +1,84 @@
+"""``feed = "split"``: each tower decodes half of a batch, uint8 crops are exchanged, then normalised with torch.
+
+The exchange itself is the trainer's: it is handed in as a function, so that nothing here knows about process groups,
+and its bytes are booked by the trainer as ``input``, never as a crossing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pipeline.augmentation import Draws, Statistics, centre_geometry
+from pipeline.errors import ConfigError
+from pipeline.loader_graph import STANDARDISE_EPSILON, Normaliser
+
+Exchange = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFeed:
+    """This process' share of the decoding.
+
+    Attributes:
+        part: number of this process, 0-based: it decodes part ``part`` of each batch.
+        parts: processes that share a batch; must divide the batch size.
+        exchange: gets this part's crops, (N / parts, C, S, S) uint8 on the loader's device, and returns those of the
+            whole batch, (N, C, S, S), parts in order. Called once a batch, by every process.
+    """
+
+    part: int
+    parts: int
+    exchange: Exchange
+
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigError for a batch that cannot be split evenly."""
+        if not 0 <= self.part < self.parts:
+            raise ConfigError(f"part {self.part} of {self.parts}: expected 0..{self.parts - 1}")
+        if batch_size % self.parts:
+            raise ConfigError(
+                f"batch size {batch_size} cannot be split among {self.parts}: use a multiple, or feed = 'each'"
+            )
+
+
+class TorchNormaliser:
+    """What :class:`pipeline.loader_graph.Normaliser` does, on uint8 crops that are already mirrored, in torch."""
+
+    def __init__(self, normaliser: Normaliser, statistics: Statistics, device: str) -> None:
+        self._config = normaliser.config
+        self._size = {"height_px": normaliser.height_px, "width_px": normaliser.width_px}
+        self._device = device
+        self._std = torch.tensor(normaliser.std, device=device).reshape(1, -1, 1, 1)
+        self._mean = normaliser.mean
+        self._mean_image: torch.Tensor | None = None
+        if self._config.mean in ("pixel", "centre"):
+            assert statistics.mean_image is not None
+            image = np.ascontiguousarray(statistics.mean_image.transpose(2, 0, 1), dtype=np.float32)
+            self._mean_image = torch.from_numpy(image).to(device)  # (C, H, W)
+
+    def __call__(self, crops: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """(N, C, S, S) uint8 to float32."""
+        offset = torch.from_numpy(draws.shift - self._mean).to(self._device, non_blocking=True)
+        result = crops.to(torch.float32) + offset[:, :, None, None]
+        if self._mean_image is not None:
+            result -= self._aligned(draws.geometry)
+        result /= self._std
+        if self._config.scale == "standardise":
+            result -= result.mean(dim=(1, 2, 3), keepdim=True)
+            variance = result.square().mean(dim=(1, 2, 3), keepdim=True)
+            result *= torch.rsqrt(variance + STANDARDISE_EPSILON) / self._config.divisor
+        return result
+
+    def _aligned(self, geometry: np.ndarray) -> torch.Tensor:
+        """The mean image under each crop, (N, C, S, S), mirrored with it; or its centre, (1, C, S, S)."""
+        assert self._mean_image is not None
+        centre = self._config.mean == "centre"
+        if centre:
+            geometry = centre_geometry(1, **self._size, crop_px=self._config.crop_px)
+        steps = np.arange(self._config.crop_px)
+        rows = torch.from_numpy(geometry[:, 1:2] + steps).to(self._device)
+        columns = geometry[:, 0:1] + np.where(geometry[:, 2:3] == 1, steps[::-1], steps)
+        return self._mean_image[:, rows[:, :, None], torch.from_numpy(columns).to(self._device)[:, None, :]].transpose(
+            0, 1
+        )
