@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.epilog = "example: python -m trainer describe --config configs/paper.toml"
     _recipe_options(describe)
     describe.add_argument("--json", action="store_true", help="JSON instead of tables")
+    describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
 
     report = _command(commands, "report", "write RUN/report.html", _report)
     report.epilog = "example: python -m trainer report --run demo/run --data demo/digits"
@@ -188,7 +189,12 @@ def _describe(arguments: argparse.Namespace) -> int:
     from trainer.describe import print_tables, to_dict
 
     config = _load(arguments)
-    if arguments.json:
+    if arguments.svg:
+        from trainer.net_drawing import write_drawing
+
+        write_drawing(arguments.svg, config.model)
+        print(arguments.svg)
+    elif arguments.json:
         print(json.dumps(to_dict(config.model), indent=1))
     else:
         print_tables(config.model)

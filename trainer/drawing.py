@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-_WIDTH = 680  # of the view box; every length below is in its units
-_BOX = 212  # width of a layer's box
-_LEFT = 24  # left edge of tower a; tower b mirrors it
+_WIDTH = 628  # of the view box; every length below is in its units
+_BOX = 206  # width of a layer's box
+_LEFT = 8  # left edge of tower a; tower b mirrors it
 _TALL, _SLIM = 56, 28  # height of a box with parameters, and of one without (pooling)
 _GAP, _CROSSING_GAP = 32, 52  # below a box, and above a box that sees both towers
 _HEAD, _FOOT = 132, 92  # room for the image, and for the loss and the note
@@ -24,8 +24,8 @@ STYLE = """
  font-family:"Helvetica Neue",Helvetica,Arial,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
 @media (prefers-color-scheme:dark){.towers{
  --paper:#15161a;--ink:#e8e5de;--soft:#9b978d;--hair:#37383d;--a:#7db4e6;--b:#e3ae5a}}
-.towers text{fill:var(--ink);font-size:13px}.towers .soft{fill:var(--soft);font-size:12px}
-.towers .name{font-weight:600;font-size:14.5px}.towers .head{font-size:15px;font-weight:600}
+.towers text{fill:var(--ink);font-size:13.5px}.towers .soft{fill:var(--soft);font-size:12.5px}
+.towers .name{font-weight:600;font-size:15px}.towers .head{font-size:15px;font-weight:600}
 .towers .a{--c:var(--a)}.towers .b{--c:var(--b)}.towers .tint{fill:var(--c)}
 .towers .box{fill:var(--c);fill-opacity:.07;stroke:var(--c);stroke-opacity:.75}
 .towers .flow{fill:none;stroke:var(--soft);stroke-width:1.2}.towers .tip{fill:var(--soft)}
@@ -161,8 +161,8 @@ def _left(tower: str) -> float:
 
 
 def _text(x: float, y: float, text: str, css: str = "", *, anchor: str = "start", room: float = 0.0) -> str:
-    """Text; with ``room`` it is squeezed where it would be wider than that (a glyph of 12 px counts 6 px)."""
-    wide = bool(room) and len(text) * 6.0 > room
+    """Text; with ``room`` it is squeezed where it would be wider than that (a glyph counts 6.2 of them)."""
+    wide = bool(room) and len(text) * 6.2 > room
     squeeze = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if wide else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}"{squeeze}>{escape(text)}</text>'
 

@@ -1,8 +1,12 @@
 """The drawing of a recipe's net: what ``describe`` counts, in the form that ``drawing`` draws."""
 
+from pathlib import Path
+
+from pipeline.manifest import write_atomic
 from trainer.config import ModelConfig
 from trainer.describe import count_crossings, count_layers
 from trainer.drawing import Crossing, LayerRow, draw_towers
+from trainer.errors import ConfigError
 
 NOTES = {"norm": "LRN", "spatial_norm": "spatial norm"}
 
@@ -11,6 +15,20 @@ def draw_net(model: ModelConfig) -> str:
     """The net of a recipe as an SVG document; bytes on the crossings are an image's, forward, float32."""
     image = f"{model.image_px}x{model.image_px}x{model.channels}"
     return draw_towers(layer_rows(model), crossings_of(model), image=image, towers=model.towers)
+
+
+def write_drawing(path: Path, model: ModelConfig) -> None:
+    """Writes :func:`draw_net` to a file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        write_atomic(path, draw_net(model).encode())
+    except OSError as error:
+        raise ConfigError(
+            f"--svg {path} cannot be written ({error.strerror}): give a file in a folder of yours"
+        ) from None
 
 
 def crossings_of(model: ModelConfig) -> list[Crossing]:

@@ -8,8 +8,9 @@ paper they are printed on.
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from trainer.checkpoint import latest_checkpoint
 from trainer.report_page import page
 from trainer.report_pictures import PictureRow, PictureSet
 from trainer.report_run import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from pipeline.loader import Batch
 
 REPORT_NAME = "report.html"
 MOST_PICTURES = 2000  # held-out pictures run through the net for the report; accuracy figures come from the run itself
@@ -141,7 +145,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
     )
 
 
-def _images_at(batches: Iterator, keys: set[str]) -> dict[str, NDArray[np.uint8]]:
+def _images_at(batches: "Iterable[Batch]", keys: set[str]) -> dict[str, NDArray[np.uint8]]:
     """The pictures with these keys as the net's centre crop shows them, uint8 (H, W, C)."""
     found: dict[str, NDArray[np.uint8]] = {}
     for batch in batches:
@@ -161,6 +165,6 @@ def _count_pairs(labels: NDArray[np.int64], predicted: NDArray[np.int64], classe
 def _describe_data(data: Path, manifest: Manifest) -> str:
     """One line about a data set."""
     picture = manifest.picture
-    sizes = f"{picture.width_px} x {picture.height_px} px" if picture.height_px else "of many sizes"
+    sizes = f"{picture.width_px} \u00d7 {picture.height_px} px" if picture.height_px else "of many sizes"
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in sorted(manifest.splits.items()))
     return f"{manifest.source}: {splits}; {len(manifest.classes)} classes; {picture.encoding}, {sizes} ({data})"

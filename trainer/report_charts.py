@@ -12,7 +12,7 @@ _WIDTH, _HEIGHT = 480, 252  # of the view box
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 84, 34, 36  # margins around the plot
 _MOST_POINTS = 100  # a line has at most this many; more are summarised
 _CROWDED = 40  # more dots than this are a line without dots
-_CELL = 30  # side of a cell of the confusion table
+_CELL = 33  # side of a cell of the confusion table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Axis:
 
     Attributes:
         label: quantity and unit, the chart's title.
-        form: value -> text, for ticks and ends.
+        form: value -> text, for ticks.
+        exact: value -> text, for the figure at a line's end; None for the same as ticks.
         log: logarithmic; ignored where a value is not positive or all are within a factor of 20.
         low: the axis reaches down to this at least, if given.
         high: the axis reaches up to this at least, if given.
@@ -52,6 +53,7 @@ class Axis:
 
     label: str
     form: Callable[[float], str] = "{:g}".format
+    exact: Callable[[float], str] | None = None
     log: bool = False
     low: float | None = None
     high: float | None = None
@@ -84,7 +86,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) inside ``low``..``high``, about ``count`` of them."""
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next((m for m in (1, 2, 5) if m * power >= rough * 0.999), 10)
+    step = power * next((m for m in (1, 2, 5) if m * power >= rough * 0.8), 10)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -110,11 +112,11 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> s
     curves = [curve for line in lines if (curve := _curve(line)) is not None]
     if not curves:
         return ""
-    x_scale, y_scale = _x_scale(curves), _y_scale(curves, axis)
+    x_scale, y_scale, exact = _x_scale(curves), _y_scale(curves, axis), axis.exact or axis.form
     parts = [_frame(x_scale, y_scale, axis, x_label)]
     parts += [_draw(curve, x_scale, y_scale) for curve in curves]
-    parts.append(_end_labels(curves, x_scale, y_scale, axis))
-    ends = ", ".join(f"{c.line.name} {axis.form(c.end)}" for c in curves)
+    parts.append(_end_labels(curves, x_scale, y_scale, exact))
+    ends = ", ".join(f"{c.line.name} {exact(c.end)}" for c in curves)
     about = escape(f"{axis.label}; at the end: {ends}")
     return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{about}">{"".join(parts)}</svg>'
 
@@ -136,6 +138,7 @@ def _curve(line: Line) -> _Curve | None:
     bins = np.array_split(np.arange(len(xs)), _MOST_POINTS)
     take = [(xs[b].mean(), np.median(ys[b]), ys[b].min(), ys[b].max()) for b in bins]
     x, middle, low, high = (np.array(column) for column in zip(*take, strict=True))
+    x[0], x[-1] = xs[0], xs[-1]
     return _Curve(line, line.shown if line.shown is not None else middle[-1], x, middle, low, high)
 
 
@@ -194,7 +197,7 @@ def _draw(curve: _Curve, x_scale: _Scale, y_scale: _Scale) -> str:
     return f'<g class="{curve.line.css}">{"".join(parts)}</g>'
 
 
-def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, axis: Axis) -> str:
+def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, exact: Callable[[float], str]) -> str:
     """Name and last value beside each line's end, pushed apart where they would overlap."""
     order = sorted(curves, key=lambda c: y_scale(c.middle[-1]))
     places: list[float] = []
@@ -205,7 +208,7 @@ def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, axis
     parts = []
     for curve, place in zip(order, places, strict=True):
         x, y = min(x_scale(curve.xs[-1]), _WIDTH - _RIGHT) + 8, place - overflow
-        value, name = escape(axis.form(curve.end)), escape(curve.line.name)
+        value, name = escape(exact(curve.end)), escape(curve.line.name)
         parts.append(
             f'<g class="{curve.line.css}"><text class="end" x="{x:.1f}" y="{y + 1:.1f}">{value}</text>'
             f'<text class="series" x="{x:.1f}" y="{y + 14:.1f}">{name}</text></g>'
@@ -215,6 +218,8 @@ def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, axis
 
 def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> str:
     """A table of true class (rows) against predicted class (columns) as SVG; the diagonal is right, the rest is wrong.
+
+    Right cells are tinted by their share of the row, wrong ones by theirs beside that of the worst.
 
     Args:
         counts: pictures of class i taken for class j, shape (C, C).
@@ -232,8 +237,10 @@ def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> str:
         parts.append(_label(left - 8, y, name, "end"))
         parts.append(_label(x, top - 8, name, "start" if tilted else "middle", turn=-35 if tilted else 0))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    worst = (share * (1 - np.eye(len(names)))).max() or 1.0
     for (i, j), count in np.ndenumerate(counts):
-        parts.append(_cell(left + j * _CELL, top + i * _CELL, int(count), float(share[i, j]), right=i == j))
+        tint = 0.08 + 0.42 * share[i, j] if i == j else 0.12 + 0.48 * share[i, j] / worst
+        parts.append(_cell(left + j * _CELL, top + i * _CELL, int(count), tint if count else 0.0, right=i == j))
     return (
         f'<svg class="chart confusion" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{1.25 * width:.0f}px"'
         f' role="img" aria-label="which class was taken for which">{"".join(parts)}</svg>'
@@ -245,9 +252,7 @@ def _label(x: float, y: float, text: str, anchor: str, *, turn: int = 0) -> str:
     return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
 
 
-def _cell(x: float, y: float, count: int, share: float, *, right: bool) -> str:
-    """One cell, tinted by its share of the row; a wrong one is visible however small its share."""
-    tint = 0.0 if not count else 0.08 + 0.42 * share if right else 0.22 + 0.6 * share
+def _cell(x: float, y: float, count: int, tint: float, *, right: bool) -> str:
     middle, line = x + _CELL / 2, y + _CELL / 2 + 4
     number = f'<text class="count" x="{middle:.1f}" y="{line:.1f}" text-anchor="middle">{count}</text>'
     return (

@@ -8,6 +8,11 @@ from trainer.drawing import Crossing, draw_towers, format_bytes
 from trainer.net_drawing import crossings_of, layer_rows
 from trainer.report_run import RunRecord
 
+CAPTION = (
+    "The net. Lines between the towers are as wide as the bytes that cross there; "
+    "no other maps or gradients pass between them."
+)
+
 
 def towers(run: RunRecord) -> str:
     """The two towers with what crossed, and the ledger as a table."""
@@ -34,17 +39,19 @@ def towers(run: RunRecord) -> str:
     )
     beside = _ledger(ledger, batch) if ledger else html.missing(_why_no_ledger(run))
     compare = _against_all_reduce(crossings, rows, batch)
-    left = html.figure(
-        drawing, "The net. Lines between the towers are as wide as the bytes that cross there; nothing else crosses."
-    )
+    left = html.figure(drawing, CAPTION)
     return html.section(
         "What crosses between the towers", f'<div class="towers-and-ledger">{left}<div>{beside}{compare}</div></div>'
     )
 
 
 def _why_no_ledger(run: RunRecord) -> str:
+    if run.config is not None and run.config.model.towers == 1:
+        return "No ledger: this net has one tower, so nothing crosses."
     if run.result.get("processes") == 1:
         return "No ledger: one process held both towers, so nothing crossed between processes."
+    if run.result:
+        return "No ledger: the process that ended the run took no step."
     return "No ledger yet: it is written when the run ends."
 
 
@@ -90,7 +97,8 @@ def _against_all_reduce(crossings: Sequence[Crossing], rows: Sequence[Any], batc
     alone = {c.layer for c in crossings if not c.bytes_a_to_b}
     parameters = sum(row.parameters * (1 if row.name in alone else 2) for row in rows)
     return html.paragraph(
-        f"A step moves {format_bytes(batch * moved_an_image)} between the towers, both ways together. Two replicas of this "
-        f"net ({parameters:,} parameters) that average their gradients in fp32 would move {format_bytes(8 * parameters)}, "
-        f"whatever the batch: towers move less below a batch of {8 * parameters / moved_an_image:,.0f}."
+        f"A step moves {format_bytes(batch * moved_an_image)} between two processes that hold a tower each, both ways "
+        f"together. Two replicas of this net ({parameters:,} parameters) that average their gradients in fp32 would "
+        f"move {format_bytes(8 * parameters)}, whatever the batch: towers move less below a batch of "
+        f"{8 * parameters / moved_an_image:,.0f}."
     )

@@ -1,5 +1,6 @@
 """The parts of the report, in their order on the page: each takes the run's record and gives HTML."""
 
+import collections
 import math
 from collections.abc import Sequence
 from html import escape
@@ -66,12 +67,20 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
         rows.append(("throughput, median", f"{run.images_per_s:,.0f}", "images/s"))
     epochs = result.get("epoch")
     rows.append(("steps", f"{run.last_step:,}", f"{epochs:.4g} epochs" if epochs else "finished so far"))
-    if result.get("elapsed_s"):
-        minutes = result["elapsed_s"] / 60
-        rows.append(
-            ("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", "minutes, evaluation included")
-        )
+    rows += _wall_time(run)
     return rows
+
+
+def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Minutes of the process that ended the run; of the steps alone where the run was resumed, as only they add up."""
+    rates, batch = run.column("images_per_s"), run.result.get("batch_size")
+    steps_s = float((batch / rates[rates > 0]).sum()) if batch else 0.0
+    whole_s = run.result.get("elapsed_s") or 0.0
+    if not max(whole_s, steps_s):
+        return []
+    minutes = max(whole_s, steps_s) / 60
+    small = "minutes, evaluation included" if whole_s > steps_s else "minutes in steps, over several starts"
+    return [("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", small)]
 
 
 def interval(right: int, count: int) -> str:
@@ -85,15 +94,12 @@ def interval(right: int, count: int) -> str:
 def _facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
     found = run.environment
     cores = f", {found['cores']} cores" if found.get("cores") else ""
-    devices = ", ".join(found.get("gpus") or []) or "no GPU"
+    gpus = collections.Counter(found.get("gpus") or [])
+    devices = ", ".join(f"{count} \u00d7 {name}" for name, count in gpus.items()) or "no GPU"
+    machine = "; ".join(filter(None, (f"{found.get('processor', 'unknown')}{cores}", devices, found.get("system"))))
     known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
     rows = [
-        (
-            "Machine",
-            f"{found.get('processor', 'unknown')}{cores}; {devices}; {found.get('system', '')}"
-            if found
-            else "not recorded",
-        ),
+        ("Machine", machine if found else "not recorded"),
         ("Commit", str(found.get("commit", ""))),
         ("Versions", ", ".join(f"{name} {found[name]}" for name in ("python", "torch") if found.get(name))),
         ("Data set", data or str(found.get("data", ""))),
@@ -117,7 +123,7 @@ def kernels(run: RunRecord) -> str:
         sheets.append(
             f'<figure><h3 class="t{tower}">tower {tower}</h3>'
             f'<img class="sheet" alt="conv1 kernels, tower {tower}" src="{image}">'
-            f"<figcaption>{maps} kernels of {side} x {side} x {channels}{colour}.</figcaption></figure>"
+            f"<figcaption>{maps} kernels of {side} \u00d7 {side} \u00d7 {channels}{colour}.</figcaption></figure>"
         )
     several = len(run.kernels) > 1 and next(iter(run.kernels.values())).shape[1] == 3
     text = f"Weights after step {run.kernels_step:,}, each kernel on its own scale; middle gray is zero."

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer import report_page as html
 from trainer.report_charts import Axis, Line, line_chart
 from trainer.report_run import RunRecord
@@ -33,7 +36,7 @@ def _learning(run: RunRecord, steps: Any) -> list[tuple[str, str, str]]:
             Line("top-1", at, [100 * row["top1"] for row in run.evaluations], "ink"),
             Line("top-5", at, [100 * row["top5"] for row in run.evaluations], "soft"),
         ],
-        Axis("Held-out accuracy, %", _percent, high=100),
+        Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
     )
     split = run.evaluations[-1].get("split", "held-out") if run.evaluations else ""
     return [
@@ -53,21 +56,20 @@ def _learning(run: RunRecord, steps: Any) -> list[tuple[str, str, str]]:
 
 
 def _speed(run: RunRecord, steps: Any) -> list[tuple[str, str, str]]:
-    rate = line_chart(
-        [Line("both towers", steps, run.column("images_per_s"), "ink", summarise=True)],
-        Axis("Images/s", "{:,.6g}".format, low=0),
-    )
     waits = 100 * run.column("data_wait_share")
-    wait = line_chart(
-        [Line("of a step", steps, waits, "ink", summarise=True)], Axis("Waiting for data, %", _percent, low=0, high=10)
-    )
+    rate = Line("median", steps, run.column("images_per_s"), "ink", summarise=True, shown=run.images_per_s)
+    wait = Line("median", steps, waits, "ink", summarise=True, shown=_median(waits))
     return [
         (
-            rate,
+            line_chart([rate], Axis("Images/s", _rate, low=0)),
             "Throughput. Pictures of one step over its wall time; median and range of neighbouring steps.",
             "No throughput was recorded.",
         ),
-        (wait, "Waiting. Share of a step's time spent waiting for the next batch.", "No waiting times were recorded."),
+        (
+            line_chart([wait], Axis("Waiting for data, %", "{:g}".format, "{:.1f}".format, low=0, high=10)),
+            "Waiting. Share of a step's time spent waiting for the next batch.",
+            "No waiting times were recorded.",
+        ),
     ]
 
 
@@ -76,17 +78,23 @@ def _numbers(run: RunRecord, steps: Any) -> list[tuple[str, str, str]]:
     rate = Line("weights", steps, run.column("learning_rate"), "ink", steps=True)
     return [
         (
-            line_chart(norms, Axis("Gradient norm", "{:.2g}".format, log=True)),
+            line_chart(norms, Axis("Gradient norm", "{:.2g}".format, log=True, low=0)),
             "Gradients. Euclidean norm of all gradients of a tower.",
             "No gradient norms were recorded.",
         ),
         (
-            line_chart([rate], Axis("Learning rate", "{:.2g}".format, log=True)),
+            line_chart([rate], Axis("Learning rate", "{:.2g}".format, log=True, low=0)),
             "Learning rate. Of the weights.",
             "No learning rate was recorded.",
         ),
     ]
 
 
-def _percent(value: float) -> str:
-    return f"{value:.0f}" if abs(value - round(value)) < 1e-9 else f"{value:.2f}" if value > 90 else f"{value:.1f}"
+def _median(values: NDArray[np.float64]) -> float | None:
+    """Median of the finite ones; None without any."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.3g}"

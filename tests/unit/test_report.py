@@ -14,10 +14,10 @@ from trainer import checkpoint
 from trainer.config import Config, load_config, to_toml
 from trainer.describe import count_crossings, count_layers
 from trainer.drawing import Crossing, LayerRow, draw_towers, format_bytes
-from trainer.errors import RunError, TrainerError
+from trainer.errors import ConfigError, RunError, TrainerError
 from trainer.metrics import MetricsLog
 from trainer.model import TwoTowerNet
-from trainer.net_drawing import draw_net
+from trainer.net_drawing import draw_net, write_drawing
 from trainer.optimizer import PaperSGD
 from trainer.report import Report, render_report, write_report
 from trainer.report_charts import Axis, Line, confusion_chart, line_chart, log_ticks, nice_ticks
@@ -276,6 +276,12 @@ def test_drawing_of_the_paper_names_its_bytes() -> None:
         assert figure in text
 
 
+def test_picture_of_the_readme_is_what_the_code_draws() -> None:
+    drawn = draw_net(load_config(ROOT / "configs" / "paper.toml").model)
+    how = "python -m trainer describe --config configs/paper.toml --svg docs/towers.svg"
+    assert (ROOT / "docs" / "towers.svg").read_text() == drawn, f"make it again: {how}"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (86_528, "86.5 kB"), (999_600, "1.00 MB"), (243.9e6, "244 MB")],
@@ -343,3 +349,9 @@ def test_confusion_counts_are_all_shown() -> None:
 def test_interval_is_wilsons() -> None:
     assert interval(352, 360) == "95.7 to 98.9 %"  # p = 0.97778, n = 360: 0.95675, 0.98869
     assert interval(10, 10) == "72.2 to 100.0 %"
+
+
+def test_drawing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_drawing(tmp_path / "file" / "net.svg", digits_config().model)
