@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ ENCODINGS = ("jpeg", "png", "raw", "original")
 MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32
 ON_ERROR = ("quarantine", "fail")
 CHROMA = "420"  # half of the chroma samples each way: what nearly every photo source has, and the fastest to decode
+MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
 FILTER = "centre square, then antialiased bicubic"
 ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
 
@@ -56,6 +58,11 @@ class PrepareOptions:
         on_error: ``quarantine`` lists pictures that cannot be used and goes on, ``fail`` stops at the first.
         max_pixels: size cap in pixels.
         max_bytes: size cap in bytes.
+        splits: only these splits; empty for all that the source has.
+        limit: only the first pictures of each split's shuffled order, for a trial; None for all.
+        label_order: ``default`` (the source's own), ``alphabetical`` or ``ilsvrc``.
+        max_errors: stop when more pictures than this cannot be used, ``N`` or ``P%``; None for no limit.
+        verify_source: check the published md5 of the input before anything else.
     """
 
     source: str
@@ -72,6 +79,11 @@ class PrepareOptions:
     on_error: str = "quarantine"
     max_pixels: int = 100_000_000
     max_bytes: int = 256 * 2**20
+    splits: tuple[str, ...] = ()
+    limit: int | None = None
+    label_order: str = "default"
+    max_errors: str | None = None
+    verify_source: bool = False
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
@@ -83,6 +95,13 @@ class PrepareOptions:
         _require(self.encoding in (*ENCODINGS, "default"), "--encoding", self.encoding, ", ".join(ENCODINGS))
         _require(self.max_pixels >= 1, "--max-pixels", self.max_pixels, "1 or more")
         _require(self.max_bytes >= 1, "--max-bytes", self.max_bytes, "1 or more")
+        _require(self.limit is None or self.limit >= 1, "--limit", self.limit, "1 or more")
+        orders = ("default", "alphabetical", "ilsvrc")
+        _require(self.label_order in orders, "--label-order", self.label_order, "alphabetical or ilsvrc")
+        if self.label_order != "default":
+            _require(self.source == "imagenet", "--label-order", self.label_order, "it with --source imagenet only")
+        if self.max_errors is not None:
+            _require(MAX_ERRORS.fullmatch(self.max_errors) is not None, "--max-errors", self.max_errors, "N or P%")
         if self.resize not in ("default", "none"):
             side = int(self.resize) if self.resize.isdecimal() else 0
             _require(1 <= side <= 4096, "--resize", self.resize, "none or a side in pixels from 1 to 4096")
@@ -119,6 +138,14 @@ class PrepareOptions:
             max_pixels=self.max_pixels,
             max_bytes=self.max_bytes,
         )
+
+    def error_limit(self, total: int) -> float:
+        """Pictures of ``total`` that may be left out."""
+        if self.max_errors is None:
+            return float("inf")
+        if self.max_errors.endswith("%"):
+            return total * float(self.max_errors[:-1]) / 100
+        return int(self.max_errors)
 
     def num_workers(self) -> int:
         """Shards in work at once on this machine."""

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +14,12 @@ import ray
 import ray.exceptions
 
 from pipeline import faults, output
-from pipeline.config import PictureSettings, PrepareOptions, byte_settings
+from pipeline.config import PictureSettings, PrepareOptions
 from pipeline.errors import OutputError, PipelineError, SourceError
 from pipeline.manifest import INFO_NAME, Manifest, PictureFormat, ShardRecord
-from pipeline.plan import ShardPlan, plan_split
+from pipeline.plan import ShardPlan
 from pipeline.progress import ProgressLine
+from pipeline.request import all_settings, check_source, chosen_splits, make_plan
 from pipeline.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, build_shard, read_result
 from pipeline.sources import Listing, open_source
 from pipeline.statistics import Totals
@@ -62,7 +62,9 @@ def prepare(options: PrepareOptions) -> Summary:
     """
     output.check_ours(options.output)
     source = open_source(options)
-    listing = source.list()
+    if options.verify_source:
+        check_source(source)
+    listing = chosen_splits(source.listing(), options)
     picture = options.picture_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, picture)
     plan = make_plan(listing, options)
@@ -79,28 +81,6 @@ def prepare(options: PrepareOptions) -> Summary:
             fail_on_error=options.on_error == "fail",
         )
         return run.execute(job)
-
-
-def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
-    """Every shard of every split."""
-    return [
-        shard
-        for split in sorted(listing.splits)
-        for shard in plan_split(split, len(listing.splits[split]), seed=options.seed, shard_size=options.shard_size)
-    ]
-
-
-def all_settings(options: PrepareOptions, listing: Listing, picture: PictureSettings) -> dict[str, Any]:
-    """Everything that decides the bytes of the data set, as the manifest records it."""
-    return {
-        "source": options.source,
-        "seed": options.seed,
-        "shard_size": options.shard_size,
-        "val_fraction": options.val_fraction if options.source == "folder" else None,
-        "input_sha256": listing.digest(),
-        **byte_settings(picture),
-        "libraries": _libraries(picture),
-    }
 
 
 class _Run:
@@ -178,8 +158,17 @@ class _Run:
         done = total - sum(len(shard.rows) for shard in missing)
         with ray_session(self._options) as workers, ProgressLine(total, done) as progress:
             start_s = time.monotonic()
+            left_out, most = 0, self._options.error_limit(total)
 
             def report(result: ShardResult) -> None:
+                nonlocal left_out
+                left_out += result.num_left_out
+                if left_out > most:
+                    reason = next(line for line in result.quarantine if line["action"] == "left_out")
+                    raise SourceError(
+                        f"{left_out:,} pictures cannot be used, more than --max-errors {self._options.max_errors}; "
+                        f"the last: {reason['source']}: {reason['reason']}"
+                    )
                 if recorded is not None and result.shard != recorded[result.shard.name]:
                     raise SourceError(f"{result.shard.name} came out different: the input changed")
                 progress.advance(result.num_planned)
@@ -294,16 +283,6 @@ def _result(reference: Any, task: ShardTask) -> ShardResult:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def _libraries(picture: PictureSettings) -> dict[str, str]:
-    """Versions that can change a byte."""
-    names = ["pillow"]
-    if picture.encoding in ("jpeg", "original") or picture.channels == 3:
-        names.append("simplejpeg")
-    if picture.resize_px and picture.channels == 3:
-        names.append("torch")
-    return {name: metadata.version(name) for name in names}
 
 
 def _without_libraries(*settings: dict[str, Any]) -> list[dict[str, Any]]:

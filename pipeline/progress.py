@@ -17,9 +17,12 @@ class ProgressLine:
         total: pictures in all.
         done: pictures that were there already; they do not count for the rate.
         verb: what happens to them.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, done: int = 0, verb: str = "prepared") -> None:
+    def __init__(self, total: int, done: int = 0, verb: str = "prepared", unit: str = "pictures") -> None:
+        self._unit = unit
+        self._rate_unit = "images" if unit == "pictures" else unit
         self._verb = verb
         self._total = total
         self._start_done = self._done = done
@@ -50,7 +53,7 @@ class ProgressLine:
         """Adds finished pictures."""
         self._done += pictures
         if self._bar:
-            self._bar.update(self._task, completed=self._done, rate=f"{self.rate():,.0f} images/s")
+            self._bar.update(self._task, completed=self._done, rate=f"{self.rate():,.0f} {self._rate_unit}/s")
         self.tick()
 
     def tick(self) -> None:
@@ -61,7 +64,7 @@ class ProgressLine:
             rate = self.rate()
             left = f"{(self._total - self._done) / rate:,.0f} s left" if rate else "time left unknown yet"
             print(
-                f"{self._verb} {self._done:,} / {self._total:,} pictures, {rate:,.0f} images/s, {left}",
+                f"{self._verb} {self._done:,} / {self._total:,} {self._unit}, {rate:,.0f} {self._rate_unit}/s, {left}",
                 file=sys.stderr,
                 flush=True,
             )

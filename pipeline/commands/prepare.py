@@ -23,6 +23,8 @@ EPILOG = """\
 examples:
   python -m pipeline prepare --source digits --output data/digits
   python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
+  python -m pipeline prepare --source imagenet --input archives --output data/imagenet --dry-run
+  python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
   0 whole; 3 whole, but some pictures were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
   1 a bug of ours; 130 and 143 stopped (the same command continues)"""
@@ -77,10 +79,19 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--quality", type=int, default=_default("quality"), metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)"
     )
     group.add_argument(
+        "--label-order",
+        default=_default("label_order"),
+        metavar="alphabetical|ilsvrc",
+        help="of imagenet's classes (default: alphabetical by WordNet id)",
+    )
+    group.add_argument(
         "--on-error",
         default=_default("on_error"),
         metavar="|".join(ON_ERROR),
         help="for pictures that cannot be used (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-errors", metavar="N|P%%", help="stop when more pictures cannot be used (default: no limit)"
     )
     for option, unit in (("max_pixels", "pixels"), ("max_bytes", "bytes")):
         group.add_argument(
@@ -97,7 +108,17 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, default=0, metavar="N", help="shards in work at once (default: every core)"
     )
+    group.add_argument(
+        "--splits", type=_names, default=(), metavar="A,B", help="only these (default: all the source has)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each split, for a trial")
+    group.add_argument("--verify-source", action="store_true", help="check the published md5 of the input first")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and an estimate, write nothing")
     group.add_argument("--address", metavar="A", help="of a Ray cluster (default: this machine)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _default(option: str) -> object:
@@ -107,6 +128,11 @@ def _default(option: str) -> object:
 def run(args: argparse.Namespace) -> int:
     """Prepares, prints a summary, and returns the exit code."""
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
+    if args.dry_run:
+        from pipeline.dry_run import print_plan
+
+        print_plan(options)
+        return 0
     from pipeline.prepare import Terminated, prepare  # imports ray
 
     try:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +19,13 @@ from pipeline.manifest import ClassRecord
 
 # Name -> module, imported only when asked for, so that one source's packages are not needed by another.
 SOURCES = {
-    "digits": "pipeline.sources.digits",
+    "imagenet": "pipeline.sources.imagenet",
     "folder": "pipeline.sources.folder",
+    "cifar10": "pipeline.sources.cifar10",
+    "mnist": "pipeline.sources.idx",
+    "fashion-mnist": "pipeline.sources.idx",
+    "digits": "pipeline.sources.digits",
+    "webdataset": "pipeline.sources.webdataset",
 }
 
 
@@ -121,11 +127,19 @@ class Listing:
 class Source(Protocol):
     """One kind of input."""
 
-    def list(self) -> Listing:
+    def listing(self) -> Listing:
         """Lists every picture without reading it.
 
         Raises:
             SourceError: the input is missing or is not what this source expects.
+        """
+        ...
+
+    def checksums(self) -> dict[Path, str]:
+        """The published md5 of the input files that have one.
+
+        Raises:
+            SourceError: none has.
         """
         ...
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import ClassRecord
 from pipeline.plan import shuffled
 from pipeline.sources import Item, Listing, SplitListing
@@ -24,7 +25,7 @@ class DigitsSource:
 
     seed: int
 
-    def list(self) -> Listing:
+    def listing(self) -> Listing:
         """1,437 train and 360 val pictures of ten classes."""
         _, labels = _digits()
         order = shuffled(len(labels), self.seed, "digits split")
@@ -36,6 +37,10 @@ class DigitsSource:
             encoded=False,
             channels=1,
         )
+
+    def checksums(self) -> dict[Path, str]:
+        """There are none."""
+        raise SourceError("--verify-source: source digits has no published checksums")
 
     def read(self, item: Item) -> np.ndarray:
         """One digit, uint8 (8, 8, 1); the scanner's 17 levels spread over 0..255 without loss."""

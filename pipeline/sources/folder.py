@@ -34,7 +34,7 @@ class FolderSource:
     val_fraction: float
     seed: int
 
-    def list(self) -> Listing:
+    def listing(self) -> Listing:
         """Lists the files, split by split, in the order of their names' bytes."""
         folders = self._split_folders()
         names = {split: sorted(_files(self.root, folder), key=_row_bytes) for split, folder in folders.items()}
@@ -55,14 +55,13 @@ class FolderSource:
             channels=3,
         )
 
+    def checksums(self) -> dict[Path, str]:
+        """There are none."""
+        raise SourceError("--verify-source: source folder has no published checksums")
+
     def read(self, item: Item) -> bytes:
         """The file's bytes."""
-        try:
-            return (self.root / item.file).read_bytes()
-        except OSError as error:
-            if not self.root.is_dir():
-                raise SourceError(f"{self.root}: the input folder is gone or cannot be read on this machine") from None
-            raise PictureError(f"cannot be read: {error.strerror}") from None
+        return read_file(self.root, item.file)
 
     def _split_folders(self) -> dict[str, str]:
         """Split name -> folder relative to the root; ``all`` if the classes lie at the root."""
@@ -95,7 +94,7 @@ def from_options(options: PrepareOptions) -> FolderSource:
 
 def _files(root: Path, folder: str) -> Iterator[tuple[str, str, int]]:
     """Yields (class, path relative to root, size in bytes); hidden files and folders are passed over."""
-    for entry in _scan(root / folder):
+    for entry in scan(root / folder):
         if entry.is_dir():
             relative = f"{folder}/{entry.name}" if folder else entry.name
             for path, size in _walk(root, relative):
@@ -103,7 +102,7 @@ def _files(root: Path, folder: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _walk(root: Path, relative: str) -> Iterator[tuple[str, int]]:
-    for entry in _scan(root / relative):
+    for entry in scan(root / relative):
         path = f"{relative}/{entry.name}"
         if entry.is_dir():
             yield from _walk(root, path)
@@ -113,7 +112,27 @@ def _walk(root: Path, relative: str) -> Iterator[tuple[str, int]]:
             yield path, 0
 
 
-def _scan(folder: Path) -> list[os.DirEntry]:
+def read_file(root: Path, name: str) -> bytes:
+    """Reads a picture that is a file of its own.
+
+    Raises:
+        PictureError: this file cannot be read.
+        SourceError: the whole input is gone.
+    """
+    try:
+        return (root / name).read_bytes()
+    except OSError as error:
+        if not root.is_dir():
+            raise SourceError(f"{root}: the input folder is gone, or not on this machine") from None
+        raise PictureError(f"cannot be read: {error.strerror}") from None
+
+
+def scan(folder: Path) -> list[os.DirEntry]:
+    """The entries of a folder, hidden ones left out.
+
+    Raises:
+        SourceError: it cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]

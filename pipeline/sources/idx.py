@@ -1,0 +1,140 @@
+"""Sources ``mnist`` and ``fashion-mnist``: IDX files, plain or .gz. The official test set is stored as ``val``."""
+
+import dataclasses
+import functools
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import PrepareOptions
+from pipeline.errors import ConfigError, SourceError
+from pipeline.manifest import ClassRecord
+from pipeline.sources import Item, Listing, SplitListing
+
+PREFIXES = {"train": "train", "val": "t10k"}
+HEADER_BYTES = 16
+MD5 = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+}
+TITLES = {
+    "mnist": tuple(str(digit) for digit in range(10)),
+    "fashion-mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class IdxSource:
+    """28x28 gray pictures of ten classes.
+
+    Attributes:
+        name: ``mnist`` or ``fashion-mnist``; it decides the class titles and checksums.
+        root: folder of the four files.
+    """
+
+    name: str
+    root: Path
+
+    def listing(self) -> Listing:
+        """60,000 train and 10,000 val pictures, in the order of the files."""
+        if not self.root.is_dir():
+            raise SourceError(f"--input {self.root}: no such folder")
+        return Listing(
+            classes=tuple(ClassRecord(str(label), title) for label, title in enumerate(TITLES[self.name])),
+            label_order="source",
+            splits={split: self._split(split) for split in PREFIXES},
+            encoded=False,
+            channels=1,
+        )
+
+    def read(self, item: Item) -> np.ndarray:
+        """One picture, uint8 (H, W, 1)."""
+        shape, data = read_idx(self.root / item.file, dimensions=3)
+        start = item.offset - HEADER_BYTES
+        return np.frombuffer(data, np.uint8, item.size, start).reshape(shape[1], shape[2], 1)
+
+    def checksums(self) -> dict[Path, str]:
+        """The published md5 of the .gz files that are there."""
+        found = {self.root / name: md5 for name, md5 in MD5[self.name].items() if (self.root / name).is_file()}
+        if not found:
+            raise SourceError(f"{self.root}: no .gz files, and only those have published checksums")
+        return found
+
+    def _split(self, split: str) -> SplitListing:
+        images = self._find(f"{PREFIXES[split]}-images", "idx3")
+        labels_path = self._find(f"{PREFIXES[split]}-labels", "idx1")
+        shape, _ = read_idx(images, dimensions=3)
+        _, data = read_idx(labels_path, dimensions=1)
+        labels = np.frombuffer(data, np.uint8).astype(np.int32)
+        if len(labels) != shape[0]:
+            raise SourceError(f"{labels_path}: {len(labels):,} labels for {shape[0]:,} pictures")
+        if len(labels) and labels.max() >= len(TITLES[self.name]):
+            raise SourceError(f"{labels_path}: label {labels.max()}, expected 0 to {len(TITLES[self.name]) - 1}")
+        size = shape[1] * shape[2]
+        return SplitListing(
+            names=[f"{split}/{number:05d}" for number in range(shape[0])],
+            labels=labels,
+            files=(images.name,),
+            file_of=np.zeros(shape[0], np.int32),
+            offsets=HEADER_BYTES + size * np.arange(shape[0], dtype=np.int64),
+            sizes=np.full(shape[0], size, np.int64),
+        )
+
+    def _find(self, stem: str, kind: str) -> Path:
+        names = [f"{stem}{dash}{kind}-ubyte{suffix}" for dash in "-." for suffix in ("", ".gz")]
+        for name in names:
+            if (self.root / name).is_file():
+                return self.root / name
+        raise SourceError(f"{self.root}: {names[0]} (or .gz) is missing")
+
+
+def from_options(options: PrepareOptions) -> IdxSource:
+    """Makes the source.
+
+    Raises:
+        ConfigError: no input was given.
+    """
+    if options.input is None:
+        raise ConfigError(f"--source {options.source} needs --input FOLDER with the four IDX files")
+    return IdxSource(name=options.source, root=options.input.absolute())
+
+
+@functools.lru_cache(maxsize=4)
+def read_idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], bytes]:
+    """Reads an IDX file of unsigned bytes whole; a worker keeps it (47 MB at most).
+
+    Args:
+        path: the file; a gzip file is known by its content.
+        dimensions: how many it must have.
+
+    Raises:
+        SourceError: its magic number, dimensions or length are wrong.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: cannot be read: {error}") from None
+    start = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
+        raise SourceError(f"{path}: not an IDX file of bytes in {dimensions} dimensions (magic {data[:4].hex()})")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
+    if len(data) != start + int(np.prod(shape)):
+        raise SourceError(f"{path}: {len(data):,} bytes, but its header states {shape}")
+    return shape, data[start:]
