@@ -142,6 +142,8 @@ class Trainer:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
         self.progress.say(self._opening_line())
         verdict = Verdict(stop=False, gradient_norm={})
+        if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
+            self._evaluate()
         while self.step < self.total_steps and not verdict.stop:
             verdict = self._one_step()
             ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
@@ -151,8 +153,6 @@ class Trainer:
                 self._evaluate()
             if last or verdict.stop or self._checkpoint_is_due(ended_epochs):
                 self._save()
-        if self.step == self.total_steps and self.last_evaluation is None:  # resumed after the last step
-            self._evaluate()
         return (self.stop_signal or "the other tower") if verdict.stop and self.step < self.total_steps else None
 
     def _opening_line(self) -> str:
@@ -209,7 +209,7 @@ class Trainer:
         with self._precision():
             loss = self.net.loss(batch.images, batch.labels, draws)
         loss.backward()
-        return float(loss) if self.leads else math.nan
+        return loss.item() if self.leads else math.nan
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 matrix products where the recipe asks for them."""
