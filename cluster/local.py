@@ -94,10 +94,10 @@ def up(options: LocalOptions) -> LocalCluster:
     cluster = LocalCluster(address, gcs, (_start_node(options, head_arguments, 0),))
     save(options.folder, cluster)
     try:
-        _wait_for_nodes(options, cluster, 1)
+        wait_for_nodes(options, cluster, 1)
         for number in range(1, options.num_nodes):
             cluster = add_node(options, cluster, number)
-        _wait_for_nodes(options, cluster, options.num_nodes)
+        wait_for_nodes(options, cluster, options.num_nodes)
     except BaseException:
         down(options.folder)
         raise
@@ -131,12 +131,12 @@ def down(folder: Path) -> LocalCluster | None:
 
 def stop_node(node: LocalNode, kill: bool = False) -> None:
     """End one node: SIGTERM to `ray start --block`, which ends its children; SIGKILL to all that is left."""
-    if not _is_alive(node):
+    if not is_alive(node):
         return
     if not kill:
         os.kill(node.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while _is_alive(node) and time.monotonic() < deadline:
+        while is_alive(node) and time.monotonic() < deadline:
             time.sleep(0.1)
     for pid in _session_members(node.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -157,7 +157,7 @@ def load(folder: Path) -> LocalCluster | None:
     except FileNotFoundError:
         return None
     nodes = tuple(LocalNode(**node) for node in record["nodes"])
-    return LocalCluster(record["address"], record["gcs"], nodes) if _is_alive(nodes[0]) else None
+    return LocalCluster(record["address"], record["gcs"], nodes) if is_alive(nodes[0]) else None
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -207,14 +207,14 @@ def _environment(options: LocalOptions) -> dict[str, str]:
     return environment
 
 
-def _wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) -> None:
+def wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) -> None:
     """Wait until `wanted` nodes are alive in the dashboard's eyes."""
     client = Client(cluster.address)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        for number, node in enumerate(cluster.nodes):
-            if not _is_alive(node):
-                raise ClusterError(f"Ray did not start: {_last_words(_node_log(options.folder, number))}")
+        if not is_alive(cluster.nodes[-1]):
+            log = _node_log(options.folder, len(cluster.nodes) - 1)
+            raise ClusterError(f"Ray did not start: {_last_words(log)}")
         with contextlib.suppress(Unreachable, ServerError, KeyError, ValueError):
             alive = [node for node in client.nodes() if node.get("raylet", {}).get("state") == "ALIVE"]
             if len(alive) >= wanted:
@@ -276,7 +276,8 @@ def _start_time(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
-def _is_alive(node: LocalNode) -> bool:
+def is_alive(node: LocalNode) -> bool:
+    """Whether the node's first process lives and is not a later namesake."""
     fields = _stat_fields(node.pid)
     return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GRACE_S = 20.0  # between the bad end of one tower and the killing of the other
+GRACE_S = 20.0  # between the loss of one tower and the killing of the other, which may still notice and say so
+REFUSED_GRACE_S = 3.0  # the same after a refusal: the other tower only waits for its partner
 POLL_S = 0.1
 AGREE_EVERY_S = 1.0
 STOPPED = 3  # the trainer's status after it was asked to stop and has saved
@@ -70,6 +71,8 @@ def run_pair(settings: dict[str, Any]) -> int:
         {"host": node_address(), "port": free_port(), "first": first, "attempt": time.time_ns()}
     )
     command = list(pair.command) if meeting["first"] else resumed(pair.command)
+    if not meeting["first"] and replica == 0:
+        say("restart: going on from the last checkpoint")
     place = Place(replica, replicas, "127.0.0.1" if replicas == 1 else meeting["host"], meeting["port"])
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(_tower(pair, command, place, tower)) for tower in range(pair.towers)]
@@ -145,16 +148,17 @@ class Watch:
         from cluster.gauges import RunGauges
 
         gauges = RunGauges(Path(self._run)) if self._run and self._replica == 0 else None
-        first_bad: float | None = None
-        next_talk = 0.0
+        first_bad: list[int] = []  # the statuses when a tower first failed: what follows may be our own doing
+        kill_at = next_talk = 0.0
         while True:
             statuses = [child.poll() for child in self._children]
-            if any(statuses) and first_bad is None:
-                first_bad = time.monotonic()
-            if first_bad and time.monotonic() - first_bad > GRACE_S:
+            if any(statuses) and not first_bad:
+                first_bad = [status or 0 for status in statuses]
+                kill_at = time.monotonic() + (GRACE_S if worth_another_try(first_bad) else REFUSED_GRACE_S)
+            if first_bad and max(first_bad) != STOPPED and time.monotonic() > kill_at:
                 self._signal(signal.SIGKILL)
             if None not in statuses:
-                self._note_end([status or 0 for status in statuses])
+                self._note_end(first_bad or [0])
             if time.monotonic() >= next_talk:
                 if gauges:
                     gauges.update()
@@ -183,7 +187,7 @@ class Watch:
             self._signal(signal.SIGTERM)
         if get_preemption_info() is not None and not self._preempted:
             self._preempted = True
-            print("this node is going away: saving", file=sys.stderr, flush=True)
+            say("this node is going away: saving")
             self._signal(signal.SIGTERM)
         ended = agreed_end(self._folder, self._attempt, self._replicas) if self._replica == 0 else None
         answer: int | None = broadcast_from_rank_zero({"status": ended})["status"]
@@ -196,17 +200,21 @@ class Watch:
 
 
 def verdict(statuses: Sequence[int]) -> int:
-    """A pair's exit status from those of its towers.
+    """A pair's exit status from those of its towers at the moment when the first one failed.
 
     Raises:
-        TowerLost: a tower was ended by a signal, or by an error that nobody foresaw (status 1): worth another try.
-            Refusals (status 2) come again, so they are final.
+        TowerLost: see `worth_another_try`.
     """
-    for tower, status in enumerate(statuses):
-        if status < 0 or status == 1:
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "crashed"
-            raise TowerLost(f"tower {'ab'[tower] if tower < 2 else tower} {how}")
+    if worth_another_try(statuses):
+        tower, status = next((tower, status) for tower, status in enumerate(statuses) if status < 0 or status == 1)
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "crashed"
+        raise TowerLost(f"tower {'ab'[tower]} {how}")
     return max(statuses)
+
+
+def worth_another_try(statuses: Sequence[int]) -> bool:
+    """Whether a tower was ended by a signal, or by an error that nobody foresaw (1); refusals (2) would come again."""
+    return any(status < 0 or status == 1 for status in statuses)
 
 
 def agreed_end(folder: Path, attempt: str, replicas: int) -> int | None:
@@ -238,6 +246,12 @@ def _mark_started(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def say(text: str) -> None:
+    """One line of the log; Ray Train replaces `print` by its own, which shows everything twice."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def free_port() -> int:

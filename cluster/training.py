@@ -5,6 +5,7 @@ is lost, passes a stop request on, and exits with the training command's own sta
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import secrets
@@ -121,6 +122,8 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         return _fit(settings, need, arguments)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # unless another job of this run uses it
 
 
 def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace) -> int:

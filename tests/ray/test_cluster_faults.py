@@ -1,0 +1,170 @@
+"""The real commands on a cluster of two nodes: equal to direct runs, also when workers and nodes are killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import local
+from tests.ray.machine import ROOT, Machine, started, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PREPARE = ("-m", "pipeline", "prepare", "--source", "digits", "--resize", "32")
+SMALL = ("--set", "train.epochs=6", "--set", "train.checkpoint_every_steps=10")
+STEPS = 6 * 22
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """A head with one CPU, where no pair of towers fits, and two nodes for them."""
+    with started(cpus=1, nodes=1) as machine:
+        for _ in range(2):
+            add_node(machine)
+        yield machine
+
+
+def add_node(machine: Machine) -> None:
+    options = local.LocalOptions(machine.options.folder, num_cpus=2)
+    before = machine.cluster
+    environment = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    os.environ["RAY_AUTH_TOKEN_PATH"] = machine.environment["RAY_AUTH_TOKEN_PATH"]
+    try:
+        cluster = local.add_node(options, before, len(before.nodes))
+        local.wait_for_nodes(options, cluster, len(living(cluster)))
+    finally:
+        os.environ.pop("RAY_AUTH_TOKEN_PATH")
+        if environment is not None:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = environment
+
+
+def living(cluster: local.LocalCluster) -> list[local.LocalNode]:
+    return [node for node in cluster.nodes if local.is_alive(node)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The data set of a direct run."""
+    folder = tmp_path_factory.mktemp("direct") / "digits"
+    command = [sys.executable, *PREPARE, "--shard-size", "128", "--workers", "2", "--output", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory):
+    """The final weights of a direct run with two processes."""
+    run = tmp_path_factory.mktemp("direct") / "run"
+    command = [sys.executable, *train_command(data, run)[1:], "--processes", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    return final_weights(run)
+
+
+def train_command(data: Path, run: Path) -> tuple[str, ...]:
+    recipe = ("--config", "configs/digits.toml", *SMALL)
+    return ("python", "-m", "trainer", "train", *recipe, "--data", str(data), "--run", str(run))
+
+
+def final_weights(run: Path) -> dict[str, str]:
+    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def manifest(folder: Path) -> str:
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def towers_of(run: Path) -> dict[int, int]:
+    """The process ids of a run's towers, by rank."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
+            if b"trainer" not in words or str(run).encode() not in words:
+                continue
+            variables = dict(entry.partition(b"=")[::2] for entry in (process / "environ").read_bytes().split(b"\0"))
+        except OSError:  # it ended while we looked
+            continue
+        if b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(process.name)
+    return found
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_prepare_equals_a_direct_run(machine, data, tmp_path):
+    command = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
+    done = machine.run("submit", "--", *command, expect=0)
+    assert "1,797 pictures" in done.stdout
+    assert manifest(tmp_path / "d") == manifest(data)
+
+
+def test_prepare_survives_a_killed_node(machine, tmp_path):
+    options = ("--shard-size", "4")
+    direct = [sys.executable, *PREPARE, *options, "--workers", "2", "--output", str(tmp_path / "direct")]
+    subprocess.run(direct, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    output = tmp_path / "d"
+    job = machine.submit("python", *PREPARE, *options, "--output", str(output), "--address", "auto")
+    wait_until(lambda: len(list(output.glob("train/*.tar"))) >= 20, "a few shards")
+    assert not (output / "manifest.json").exists(), "the node must be killed in the middle"
+    local.stop_node(living(machine.cluster)[-1], kill=True)
+    assert machine.run("logs", "--follow", job).returncode == 0
+    assert manifest(output) == manifest(tmp_path / "direct")
+    add_node(machine)
+
+
+def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    os.kill(towers_of(run)[0], signal.SIGKILL)
+    wait_until(lambda: "restart: " in machine.run("logs", job).stdout and len(towers_of(run)) == 2, "the restart")
+    worker = parent_of(towers_of(run)[1])
+    os.kill(worker, signal.SIGKILL)
+    wait_until(
+        lambda: len(towers_of(run)) == 2 and worker not in map(parent_of, towers_of(run).values()), "the next restart"
+    )
+    host = os.getsid(towers_of(run)[0])
+    nodes = [node for node in living(machine.cluster) if node.pid == host]
+    assert nodes and not nodes[0].head, "towers must not fit on the head"
+    local.stop_node(nodes[0], kill=True)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("restart: going on from the last checkpoint") == 3
+    assert final_weights(run) == weights
+    add_node(machine)
+
+
+def test_stop_saves_and_resume_goes_on(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2"))
+    wait_until(lambda: has_checkpoint(run), "a checkpoint")
+    machine.run("stop", job, expect=0)
+    assert machine.status(job)["state"] == "stopped"
+    result = json.loads((run / "result.json").read_text())
+    assert result["exit_reason"] == "stopped" and 0 < result["step"] < STEPS
+    assert (run / "checkpoints" / f"step-{result['step']:08d}" / "checkpoint.json").is_file()
+    assert not towers_of(run)
+    again = machine.run("submit", "--towers", "2", "--", *train_command(data, run), expect=2)
+    assert "holds a run" in again.stdout, "an accidental reuse must be refused"
+    assert json.loads((run / "result.json").read_text())["step"] == result["step"]
+    machine.run("submit", "--towers", "2", "--", *train_command(data, run), "--resume", "auto", expect=0)
+    assert final_weights(run) == weights
+
+
+def test_missing_resources_are_one_line(machine, data, tmp_path):
+    options = ("--towers", "2", "--cpus-per-pair", "64", "--wait", "0")
+    done = machine.run("submit", *options, "--", *train_command(data, tmp_path / "run"), expect=2)
+    assert "error: missing resources: the towers need 1 x 64 CPUs" in done.stdout
+    assert not (tmp_path / "run").exists()
