@@ -12,7 +12,7 @@ import sys
 
 from pipeline.errors import PipelineError
 
-COMMANDS = ("prepare", "verify")
+COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 130 and 143 stopped"
 
 

@@ -112,24 +112,50 @@ def load_manifest(output: Path) -> Manifest | None:
         return None
 
 
-def begin(output: Path, settings: dict[str, Any], splits: Iterable[str]) -> None:
+def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> None:
     """Records the settings of this run, or checks that they are those of the run it continues.
+
+    Args:
+        output: folder of the data set.
+        settings: everything that decides the bytes.
+        totals: pictures planned for each split.
 
     Raises:
         OutputError: the folder was begun with other settings.
     """
     path = output / WORK_NAME / PLAN_NAME
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        begun = None
+    text = json.dumps({"settings": settings, "totals": totals}, sort_keys=True, ensure_ascii=False)
+    begun = read_plan(output)
     if begun is not None:
-        refuse_difference(output, begun, json.loads(text))
+        refuse_difference(output, begun["settings"], json.loads(text)["settings"])
     else:
         write_atomic(path, text.encode())
-    for split in splits:
+    for split in totals:
         (output / split).mkdir(exist_ok=True)
+
+
+def read_plan(output: Path) -> dict[str, Any] | None:
+    """Settings and totals of the run that was begun here; None if none was."""
+    try:
+        plan = json.loads((output / WORK_NAME / PLAN_NAME).read_text(encoding="utf-8"))
+        return plan if plan.keys() == {"settings", "totals"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def is_running(output: Path) -> bool:
+    """Tells whether a prepare holds the lock."""
+    try:
+        handle = os.open(output / WORK_NAME / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def refuse_difference(output: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:

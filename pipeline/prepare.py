@@ -118,7 +118,7 @@ class _Run:
                 repaired = self._repair(job, self._manifest)
                 if repaired is not None:
                     return repaired
-            output.begin(self._folder, self._settings, self._listing.splits)
+            output.begin(self._folder, self._settings, self._totals())
             sound = self._sound()
             missing = [shard for shard in self._plan if shard.name not in sound]
             elapsed_s = self._build(job, missing)
@@ -138,12 +138,18 @@ class _Run:
         elapsed_s = 0.0
         if damaged:
             output.refuse_difference(self._folder, manifest.settings, self._settings)
-            output.begin(self._folder, self._settings, self._listing.splits)
+            output.begin(self._folder, self._settings, self._totals())
             elapsed_s = self._build(job, damaged, recorded)
         if damaged_files:
             output.write_info(self._folder, manifest)
         output.clear_work(self._folder)
         return Summary(manifest, sum(len(shard.rows) for shard in damaged), elapsed_s)
+
+    def _totals(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for shard in self._plan:
+            totals[shard.split] = totals.get(shard.split, 0) + len(shard.rows)
+        return totals
 
     def _sound(self) -> set[str]:
         """Names of the shards that need no work: recorded, and their files as recorded."""

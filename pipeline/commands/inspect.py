@@ -1,0 +1,140 @@
+"""``inspect``: see what a data set holds."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from pipeline.inspection import Contents
+
+BAR = 40
+SHOWN_CLASSES = 20
+QUANTILES = (0, 5, 50, 95, 100)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="see what a data set holds: classes, sizes, pictures",
+        description="Print classes, sizes and aspects of the sources; make a contact sheet; show one sample.",
+        epilog="examples:\n"
+        "  python -m pipeline inspect data/digits --sheet digits.png\n"
+        "  python -m pipeline inspect data/digits --sample train-00000042 --picture 42.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the data set")
+    parser.add_argument("--split", help="only this split (default: all; for the sheet: train)")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="write a contact sheet of pictures spread over the shards"
+    )
+    parser.add_argument("--pictures", type=int, default=64, metavar="N", help="on the sheet (default: %(default)s)")
+    parser.add_argument("--sample", metavar="KEY", help="show one sample")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="write the sample's picture")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspects."""
+    manifest = read_manifest(args.folder)
+    if args.split and args.split not in manifest.splits:
+        raise ConfigError(f"--split {args.split}: the data set has {', '.join(manifest.splits)}")
+    if args.sample:
+        _show_sample(args, manifest)
+        return 0
+    from pipeline.inspection import read_contents
+
+    splits = [args.split] if args.split else list(manifest.splits)
+    contents = {split: read_contents(args.folder, manifest, split) for split in splits}
+    if args.json:
+        print(json.dumps({split: _figures(manifest, found) for split, found in contents.items()}, ensure_ascii=False))
+    else:
+        _print_head(args.folder, manifest)
+        for split, found in contents.items():
+            _print_split(split, manifest, found)
+    if args.sheet:
+        _write_sheet(args, manifest)
+    return 0
+
+
+def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
+    from pipeline.inspection import contact_sheet, spread_samples
+
+    split = args.split or ("train" if "train" in manifest.splits else next(iter(manifest.splits)))
+    samples = list(spread_samples(args.folder, manifest, split, max(1, args.pictures)))
+    contact_sheet(samples, manifest).save(args.sheet, "PNG")
+    if not args.json:
+        print(f"contact sheet: {args.sheet}")
+
+
+def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
+    from pipeline.inspection import find_sample, open_picture
+
+    sample = find_sample(args.folder, manifest, args.sample)
+    print(
+        json.dumps(
+            dataclasses.asdict(sample) | {"picture": f"{len(sample.picture):,} bytes"}, ensure_ascii=False, indent=1
+        )
+    )
+    if args.picture:
+        open_picture(sample.picture, manifest.picture).save(args.picture, "PNG")
+        print(f"picture: {args.picture}")
+
+
+def _print_head(folder: Path, manifest: Manifest) -> None:
+    form = manifest.picture
+    size = f"{form.width_px}x{form.height_px}" if form.width_px else "several sizes"
+    print(f"{folder}: source {manifest.source}, {len(manifest.classes):,} classes in {manifest.label_order} order")
+    print(f"pictures: {form.encoding}, {form.channels} channels, {size}; fingerprint {manifest.fingerprint[:12]}")
+
+
+def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
+    record = manifest.splits[split]
+    megabytes = sum(shard.size_bytes for shard in record.shards) / 1e6
+    print(
+        f"\n{split}: {record.num_samples:,} samples in {len(record.shards):,} shards, {megabytes:,.1f} MB, "
+        f"{record.num_quarantined:,} left out"
+    )
+    most = max(contents.classes.values())
+    for label, record_class in list(enumerate(manifest.classes))[:SHOWN_CLASSES]:
+        count = contents.classes[label]
+        print(f"  {label:4d} {record_class.title[:28]:28s} {count:8,d} {'#' * round(BAR * count / most)}")
+    if len(manifest.classes) > SHOWN_CLASSES:
+        rest = [contents.classes[label] for label in range(len(manifest.classes))]
+        print(
+            f"  ... {len(rest) - SHOWN_CLASSES:,} more classes; smallest {min(rest):,}, largest {max(rest):,} samples"
+        )
+    for name, values in _size_columns(contents).items():
+        quantiles = np.percentile(values, QUANTILES)
+        print(
+            f"  {name:10s}" + "".join(f"  {q:3d}%: {value:8.4g}" for q, value in zip(QUANTILES, quantiles, strict=True))
+        )
+    for words, count in contents.converted.most_common():
+        print(f"  converted: {words}: {count:,}")
+
+
+def _size_columns(contents: "Contents") -> dict[str, np.ndarray]:
+    return {
+        "width": contents.widths_px,
+        "height": contents.heights_px,
+        "aspect": contents.widths_px / contents.heights_px,
+    }
+
+
+def _figures(manifest: Manifest, contents: "Contents") -> dict[str, object]:
+    columns = _size_columns(contents)
+    return {
+        "num_samples": sum(contents.classes.values()),
+        "classes": [contents.classes[label] for label in range(len(manifest.classes))],
+        "quantiles": {name: np.percentile(values, QUANTILES).tolist() for name, values in columns.items()},
+        "converted": dict(contents.converted),
+    }
