@@ -140,6 +140,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
         wrong=[rows[index] for index in most_confident],
         num_wrong=len(wrong),
         num_samples=result.num_samples,
+        num_in_split=manifest.splits[split].num_samples,
         confusion=_count_pairs(result.labels, result.predicted, len(names)) if len(names) <= MOST_CLASSES else None,
         classes=names,
     )

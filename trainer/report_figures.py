@@ -138,10 +138,11 @@ def pictures(found: PictureSet | None, why_not: str) -> str:
     """Test pictures with their predictions, the wrong ones, and which class was taken for which."""
     if found is None:
         return html.section("Held-out pictures", html.missing(why_not))
-    count = found.num_samples
+    count, total = found.num_samples, found.num_in_split
+    which = f"all {count:,}" if count == total else f"the first {count:,} of {total:,}"
     parts = [
         html.paragraph(
-            f"The newest checkpoint, run over {count:,} pictures: {count - found.num_wrong:,} right, "
+            f"The newest checkpoint, run over {which} pictures: {count - found.num_wrong:,} right, "
             f"{found.num_wrong:,} wrong. "
             "Under each picture its class and the net's confidence; where it is wrong, what it was taken for."
         ),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+CODE = ("Commit", "Command")  # facts set as code
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
@@ -50,7 +51,10 @@ def headline(figures: Sequence[tuple[str, str, str]]) -> str:
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """Name and value pairs; pairs without a value are left out."""
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows if value)
+    shown = [
+        (name, f"<code>{escape(value)}</code>" if name in CODE else escape(value)) for name, value in rows if value
+    ]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in shown)
     return f'<dl class="facts">{items}</dl>'
 
 

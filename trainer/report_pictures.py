@@ -42,7 +42,8 @@ class PictureSet:
         first: the first pictures of the split, right or wrong: not a selection.
         wrong: pictures predicted wrongly, the most confident first.
         num_wrong: wrong ones in all.
-        num_samples: pictures predicted.
+        num_samples: pictures predicted, from the start of the split.
+        num_in_split: pictures in the split.
         confusion: pictures of class i taken for class j, shape (C, C); None where there are too many classes to draw.
         classes: names of the classes in label order.
     """
@@ -51,6 +52,7 @@ class PictureSet:
     wrong: Sequence[PictureRow]
     num_wrong: int
     num_samples: int
+    num_in_split: int
     confusion: NDArray[np.int64] | None = None
     classes: Sequence[str] = ()
 

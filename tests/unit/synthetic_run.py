@@ -95,4 +95,6 @@ def some_pictures() -> PictureSet:
     confusion = np.diag(np.full(10, 36))
     confusion[3, 8], confusion[3, 3] = 1, 35
     names = [str(i) for i in range(10)]
-    return PictureSet([*first, wrong], [wrong], num_wrong=1, num_samples=360, confusion=confusion, classes=names)
+    return PictureSet(
+        [*first, wrong], [wrong], num_wrong=1, num_samples=360, num_in_split=360, confusion=confusion, classes=names
+    )

@@ -137,7 +137,9 @@ def test_missing_run_is_one_clear_error(tmp_path: Path) -> None:
 def test_names_from_outside_are_escaped(run: Path) -> None:
     evil = "<script>alert(1)</script>"
     row = PictureRow(np.zeros((8, 8, 3), np.uint8), evil, evil, 0.5)
-    page = render_report(Report(read_run(run), PictureSet([row], [], 0, 1, np.eye(2, dtype=np.int64), [evil, '"x"'])))
+    page = render_report(
+        Report(read_run(run), PictureSet([row], [], 0, 1, 1, np.eye(2, dtype=np.int64), [evil, '"x"']))
+    )
     assert "<script" not in page
     parse(page)
 
@@ -192,9 +194,16 @@ def test_pictures_shown_are_the_crops_that_the_net_saw(data: Path, reported: tup
         np.testing.assert_array_equal(row.image, pixels[2:30, 2:30])
 
 
+def test_part_of_a_split_is_called_a_part(run: Path, data: Path) -> None:
+    found = predict_pictures(run, data, limit=10)
+    assert (found.num_samples, found.num_in_split) == (64, 70)  # one whole batch
+    assert "run over the first 64 of 70 pictures" in parse(render_report(Report(read_run(run), found))).text
+
+
 def test_report_with_data_shows_pictures(reported: tuple[str, PictureSet]) -> None:
     page = parse(reported[0])
-    assert "The first 30, not selected" in page.text and "64 train, 70 val; 10 classes" in page.text
+    assert "run over all 70 pictures" in page.text and "The first 30, not selected" in page.text
+    assert "64 train, 70 val; 10 classes" in page.text
     assert sum(address.startswith("data:image/png") for address in page.addresses) == 2 + 30 + 20
 
 
