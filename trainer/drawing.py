@@ -192,7 +192,7 @@ def _frame(middle: float) -> str:
 
 def _image_over_one(text: str, top: float) -> str:
     middle = _left("a") + _BOX / 2
-    return _frame(middle) + _text(middle + 40, 51, _times(text)) + _arrow(middle, 72, top)
+    return _frame(middle) + _text(middle + 10, 96, _times(text)) + _arrow(middle, 72, top)
 
 
 def _image(text: str, top: float) -> str:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def digits_config() -> Config:
-    return load_config(ROOT / "configs" / "digits.toml")
+    return load_config(ROOT / "configs" / "digits.toml", ["train.batch_size=64"])
 
 
 def step_row(step: int, generator: np.random.Generator) -> dict:
