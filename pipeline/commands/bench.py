@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure reading, decoding and the whole loader",
-        description="Measure the loader on a data set's training split: reading only, reading and decoding, everything.",
+        description="Measure the loader on the training split: reading only, reading and decoding, everything.",
         epilog="example: python -m pipeline bench --data data/digits --json\n"
         "         python -m pipeline bench --data data/imagenet --recipe configs/paper.toml --device cuda:0 --sweep",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
     from pipeline.bench import BenchOptions, run_bench
 
-    options = BenchOptions(args.device, args.batch_size, args.seconds, args.repeats, args.sweep)
+    options = BenchOptions(args.device, args.batch_size, args.seconds, args.repeats, args.sweep, args.threads)
     result = run_bench(args.data, _config(args), options)
     if args.json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
@@ -61,15 +61,13 @@ def _config(args: argparse.Namespace) -> Any:
     """The recipe's [data] table as a LoaderConfig, None for the default."""
     from pipeline.loader_config import LoaderConfig
 
-    table: dict[str, Any] = {}
-    if args.recipe:
-        try:
-            table = tomllib.loads(args.recipe.read_text(encoding="utf-8")).get("data", {})
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"recipe {args.recipe} cannot be read: {error}") from None
-    if args.threads is not None:
-        table["threads"] = args.threads
+    if not args.recipe:
+        return None
+    try:
+        table = tomllib.loads(args.recipe.read_text(encoding="utf-8")).get("data", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {args.recipe} cannot be read: {error}") from None
     unknown = sorted(set(table) - {field.name for field in dataclasses.fields(LoaderConfig)})
     if unknown:
         raise ConfigError(f"recipe {args.recipe}: data.{unknown[0]} is no field of the [data] table")
-    return LoaderConfig(**table) if table else None
+    return LoaderConfig(**table)

@@ -1,0 +1,293 @@
+"""How fast is the loader beside its peers? All in one process, in turns, on the same real photos.
+
+    python benchmarks/loader.py --work /tmp/loader-bench            about 6 minutes on 2 cores
+    python benchmarks/loader.py --work /tmp/loader-bench --count 256 --rounds 2 --seconds 0.5      a smoke test
+
+Contestants, batch 128 of 224-px crops, float32:
+
+    whole           pipeline.loader.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
+    bare            a hand-written DALI pipeline with the same operators, DALI's own random numbers, and nothing else
+    whole-channel   the same loader with a mean per channel instead of the mean image
+    webdataset      webdataset + Pillow + torchvision in a DataLoader of 2 workers; mean per channel, no colour
+    whole-raw       TrainingLoader, the paper's recipe, on raw uint8 shards of the same pictures
+    channel-raw     whole-channel on raw shards
+    null            hands out one ready batch: what the harness itself costs
+
+Each round gives every contestant one slot of some seconds, after batches that only empty its queue; the figures are
+medians over the rounds. The results go to benchmarks/results/DATE_HARDWARE_loader.json.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from photos import write_class_folders
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pipeline.bench import BenchOptions, run_bench  # noqa: E402
+from pipeline.loader import LoaderConfig, TrainingLoader  # noqa: E402
+from pipeline.loader_data import open_split, read_statistics  # noqa: E402
+
+BATCH = 128
+CROP = 224
+EMPTY_THE_QUEUE = 6  # batches a slot begins with, not timed: more than any contestant has prepared while it waited
+PAPER = LoaderConfig(crop_px=CROP, mean="pixel", colour="eigenvalue")
+CHANNEL = dataclasses.replace(PAPER, mean="channel")
+
+
+def prepare(work: Path, count: int) -> dict[str, Path]:
+    """Real photos, 256x256, as JPEG (quality 90) and raw shards, made by our own prepare; kept for the next run."""
+    source = work / f"photos-{count}"
+    if not source.exists():
+        write_class_folders(work / "unfinished", count, width_px=256, height_px=256, quality=97)
+        (work / "unfinished").rename(source)
+    folders = {encoding: work / f"{encoding}-{count}" for encoding in ("jpeg", "raw")}
+    for encoding, folder in folders.items():
+        command = [sys.executable, "-m", "pipeline", "prepare", "--source", "folder", "--input", str(source)]
+        command += ["--output", str(folder), "--resize", "256", "--encoding", encoding, "--val-fraction", "0"]
+        subprocess.run([*command, "--shard-size", "256", "--workers", "2"], check=True, cwd=ROOT)
+    return folders
+
+
+def ours(folder: Path, config: LoaderConfig) -> Iterator[torch.Tensor]:
+    """The loader under test."""
+    loader = TrainingLoader(folder, config, batch_size=BATCH, seed=0)
+    while True:
+        yield loader.next().images
+
+
+def bare(folder: Path, threads: int) -> Iterator[torch.Tensor]:
+    """The floor: the same operators without keys, checks, fingerprints, checkpoints or reproducible draws."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    split = open_split(folder, "train")
+    mean_image = read_statistics(folder, split.manifest).mean_image
+    assert mean_image is not None
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, seed=0)
+    def pipeline() -> Any:
+        encoded, labels = fn.readers.webdataset(
+            paths=list(split.tars),
+            index_paths=list(split.indexes),
+            ext=["jpg", "cls"],
+            random_shuffle=True,
+            initial_fill=PAPER.shuffle_buffer,
+        )
+        window = {
+            "crop": (CROP, CROP),
+            "crop_pos_x": fn.random.uniform(range=[0.0, 1.0]),
+            "crop_pos_y": fn.random.uniform(range=[0.0, 1.0]),
+        }
+        mirror = fn.random.coin_flip()
+        pixels = fn.decoders.image_crop(encoded, **window)
+        images = fn.crop_mirror_normalize(pixels, mirror=mirror, mean=fn.random.normal(shape=3), std=[1.0] * 3)
+        constant = types.Constant(mean_image.astype(np.float32), layout="HWC")
+        means = fn.crop_mirror_normalize(constant, mirror=mirror, mean=[0.0] * 3, std=[1.0] * 3, **window)
+        return images - means, labels
+
+    built = pipeline()
+    built.build()
+    while True:
+        images, _ = built.run()
+        yield torch.from_dlpack(images.as_tensor())
+
+
+def webdataset_peer(folder: Path) -> Iterator[torch.Tensor]:
+    """What most people use."""
+    import webdataset
+    from torchvision.transforms import v2
+
+    split = open_split(folder, "train")
+    mean = read_statistics(folder, split.manifest).mean.tolist()
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(CROP),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32),
+            v2.Normalize(mean, [1.0] * 3),
+        ]
+    )
+    data = (
+        webdataset.WebDataset(list(split.tars), shardshuffle=True, resampled=True, seed=0)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+        .batched(BATCH, partial=False)
+    )
+    workers = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, prefetch_factor=2)
+    for images, _ in workers:
+        yield images
+
+
+def null() -> Iterator[torch.Tensor]:
+    """The harness alone."""
+    images = torch.zeros(BATCH, 3, CROP, CROP)
+    while True:
+        yield images
+
+
+def slot(batches: Iterator[torch.Tensor], seconds: float) -> float:
+    """Images a second of one turn."""
+    for _ in range(EMPTY_THE_QUEUE):
+        next(batches)
+    begin_s, count = time.perf_counter(), 0
+    while time.perf_counter() - begin_s < seconds:
+        assert next(batches).shape == (BATCH, 3, CROP, CROP)
+        count += 1
+    return count * BATCH / (time.perf_counter() - begin_s)
+
+
+def race(folders: dict[str, Path], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Images a second of every contestant in every round."""
+    threads = len(os.sched_getaffinity(0))
+    contestants = {
+        "whole": ours(folders["jpeg"], PAPER),
+        "bare": bare(folders["jpeg"], threads),
+        "whole-channel": ours(folders["jpeg"], CHANNEL),
+        "webdataset": webdataset_peer(folders["jpeg"]),
+        "whole-raw": ours(folders["raw"], PAPER),
+        "channel-raw": ours(folders["raw"], CHANNEL),
+        "null": null(),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        names = list(contestants) if number % 2 else list(reversed(contestants))  # no one always comes after the same
+        for name in names:
+            rate = slot(contestants[name], seconds)
+            if number:  # the first round warms up
+                rates[name].append(rate)
+                print(f"round {number}: {name:14} {rate:10,.0f} images/s", flush=True)
+    return rates
+
+
+def first_batch(folder: Path) -> dict[str, float]:
+    """Seconds to the first batch in a fresh process: with and without the imports."""
+    program = (
+        "import time; t = time.perf_counter()\n"
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import nvidia.dali.fn, torch; from pathlib import Path\n"
+        "from pipeline.loader import LoaderConfig, TrainingLoader\n"
+        "i = time.perf_counter()\n"
+        f"config = LoaderConfig(crop_px={CROP}, mean='pixel', colour='eigenvalue')\n"
+        f"TrainingLoader(Path(sys.argv[1]), config, batch_size={BATCH}, seed=0).next()\n"
+        "e = time.perf_counter(); print(e - i, e - t)"
+    )
+    runs = []
+    for _ in range(5):
+        command = [sys.executable, "-c", program, str(folder), str(ROOT)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        runs.append([float(text) for text in output.split()])
+    opening, everything = (statistics.median(column) for column in zip(*runs, strict=True))
+    return {"first_batch_s": opening, "first_batch_with_imports_s": everything}
+
+
+def memory_by_epoch(folder: Path, epochs: int = 10) -> list[float]:
+    """Resident memory (10**6 bytes) after each epoch."""
+    loader = TrainingLoader(folder, PAPER, batch_size=BATCH, seed=0)
+    found = []
+    for _ in range(epochs):
+        for _ in range(loader.steps_per_epoch):
+            loader.next()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    return found
+
+
+def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median and spread."""
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in rates.items()
+    }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit, command."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    names = ("torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": commit.strip(),
+        "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
+    }
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """What the issue asks for: medians of the ratios within a round, since a round is one state of the machine."""
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
+
+    return {
+        "whole / bare (wanted 0.95)": ratio("whole", "bare"),
+        "whole / webdataset (wanted 4)": ratio("whole", "webdataset"),
+        "whole-raw / whole (wanted 4)": ratio("whole-raw", "whole"),
+        "channel-raw / whole-channel": ratio("channel-raw", "whole-channel"),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the data sets are made and kept")
+    parser.add_argument("--count", type=int, default=2048, help="pictures")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a slot")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_loader.json")
+    args = parser.parse_args()
+    facts = environment()
+    folders = prepare(args.work, args.count)
+    memory = memory_by_epoch(folders["jpeg"])
+    rates = race(folders, args.rounds, args.seconds)
+    stages = {
+        name: dataclasses.asdict(run_bench(folder, PAPER, BenchOptions(seconds=args.seconds / 2, repeats=args.rounds)))
+        for name, folder in folders.items()
+    }
+    result = {
+        **facts,
+        "ratios": ratios(rates),
+        "images_per_s": summary(rates),
+        **first_batch(folders["jpeg"]),
+        "memory_mb_after_epoch": memory,
+        "stages": stages,
+        "rounds": rates,
+    }
+    default = ROOT / "benchmarks" / "results" / f"{facts['date'][:10]}_cpu{facts['cores']}_loader.json"
+    output = args.output or default
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in list(result)[8:13]}, indent=1))
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Real photos for benchmarks, out of the wheels of scikit-image and scikit-learn: crops at many places and scales.
+
+    python benchmarks/photos.py OUTPUT --count 2048 --size 500x375 --quality 95
+
+Nothing is downloaded. Eleven photos give as many different pictures as are asked for: every one is another crop of
+one of them, resized, so detail, contrast and compressed size vary as in a photo collection; colours come from few scenes.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import skimage
+import sklearn
+from PIL import Image
+
+SKIMAGE = Path(skimage.__file__).parent / "data"
+SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
+SKIMAGE_NAMES = (
+    "astronaut.png", "coffee.png", "chelsea.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "rocket.jpg",
+    "motorcycle_left.png", "motorcycle_right.png",
+)  # fmt: skip
+SMALLEST_CROP = 0.45  # of the photo's shorter side: below that, enlarging would make pictures too smooth
+
+
+def load_photos() -> list[Image.Image]:
+    """The photos, RGB."""
+    paths = [SKIMAGE / name for name in SKIMAGE_NAMES] + [SKLEARN / "china.jpg", SKLEARN / "flower.jpg"]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def crops(count: int, width_px: int, height_px: int, seed: int = 0) -> Iterator[Image.Image]:
+    """``count`` different pictures of one size."""
+    photos = load_photos()
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        largest = min(photo.width / width_px, photo.height / height_px)
+        scale = largest * random.uniform(SMALLEST_CROP, 1.0)
+        width, height = width_px * scale, height_px * scale
+        left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
+        box = (left, top, left + width, top + height)
+        yield photo.resize((width_px, height_px), Image.Resampling.BICUBIC, box=box)
+
+
+def write_class_folders(
+    output: Path, count: int, *, width_px: int, height_px: int, quality: int, classes: int = 10, seed: int = 0
+) -> None:
+    """Writes ``OUTPUT/class-NN/NNNNNN.jpg``, 4:2:0."""
+    for number, picture in enumerate(crops(count, width_px, height_px, seed)):
+        folder = output / f"class-{number % classes:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number:06d}.jpg", "JPEG", quality=quality, subsampling="4:2:0")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--size", default="500x375", metavar="WxH")
+    parser.add_argument("--quality", type=int, default=95)
+    args = parser.parse_args()
+    width_px, height_px = (int(text) for text in args.size.split("x"))
+    write_class_folders(args.output, args.count, width_px=width_px, height_px=height_px, quality=args.quality)
+
+
+if __name__ == "__main__":
+    main()
