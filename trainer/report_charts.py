@@ -143,8 +143,8 @@ def _curve(line: Line) -> _Curve | None:
 
 
 def _x_scale(curves: Sequence[_Curve]) -> _Scale:
-    low, high = min(c.xs[0] for c in curves), max(c.xs[-1] for c in curves)
-    low = 0.0 if 0 <= low < 0.25 * high else low  # charts side by side begin alike
+    low = min(0.0, *(float(curve.xs[0]) for curve in curves))  # from 0, so that charts side by side have one scale
+    high = max(float(curve.xs[-1]) for curve in curves)
     return _Scale(low, high if high > low else low + 1, _LEFT, _WIDTH - _RIGHT)
 
 
