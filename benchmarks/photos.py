@@ -3,7 +3,7 @@
     python benchmarks/photos.py OUTPUT --count 2048 --size 500x375 --quality 95
 
 Nothing is downloaded. Eleven photos give as many different pictures as are asked for: every one is another crop of
-one of them, resized, so detail, contrast and compressed size vary as in a photo collection; colours come from few scenes.
+one of them, resized, so detail, contrast and compressed size vary as in a collection.
 """
 
 import argparse

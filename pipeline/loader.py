@@ -2,7 +2,7 @@
 
 The reader (webdataset tars with index) owns the order of the samples; every other random decision comes from
 :mod:`pipeline.augmentation` through an external source, as a function of (seed, epoch, position). Both survive a
-restart: the reader through DALI's checkpoint (about 260 bytes), the draws because the iteration number says it all.
+restart: the reader through DALI's checkpoint (60 bytes of it), the draws because the iteration number says it all.
 One graph serves CPU and GPU; DALI's default executor hands its buffers over, so outputs reach torch without a copy.
 """
 
@@ -18,6 +18,7 @@ import torch
 from pipeline.augmentation import Augmentation, Draws, centre_geometry, colour_steps, fingerprint
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader_batch import Batch, read_keys, read_labels
+from pipeline.loader_checkpoint import strip
 from pipeline.loader_config import LoaderConfig
 from pipeline.loader_data import OpenSplit, open_split, read_statistics
 from pipeline.loader_graph import Normaliser, Reader, evaluation_graph, positions, split_graph, training_graph
@@ -199,7 +200,7 @@ class TrainingLoader:
                     "continue with the same, or start a new run"
                 )
         try:
-            return base64.b64decode(state["dali"], validate=True), int(state["iteration"])
+            return strip(base64.b64decode(state["dali"], validate=True)), int(state["iteration"])
         except (KeyError, ValueError, TypeError) as error:
             raise DatasetError(f"the loader's state is damaged ({type(error).__name__}: {error})") from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.loader_batch import read_keys, read_shards
+from pipeline.loader_checkpoint import graft, strip
 from pipeline.loader_graph import Reader, build_pipeline, encoded_graph, reason_of
 
 _READY_S = 0.001  # handing over a batch that was ready takes 0.05 to 0.3 ms
@@ -40,7 +41,8 @@ class RunningPipeline:
     Args:
         reader: what is read.
         graph: function that makes the outputs.
-        checkpoint: state of an equal pipeline after ``iteration`` iterations, to continue there.
+        checkpoint: of :meth:`checkpoint` after ``iteration`` iterations, to continue there; of any of our pipelines
+            with the same reader, whatever its device and recipe.
         iteration: see above.
         checkpointing: whether :meth:`checkpoint` is wanted.
     """
@@ -56,6 +58,10 @@ class RunningPipeline:
     ) -> None:
         self._opened_s = time.perf_counter()
         self._reader = reader
+        if checkpoint is not None:
+            fresh = build_pipeline(reader, graph, checkpointing=True)
+            checkpoint = graft(bytes(fresh.checkpoint()), checkpoint)
+            del fresh
         self._pipeline = build_pipeline(reader, graph, checkpointing=checkpointing, checkpoint=checkpoint)
         self._fill = QueueFill(0, 0, 0.0, 0.0)
         self.iteration = iteration
@@ -103,8 +109,8 @@ class RunningPipeline:
         return self._fill
 
     def checkpoint(self) -> bytes:
-        """DALI's state after the last iteration that :meth:`run` returned, whatever has been prefetched since."""
-        return bytes(self._pipeline.checkpoint())
+        """The reader's state after the last iteration that :meth:`run` returned, whatever has been prefetched since."""
+        return strip(bytes(self._pipeline.checkpoint()))
 
     def close(self) -> None:
         """Stops DALI's threads and frees its buffers; outputs handed out stay valid."""

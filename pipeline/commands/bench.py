@@ -37,10 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
+    config = _config(args)  # before torch is loaded, which takes seconds
     from pipeline.bench import BenchOptions, run_bench
 
     options = BenchOptions(args.device, args.batch_size, args.seconds, args.repeats, args.sweep, args.threads)
-    result = run_bench(args.data, _config(args), options)
+    result = run_bench(args.data, config, options)
     if args.json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
         return 0

@@ -126,6 +126,22 @@ def test_resuming_a_replica_and_resuming_twice(data: Path) -> None:
         assert identity(loader.next()) == identity(twice.next())
 
 
+@pytest.mark.parametrize(
+    "changed", [{"mean": "none"}, {"mean": "centre"}, {"scale": "standardise"}, {"colour": "none"}, {"prefetch": 4}]
+)
+def test_a_state_continues_under_another_recipe(data: Path, changed: dict[str, Any]) -> None:
+    """DALI alone refuses this: its checkpoints belong to one graph."""
+    loader = open_training(data, batch_size=5)
+    for _ in range(6):
+        loader.next()
+    other = LoaderConfig(**{**vars(CONFIG), **changed})
+    moved = open_training(data, batch_size=5, config=other, state=loader.state())
+    for _ in range(6):
+        a, b = loader.next(), moved.next()
+        assert a.keys == b.keys and np.array_equal(a.draws, b.draws)
+    assert moved.state() == loader.state()
+
+
 def test_state_tells_the_next_batch(data: Path) -> None:
     loader = open_training(data, batch_size=7)
     for _ in range(8):
@@ -152,7 +168,9 @@ def test_a_state_of_another_data_set_is_refused(data: Path, tmp_path: Path) -> N
         open_training(data, state=open_training(other).state())
 
 
-@pytest.mark.parametrize("damage", [{"dali": "***"}, {"dali": 5}, {"iteration": None}])
+@pytest.mark.parametrize(
+    "damage", [{"dali": "***"}, {"dali": 5}, {"dali": "AAAA"}, {"dali": "CgQ="}, {"dali": ""}, {"iteration": None}]
+)
 def test_a_damaged_state_is_refused(data: Path, damage: dict[str, Any]) -> None:
     loader = open_training(data)
     loader.next()
