@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainer import normalization
 from trainer.normalization import response_norm, spatial_norm
 
 
@@ -30,6 +31,24 @@ def test_equals_torch_whose_alpha_is_divided_by_size(maps: int, memory_format: t
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_equal_the_formulas(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocked kernels (contiguous) against the plain formulas (channels_last); the last block is smaller."""
+    monkeypatch.setattr(normalization, "BLOCK_ELEMENTS", 2 * 9 * 4 * 5)
+    x = (torch.randn(5, 9, 4, 5) * 3).to(dtype)
+    weights = torch.randn(x.shape).to(dtype)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        y = response_norm(leaf, size=size, alpha=0.2, beta=0.75, k=2.0)
+        (y * weights).sum().backward()
+        found.append((y.detach(), leaf.grad))
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found[0][0], found[1][0].contiguous(), **tolerance)
+    torch.testing.assert_close(found[0][1], found[1][1].contiguous(), **tolerance)
 
 
 def test_spatial_norm_by_hand() -> None:
