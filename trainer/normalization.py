@@ -135,7 +135,7 @@ class _Scratch:
         return narrow if narrow.dtype == into.dtype else into[: len(narrow)].copy_(narrow)
 
     def inverse_root_and_power(self, x: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
-        """``d^-0.5`` and ``d^-beta`` of ``d = k + alpha * sum x^2``; k is spread over the window and added on the way."""
+        """``d^-0.5`` and ``d^-beta`` of ``d = k + alpha * sum x^2``; k is spread over the window."""
         alpha, beta, k = constants
         share = k / self.size
         self.fill_border(share)
