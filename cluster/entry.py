@@ -27,13 +27,15 @@ def job_settings() -> dict[str, Any]:
         return {}
 
 
-def result_path(job_id: str) -> Path | None:
-    """The result file: in the folder of the job's log, which is this process's output; None if that is no log file."""
+def result_path(job_id: str | None) -> Path | None:
+    """The result file: TWOTOWER_RESULT, else beside the job's log, which is this process's output, else None."""
+    if wanted := os.environ.get("TWOTOWER_RESULT"):
+        return Path(wanted)
     try:
         log = Path("/proc/self/fd/1").readlink()
     except OSError:
         return None
-    return log.parent / f"job-result-{job_id}.json" if log.name.startswith("job-driver-") else None
+    return log.parent / f"job-result-{job_id}.json" if job_id and log.name.startswith("job-driver-") else None
 
 
 def child_environment() -> dict[str, str]:
@@ -125,7 +127,7 @@ def main(arguments: list[str]) -> int:
         print("error: cluster.entry: no command; expected: python -m cluster.entry -- COMMAND...", file=sys.stderr)
         return 2
     record = run(command)
-    path = result_path(record["submission_id"]) if record["submission_id"] else None
+    path = result_path(record["submission_id"])
     if path:
         try:
             write_result(path, record)

@@ -231,14 +231,19 @@ def entrypoint(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[s
     return (*words, "--", *command)
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, train, and turn errors into one line."""
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the training command after `--`."""
     parser = argparse.ArgumentParser(prog="python -m cluster.training", description=__doc__.splitlines()[0])
     add_options(parser)
     parser.set_defaults(towers=2, replicas=(1, 1))
     parser.add_argument("command", nargs=argparse.REMAINDER)
     parsed = parser.parse_args(arguments)
-    command = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
+    return parsed, parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
+
+
+def main(arguments: list[str]) -> int:
+    """Train, and turn errors into one line."""
+    parsed, command = parse(arguments)
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the towers run in the working tree, as everywhere
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a progress line is news although it resembles the one before

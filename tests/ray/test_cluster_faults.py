@@ -16,7 +16,7 @@ from tests.ray.machine import ROOT, Machine, started, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PREPARE = ("-m", "pipeline", "prepare", "--source", "digits", "--resize", "32")
-SMALL = ("--set", "train.epochs=6", "--set", "train.checkpoint_every_steps=10")
+SMALL = ("--set", "train.epochs=6", "--set", "train.batch_size=64", "--set", "train.checkpoint_every_steps=10")
 STEPS = 6 * 22
 
 
