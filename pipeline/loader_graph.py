@@ -180,8 +180,8 @@ def _shuffling(reader: Reader) -> dict[str, Any]:
     }
 
 
-def build_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, checkpoint: bytes | None = None) -> Any:
-    """Builds a DALI pipeline out of ``graph``, a function that returns its outputs."""
+def define_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, checkpoint: bytes | None = None) -> Any:
+    """Defines a DALI pipeline out of ``graph``, a function that returns its outputs; needs no GPU yet."""
     definition = _dali().pipeline_def(
         graph,
         batch_size=reader.batch_size,
@@ -192,12 +192,35 @@ def build_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, c
         enable_checkpointing=checkpointing,
         checkpoint=checkpoint,
     )
+    return definition()
+
+
+def build_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, checkpoint: bytes | None = None) -> Any:
+    """Defines and builds a pipeline.
+
+    Raises:
+        ConfigError: there is no such device.
+        DatasetError: DALI cannot open the data set.
+    """
+    _check_device(reader)
     try:
-        pipeline = definition()
+        pipeline = define_pipeline(reader, graph, checkpointing=checkpointing, checkpoint=checkpoint)
         pipeline.build()
     except RuntimeError as error:
         raise DatasetError(f"DALI cannot open {reader.split.folder}: {reason_of(error)}") from error
     return pipeline
+
+
+def _check_device(reader: Reader) -> None:
+    if reader.device_id is None:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if reader.device_id >= found:
+        raise ConfigError(
+            f"device is {reader.device!r}: this machine has {found} CUDA devices; use cpu or an existing one"
+        )
 
 
 def reason_of(error: BaseException) -> str:

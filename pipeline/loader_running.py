@@ -86,13 +86,13 @@ class RunningPipeline:
         self.iteration += 1
         return outputs
 
-    def _stream(self) -> int | None:
+    def _stream(self) -> Any:
         """torch's stream: outputs are bound to it, so memory that torch gives back waits for torch's kernels."""
         if self._reader.device_id is None:
             return None
         import torch
 
-        return int(torch.cuda.current_stream(self._reader.device_id).cuda_stream)
+        return torch.cuda.current_stream(self._reader.device_id)
 
     def _count(self, wait_s: float) -> None:
         fill = self._fill
