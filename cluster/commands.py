@@ -10,12 +10,10 @@ from typing import Any
 
 from cluster import doctor as checks
 from cluster import jobs, local, training
-from cluster.auth import ensure_token, token_path
+from cluster.auth import ensure_token
 from cluster.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
 from cluster.errors import ClusterError
 from cluster.progress import Progress, latest
-
-OLDEST_SAFE_RAY = (2, 55)
 
 
 def up(arguments: argparse.Namespace) -> int:
@@ -206,19 +204,12 @@ def _check_version(client: Client) -> None:
     from importlib.metadata import version
 
     theirs, ours = client.version(), version("ray")
-    if _release(theirs) < OLDEST_SAFE_RAY:
+    if checks.release(theirs) < checks.OLDEST_SAFE_RAY:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
-    if _release(theirs) != _release(ours):
+    if checks.release(theirs) != checks.release(ours):
         raise ClusterError(f"{client.address} runs Ray {theirs}, this machine {ours}: install the same version on both")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _say(text: str) -> None:
     """Our own words go to stderr: stdout is the job's log."""
     print(text, file=sys.stderr, flush=True)
-
-
-__all__ = ["doctor", "down", "logs", "status", "stop", "submit", "token_path", "up"]

@@ -1,33 +1,22 @@
-"""Checks of a cluster and of this machine; every finding says what to do."""
+"""`doctor`: checks of a cluster; every finding says what to do. The checks of this machine are in machine.py."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 import requests
 
-from cluster.auth import mode_too_wide, token_path
+from cluster import local, machine
 from cluster.client import Client, is_loopback
 from cluster.errors import ClusterError
+from cluster.findings import Finding, bad, note, ok
 
-GIB = 1 << 30
+CLOCK_TOLERANCE_S = 15.0  # a node's clock is reported every few seconds
 OLDEST_SAFE_RAY = (2, 55)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result: level ok, note or bad; what was seen; what to do about it."""
-
-    level: str
-    check: str
-    seen: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.level:4}  {self.check}: {self.seen}" + (f"\n      -> {self.fix}" if self.fix else "")
+HOLES = "CVE-2023-48022, CVE-2026-27482, GHSA-hhrp-gw25-jr43"
 
 
 def examine(address: str, folder: Path) -> list[Finding]:
@@ -35,78 +24,116 @@ def examine(address: str, folder: Path) -> list[Finding]:
 
     Args:
         address: the dashboard.
-        folder: the folder of the local cluster, for the check of free disk.
+        folder: the folder of the local cluster.
     """
-    findings: list[Finding] = []
-    for check in CHECKS:
-        findings.extend(check(address, folder))
-    return findings
+    findings = [*check_ray(), *machine.check_token(), *check_cluster(address)]
+    findings += [*check_binding(address, folder), *machine.check_disk(folder), *machine.check_shared_memory()]
+    return [*findings, *machine.check_file_limit(), *machine.check_gpu(), *machine.check_dali()]
 
 
-def check_ray(address: str, folder: Path) -> Iterator[Finding]:
+def release(text: str) -> tuple[int, int]:
+    """Major and minor number of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_ray() -> Iterator[Finding]:
     """Ray's version here."""
     ours = version("ray")
-    if tuple(int(part) for part in ours.split(".")[:2]) < OLDEST_SAFE_RAY:
-        fix = "pip install -e . -c constraints.txt"
-        yield Finding("bad", "ray", f"{ours} here has known holes (CVE-2023-48022, CVE-2026-27482)", fix)
+    if release(ours) < OLDEST_SAFE_RAY:
+        yield bad("ray", f"{ours} here has known holes ({HOLES})", "pip install -e . -c constraints.txt")
     else:
-        yield Finding("ok", "ray", f"{ours} here")
+        yield ok("ray", f"{ours} here")
 
 
-def check_token(address: str, folder: Path) -> Iterator[Finding]:
-    """The token file."""
-    path = token_path()
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        fix = "keep it in a file of mode 0600: an environment variable shows in /proc and is passed to every child"
-        yield Finding("note", "token", "set in RAY_AUTH_TOKEN", fix)
-    elif not path.exists():
-        yield Finding("bad", "token", f"none in {path}", "python -m cluster up --local makes one")
-    elif (mode := mode_too_wide(path)) is not None:
-        yield Finding("bad", "token", f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}")
-    else:
-        yield Finding("ok", "token", f"{path}, mode 0600")
-
-
-def check_cluster(address: str, folder: Path) -> Iterator[Finding]:
-    """The cluster: does it answer, does it ask for the token, is it the same Ray."""
+def check_cluster(address: str) -> Iterator[Finding]:
+    """The cluster: does it answer, does it ask for the token, is it the same Ray, do its clocks agree."""
     try:
-        status = requests.get(f"{address}/api/jobs/", timeout=10, proxies={"http": "", "https": ""}).status_code
+        status = _status_without_token(address)
     except requests.RequestException:
-        yield Finding("note", "cluster", f"nothing answers at {address}", "python -m cluster up --local")
+        yield note("cluster", f"nothing answers at {address}", "python -m cluster up --local, or give --address")
+        yield from _check_port(address)
         return
     if status == 401:
-        yield Finding("ok", "cluster", f"{address} answers 401 without the token")
+        yield ok("cluster", f"{address} answers 401 without the token")
     else:
         fix = "anyone who reaches it can run code: restart it with RAY_AUTH_MODE=token (`up --local` does)"
-        yield Finding("bad", "cluster", f"{address} answers {status} without a token", fix)
+        yield bad("cluster", f"{address} answers {status} without a token", fix)
     try:
-        theirs = Client(address).version()
-    except ClusterError as error:
-        yield Finding("bad", "cluster", str(error), "copy the cluster's token file, mode 0600")
-        return
-    same = theirs == version("ray")
-    fix = "" if same else "install the same version on both: pip install -e . -c constraints.txt"
-    yield Finding("ok" if same else "bad", "cluster", f"runs Ray {theirs}", fix)
+        client = Client(address)
+        yield from _check_version(client.version())
+        yield from check_nodes(client.nodes())
+    except (ClusterError, KeyError, ValueError) as error:
+        yield bad("cluster", str(error), "mend this first: the checks of version and nodes need it")
     if not is_loopback(address) and address.startswith("http://"):
-        yield Finding("bad", "cluster", f"{address} is not encrypted", "use an SSH tunnel: ray dashboard CLUSTER.yaml")
+        fix = "use an SSH tunnel (ray dashboard CLUSTER.yaml) or https"
+        yield bad("cluster", f"{address} is not encrypted: the token can be read on the way", fix)
 
 
-def check_disk(address: str, folder: Path) -> Iterator[Finding]:
-    """Free disk where Ray spills objects, and shared memory for its object store."""
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    usage = shutil.disk_usage(place)
-    seen = f"{usage.free / GIB:.0f} GiB free of {usage.total / GIB:.0f} at {place}"
-    if usage.free < 0.05 * usage.total or usage.free < 5 * GIB:
-        yield Finding("bad", "disk", seen, "free some: Ray stops placing work at 95 % full; or choose --folder DIR")
+def _status_without_token(address: str) -> int:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(f"{address}/api/jobs/", timeout=10).status_code
+
+
+def _check_port(address: str) -> Iterator[Finding]:
+    url = urlparse(address)
+    with socket.socket() as probe:
+        probe.settimeout(3)
+        taken = is_loopback(address) and probe.connect_ex(("127.0.0.1", url.port or 0)) == 0
+    if taken:
+        fix = f"find it with `ss -ltnp sport = :{url.port}`, or use another port: up --local --dashboard-port N"
+        yield bad("port", f"{url.port} is taken by another program", fix)
+
+
+def _check_version(theirs: str) -> Iterator[Finding]:
+    ours = version("ray")
+    fix = "install the same version on both: pip install -e . -c constraints.txt"
+    if release(theirs) < OLDEST_SAFE_RAY:
+        yield bad("cluster", f"runs Ray {theirs}, which has known holes ({HOLES})", fix)
+    elif theirs != ours:
+        yield bad("cluster", f"runs Ray {theirs}, this machine {ours}", fix)
     else:
-        yield Finding("ok", "disk", seen)
-    shm = Path("/dev/shm")
-    if not shm.exists():
-        yield Finding("bad", "shared memory", "no /dev/shm", "mount a tmpfs there: Ray's object store needs it")
+        yield ok("cluster", f"runs Ray {theirs}")
+
+
+def check_nodes(nodes: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Living and lost nodes, and whether their clocks agree.
+
+    Args:
+        nodes: the dashboard's summary of each node; `now` is its clock, in s since 1970.
+    """
+    alive = [node for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
+    lost = len(nodes) - len(alive)
+    totals = [node["raylet"].get("resourcesTotal", {}) for node in alive]
+    cpus, gpus = (sum(total.get(kind, 0) for total in totals) for kind in ("CPU", "GPU"))
+    seen = f"{len(alive)} alive with {cpus:g} CPUs and {gpus:g} GPUs" + (f", {lost} lost" if lost else "")
+    yield note("nodes", seen) if lost else ok("nodes", seen)
+    clocks = {node["ip"]: float(node["now"]) for node in alive if "now" in node}
+    if len(clocks) < 2:
         return
-    free = shutil.disk_usage(shm).free
-    fix = "" if free >= GIB else "docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm in Kubernetes"
-    yield Finding("ok" if free >= GIB else "bad", "shared memory", f"{free / GIB:.1f} GiB free in /dev/shm", fix)
+    apart = max(clocks.values()) - min(clocks.values())
+    if apart > CLOCK_TOLERANCE_S:
+        ahead, behind = max(clocks, key=clocks.__getitem__), min(clocks, key=clocks.__getitem__)
+        yield bad(
+            "clocks", f"{ahead} is {apart:.0f} s ahead of {behind}", "run chrony or systemd-timesyncd on all nodes"
+        )
+    else:
+        yield ok("clocks", f"of {len(clocks)} nodes agree within {CLOCK_TOLERANCE_S:.0f} s")
 
 
-CHECKS: tuple[Callable[[str, Path], Iterator[Finding]], ...] = (check_ray, check_token, check_cluster, check_disk)
+def check_binding(address: str, folder: Path) -> Iterator[Finding]:
+    """Which addresses the local cluster listens on."""
+    cluster = local.load(folder)
+    if cluster is None or cluster.address != address:
+        return
+    port = urlparse(address).port or 0
+    sockets = machine.listening({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
+    if any(open_port == port for open_port in sockets):
+        fix = "restart it with `python -m cluster up --local`, which binds it to 127.0.0.1"
+        yield bad("dashboard", f"port {port} listens on all interfaces", fix)
+    else:
+        yield ok("dashboard", f"port {port} listens on loopback only")
+    if sockets:
+        fix = "the token guards all but the read-only metrics; close them by firewall in a network you do not trust"
+        yield note("ports", f"Ray's own listen on all interfaces: {', '.join(map(str, sorted(sockets)))}", fix)

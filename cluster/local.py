@@ -138,7 +138,7 @@ def stop_node(node: LocalNode, kill: bool = False) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while is_alive(node) and time.monotonic() < deadline:
             time.sleep(0.1)
-    for pid in _session_members(node.pid):
+    for pid in session_members(node.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -282,7 +282,7 @@ def is_alive(node: LocalNode) -> bool:
     return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started
 
 
-def _session_members(session: int) -> list[int]:
+def session_members(session: int) -> list[int]:
     """The living processes of a session: all that a node started and that did not leave it."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     fields = {pid: _stat_fields(pid) for pid in pids}

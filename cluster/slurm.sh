@@ -31,7 +31,8 @@ python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TO
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
 export TWOTOWER_RESULT="$PWD/job-result-$SLURM_JOB_ID.json"
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000))   # two jobs may share a node
 
 # One `ray symmetric-run` a node: the first becomes the head and runs the command, the others wait for its end.
