@@ -5,15 +5,19 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster import doctor as checks
 from cluster import jobs, local, training
 from cluster.auth import ensure_token
+from cluster.bar import BarStream
 from cluster.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
 from cluster.errors import ClusterError
 from cluster.progress import Progress, latest
+
+FULL_PERCENT = 95.0
 
 
 def up(arguments: argparse.Namespace) -> int:
@@ -73,6 +77,7 @@ def submit(arguments: argparse.Namespace) -> int:
         return 0
     client = Client(address)
     _check_version(client)
+    _check_disks(client)
     if not is_loopback(address) and address.startswith("http://"):
         _say(f"warning: {address} is not encrypted, so your token can be read on the way; use an SSH tunnel or https")
     started = time.time()
@@ -86,11 +91,15 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _follow(client: Client, job_id: str, started: float | None = None) -> int:
     """Show the log to the end, say how the job ended and return its exit code."""
+    stream = BarStream(jobs.binary_stdout()) if sys.stdout.isatty() else jobs.binary_stdout()
     try:
-        job, follower = jobs.wait(client, job_id, jobs.binary_stdout())
+        job, follower = jobs.wait(client, job_id, stream)
     except KeyboardInterrupt:
         _say(f"\njob {job_id} goes on; end it with `python -m cluster stop {job_id}`")
         return 130
+    finally:
+        if isinstance(stream, BarStream):
+            stream.close()
     end = jobs.ending(client, job)
     first = follower.first_byte_at if follower and started else None
     times = f"{((job.get('end_time') or 0) - (job.get('start_time') or 0)) / 1000:.1f} s"
@@ -208,6 +217,26 @@ def _check_version(client: Client) -> None:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
     if checks.release(theirs) != checks.release(ours):
         raise ClusterError(f"{client.address} runs Ray {theirs}, this machine {ours}: install the same version on both")
+
+
+def _check_disks(client: Client) -> None:
+    """Refuse a cluster whose head has no room for the working tree and the logs; say it of other nodes."""
+    for ip, is_head, mount, percent in full_disks(client.nodes()):
+        seen = f"disk {mount} of {'the head' if is_head else 'node'} {ip} is {percent:.0f} % full"
+        if is_head:
+            raise ClusterError(f"{seen}: the job could not start there; free some space")
+        _say(f"warning: {seen}: Ray will place no work there")
+
+
+def full_disks(nodes: Sequence[dict[str, Any]]) -> list[tuple[str, bool, str, float]]:
+    """The disks that Ray calls full (95 %): address of the node, whether it is the head, mount, per cent."""
+    found = []
+    for node in nodes:
+        raylet = node.get("raylet", {})
+        for mount, usage in (node.get("disk") or {}).items():
+            if raylet.get("state") == "ALIVE" and usage.get("percent", 0) >= FULL_PERCENT:
+                found.append((str(node.get("ip")), bool(raylet.get("isHeadNode")), mount, float(usage["percent"])))
+    return found
 
 
 def _say(text: str) -> None:

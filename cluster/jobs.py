@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import requests
 
@@ -156,6 +156,16 @@ def ending(client: Client, job: dict[str, Any]) -> Ending:
     return Ending("failed" if code else "lost", code or EXIT_LOST, lines[0][:300])
 
 
+class ByteStream(Protocol):
+    """What a log is written to."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take bytes."""
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+
+
 class LogFollower:
     """Copies a job's log to a stream while the job runs, and attaches again whenever the connection ends.
 
@@ -163,7 +173,7 @@ class LogFollower:
     is fetched once the job is over.
     """
 
-    def __init__(self, client: Client, job_id: str, stream: BinaryIO) -> None:
+    def __init__(self, client: Client, job_id: str, stream: ByteStream) -> None:
         self._client, self._job_id, self._stream = client, job_id, stream
         self._shown = 0
         self._over = threading.Event()
@@ -212,7 +222,7 @@ class LogFollower:
         self._stream.flush()
 
 
-def wait(client: Client, job_id: str, stream: BinaryIO | None) -> tuple[dict[str, Any], LogFollower | None]:
+def wait(client: Client, job_id: str, stream: ByteStream | None) -> tuple[dict[str, Any], LogFollower | None]:
     """Poll a job until it is over, showing its log on the way.
 
     Args:

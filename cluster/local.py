@@ -7,6 +7,7 @@ runs here as `ray start --block` in a session of its own, and its process id and
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from cluster.errors import ClusterError
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 EXTRA_NODE_STORE_BYTES = 1 << 30
+NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,11 @@ def _prepare_folder(folder: Path) -> None:
         folder.chmod(0o700)
     except OSError as error:
         raise ClusterError(f"folder {folder}: {error.strerror}; choose another with --folder DIR") from error
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise ClusterError(
+            f"folder {folder} has {free >> 20} MiB free, and Ray needs 1 GiB; choose another with --folder"
+        )
     if len(str(folder.resolve())) > 40:
         raise ClusterError(
             f"folder {folder} has a path of more than 40 characters: too long for Ray's sockets; shorten it"

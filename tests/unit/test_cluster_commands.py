@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,13 +18,16 @@ import requests
 from cluster import jobs, local
 from cluster.__main__ import main
 from cluster.auth import ensure_token, mode_too_wide, read_token
+from cluster.bar import BarStream
 from cluster.client import Client, dashboard_address
+from cluster.commands import full_disks
 from cluster.doctor import check_cluster
 from cluster.errors import ClusterError
 from cluster.machine import check_token
 from cluster.progress import latest, parse
 
 ROOT = Path(__file__).resolve().parents[2]
+Usage = namedtuple("Usage", "total used free")
 COMMANDS = ("up", "down", "submit", "status", "logs", "stop", "doctor")
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing answers
 
@@ -181,13 +185,18 @@ def test_ending_without_a_result_file(job, outcome, code):
     assert (end.outcome, end.exit_code) == (outcome, code)
 
 
+Dashboard = namedtuple("Dashboard", "address handler")
+
+
 @pytest.fixture
 def open_dashboard():
     """A dashboard that asks nobody for a token."""
 
     class Handler(BaseHTTPRequestHandler):
+        ray_version = "2.40.0"
+
         def do_GET(self):
-            body = json.dumps([] if "jobs" in self.path else {"ray_version": "2.40.0"}).encode()
+            body = json.dumps([] if "jobs" in self.path else {"ray_version": self.ray_version}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -198,20 +207,26 @@ def open_dashboard():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield Dashboard(f"http://127.0.0.1:{server.server_port}", Handler)
     server.shutdown()
     server.server_close()
 
 
 def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard):
-    findings = list(check_cluster(open_dashboard))
+    findings = list(check_cluster(open_dashboard.address))
     assert [finding.level for finding in findings[:2]] == ["bad", "bad"]
     assert "RAY_AUTH_MODE=token" in findings[0].fix and "2.40.0" in findings[1].seen
 
 
-def test_submit_refuses_a_ray_with_known_holes(open_dashboard, capsys):
-    assert main(["submit", "--address", open_dashboard, "--", "true"]) == 2
-    assert "2.40.0, which has known remote holes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("2.40.0", "runs Ray 2.40.0, which has known remote holes"), ("2.999.0", "install the same version on both")],
+)
+def test_submit_refuses_another_ray(open_dashboard, capsys, version, words):
+    open_dashboard.handler.ray_version = version
+    assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
 
 
 def test_local_folder_too_long_for_sockets(tmp_path):
@@ -265,3 +280,32 @@ def test_latest_progress_prefers_a_line_with_a_rate():
 )
 def test_stage_of_a_command(command, stage):
     assert jobs.stage_of(command.split()) == stage
+
+
+def test_bar_replaces_progress_lines_and_passes_all_others():
+    terminal = io.BytesIO()
+    stream = BarStream(terminal)
+    log = b"begin\nprepared 2 / 8 pictures, 48 images/s, 33 s left\nwarning\nprepared 8 / 8 pictures, 50 images/s\nend"
+    for start in range(0, len(log), 5):  # pieces that end anywhere
+        stream.write(log[start : start + 5])
+    stream.close()
+    shown = terminal.getvalue().decode()
+    assert "prepared" not in shown
+    assert "25%  2/8  48 images/s  33 s left" in shown and "100%  8/8" in shown
+    plain = [line.rpartition("\x1b[K")[2] for line in shown.split("\n")]
+    assert plain[:2] == ["begin", "warning"] and plain[-2:] == ["end", ""]
+
+
+def test_full_disks_of_living_nodes():
+    def node(ip, percent, state="ALIVE", head=False):
+        return {"ip": ip, "disk": {"/": {"percent": percent}}, "raylet": {"state": state, "isHeadNode": head}}
+
+    nodes = [node("a", 96.0, head=True), node("b", 94.9), node("c", 99.0, state="DEAD"), node("d", 100.0), {"ip": "e"}]
+    assert full_disks(nodes) == [("a", True, "/", 96.0), ("d", False, "/", 100.0)]
+
+
+def test_up_on_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda place: Usage(100 << 30, 99 << 30, 5 << 20))
+    assert main(["up", "--local", "--folder", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and "5 MiB free, and Ray needs 1 GiB" in lines[-1]
