@@ -14,6 +14,7 @@ from pipeline.loader_data import OpenSplit, open_split
 from pipeline.loader_graph import Reader, build_pipeline, decoded_graph, encoded_graph
 from pipeline.loader_limits import check_limits
 from pipeline.loader_sweep import measure_shares
+from pipeline.shuffle_quality import ShuffleQuality, measure_shuffle
 
 STAGES = ("read", "decode", "whole")
 WARM_UP_BATCHES = 3
@@ -53,6 +54,7 @@ class BenchResult:
         batch_size: samples a batch.
         repeats: measurements a stage.
         stages: one result a stage.
+        shuffle: how well two epochs are mixed, see :class:`pipeline.shuffle_quality.ShuffleQuality`.
         peak_memory_mb: most memory of this process, 10**6 bytes.
         hw_decoder_images_per_s: reading and decoding by hw_decoder_load, if it was swept.
     """
@@ -63,6 +65,7 @@ class BenchResult:
     batch_size: int
     repeats: int
     stages: tuple[StageResult, ...]
+    shuffle: ShuffleQuality
     peak_memory_mb: float
     hw_decoder_images_per_s: dict[str, float] | None
 
@@ -126,6 +129,7 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
         batch_size=batch_size,
         repeats=options.repeats,
         stages=tuple(_measure(name, sources[name], _sample_bytes(split), batch_size, options) for name in STAGES),
+        shuffle=measure_shuffle(folder, config, batch_size=batch_size),
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         hw_decoder_images_per_s={f"{k:.2f}": v for k, v in measure_shares(reader).items()} if options.sweep else None,
     )

@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
         )
     for share, rate in (result.hw_decoder_images_per_s or {}).items():
         print(f"hw_decoder_load {share}: {rate:,.0f} images/s decoded")
+    shuffle = result.shuffle
+    print(
+        f"shuffle (1: perfect) displacement {shuffle.displacement:.2f}, spread of neighbours {shuffle.spread:.2f}, "
+        f"batchmates meeting again {shuffle.batchmates:.1f} times as often"
+    )
     print(f"peak memory {result.peak_memory_mb:,.0f} MB")
     return 0
 
