@@ -69,7 +69,7 @@ def submit(arguments: argparse.Namespace) -> int:
     request = jobs.JobRequest(
         command=training.entrypoint(arguments, jobs.absolute_paths(words, address)),
         job_id=arguments.id or jobs.new_job_id(words),
-        environment=_environment(arguments.env),
+        environment=_commit() | _environment(arguments.env),
         python=arguments.python,
     )
     if arguments.print:
@@ -199,6 +199,17 @@ def doctor(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(finding)
     return 1 if any(finding.level == "bad" for finding in findings) else 0
+
+
+def _commit() -> dict[str, str]:
+    """TWOTOWER_COMMIT for the job, whose copy of the tree has no history; nothing outside a checkout."""
+    git = ["git", "-C", str(jobs.ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"TWOTOWER_COMMIT": commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")}
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:

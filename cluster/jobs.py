@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -54,8 +55,7 @@ class JobRequest:
         words = ["ray", "job", "submit", "--address", address, "--submission-id", self.job_id]
         words += ["--working-dir", os.path.relpath(self.working_dir)]
         if self.environment:
-            pairs = ", ".join(f'"{name}": "{value}"' for name, value in self.environment.items())
-            words += ["--runtime-env-json", f'{{"env_vars": {{{pairs}}}}}']
+            words += ["--runtime-env-json", json.dumps({"env_vars": self.environment})]
         return f"RAY_AUTH_MODE=token {shlex.join(words)} -- {self.entrypoint}"
 
 

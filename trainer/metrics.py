@@ -41,7 +41,7 @@ def _commit() -> str:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip()  # type: ignore[call-overload]
         changes = subprocess.run(["git", "status", "--porcelain"], **read).stdout.strip()  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("TWOTOWER_COMMIT", "unknown")  # a job runs in a copy without history
     return commit + ("+changes" if changes else "")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -112,7 +113,9 @@ def test_print_shows_the_equal_ray_command(capsys):
     line = capsys.readouterr().out.strip()
     assert line.startswith("RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --submission-id x ")
     assert line.endswith("-- exec python -m cluster.entry -- python -m pipeline prepare --output '/data/a b'")
-    assert """--runtime-env-json '{"env_vars": {"A": "1"}}'""" in line
+    words = shlex.split(line)
+    variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
+    assert variables["A"] == "1" and set(variables) <= {"A", "TWOTOWER_COMMIT"}
 
 
 def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
