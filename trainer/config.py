@@ -1,29 +1,19 @@
 """Recipes: typed, frozen, every field documented. A TOML file is overridden by ``--set section.field=value``."""
 
 import dataclasses
-import difflib
 import hashlib
-import json
-import math
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import PipelineError
 from pipeline.loader import LoaderConfig
+from trainer.config_toml import build, dump, override, require
 from trainer.errors import ConfigError
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-OPERATIONS = ("relu", "tanh", "norm", "spatial_norm", "pool")
-
-
-def _require(condition: bool, field: str, value: object, expected: str) -> None:
-    """Raises ConfigError naming the field, its value and what was expected."""
-    if not condition:
-        raise ConfigError(f"{field} = {value!r}: expected {expected}")
+OPERATIONS = ("relu", "tanh", "norm", "spatial_norm", "batch_norm", "pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +38,11 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        _require(self.size > 0 and self.size % 2 == 1, "norm.size", self.size, "an odd number of maps")
-        _require(self.spatial_size % 2 == 1, "norm.spatial_size", self.spatial_size, "an odd number of pixels")
-        _require(self.alpha >= 0, "norm.alpha", self.alpha, "zero or more")
-        _require(0 < self.beta <= 2, "norm.beta", self.beta, "a number in (0, 2]")
-        _require(self.k > 0, "norm.k", self.k, "a positive number")
+        require(self.size > 0 and self.size % 2 == 1, "norm.size", self.size, "an odd number of maps")
+        require(self.spatial_size % 2 == 1, "norm.spatial_size", self.spatial_size, "an odd number of pixels")
+        require(self.alpha >= 0, "norm.alpha", self.alpha, "zero or more")
+        require(0 < self.beta <= 2, "norm.beta", self.beta, "a number in (0, 2]")
+        require(self.k > 0, "norm.k", self.k, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +59,7 @@ class ModelConfig:
         strides: strides of conv1..conv5, px.
         pads: zeros of conv1..conv5 as [top and left, bottom and right], px. conv1's [0, 3] is the original's ceil
             geometry.
-        after: what follows each convolution, in order: relu, tanh, norm, spatial_norm, pool.
+        after: what follows each convolution, in order: relu, tanh, norm, spatial_norm, batch_norm, pool.
         pool_px: side of the max-pooling window, px.
         pool_stride: its stride, px; smaller than the side means overlapping pooling (paper section 3.4).
         units: units *a tower* of fc6 and fc7.
@@ -104,34 +94,33 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks lengths, ranges and that every map keeps a positive size."""
-        _require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
-        _require(self.channels in (1, 3), "model.channels", self.channels, "1 (gray) or 3 (RGB)")
-        _require(self.classes >= 2, "model.classes", self.classes, "2 or more")
+        require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
+        require(self.channels in (1, 3), "model.channels", self.channels, "1 (gray) or 3 (RGB)")
+        require(self.classes >= 2, "model.classes", self.classes, "2 or more")
         for field, length in (("maps", 5), ("kernels", 5), ("strides", 5), ("pads", 5), ("after", 5)):
-            _require(
+            require(
                 len(getattr(self, field)) == length, f"model.{field}", getattr(self, field), "five values, conv1..conv5"
             )
         for field in ("init_std", "init_bias"):
-            _require(len(getattr(self, field)) == 8, f"model.{field}", getattr(self, field), "eight values, conv1..fc8")
+            require(len(getattr(self, field)) == 8, f"model.{field}", getattr(self, field), "eight values, conv1..fc8")
         for pad in self.pads:
-            _require(
+            require(
                 len(pad) == 2 and min(pad) >= 0, "model.pads", self.pads, "pairs [before, after] of zero or more px"
             )
         for text in self.after:
-            _require(set(text.split()) <= set(OPERATIONS), "model.after", text, f"words out of {', '.join(OPERATIONS)}")
-        _require(
+            require(set(text.split()) <= set(OPERATIONS), "model.after", text, f"words out of {', '.join(OPERATIONS)}")
+            require(text.split().count("batch_norm") <= 1, "model.after", text, "at most one batch_norm a layer")
+        require(
             set(self.crossings) <= {"conv3", "fc6", "fc7", "fc8"},
             "model.crossings",
             self.crossings,
             "conv3, fc6, fc7, fc8",
         )
-        _require(
-            "fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers"
-        )
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability in [0, 1)")
-        _require(self.units > 0, "model.units", self.units, "a positive number")
+        require("fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability in [0, 1)")
+        require(self.units > 0, "model.units", self.units, "a positive number")
         for name, size in self.map_sizes().items():
-            _require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
+            require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
 
     def map_sizes(self) -> dict[str, int]:
         """Side in px of the maps of each convolution (``conv1``), and after its pooling (``pool1``) where pooled."""
@@ -152,6 +141,27 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LateRate:
+    """A layer's own learning rate from some epoch on, whatever the schedule says: run #145's late change of conv1.
+
+    Attributes:
+        layer: conv1 ... fc8.
+        epoch: passes over the training split after which it holds, until a later one of the same layer.
+        learning_rate: of the layer's weights and biases alike; 0 freezes both, and their velocities.
+    """
+
+    layer: str
+    epoch: float
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        require(self.layer in LAYERS, "optimizer.late.layer", self.layer, f"one of {', '.join(LAYERS)}")
+        require(self.epoch >= 0, "optimizer.late.epoch", self.epoch, "zero or more")
+        require(self.learning_rate >= 0, "optimizer.late.learning_rate", self.learning_rate, "zero or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The paper's rule, section 5: ``v = momentum v - weight_decay lr w - lr gradient; w = w + v``.
 
@@ -161,9 +171,20 @@ class OptimizerConfig:
         momentum: factor on the velocity.
         weight_decay: factor on the weights, inside the learning rate.
         decay_biases: whether biases decay too (the program: no).
-        drop_epochs: epochs (may be fractions) at which both rates are multiplied by ``drop_factor``.
-        drop_factor: see above; the paper divides by 10.
-        warmup_epochs: epochs over which the rate rises linearly from zero; 0 in the paper.
+        schedule: how the rates fall. ``steps``: by ``drop_factor`` at each of ``drop_epochs``. ``log_thirds``: by
+            ``total_drop`` in all, a third of it in logarithm at 25, 50 and 75 % of the epochs (run #170). ``plateau``:
+            by ``drop_factor`` where the held-out error has stopped falling, as the paper's authors did by hand.
+        drop_epochs: of ``steps``: epochs, rising, may be fractions.
+        drop_factor: of ``steps`` and ``plateau``; the paper divides by 10.
+        total_drop: of ``log_thirds``: first rate over last rate; run #170: 250, so 6.3 a time.
+        plateau_patience: evaluations without a fall of the error before a drop.
+        plateau_threshold: smallest fall of the top-1 error (0..1) that counts.
+        plateau_drops: most drops of ``plateau``; the paper's three.
+        bias_schedule: ``same`` as the weights', or ``steps`` of its own: ``bias_drop_epochs`` and ``bias_drop_factor``.
+        bias_drop_epochs: epochs, rising; empty leaves the biases' rate alone.
+        bias_drop_factor: run #170: 0.02 to 0.002 at half of the epochs.
+        late: layers that get rates of their own late in training.
+        warmup_epochs: epochs over which the rates rise linearly from zero; 0 in the paper.
     """
 
     learning_rate: float = 0.01
@@ -171,25 +192,34 @@ class OptimizerConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0005
     decay_biases: bool = False
+    schedule: Literal["steps", "log_thirds", "plateau"] = "steps"
     drop_epochs: tuple[float, ...] = ()
     drop_factor: float = 0.1
+    total_drop: float = 250.0
+    plateau_patience: int = 5
+    plateau_threshold: float = 0.001
+    plateau_drops: int = 3
+    bias_schedule: Literal["same", "steps"] = "same"
+    bias_drop_epochs: tuple[float, ...] = ()
+    bias_drop_factor: float = 0.1
+    late: tuple[LateRate, ...] = ()
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
-        _require(
-            self.bias_learning_rate > 0, "optimizer.bias_learning_rate", self.bias_learning_rate, "a positive number"
-        )
-        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "zero or more")
-        _require(self.drop_factor > 0, "optimizer.drop_factor", self.drop_factor, "a positive number")
-        _require(
-            list(self.drop_epochs) == sorted(self.drop_epochs),
-            "optimizer.drop_epochs",
-            self.drop_epochs,
-            "rising epochs",
-        )
+        """Checks ranges, and that no setting stands beside a schedule that would not look at it."""
+        for field in ("learning_rate", "bias_learning_rate", "drop_factor", "bias_drop_factor", "total_drop"):
+            require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "a positive number")
+        for field in ("weight_decay", "plateau_threshold", "plateau_drops", "warmup_epochs"):
+            require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "zero or more")
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
+        require(self.plateau_patience >= 1, "optimizer.plateau_patience", self.plateau_patience, "1 or more")
+        for field, schedule in (("drop_epochs", self.schedule), ("bias_drop_epochs", self.bias_schedule)):
+            epochs = list(getattr(self, field))
+            require(epochs == sorted(epochs), f"optimizer.{field}", epochs, "rising epochs")
+            require(not epochs or schedule == "steps", f"optimizer.{field}", epochs, f"none: not used by {schedule}")
+        for layer in {late.layer for late in self.late}:
+            epochs = [late.epoch for late in self.late if late.layer == layer]
+            require(epochs == sorted(set(epochs)), "optimizer.late", epochs, f"rising epochs for {layer}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +255,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Checks ranges."""
         for field in ("epochs", "batch_size", "keep_checkpoints", "checkpoint_every_epochs"):
-            _require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
+            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
         for field in ("evaluate_every_epochs", "checkpoint_every_steps", "seed"):
-            _require(getattr(self, field) >= 0, f"train.{field}", getattr(self, field), "zero or more")
-        _require(self.peer_timeout_s > 0, "train.peer_timeout_s", self.peer_timeout_s, "a positive number of seconds")
+            require(getattr(self, field) >= 0, f"train.{field}", getattr(self, field), "zero or more")
+        require(self.peer_timeout_s > 0, "train.peer_timeout_s", self.peer_timeout_s, "a positive number of seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +271,18 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        """Checks that the loader's crop is what the net expects."""
-        _require(
+        """Checks what concerns several tables: the loader's crop, and what a schedule looks at."""
+        require(
             self.data.crop_px == self.model.image_px,
             "data.crop_px",
             self.data.crop_px,
             f"model.image_px = {self.model.image_px}",
+        )
+        require(
+            self.optimizer.schedule != "plateau" or self.train.evaluate_every_epochs > 0,
+            "train.evaluate_every_epochs",
+            self.train.evaluate_every_epochs,
+            "1 or more: optimizer.schedule = plateau looks at the evaluations",
         )
 
     @property
@@ -274,70 +310,13 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         except (IsADirectoryError, PermissionError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
     for text in overrides:
-        _override(table, text)
+        override(table, text)
     try:
-        return _build(Config, table, "")
+        return build(Config, table, "")
     except PipelineError as error:
         raise ConfigError(str(error)) from None
 
 
-def _override(table: dict[str, Any], text: str) -> None:
-    """Applies one ``section.field=value``."""
-    name, equals, value = text.partition("=")
-    _require(bool(equals) and "." in name, "--set", text, "section.field=value, for example --set train.epochs=3")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    *sections, field = name.strip().split(".")
-    for section in sections:
-        table = table.setdefault(section, {})
-        _require(isinstance(table, dict), "--set", text, f"{section} to be a table")
-    table[field] = parsed
-
-
-def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
-    """Makes a config dataclass from a TOML table; unknown keys are errors."""
-    hints = typing.get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
-            advice = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ConfigError(f"unknown field {where}{key}: {advice}")
-    return cls(**{key: _convert(value, hints[key], f"{where}{key}") for key, value in table.items()})
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Checks one TOML value against a field's type; lists become tuples, whole numbers may stand for floats."""
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), where, value, "a table")
-        return _build(typing.cast(type, kind), value, f"{where}.")
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        _require(value in arguments, where, value, f"one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), where, value, "a list")
-        return tuple(_convert(item, arguments[0], where) for item in value)
-    if origin in (typing.Union, types.UnionType):
-        return _convert(value, next(a for a in arguments if a is not type(None)), where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    _require(type(value) is kind, where, value, f"a value of type {kind.__name__}")
-    _require(not (kind is float and not math.isfinite(value)), where, value, "a finite number")
-    return value
-
-
 def to_toml(config: Config) -> str:
     """The resolved recipe as TOML text: every field, so a run can be repeated from it alone."""
-    lines: list[str] = []
-    for section, fields in dataclasses.asdict(config).items():
-        tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
-        lines += [
-            f"[{section}]",
-            *(f"{k} = {json.dumps(v)}" for k, v in fields.items() if k not in tables and v is not None),
-            "",
-        ]
-        for name, table in tables.items():
-            lines += [f"[{section}.{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items()), ""]
-    return "\n".join(lines)
+    return dump(dataclasses.asdict(config))

@@ -21,12 +21,14 @@ from trainer.config import Config
 from trainer.errors import DivergedError, PeerError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import Link, PairJoin
-from trainer.metrics import MetricsLog, TrainingProgress
+from trainer.merged import MergedNet
+from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
-from trainer.optimizer import PaperSGD, rate_factor
+from trainer.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.run import Result, write_result
 
-FINITE, STOP = 1, 2  # flag bits of the control message
+FINITE, STOP = 1, 2  # flag bits of the control message; above them, tower a's count of plateaus
+PLATEAUS_SHIFT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,7 @@ class Trainer:
         self.stop_signal: str | None = None
         self.leads = link is None or link.tower == "a"
         train = config.train
-        self.net = TwoTowerNet(
-            config.model,
-            held=TOWERS if link is None else (link.tower,),
-            join=PairJoin(link) if link else None,
-            seed=train.seed,
-            compiled=train.compile,
-        ).to(device)
+        self.net = make_net(config, link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = PaperSGD(self._named_parameters(), config.optimizer)
         self.step = 0
         state = self._resume()
@@ -70,6 +66,8 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
         self.last_evaluation: Evaluation | None = None
+        self.held_out_errors = self._read_errors()
+        self.plateaus = 0
         self.rates: list[float] = []
         self.ledger: list[dict[str, Any]] = []
         self._handshake()
@@ -86,6 +84,11 @@ class Trainer:
         checkpoint.load_towers(folder, self.net, self.optimizer)
         self.step = record.step
         return record.loader
+
+    def _read_errors(self) -> list[float]:
+        """Top-1 errors of the evaluations up to the step to go on from; only tower a knows them."""
+        rows = read_metrics(self.run) if self.leads and self.step else []
+        return [1 - row["top1"] for row in rows if row["kind"] == "evaluation" and row["step"] <= self.step]
 
     def _handshake(self) -> None:
         """Refuses to start where the towers would not do the same work."""
@@ -179,8 +182,9 @@ class Trainer:
             self.link.ledger.clear()
         loss = self._forward_backward(batch)
         verdict = self._agree(batch, loss)
-        factor = rate_factor(self.config.optimizer, self.step / self.steps_per_epoch)
-        self.optimizer.set_rate_factor(factor)
+        epoch = self.step / self.steps_per_epoch
+        rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=self.plateaus)
+        self.optimizer.set_rates(rates)
         self.optimizer.step()
         self.step += 1
         if self.link and not self.ledger:
@@ -193,7 +197,7 @@ class Trainer:
                 "step": self.step,
                 "epoch": batch.epoch,
                 "loss": loss,
-                "learning_rate": self.config.optimizer.learning_rate * factor,
+                "learning_rate": rates.weights,
                 "images_per_s": self.rates[-1],
                 "data_wait_share": waited_s / elapsed_s,
                 "gradient_norm": verdict.gradient_norm,
@@ -204,10 +208,11 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch) -> float:
         """Gradients of every parameter; returns the loss (nan on tower b, which does not know it)."""
+        images = batch.images.contiguous(memory_format=torch.channels_last)
         draws = DropoutDraws(self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with self._precision():
-            loss = self.net.loss(batch.images, batch.labels, draws)
+            loss = self.net.loss(images, batch.labels, draws)
         loss.backward()
         return loss.item() if self.leads else math.nan
 
@@ -221,13 +226,15 @@ class Trainer:
         """Compares notes with the other tower before the update: same batch, finite numbers, stop or go on."""
         norms = {name: self._gradient_norm(name) for name in self.net.held}
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or not self.leads)
-        flags = FINITE * finite | STOP * (self.stop_signal is not None)
+        self.plateaus = count_plateaus(self.held_out_errors, self.config.optimizer)
+        flags = FINITE * finite | STOP * (self.stop_signal is not None) | self.plateaus << PLATEAUS_SHIFT
         if self.link:
             norm = norms[self.link.tower]
             theirs = self.link.control([batch.fingerprint, flags, _bits_of(norm)])
             if theirs[0] != batch.fingerprint:
                 raise PeerError(f"step {self.step}: the towers have different batches (first key here {batch.keys[0]})")
             norms[TOWERS[1 - TOWERS.index(self.link.tower)]] = _double_of(theirs[2])
+            self.plateaus = max(flags, theirs[1]) >> PLATEAUS_SHIFT
             flags = (flags & theirs[1] & FINITE) | ((flags | theirs[1]) & STOP)
         if not flags & FINITE:
             shown = ", ".join(f"{name} {value:.3g}" for name, value in sorted(norms.items()))
@@ -252,6 +259,7 @@ class Trainer:
         if evaluation is None or self.log is None:
             return
         self.last_evaluation = evaluation
+        self.held_out_errors.append(1 - evaluation.top1)
         epoch = self.step / self.steps_per_epoch
         row = {"kind": "evaluation", "step": self.step, "epoch": epoch, "split": train.evaluate_split}
         row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5}
@@ -302,6 +310,16 @@ class Trainer:
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,
         )
+
+
+def make_net(config: Config, link: Link | None) -> TwoTowerNet:
+    """The net as this process runs it: one tower, or both, merged where their operations allow it."""
+    arguments = {"seed": config.train.seed, "compiled": config.train.compile}
+    if link is not None:
+        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), **arguments)
+    per_map = all("batch_norm" not in text.split() for text in config.model.after)
+    merged = config.model.towers == 2 and per_map
+    return (MergedNet if merged else TwoTowerNet)(config.model, **arguments)
 
 
 def _bits_of(number: float) -> int:
