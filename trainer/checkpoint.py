@@ -33,13 +33,13 @@ class CheckpointRecord:
     Attributes:
         step: finished updates.
         config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
-        loader: state of the training loader after the last batch of that step.
+        loader: state of the training loader after the last batch of that step; None before the first.
         files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
     """
 
     step: int
     config: str
-    loader: dict[str, Any]
+    loader: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
 
 
@@ -66,7 +66,7 @@ def unfinished(run: Path, step: int) -> Path:
     return run / "checkpoints" / f".step-{step:08d}.unfinished"
 
 
-def commit(run: Path, step: int, *, config: str, loader: dict[str, Any], towers: Sequence[str]) -> Path:
+def commit(run: Path, step: int, *, config: str, loader: dict[str, Any] | None, towers: Sequence[str]) -> Path:
     """Makes a checkpoint visible, once every tower's file is in its unfinished folder. Called by one rank.
 
     Returns:

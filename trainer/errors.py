@@ -23,3 +23,7 @@ class DivergedError(TrainerError):
 
 class PeerError(TrainerError):
     """The other tower is gone, or it is not doing the same work (batch, recipe, version)."""
+
+
+class ExportError(TrainerError):
+    """Weights cannot be written to, or taken from, a file of the merged layout."""
