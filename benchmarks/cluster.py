@@ -1,0 +1,153 @@
+"""What does the way through the cluster cost? prepare as a Ray job beside the same prepare run directly, in turns.
+
+    python benchmarks/cluster.py --work /tmp/cluster-bench            about 15 minutes on 2 cores
+    python benchmarks/cluster.py --work /tmp/cluster-bench --pictures 400 --rounds 1      a smoke test
+
+Both make the same data set from 500x375 photos (JPEG, quality 95) on the same cores; a local cluster of one node runs
+throughout. `images/s` is what prepare itself reports, without the start of Ray; `wall_s` is the whole command as a user
+waits for it; `first_line_s` the time from submit to the first line of the job's log. The order of the two alternates
+from round to round. The results go to benchmarks/results/DATE_HARDWARE_cluster.json.
+"""
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from photos import write_class_folders
+
+ROOT = Path(__file__).resolve().parents[1]
+UNIQUE = 1000  # different pictures; the rest are hard links to them
+
+
+def make_pictures(work: Path, count: int) -> Path:
+    """Class folders with `count` pictures; kept for the next run."""
+    folder = work / f"photos-{count}"
+    if folder.exists():
+        return folder
+    unfinished = work / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_class_folders(unfinished, min(count, UNIQUE), width_px=500, height_px=375, quality=95)
+    originals = sorted(unfinished.rglob("*.jpg"))
+    for number in range(len(originals), count):
+        original = originals[number % len(originals)]
+        os.link(original, original.with_name(f"link-{number:06d}.jpg"))
+    unfinished.rename(folder)
+    return folder
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
+    """The output of a command, and its wall time in seconds."""
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout + done.stderr, time.monotonic() - begin
+
+
+def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_cluster: bool) -> dict[str, Any]:
+    """One run, from an empty folder."""
+    output = work / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    command = ["-m", "pipeline", "prepare", "--source", "folder", "--input", str(pictures), "--output", str(output)]
+    command += ["--workers", str(len(os.sched_getaffinity(0)))]
+    if through_cluster:
+        words = [sys.executable, "-m", "cluster", "submit", "--", "python", *command, "--address", "auto"]
+    else:
+        words = [sys.executable, *command]
+    text, wall_s = run(words, environment)
+    found = re.search(r"prepared [\d,]+ pictures in ([\d.]+) s, ([\d,]+) images/s", text)
+    first = re.search(r"first log line ([\d.]+) s", text)
+    assert found, text
+    return {
+        "images_per_s": float(found[2].replace(",", "")),
+        "prepare_s": float(found[1]),
+        "wall_s": round(wall_s, 2),
+        "first_line_s": float(first[1]) if first else None,
+        "manifest_sha256": hashlib.sha256((output / "manifest.json").read_bytes()).hexdigest(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def measure(work: Path, pictures: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Direct and through the cluster, in turns."""
+    folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+    place = ["--folder", str(folder / "c")]
+    cluster = [sys.executable, "-m", "cluster"]
+    rows: dict[str, list[dict[str, Any]]] = {"direct": [], "cluster": []}
+    try:
+        run([*cluster, "up", "--local", *place, "--dashboard-port", "0"], environment)
+        environment["RAY_API_SERVER_ADDRESS"] = json.loads((folder / "c" / "cluster.json").read_text())["address"]
+        for number in range(rounds):
+            for kind in ("direct", "cluster") if number % 2 == 0 else ("cluster", "direct"):
+                rows[kind].append(prepare(work, pictures, environment, through_cluster=kind == "cluster"))
+                print(f"round {number + 1}: {kind}: {rows[kind][-1]}", flush=True)
+    finally:
+        run([*cluster, "down", *place], environment)
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures and outputs; pictures are kept")
+    parser.add_argument("--pictures", type=int, default=40000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/...)")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = measure(arguments.work, make_pictures(arguments.work, arguments.pictures), arguments.rounds)
+    result = {"environment": environment_record(), "arguments": sys.argv[1:], "rounds": rows, **summary(rows)}
+    name = f"{datetime.date.today()}_cpu{len(os.sched_getaffinity(0))}_cluster.json"
+    target = arguments.output or ROOT / "benchmarks" / "results" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(summary(rows), indent=1))
+    print(f"results: {target}")
+
+
+def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures that the project promises something about."""
+    rates = {kind: [row["images_per_s"] for row in row_list] for kind, row_list in rows.items()}
+    pairs = [ours / direct for ours, direct in zip(rates["cluster"], rates["direct"], strict=True)]
+    waits = [row["first_line_s"] for row in rows["cluster"]]
+    return {
+        "cluster / direct, images/s": {
+            "of medians": round(statistics.median(rates["cluster"]) / statistics.median(rates["direct"]), 3),
+            "each round": [round(pair, 3) for pair in pairs],
+        },
+        "submit to first log line, s": {"median": statistics.median(waits), "min": min(waits), "max": max(waits)},
+        "same manifest": len({row["manifest_sha256"] for row_list in rows.values() for row in row_list}) == 1,
+    }
+
+
+def environment_record() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    names = ("ray", "pillow", "simplejpeg", "numpy")
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "commit": commit.stdout.strip(),
+        "processor": model[1] if model else "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()
