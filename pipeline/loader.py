@@ -7,6 +7,7 @@ One graph serves CPU and GPU; DALI's default executor hands its buffers over, so
 """
 
 import base64
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,25 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.loader_data import OpenSplit, open_split, read_statistics
 from pipeline.loader_graph import Normaliser, Reader, evaluation_graph, positions, split_graph, training_graph
 from pipeline.loader_limits import check_limits
-from pipeline.loader_running import QueueFill, RunningPipeline
+from pipeline.loader_pictures import PictureReader
+from pipeline.loader_running import QueueFill, RunningPipeline, describe_memory
 from pipeline.loader_skip import read_skip_list, skip_samples
 from pipeline.loader_split import SplitFeed, TorchNormaliser
 from pipeline.loader_sweep import with_decoder_share
 from pipeline.staging import stage
 
-__all__ = ["Batch", "EvaluationLoader", "LoaderConfig", "QueueFill", "SplitFeed", "TrainingLoader", "stage"]
+__all__ = [
+    "Batch",
+    "EvaluationLoader",
+    "LoaderConfig",
+    "PictureReader",
+    "QueueFill",
+    "SplitFeed",
+    "TrainingLoader",
+    "stage",
+]
 
+_LOGGER = logging.getLogger(__name__)
 _STATE_FORMAT = 1
 
 
@@ -109,6 +121,7 @@ class TrainingLoader:
         self._running = RunningPipeline(
             self._reader, self._graph, checkpointing=True, checkpoint=checkpoint, iteration=iteration
         )
+        _LOGGER.info("%s", describe_memory(self._reader))
 
     def _graph(self) -> tuple[Any, ...]:
         feed = self._split_feed

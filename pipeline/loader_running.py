@@ -156,3 +156,17 @@ def _accepts(reader: Reader, data: bytes) -> bool:
     from pipeline.decoder_check import dali_accepts  # loads the codec library, only needed after an error
 
     return dali_accepts(data)
+
+
+def describe_memory(reader: Reader) -> str:
+    """What bounds the loader's memory, in words: the shuffle buffer and the batches prepared ahead."""
+    split, config = reader.split, reader.config
+    sample_bytes = sum(shard.size_bytes for shard in split.record.shards) / split.record.num_samples
+    buffer_mb = min(config.shuffle_buffer, split.num_samples) * sample_bytes / 1e6
+    channels = split.manifest.picture.channels
+    pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
+    ahead_mb = (config.prefetch + 1) * reader.batch_size * pixels / 1e6
+    return (
+        f"{split.folder}: {split.num_samples} samples in {len(split.tars)} shards; at most {buffer_mb:,.0f} MB in the "
+        f"shuffle buffer{' (mapped)' if config.mmap else ''} and about {ahead_mb:,.0f} MB in batches prepared ahead"
+    )

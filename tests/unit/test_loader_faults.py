@@ -262,3 +262,14 @@ def test_a_closed_loader_says_so(tmp_path: Path) -> None:
     opened.close()
     with pytest.raises(DatasetError, match="closed"):
         opened.next()
+
+
+def test_the_bound_of_memory_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(tmp_path, encoding="raw", train=50, size=(100, 80))
+    config = LoaderConfig(crop_px=50, mean="channel", shuffle_buffer=1000, threads=1, prefetch=3)
+    with caplog.at_level(logging.INFO):
+        TrainingLoader(folder, config, batch_size=10, seed=1).close()
+    tars_mb = sum(path.stat().st_size for path in folder.glob("train/*.tar")) / 1e6
+    batches_mb = 4 * 10 * 3 * (100 * 80 + 4 * 50 * 50) / 1e6
+    assert "50 samples in 10 shards" in caplog.text
+    assert f"at most {tars_mb:.0f} MB in the shuffle buffer (mapped) and about {batches_mb:.0f} MB" in caplog.text
