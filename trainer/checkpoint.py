@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file a tower, whole or invisible.
 
 ``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
-velocities as ``velocity/conv1.weight``) and ``checkpoint.json`` (step, loader state, sizes and sha256 of the others),
-which is written last into a folder that gets its name only then. Names do not say how many processes wrote them, so one
-process and two read each other's.
+velocities as ``velocity/conv1.weight``, the statistics of a batch normalisation as ``conv1.running_mean``) and
+``checkpoint.json`` (step, loader state, sizes and sha256 of the others), which is written last into a folder that gets
+its name only then. Names do not say how many processes wrote them, so one process and two read each other's.
 """
 
 import dataclasses
@@ -55,6 +55,7 @@ def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
         tower = net.tower(name)
         tensors = {key: value.detach().cpu().contiguous() for key, value in tower.named_parameters()}
         tensors |= {f"velocity/{key}": optimizer.velocity(value).cpu() for key, value in tower.named_parameters()}
+        tensors |= {key: value.cpu() for key, value in tower.named_buffers()}
         path = folder / f"tower-{name}.safetensors"
         save_file(tensors, path)
         with path.open("rb+") as file:
@@ -134,18 +135,15 @@ def load_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD | None = Non
 
 def _fill(path: Path, tower: Tower, tensors: dict[str, Any], optimizer: PaperSGD | None) -> None:
     """Copies tensors into a tower, refusing any that is missing or of another shape."""
-    for key, parameter in tower.named_parameters():
-        pairs = [(key, parameter.data)]
-        if optimizer is not None:
-            pairs.append((f"velocity/{key}", optimizer.velocity(parameter)))
-        for tensor_name, target in pairs:
-            tensor = tensors.get(tensor_name)
-            if tensor is None or tensor.shape != target.shape:
-                found = "nothing" if tensor is None else tuple(tensor.shape)
-                raise CheckpointError(
-                    f"{path}: {tensor_name} is {found}, and this recipe's net needs {tuple(target.shape)}"
-                )
-            target.copy_(tensor)
+    targets = {key: parameter.data for key, parameter in tower.named_parameters()} | dict(tower.named_buffers())
+    if optimizer is not None:
+        targets |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
+    for name, target in targets.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != target.shape:
+            found = "nothing" if tensor is None else tuple(tensor.shape)
+            raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
+        target.copy_(tensor)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def count_layers(config: ModelConfig) -> list[LayerCount]:
         stride = f", stride {config.strides[index]}" if config.strides[index] > 1 else ""
         pooled = sizes.get(f"pool{index + 1}")
         output = f"{maps} x {side} x {side}" + (f", pooled {pooled} x {pooled}" if pooled else "")
-        parameters = weights + maps
+        parameters = weights + maps * (3 if "batch_norm" in config.after[index].split() else 1)  # scale, shift
         rows.append(
             LayerCount(
                 layer=layer,

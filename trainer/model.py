@@ -21,6 +21,7 @@ from trainer.config import LAYERS, ModelConfig
 from trainer.normalization import response_norm, spatial_norm
 
 TOWERS = ("a", "b")
+BATCH_NORM = {"momentum": 0.1, "eps": 1e-5}  # of Ioffe and Szegedy 2015; share of a new batch in the running statistics
 
 
 class Join(Protocol):
@@ -73,7 +74,10 @@ def stable_seed(*parts: object) -> int:
 
 
 class Convolution(nn.Module):
-    """A convolution and what follows it: weight (maps, inputs, k, k), bias (maps,)."""
+    """A convolution and what follows it: weight (maps, inputs, k, k), bias (maps,).
+
+    A batch normalisation adds scale and shift (maps,), and the running statistics that testing uses.
+    """
 
     def __init__(self, config: ModelConfig, index: int, inputs: int, *, compiled: bool) -> None:
         super().__init__()
@@ -81,6 +85,11 @@ class Convolution(nn.Module):
         side = config.kernels[index]
         self.weight = nn.Parameter(torch.empty(config.maps[index], inputs, side, side))
         self.bias = nn.Parameter(torch.empty(config.maps[index]))
+        if "batch_norm" in config.after[index].split():
+            self.scale = nn.Parameter(torch.ones(config.maps[index]))
+            self.shift = nn.Parameter(torch.zeros(config.maps[index]))
+            self.register_buffer("running_mean", torch.zeros(config.maps[index]))
+            self.register_buffer("running_variance", torch.ones(config.maps[index]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, maps, H', W')."""
@@ -102,6 +111,9 @@ class Convolution(nn.Module):
             return x.tanh_()
         if name == "pool":
             return functional.max_pool2d(x, config.pool_px, config.pool_stride)
+        if name == "batch_norm":  # over this tower's maps; the towers' statistics never meet
+            statistics = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
+            return functional.batch_norm(x, *statistics, self.scale, self.shift, training=self.training, **BATCH_NORM)
         if name == "norm":
             return response_norm(x, size=norm.size, alpha=norm.alpha, beta=norm.beta, k=norm.k, compiled=self.compiled)
         return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta, compiled=self.compiled)
@@ -214,6 +226,7 @@ class TwoTowerNet(nn.Module):
         Returns:
             Logits (N, classes) where tower a is held; elsewhere a scalar zero from which backward must be run.
         """
+        self.train(draws is not None)  # what batch normalisation goes by
         towers = [self.tower(name) for name in self.held]
         maps = [tower.see(images) for tower in towers]  # (N, 128, 13, 13)
         maps = self._meet("conv3", maps)  # (N, 256, 13, 13)

@@ -8,7 +8,7 @@ from trainer.describe import count_crossings, count_layers
 from trainer.drawing import Crossing, LayerRow, draw_towers
 from trainer.errors import ConfigError
 
-NOTES = {"norm": "LRN", "spatial_norm": "spatial norm"}
+NOTES = {"norm": "LRN", "spatial_norm": "spatial norm", "batch_norm": "batch norm"}
 
 
 def draw_net(model: ModelConfig) -> str:

@@ -85,5 +85,5 @@ def test_another_net_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 3, make())
     config = load_config(Path(__file__).parent.parent.parent / "configs" / "digits.toml", ["model.units=32"])
     net, optimizer = make(config=config)
-    with pytest.raises(CheckpointError, match=r"fc6\.weight is \(64, 128\), and this recipe.s net needs \(32, 128\)"):
+    with pytest.raises(CheckpointError, match=r"fc6\.weight is \(128, 128\), and this recipe.s net needs \(32, 128\)"):
         checkpoint.load_towers(folder, net, optimizer)
