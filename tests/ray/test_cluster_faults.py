@@ -146,6 +146,36 @@ def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights
     add_node(machine)
 
 
+def node_id_of(node: local.LocalNode) -> str:
+    """Ray's id of a node, from the command line of its agent."""
+    for pid in local.session_members(node.pid):
+        for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+            if word.startswith("--node-id="):
+                return word.partition("=")[2]
+    raise AssertionError(f"no agent in session {node.pid}")
+
+
+def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--max-failures", "0"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    host = os.getsid(towers_of(run)[0])
+    node = next(node for node in living(machine.cluster) if node.pid == host)
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
+    drain += ["--node-id", node_id_of(node), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    drain += ["--reason-message", "a test", "--deadline-remaining-seconds", "120"]
+    environment = {**machine.environment, "RAY_AUTH_MODE": "token"}
+    subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=120)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    assert "this node is going away: saving" in done.stdout
+    saved = int(done.stdout.partition("stopped at step ")[2].split(":")[0])
+    assert f"from step {saved}" in done.stdout, "not one step may be lost"
+    assert final_weights(run) == weights
+    local.stop_node(node)
+    add_node(machine)
+
+
 def test_stop_saves_and_resume_goes_on(machine, data, weights, tmp_path):
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2"))
