@@ -1,9 +1,9 @@
 """Top-1 and top-5 accuracy of a net on held-out pictures."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Evaluation:
         labels: (num_samples,) int64.
         predicted: (num_samples,) int64, the likeliest class.
         confidence: (num_samples,) float32, its probability.
+        in_top5: (num_samples,) bool, whether the label is among the five likeliest.
     """
 
     num_samples: int
@@ -44,6 +45,7 @@ class Evaluation:
     labels: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
+    in_top5: np.ndarray
 
     @property
     def top1(self) -> float:
@@ -55,10 +57,18 @@ class Evaluation:
         """Share of pictures whose label is among the five likeliest, 0..1."""
         return self.num_correct_top5 / max(1, self.num_samples)
 
-    def to_json(self) -> str:
-        """Counts and rates as one line of JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and rates, for JSON."""
         names = ("num_samples", "num_correct_top1", "num_correct_top5", "loss", "views")
-        return json.dumps({"top1": self.top1, "top5": self.top5} | {name: getattr(self, name) for name in names})
+        return {"top1": self.top1, "top5": self.top5} | {name: getattr(self, name) for name in names}
+
+    def sentence(self) -> str:
+        """Counts and rates, for people."""
+        total = self.num_samples
+        return (
+            f"top-1 {self.top1:.4f} ({self.num_correct_top1} of {total}), "
+            f"top-5 {self.top5:.4f} ({self.num_correct_top5} of {total}), {self.views}, loss {self.loss:.4f}"
+        )
 
 
 @torch.no_grad()
@@ -100,6 +110,7 @@ def _summarise(probabilities: Tensor, labels: Tensor, keys: list[str], views: st
         labels=labels.numpy(),
         predicted=ranked.indices[:, 0].numpy(),
         confidence=ranked.values[:, 0].numpy(),
+        in_top5=hits.any(1).numpy(),
     )
 
 
