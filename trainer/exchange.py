@@ -101,7 +101,7 @@ class Link:
         """Sends ``mine`` and receives the peer's tensor of ``shape``, both at once."""
         incoming = self._buffer(mine, shape)
         self._run(layer, phase, send=self._to_wire(mine), receive=incoming)
-        return incoming.to(mine.device, mine.dtype)
+        return _from_wire(incoming).to(mine.device, mine.dtype)
 
     def send(self, layer: str, phase: str, mine: Tensor) -> None:
         """Sends ``mine``."""
@@ -111,7 +111,7 @@ class Link:
         """Receives a tensor of ``shape`` with the dtype and device of ``like``."""
         incoming = self._buffer(like, shape)
         self._run(layer, phase, receive=incoming)
-        return incoming.to(like.device, like.dtype)
+        return _from_wire(incoming).to(like.device, like.dtype)
 
     def control(self, words: Sequence[int]) -> list[int]:
         """Swaps ``CONTROL_WORDS`` int64 words with the peer on the CPU; returns the peer's."""
@@ -128,13 +128,17 @@ class Link:
         return theirs.tolist()
 
     def _to_wire(self, tensor: Tensor) -> Tensor:
-        """The tensor as it travels: contiguous, in the wire's dtype, on the CPU for gloo."""
+        """The tensor as it travels: maps last, contiguous, in the wire's dtype, on the CPU for gloo."""
+        if tensor.dim() == 4:
+            tensor = tensor.permute(0, 2, 3, 1)  # channels_last: no copy
         tensor = tensor.to(self.wire_dtype or tensor.dtype).contiguous()
         return tensor.cpu() if self._on_cpu else tensor
 
     def _buffer(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Where an incoming tensor lands."""
         device = "cpu" if self._on_cpu else like.device
+        if len(shape) == 4:
+            shape = (shape[0], shape[2], shape[3], shape[1])
         return torch.empty(tuple(shape), dtype=self.wire_dtype or like.dtype, device=device)
 
     def _run(self, layer: str, phase: str, *, send: Tensor | None = None, receive: Tensor | None = None) -> None:
@@ -166,6 +170,11 @@ class Link:
         other = TOWERS[1 - TOWERS.index(self.tower)]
         reason = str(error).splitlines()[0][:160]
         return PeerError(f"tower {other} (rank {self.peer}) is lost at {self.last_crossing}: {reason}")
+
+
+def _from_wire(tensor: Tensor) -> Tensor:
+    """The inverse of :meth:`Link._to_wire`'s permutation."""
+    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor
 
 
 class _Swap(torch.autograd.Function):

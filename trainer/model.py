@@ -93,11 +93,18 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, maps, H', W')."""
+        return self.follow(self.convolve(x, self.weight, self.bias))
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+        """The convolution alone, with this layer's stride and zeros."""
         before, after = self.config.pads[self.index]
         if before != after:  # conv1: the original rounds up, so its last windows hang over the bottom and right edge
             x = functional.pad(x, (before, after, before, after))
             before = 0
-        x = functional.conv2d(x, self.weight, self.bias, self.config.strides[self.index], before)
+        return functional.conv2d(x, weight, bias, self.config.strides[self.index], before, groups=groups)
+
+    def follow(self, x: Tensor) -> Tensor:
+        """What follows the convolution; x may hold one tower's maps or both towers'."""
         for name in self.config.after[self.index].split():
             x = self._then(name, x)
         return x
@@ -115,7 +122,8 @@ class Convolution(nn.Module):
             statistics = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
             return functional.batch_norm(x, *statistics, self.scale, self.shift, training=self.training, **BATCH_NORM)
         if name == "norm":
-            return response_norm(x, size=norm.size, alpha=norm.alpha, beta=norm.beta, k=norm.k, compiled=self.compiled)
+            constants = {"size": norm.size, "alpha": norm.alpha, "beta": norm.beta, "k": norm.k}
+            return response_norm(x, **constants, maps=config.maps[self.index], compiled=self.compiled)
         return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta, compiled=self.compiled)
 
 
@@ -228,15 +236,20 @@ class TwoTowerNet(nn.Module):
         """
         self.train(draws is not None)  # what batch normalisation goes by
         towers = [self.tower(name) for name in self.held]
-        maps = [tower.see(images) for tower in towers]  # (N, 128, 13, 13)
-        maps = self._meet("conv3", maps)  # (N, 256, 13, 13)
-        units = [tower.recognise(x) for tower, x in zip(towers, maps, strict=True)]  # (N, 4608)
+        units = self.convolutions(images)  # (N, 4608)
         units = self._meet("fc6", units)  # (N, 9216): a's maps, then b's
         units = [tower.fc6(x, draws) for tower, x in zip(towers, units, strict=True)]  # (N, 2048)
         units = self._meet("fc7", units)  # (N, 4096)
         units = [tower.fc7(x, draws) for tower, x in zip(towers, units, strict=True)]  # (N, 2048)
         seen = units[0] if self.config.towers == 1 else self.join.onto_a("fc8", units)  # (N, 4096) on tower a
         return self.tower("a").fc8(seen, draws) if "a" in self.held else seen  # (N, 1000)
+
+    def convolutions(self, images: Tensor) -> list[Tensor]:
+        """conv1 to conv5 of every tower held: (N, 3, 224, 224) -> (N, 4608) each."""
+        towers = [self.tower(name) for name in self.held]
+        maps = [tower.see(images) for tower in towers]  # (N, 128, 13, 13)
+        maps = self._meet("conv3", maps)  # (N, 256, 13, 13)
+        return [tower.recognise(x) for tower, x in zip(towers, maps, strict=True)]  # (N, 4608)
 
     def tower(self, name: str) -> Tower:
         """A tower that this process holds."""

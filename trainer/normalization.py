@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_ELEMENTS = 1 << 17  # elements a pass on a CPU: 512 KiB, so that the few scratch tensors stay in a core's cache
+BLOCK_ELEMENTS = 1 << 18  # elements a pass on a CPU: 1 MiB, so that the few scratch tensors stay in a core's cache
 
 
 def _across_maps(values: Tensor, size: int) -> Tensor:
@@ -89,58 +89,54 @@ class _ResponseNorm(torch.autograd.Function):
         return _kernels(ctx.compiled)[1](x, gradients[0], *ctx.arguments), None, None, None, None
 
 
-class _Scratch:
-    """Memory for one block of pictures, used by all blocks in turn.
+class _Rows:
+    """Windows over the maps of a block of rows; a row is one pixel's maps of one tower.
 
-    Attributes:
-        padded: (B, C + size - 1, H, W), maps with a border above and below.
-        pairs: (B, C + size - 2, H, W), sums of two neighbours.
-        sums: (B, C, H, W).
-        x, g, power: (B, C, H, W).
+    Rows lie in memory with a border before and after each, so that every sum of neighbours is a pass over flat memory.
+
+    Args:
+        block: rows a block, B.
+        maps: C.
+        size: maps in the window, odd.
+        dtype: of the sums.
     """
 
-    def __init__(self, like: Tensor, block: int, size: int) -> None:
-        _, maps, height, width = like.shape
-        dtype = torch.promote_types(like.dtype, torch.float32)
+    def __init__(self, block: int, maps: int, size: int, dtype: torch.dtype) -> None:
+        self.maps, self.size, self.half = maps, size, size // 2
+        self.width = maps + size - 1
+        self.pairs, self.sums, self.power = (torch.zeros(block * self.width, dtype=dtype) for _ in range(3))
 
-        def make(extra: int) -> Tensor:
-            return torch.empty(block, maps + extra, height, width, dtype=dtype)
+    def padded(self, block: int, border: float) -> Tensor:
+        """Room for a block with its borders filled: (B, C + size - 1)."""
+        return torch.full((block, self.width), border, dtype=self.sums.dtype)
 
-        self.size, self.half, self.maps = size, size // 2, maps
-        self.padded, self.pairs, self.sums = make(size - 1), make(size - 2), make(0)
-        self.x, self.g, self.power = make(0), make(0), make(0)
+    def middle(self, padded: Tensor) -> Tensor:
+        """The maps between the borders: (B, C)."""
+        return padded[:, self.half : self.half + self.maps]
 
-    def middle(self, count: int) -> Tensor:
-        """The maps of ``padded`` without their border, (count, C, H, W)."""
-        return self.padded[:count, self.half : self.half + self.maps]
+    def cut(self, flat: Tensor, rows: int) -> Tensor:
+        """The maps of a flat result: (rows, C)."""
+        return flat[: rows * self.width].view(rows, self.width)[:, : self.maps]
 
-    def fill_border(self, value: float) -> None:
-        """Sets what the window finds beyond the first and the last map."""
-        self.padded[:, : self.half].fill_(value)
-        self.padded[:, self.half + self.maps :].fill_(value)
-
-    def window(self, count: int) -> Tensor:
-        """Sum of ``size`` neighbouring maps of ``padded``, two at a time: (count, C, H, W)."""
-        padded, pairs, sums, maps = self.padded[:count], self.pairs[:count], self.sums[:count], self.maps
+    def window(self, padded: Tensor) -> Tensor:
+        """Sums of ``size`` neighbours, flat; :meth:`cut` has them by map."""
+        flat = padded.view(-1)
+        length = len(flat) - self.size + 1
+        sums, pairs = self.sums[:length], self.pairs[: len(flat) - 1]
         if self.size == 1:
-            return sums.copy_(padded)
-        torch.add(padded[:, :-1], padded[:, 1:], out=pairs)
-        torch.add(pairs[:, :maps], padded[:, self.size - 1 :], out=sums)
+            return sums.copy_(flat)
+        torch.add(flat[:-1], flat[1:], out=pairs)
+        torch.add(pairs[:length], flat[self.size - 1 :], out=sums)
         for offset in range(2, self.size - 1, 2):
-            sums.add_(pairs[:, offset : offset + maps])
+            sums.add_(pairs[offset : offset + length])
         return sums
 
-    def wide(self, narrow: Tensor, into: Tensor) -> Tensor:
-        """The block in float32; without a copy where it is already."""
-        return narrow if narrow.dtype == into.dtype else into[: len(narrow)].copy_(narrow)
-
-    def inverse_root_and_power(self, x: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
-        """``d^-0.5`` and ``d^-beta`` of ``d = k + alpha * sum x^2``; k is spread over the window."""
+    def root_and_power(self, x: Tensor, squares: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+        """``d^-0.5`` and ``d^-beta`` of ``d = k + alpha * sum x^2``, flat; k is spread over the window."""
         alpha, beta, k = constants
-        share = k / self.size
-        self.fill_border(share)
-        torch.addcmul(x.new_tensor(share), x, x, value=alpha, out=self.middle(len(x)))
-        sums, power = self.window(len(x)), self.power[: len(x)]
+        torch.addcmul(squares.new_tensor(k / self.size), x, x, value=alpha, out=self.middle(squares))
+        sums = self.window(squares)
+        power = self.power[: len(sums)]
         if beta != 0.75:
             torch.pow(sums, -beta, out=power)
             return sums.rsqrt_(), power
@@ -148,70 +144,86 @@ class _Scratch:
         return sums, power.mul_(sums)
 
 
-class _BlockedResponseNorm(torch.autograd.Function):
-    """The same across maps, on a CPU, a block of pictures at a time. Saves x only."""
+class _RowsResponseNorm(torch.autograd.Function):
+    """The same across maps, on a CPU, for channels_last: a block of rows at a time. Saves x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, constants: _Constants) -> Tensor:
+    def forward(ctx: Any, x: Tensor, maps: int, size: int, constants: _Constants) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.size, ctx.constants = size, constants
+        ctx.arguments = (maps, size, constants)
         y = torch.empty_like(x)
-        block = _block(x)
-        scratch = _Scratch(x, block, size)
-        for part, out in zip(x.split(block), y.split(block), strict=True):
-            wide = scratch.wide(part, scratch.x)
-            _, power = scratch.inverse_root_and_power(wide, constants)
-            torch.mul(wide, power, out=out if out.dtype == wide.dtype else power)
-            if out.dtype != wide.dtype:
-                out.copy_(power)
+        block = BLOCK_ELEMENTS // maps + 1
+        rows = _Rows(block, maps, size, _wide_dtype(x))
+        squares = rows.padded(block, constants[2] / size)
+        for part, out in zip(_rows(x, maps).split(block), _rows(y, maps).split(block), strict=True):
+            wide, count = _wide(part), len(part)
+            rows.root_and_power(wide, squares[:count], constants)
+            if out.dtype == wide.dtype:
+                torch.mul(wide, rows.cut(rows.power, count), out=out)
+            else:
+                out.copy_(wide.mul_(rows.cut(rows.power, count)))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        alpha, beta, _ = ctx.constants
-        gradient = gradients[0].contiguous()
+        maps, size, constants = ctx.arguments
+        alpha, beta, k = constants
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        block = _block(x)
-        scratch = _Scratch(x, block, ctx.size)
-        for part, g_part, out in zip(x.split(block), gradient.split(block), dx.split(block), strict=True):
-            wide, g = scratch.wide(part, scratch.x), scratch.wide(g_part, scratch.g)
-            root, power = scratch.inverse_root_and_power(wide, ctx.constants)
-            scaled = power.mul_(g)  # g d^-beta
-            inner = torch.mul(root.square_(), wide, out=scratch.middle(len(wide)))  # x / d
-            inner.mul_(scaled)
-            scratch.fill_border(0.0)
-            window = scratch.window(len(wide))
-            if out.dtype == wide.dtype:
-                torch.addcmul(scaled, wide, window, value=-2 * alpha * beta, out=out)
-            else:
-                out.copy_(scaled.addcmul_(wide, window, value=-2 * alpha * beta))
-        return dx, None, None
+        block = BLOCK_ELEMENTS // maps + 1
+        rows = _Rows(block, maps, size, _wide_dtype(x))
+        squares, products = rows.padded(block, k / size), rows.padded(block, 0.0)
+        views = (_rows(tensor, maps).split(block) for tensor in (x, gradient, dx))
+        for part, g_part, out in zip(*views, strict=True):
+            wide, g, count = _wide(part), _wide(g_part), len(part)
+            root, _ = rows.root_and_power(wide, squares[:count], constants)
+            scaled = g * rows.cut(rows.power, count)  # g d^-beta
+            root.square_()  # 1 / d
+            inner = rows.middle(products[:count])
+            torch.mul(rows.cut(rows.sums, count), wide, out=inner)
+            inner.mul_(scaled)  # g x d^(-beta-1)
+            rows.window(products[:count])
+            out.copy_(scaled.addcmul_(wide, rows.cut(rows.sums, count), value=-2 * alpha * beta))
+        return dx, None, None, None
 
 
-def _block(x: Tensor) -> int:
-    """Pictures a block."""
-    return max(1, min(len(x), BLOCK_ELEMENTS // max(1, x[0].numel())))
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums of x are kept."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: float, compiled: bool = False) -> Tensor:
+def _rows(x: Tensor, maps: int) -> Tensor:
+    """channels_last (N, T C, H, W) as rows of one tower's maps: (N H W T, C), the same memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, maps)
+
+
+def response_norm(
+    x: Tensor, *, size: int, alpha: float, beta: float, k: float, maps: int | None = None, compiled: bool = False
+) -> Tensor:
     """Normalises across neighbouring maps of one tower.
 
     Args:
-        x: (N, C, H, W), floating, any memory format; bfloat16 is computed in float32.
+        x: (N, C, H, W), or (N, 2 C, H, W) with tower a's maps before tower b's; any memory format, channels_last is the
+            fast one on a CPU; bfloat16 is computed in float32.
         size: maps in the window, odd.
         alpha: factor on the *sum* of squares (torch's ``LocalResponseNorm(alpha=A)`` is ``alpha = A / size``).
         beta: exponent.
         k: offset.
+        maps: C, maps of one tower; None where x has one tower's only.
         compiled: run torch.compile'd kernels; without, the blocked ones on a CPU and plain ones on a GPU.
 
     Returns:
-        (N, C, H, W), the dtype of x.
+        The shape, dtype and memory format of x.
     """
-    if x.device.type == "cpu" and x.is_contiguous() and not compiled and len(x):
-        return _BlockedResponseNorm.apply(x, size, (alpha, beta, k))
-    return _ResponseNorm.apply(x, _across_maps, size, (alpha, beta, k), compiled)
+    maps = maps or x.shape[1]
+    if x.device.type == "cpu" and not compiled and x.is_contiguous(memory_format=torch.channels_last):
+        return _RowsResponseNorm.apply(x, maps, size, (alpha, beta, k))
+    towers = [
+        _ResponseNorm.apply(part, _across_maps, size, (alpha, beta, k), compiled) for part in x.split(maps, dim=1)
+    ]
+    return towers[0] if len(towers) == 1 else torch.cat(towers, dim=1)
 
 
 def spatial_norm(x: Tensor, *, size: int, alpha: float, beta: float, compiled: bool = False) -> Tensor:

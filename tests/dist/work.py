@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config import Config, load_config
 from trainer.exchange import Link, PairJoin
-from trainer.model import DropoutDraws, TwoTowerNet
+from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
 from trainer.optimizer import PaperSGD
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -28,7 +28,8 @@ def a_batch(config: Config, step: int, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     shape = (size, config.model.channels, config.model.image_px, config.model.image_px)
     images = torch.randn(shape, generator=generator) * (1.0 if config.data.scale == "std" else 60.0)
-    return images, torch.randint(config.model.classes, (size,), generator=generator)
+    labels = torch.randint(config.model.classes, (size,), generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 class CallCounter(TorchDispatchMode):
@@ -44,6 +45,13 @@ class CallCounter(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             self.calls[name, sum(t.nbytes for t in tensors if isinstance(t, Tensor))] += 1
         return func(*args, **(kwargs or {}))
+
+
+def make_net(config: Config, link: Link | None) -> TwoTowerNet:
+    """One tower of two, or both side by side; in the memory format of the trainer."""
+    held = TOWERS if link is None else (link.tower,)
+    net = TwoTowerNet(config.model, held=held, join=PairJoin(link) if link else None, seed=SEED)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -> dict[str, Any]:
@@ -66,21 +74,20 @@ def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -
 def train_tower(link: Link, name: str, batch_size: int, steps: int) -> dict[str, Any]:
     """:func:`train_steps` on one tower of two."""
     config = recipe(name)
-    net = TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=SEED)
-    return train_steps(net, config, batch_size, steps)
+    return train_steps(make_net(config, link), config, batch_size, steps)
 
 
 def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     """:func:`train_steps` with both towers here."""
     config = recipe(name)
     torch.set_num_threads(1)
-    return train_steps(TwoTowerNet(config.model, seed=SEED), config, batch_size, steps)
+    return train_steps(make_net(config, None), config, batch_size, steps)
 
 
 def count_one_step(link: Link, name: str, batch_size: int) -> dict[str, Any]:
     """Every c10d call of one training step, as the dispatcher sees it, and the ledger beside it."""
     config = recipe(name)
-    net = TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=SEED)
+    net = make_net(config, link)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images, labels = a_batch(config, 0, batch_size)
     link.ledger.clear()

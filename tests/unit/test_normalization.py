@@ -13,6 +13,8 @@ def test_gradients_are_exact(beta: float) -> None:
     """float64 finite differences, with a strong alpha so that every term of the backward matters."""
     x = torch.randn(2, 7, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: response_norm(v, size=5, alpha=0.3, beta=beta, k=2.0), (x,))
+    rows = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: response_norm(v, size=5, alpha=0.3, beta=beta, k=2.0), (rows,))
     assert torch.autograd.gradcheck(lambda v: spatial_norm(v, size=3, alpha=0.3, beta=beta), (x,))
 
 
@@ -36,19 +38,20 @@ def test_equals_torch_whose_alpha_is_divided_by_size(maps: int, memory_format: t
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_blocks_equal_the_formulas(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocked kernels (contiguous) against the plain formulas (channels_last); the last block is smaller."""
-    monkeypatch.setattr(normalization, "BLOCK_ELEMENTS", 2 * 9 * 4 * 5)
-    x = (torch.randn(5, 9, 4, 5) * 3).to(dtype)
+    """The blocked kernels (channels_last) against the plain formulas; two towers in a tensor; a smaller last block."""
+    monkeypatch.setattr(normalization, "BLOCK_ELEMENTS", 9 * 32)
+    x = (torch.randn(5, 18, 4, 5) * 3).to(dtype)
     weights = torch.randn(x.shape).to(dtype)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = x.clone(memory_format=layout).requires_grad_()
-        y = response_norm(leaf, size=size, alpha=0.2, beta=0.75, k=2.0)
+        y = response_norm(leaf, size=size, alpha=0.2, beta=0.75, k=2.0, maps=9)
         (y * weights).sum().backward()
         found.append((y.detach(), leaf.grad))
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(found[0][0], found[1][0].contiguous(), **tolerance)
-    torch.testing.assert_close(found[0][1], found[1][1].contiguous(), **tolerance)
+    for plain, blocked in zip(*found, strict=True):
+        assert blocked.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(blocked.contiguous(), plain, **tolerance)
 
 
 def test_spatial_norm_by_hand() -> None:
