@@ -1,4 +1,4 @@
-"""``python -m trainer COMMAND``: train, evaluate, describe, report."""
+"""``python -m trainer COMMAND``: what each command does; the options are in ``trainer.commands``."""
 
 import argparse
 import json
@@ -8,19 +8,17 @@ import typing
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from trainer.commands import make_parser
 from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.exchange import Link
 
-TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
-Run = typing.Callable[[argparse.Namespace], int]
-
 
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
-    arguments = _parser().parse_args()
+    arguments = make_parser(HANDLERS).parse_args()
     try:
         return arguments.command(arguments)
     except (TrainerError, PipelineError) as error:
@@ -29,82 +27,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer",
-        description="Train the two-tower AlexNet of 2012, one process a tower, and look at what came of it.",
-        epilog="example: " + TRAIN_EXAMPLE,
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    train = _command(commands, "train", "train a recipe on a prepared data set", _train)
-    train.epilog = "example: " + TRAIN_EXAMPLE
-    _recipe_options(train)
-    train.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="data set made by python -m pipeline prepare"
-    )
-    train.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="folder for metrics, checkpoints and report"
-    )
-    train.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
-    )
-    train.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
-    train.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
-    )
-    train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
-
-    tower = _command(commands, "tower", None, _tower)
-    tower.add_argument("--data", type=Path, required=True)
-    tower.add_argument("--run", type=Path, required=True)
-    tower.add_argument("--device")
-
-    evaluate = _command(commands, "evaluate", "top-1 and top-5 of a run on held-out pictures", _evaluate)
-    evaluate.epilog = "example: python -m trainer evaluate --run demo/run --data demo/digits --json"
-    evaluate.add_argument("--run", type=Path, required=True, metavar="DIR")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR")
-    evaluate.add_argument("--split", help="split of the data set (default: the one the recipe holds out)")
-    evaluate.add_argument(
-        "--views", choices=("centre", "ten"), default="centre", help="ten: corners, centre, mirrored (paper 4.1)"
-    )
-    evaluate.add_argument("--device", help="cpu, cuda or cuda:N")
-    evaluate.add_argument("--json", action="store_true", help="one line of JSON")
-
-    describe = _command(commands, "describe", "layers, parameters and what crosses between the towers", _describe)
-    describe.epilog = "example: python -m trainer describe --config configs/paper.toml"
-    _recipe_options(describe)
-    describe.add_argument("--json", action="store_true", help="JSON instead of tables")
-    describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
-
-    report = _command(commands, "report", "write RUN/report.html", _report)
-    report.epilog = "example: python -m trainer report --run demo/run --data demo/digits"
-    report.add_argument("--run", type=Path, required=True, metavar="DIR")
-    report.add_argument("--data", type=Path, metavar="DIR", help="data set, for the grid of test pictures")
-    return parser
-
-
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str | None, run: Run
-) -> argparse.ArgumentParser:
-    """Adds one subcommand; one without a summary is the launcher's own and is not listed."""
-    if summary is None:
-        parser = commands.add_parser(name)
-    else:
-        parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.set_defaults(command=run)
-    return parser
-
-
-def _recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Where the recipe comes from."""
-    parser.add_argument(
-        "--config", type=Path, metavar="TOML", help="recipe, for example configs/paper.toml (the default)"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field")
 
 
 def _load(arguments: argparse.Namespace) -> "Config":
@@ -125,6 +47,8 @@ def _train(arguments: argparse.Namespace) -> int:
     launch.choose_device(arguments.device)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise ConfigError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
+    if arguments.dry_run:
+        return _dry_run(arguments, config)
     if os.environ.get("RANK", "0") == "0":
         resume = arguments.resume == "auto"
         run.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
@@ -166,22 +90,56 @@ def _work(arguments: argparse.Namespace, config: "Config", link: "Link | None", 
     return 0 if result.exit_reason == "finished" else 3
 
 
+def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
+    """Says what training would take."""
+    from trainer import dry_run
+    from trainer.launch import choose_device
+
+    device = choose_device(arguments.device)
+    plan = dry_run.plan_run(config, arguments.data, processes=arguments.processes, device=device)
+    dry_run.print_plan(plan)
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of the newest checkpoint."""
+    from pipeline.manifest import read_manifest
+    from trainer import confusion
     from trainer.evaluate import evaluate_run
     from trainer.launch import choose_device
 
     device = choose_device(arguments.device)
+    if arguments.confusion:
+        confusion.check_name(arguments.confusion)
     result = evaluate_run(arguments.run, arguments.data, split=arguments.split, views=arguments.views, device=device)
+    classes = [record.title for record in read_manifest(arguments.data).classes]
     if arguments.json:
-        print(result.to_json())
+        print(json.dumps(result.to_dict() | confusion.to_dict(result, classes), ensure_ascii=False))
     else:
-        total = result.num_samples
-        print(
-            f"top-1 {result.top1:.4f} ({result.num_correct_top1} of {total}), "
-            f"top-5 {result.top5:.4f} ({result.num_correct_top5} of {total}), {result.views}, loss {result.loss:.4f}"
-        )
+        print(result.sentence())
+    if arguments.per_class and not arguments.json:
+        confusion.print_classes(result, classes)
+    if arguments.confusion:
+        confusion.draw(arguments.confusion, result, classes)
     return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    """Prints the likeliest classes of pictures; status 3 where some could not be used."""
+    from trainer import predict, prediction_output
+    from trainer.launch import choose_device
+
+    predictor = predict.Predictor(
+        arguments.run, arguments.data, device=choose_device(arguments.device), views=arguments.views
+    )
+    results = list(predictor.predict(predict.find_pictures(arguments.pictures), top=arguments.top))
+    if arguments.json:
+        prediction_output.print_json(results)
+    else:
+        prediction_output.print_table(results)
+    if arguments.html:
+        prediction_output.write_html(arguments.html, results, arguments.run)
+    return 3 if any(result.error for result in results) else 0
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -207,6 +165,34 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(write_report(arguments.run, arguments.data))
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Writes the weights and prints where they are."""
+    from trainer.export import export_run
+
+    print(export_run(arguments.run, arguments.output, data=arguments.data))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Makes a run out of weights and prints its checkpoint."""
+    from trainer.export import import_weights
+
+    print(import_weights(arguments.weights, _load(arguments), arguments.run))
+    return 0
+
+
+HANDLERS = {
+    "train": _train,
+    "tower": _tower,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "describe": _describe,
+    "report": _report,
+    "export": _export,
+    "import": _import,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""The command line of ``python -m trainer``: options only; what a command does stands in ``trainer.__main__``."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Handler = Callable[[argparse.Namespace], int]
+
+TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
+
+
+class Commands:
+    """Adds subcommands.
+
+    Args:
+        parser: of the whole program.
+        handlers: what each command runs, by its name.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, handlers: Mapping[str, Handler]) -> None:
+        self._subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+        self._handlers = handlers
+
+    def add(self, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        """Adds a command; ``example`` stands at the end of its help."""
+        description = summary[0].upper() + summary[1:] + "."
+        parser = self._subparsers.add_parser(
+            name, help=summary, description=description, epilog=f"example: python -m trainer {example}"
+        )
+        parser.set_defaults(command=self._handlers[name])
+        return parser
+
+    def add_hidden(self, name: str) -> argparse.ArgumentParser:
+        """Adds the launcher's own command, which no help lists."""
+        parser = self._subparsers.add_parser(name)
+        parser.set_defaults(command=self._handlers[name])
+        return parser
+
+
+def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Train the two-tower AlexNet of 2012, one process a tower, and look at what came of it.",
+        epilog="example: " + TRAIN_EXAMPLE,
+    )
+    commands = Commands(parser, handlers)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_describe(commands)
+    _add_report(commands)
+    _add_export(commands)
+    _add_import(commands)
+    return parser
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Where the recipe comes from."""
+    parser.add_argument(
+        "--config", type=Path, metavar="TOML", help="recipe, for example configs/paper.toml (the default)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field")
+
+
+def _folder(parser: argparse.ArgumentParser, name: str, text: str, *, required: bool = True) -> None:
+    """An option that names a folder."""
+    parser.add_argument(name, type=Path, required=required, metavar="DIR", help=text)
+
+
+def _device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
+
+
+def _views_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--views", choices=("centre", "ten"), default="centre", help="ten: corners, centre, mirrored (paper 4.1)"
+    )
+
+
+def _add_train(commands: Commands) -> None:
+    train = commands.add(
+        "train", "train a recipe on a prepared data set", TRAIN_EXAMPLE.removeprefix("python -m trainer ")
+    )
+    _recipe_options(train)
+    _folder(train, "--data", "data set made by python -m pipeline prepare")
+    _folder(train, "--run", "folder for metrics, checkpoints and report")
+    train.add_argument(
+        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
+    )
+    _device_option(train)
+    train.add_argument(
+        "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
+    )
+    train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
+    train.add_argument(
+        "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
+    )
+    tower = commands.add_hidden("tower")
+    _folder(tower, "--data", "")
+    _folder(tower, "--run", "")
+    tower.add_argument("--device")
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = commands.add(
+        "evaluate",
+        "top-1 and top-5 of a run on held-out pictures",
+        "evaluate --run demo/run --data demo/digits --per-class --confusion demo/confusion.png",
+    )
+    _folder(evaluate, "--run", "run with a checkpoint")
+    _folder(evaluate, "--data", "data set")
+    evaluate.add_argument("--split", help="split of the data set (default: the one the recipe holds out)")
+    _views_option(evaluate)
+    evaluate.add_argument("--per-class", action="store_true", help="a row for every class, the worst first")
+    evaluate.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw which class was taken for which")
+    _device_option(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="one line of JSON, classes and confusion included")
+
+
+def _add_predict(commands: Commands) -> None:
+    predict = commands.add(
+        "predict",
+        "the likeliest classes of your own pictures",
+        "predict cat.jpg holiday/ --run demo/run --html demo/predictions.html",
+    )
+    predict.add_argument(
+        "pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER", help="JPEG and PNG files, and folders of them"
+    )
+    _folder(predict, "--run", "run with a checkpoint")
+    _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
+    _views_option(predict)
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown for each picture (default: 5)")
+    _device_option(predict)
+    predict.add_argument("--json", action="store_true", help="a line of JSON for each picture instead of the table")
+    predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures besides")
+
+
+def _add_describe(commands: Commands) -> None:
+    describe = commands.add(
+        "describe", "layers, parameters and what crosses between the towers", "describe --config configs/paper.toml"
+    )
+    _recipe_options(describe)
+    describe.add_argument("--json", action="store_true", help="JSON instead of tables")
+    describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add("report", "write RUN/report.html", "report --run demo/run --data demo/digits")
+    _folder(report, "--run", "run")
+    _folder(report, "--data", "data set, for the grid of test pictures", required=False)
+
+
+def _add_export(commands: Commands) -> None:
+    export = commands.add(
+        "export", "write a run's weights, both towers as one net", "export --run demo/run --output demo/net.onnx"
+    )
+    _folder(export, "--run", "run with a checkpoint")
+    _folder(export, "--data", "data set, for class names in the file", required=False)
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="FILE.safetensors (weights) or FILE.onnx (the net)"
+    )
+
+
+def _add_import(commands: Commands) -> None:
+    import_ = commands.add(
+        "import",
+        "make a run out of exported weights",
+        "import --weights net.safetensors --config configs/digits.toml --run demo/imported",
+    )
+    import_.add_argument("--weights", type=Path, required=True, metavar="FILE", help="FILE.safetensors of export")
+    _recipe_options(import_)
+    _folder(import_, "--run", "folder to make, with a checkpoint of step 0")
