@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
-FOLD_EVERY = 60_000  # 255 * 255 * 66,051 is the last product sum that fits uint32
+FOLD_EVERY = 257  # 257 * 255 is the last sum that fits 16 bits
 MAX_POSITIONS = 2**20  # above a million pixels a picture, sums per position would cost more memory than they are worth
-CHUNK_PIXELS = 65_536
+CENTRE = 128
+ROW_PIXELS = 4
+GRAM_ROWS = 1024
+CHUNK_BLOCKS = 4  # 200 kB of float32 at a time stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,10 @@ def totals_from_json(raw: dict[str, Any], position_sum: np.ndarray | None) -> To
 
 
 class Accumulator:
-    """Sums pictures one by one. Pictures of one size are summed per position, which is exact and needs no float.
+    """Sums pictures one by one, exactly.
+
+    Pictures of one size are summed per position in 16 bits and folded into 64 bits before those can overflow.
+    Products are summed of values minus 128, which float32 can hold; :meth:`totals` moves them back.
 
     Args:
         channels: C of every picture.
@@ -83,10 +89,11 @@ class Accumulator:
         self._channels = channels
         self._num_pictures = 0
         self._num_pixels = 0
-        self._channel_sum = [0] * channels
-        self._product_sum = [[0] * channels for _ in range(channels)]
+        self._channel_sum = np.zeros(channels, np.int64)  # of the pictures that are not in the sums per position
+        self._centred_products = np.zeros((channels, channels), np.int64)
         self._shape: tuple[int, int, int] | None = None
         self._position_sum: np.ndarray | None = None
+        self._pending_sum = np.zeros(0, np.uint16)
         self._pending = 0
 
     def add(self, pixels: np.ndarray) -> None:
@@ -96,81 +103,85 @@ class Accumulator:
             self._start(shape)
         self._num_pictures += 1
         self._num_pixels += shape[0] * shape[1]
-        if self._position_sum is not None and shape == self._shape:
-            self._add_positions(pixels)
+        values = pixels.reshape(-1)
+        self._centred_products += centred_products(values, self._channels)
+        if shape != self._shape and self._shape is not None:
+            self._forget_positions()
+        if self._position_sum is None:
+            self._channel_sum += values.reshape(-1, self._channels).sum(0, dtype=np.int64)
             return
-        if shape != self._shape or self._position_sum is not None:
-            self._fold()
-            self._shape = self._shape if shape == self._shape else None
-            self._position_sum = None
-        self._add_direct(pixels)
-
-    def totals(self) -> Totals:
-        """The sums so far."""
-        self._fold()
-        return Totals(
-            num_pictures=self._num_pictures,
-            num_pixels=self._num_pixels,
-            channel_sum=tuple(self._channel_sum),
-            product_sum=tuple(tuple(row) for row in self._product_sum),
-            shape=self._shape,
-            position_sum=None if self._position_sum is None else self._position_sum.reshape(self._shape).copy(),
-        )
-
-    def _start(self, shape: tuple[int, int, int]) -> None:
-        self._shape = shape
-        size = math.prod(shape)
-        if shape[0] * shape[1] <= MAX_POSITIONS:
-            self._position_sum = np.zeros(size, np.uint64)
-            self._sums = np.zeros(size, np.uint32)
-            self._products = np.zeros((self._channels, size), np.uint32)
-            self._wide = np.empty(size, np.uint16)
-            self._product = np.empty(size, np.uint16)
-
-    def _add_positions(self, pixels: np.ndarray) -> None:
-        """Adds the picture to sums per position; products of neighbours ``lag`` apart hold every pair of channels."""
-        np.copyto(self._wide, pixels.reshape(-1))
-        np.add(self._sums, self._wide, out=self._sums)
-        for lag in range(self._channels):
-            length = len(self._wide) - lag
-            product = self._product[:length]
-            np.multiply(self._wide[:length], self._wide[lag:], out=product)
-            np.add(self._products[lag, :length], product, out=self._products[lag, :length])
+        np.add(self._pending_sum, values, out=self._pending_sum)
         self._pending += 1
         if self._pending == FOLD_EVERY:
             self._fold()
 
+    def totals(self) -> Totals:
+        """The sums so far."""
+        self._fold()
+        sums = self._channel_sum.copy()
+        if self._position_sum is not None:
+            sums += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
+        shift = CENTRE * (sums[:, None] + sums[None, :]) - CENTRE**2 * self._num_pixels
+        return Totals(
+            num_pictures=self._num_pictures,
+            num_pixels=self._num_pixels,
+            channel_sum=tuple(sums.tolist()),
+            product_sum=tuple(tuple(row) for row in (self._centred_products + shift).tolist()),
+            shape=self._shape,
+            position_sum=None if self._position_sum is None else self._position_sum.reshape(self._shape or ()).copy(),
+        )
+
+    def _start(self, shape: tuple[int, int, int]) -> None:
+        self._shape = shape
+        if shape[0] * shape[1] <= MAX_POSITIONS:
+            self._position_sum = np.zeros(math.prod(shape), np.uint64)
+            self._pending_sum = np.zeros(math.prod(shape), np.uint16)
+
     def _fold(self) -> None:
-        """Moves the pending 32-bit sums per position into the totals."""
-        if not self._pending or self._position_sum is None:
-            return
-        self._position_sum += self._sums
-        channels = self._channels
-        sums = self._sums.reshape(-1, channels)
-        for first in range(channels):
-            self._channel_sum[first] += int(sums[:, first].sum(dtype=np.uint64))
-            for second in range(first, channels):
-                lagged = self._products[second - first].reshape(-1, channels)
-                self._add_product(first, second, int(lagged[:, first].sum(dtype=np.uint64)))
-        self._sums[:] = 0
-        self._products[:] = 0
-        self._pending = 0
+        """Moves the pending 16-bit sums into the 64-bit ones."""
+        if self._position_sum is not None and self._pending:
+            self._position_sum += self._pending_sum
+            self._pending_sum[:] = 0
+            self._pending = 0
 
-    def _add_direct(self, pixels: np.ndarray) -> None:
-        """Adds a picture of another size: float64 holds these sums exactly (65,025 * 65,536 < 2^53)."""
-        flat = pixels.reshape(-1, self._channels)
-        for start in range(0, len(flat), CHUNK_PIXELS):
-            chunk = flat[start : start + CHUNK_PIXELS].astype(np.float64)
-            products = chunk.T @ chunk
-            for first in range(self._channels):
-                self._channel_sum[first] += int(chunk[:, first].sum())
-                for second in range(first, self._channels):
-                    self._add_product(first, second, int(products[first, second]))
+    def _forget_positions(self) -> None:
+        """A picture of another size came: only sums over channels go on."""
+        self._fold()
+        if self._position_sum is not None:
+            self._channel_sum += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
+        self._shape = self._position_sum = None
 
-    def _add_product(self, first: int, second: int, value: int) -> None:
-        self._product_sum[first][second] += value
-        if first != second:
-            self._product_sum[second][first] += value
+
+def centred_products(values: np.ndarray, channels: int) -> np.ndarray:
+    """Sums of products of channels over a picture, of values minus 128, exactly.
+
+    Four pixels make a row, so that one matrix product sums four pixels at a time; the blocks on its diagonal are
+    added up.
+    float32 is exact because 128 * 128 * 1,024 rows = 2^24.
+
+    Args:
+        values: (H * W * C,) uint8.
+        channels: C.
+
+    Returns:
+        int64 (C, C).
+    """
+    row = ROW_PIXELS * channels
+    block = GRAM_ROWS * row
+    products = np.zeros((row, row), np.float64)
+    even = len(values) // block * block
+    signed, centred = np.empty(CHUNK_BLOCKS * block, np.uint8), np.empty(CHUNK_BLOCKS * block, np.float32)
+    for start in range(0, even, CHUNK_BLOCKS * block):
+        chunk = values[start : min(start + CHUNK_BLOCKS * block, even)]
+        size = len(chunk)
+        np.bitwise_xor(chunk, CENTRE, out=signed[:size])
+        centred[:size] = signed[:size].view(np.int8)
+        blocks = centred[:size].reshape(-1, GRAM_ROWS, row)
+        for rows in blocks:
+            products += rows.T @ rows
+    rest = values[even:].reshape(-1, channels).astype(np.float64) - CENTRE  # fewer than 4,096 pixels
+    diagonal = np.einsum("iaib->ab", products.reshape(ROW_PIXELS, channels, ROW_PIXELS, channels))
+    return (diagonal + rest.T @ rest).astype(np.int64)
 
 
 def summarise(totals: Totals) -> dict[str, np.ndarray]:

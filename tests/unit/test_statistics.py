@@ -92,4 +92,20 @@ def test_json_round_trip() -> None:
 
 
 def test_the_fold_comes_before_the_overflow() -> None:
-    assert statistics.FOLD_EVERY * 255 * 255 < 2**32
+    assert statistics.FOLD_EVERY * 255 < 2**16
+    assert 128 * 128 * statistics.GRAM_ROWS <= 2**24
+
+
+@pytest.mark.parametrize("value", [0, 127, 255])
+@pytest.mark.parametrize("side", [63, 256, 601])
+def test_large_pictures_of_extreme_values_are_summed_exactly(value: int, side: int) -> None:
+    found = totals([np.full((side, side, 3), value, np.uint8)] * 2)
+    assert found.channel_sum == (2 * side * side * value,) * 3
+    assert found.product_sum == ((2 * side * side * value**2,) * 3,) * 3
+
+
+def test_large_noise_is_summed_exactly() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1100, 1000, 3)).astype(np.uint8)
+    flat = noise.reshape(-1, 3).astype(np.int64)
+    assert totals([noise]).product_sum == tuple(map(tuple, (flat.T @ flat).tolist()))
+    assert totals([noise]).position_sum is None  # above MAX_POSITIONS
