@@ -54,7 +54,9 @@ def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
     for name in net.held:
         tower = net.tower(name)
         tensors = {key: value.detach().cpu().contiguous() for key, value in tower.named_parameters()}
-        tensors |= {f"velocity/{key}": optimizer.velocity(value).cpu() for key, value in tower.named_parameters()}
+        tensors |= {
+            f"velocity/{key}": optimizer.velocity(value).cpu().contiguous() for key, value in tower.named_parameters()
+        }
         tensors |= {key: value.cpu() for key, value in tower.named_buffers()}
         path = folder / f"tower-{name}.safetensors"
         save_file(tensors, path)
