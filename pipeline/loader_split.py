@@ -50,35 +50,56 @@ class TorchNormaliser:
         self._size = {"height_px": normaliser.height_px, "width_px": normaliser.width_px}
         self._device = device
         self._std = torch.tensor(normaliser.std, device=device).reshape(1, -1, 1, 1)
+        self._scaled = any(value != 1.0 for value in normaliser.std)
         self._mean = normaliser.mean
         self._mean_image: torch.Tensor | None = None
+        self._mirrored: torch.Tensor | None = None
         if self._config.mean in ("pixel", "centre"):
             assert statistics.mean_image is not None
             image = np.ascontiguousarray(statistics.mean_image.transpose(2, 0, 1), dtype=np.float32)
             self._mean_image = torch.from_numpy(image).to(device)  # (C, H, W)
+            self._mirrored = self._mean_image.flip(2)
 
     def __call__(self, crops: torch.Tensor, draws: Draws) -> torch.Tensor:
         """(N, C, S, S) uint8 to float32."""
-        offset = torch.from_numpy(draws.shift - self._mean).to(self._device, non_blocking=True)
-        result = crops.to(torch.float32) + offset[:, :, None, None]
-        if self._mean_image is not None:
-            result -= self._aligned(draws.geometry)
-        result /= self._std
+        result = self._less_mean_image(crops, draws.geometry)
+        offset = draws.shift - self._mean
+        if offset.any():
+            result += torch.from_numpy(offset).to(self._device, non_blocking=True)[:, :, None, None]
+        if self._scaled:
+            result /= self._std
         if self._config.scale == "standardise":
             result -= result.mean(dim=(1, 2, 3), keepdim=True)
             variance = result.square().mean(dim=(1, 2, 3), keepdim=True)
             result *= torch.rsqrt(variance + STANDARDISE_EPSILON) / self._config.divisor
         return result
 
-    def _aligned(self, geometry: np.ndarray) -> torch.Tensor:
-        """The mean image under each crop, (N, C, S, S), mirrored with it; or its centre, (1, C, S, S)."""
-        assert self._mean_image is not None
-        centre = self._config.mean == "centre"
-        if centre:
+    def _less_mean_image(self, crops: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
+        """Float32 crops less the mean image under each, mirrored with it; or less its centre; or as they are."""
+        if self._mean_image is None:
+            return crops.to(torch.float32)
+        if self._config.mean == "centre":
             geometry = centre_geometry(1, **self._size, crop_px=self._config.crop_px)
+            return crops - self._gather(self._mean_image, geometry)
+        if crops.is_cuda:
+            return crops - self._gather(self._mean_image, geometry)
+        # On the CPU gathering is slow: views of the mean image and of its mirror image need no copy.
+        result = torch.empty(crops.shape, dtype=torch.float32)
+        for crop, place, target in zip(crops, geometry.tolist(), result, strict=True):
+            torch.sub(crop, self._view(*place), out=target)
+        return result
+
+    def _view(self, x: int, y: int, mirror: int) -> torch.Tensor:
+        """The mean image under one crop, (C, S, S)."""
+        assert self._mean_image is not None and self._mirrored is not None
+        size = self._config.crop_px
+        if mirror:
+            return self._mirrored[:, y : y + size, (left := self._size["width_px"] - size - x) : left + size]
+        return self._mean_image[:, y : y + size, x : x + size]
+
+    def _gather(self, image: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
+        """The mean image under each crop, (N, C, S, S)."""
         steps = np.arange(self._config.crop_px)
         rows = torch.from_numpy(geometry[:, 1:2] + steps).to(self._device)
         columns = geometry[:, 0:1] + np.where(geometry[:, 2:3] == 1, steps[::-1], steps)
-        return self._mean_image[:, rows[:, :, None], torch.from_numpy(columns).to(self._device)[:, None, :]].transpose(
-            0, 1
-        )
+        return image[:, rows[:, :, None], torch.from_numpy(columns).to(self._device)[:, None, :]].transpose(0, 1)
