@@ -1,0 +1,236 @@
+"""How fast is a training step of the paper's net beside the same net made of plain torch modules?
+
+    python benchmarks/trainer.py                               about 8 minutes on 2 cores
+    python benchmarks/trainer.py --batch 16 --rounds 1         a try
+
+Contestants, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
+
+    plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
+                 eager float32
+    one          one process as the trainer runs it: merged convolutions, channels_last, blocked normalisation, float32
+    one-bf16     the same with bfloat16 matrix products
+    two          one process a tower, one thread each, gloo, float32
+    two-bf16     the same with bfloat16 matrix products
+    norm-plain   nn.LocalResponseNorm(5) forward and backward, (128, 48, 55, 55) float32
+    norm         trainer.normalization on the same, channels_last
+
+Each process does two steps that are not counted, then several that are; the figure of a round is their median.
+Results: benchmarks/results/DATE_HARDWARE_trainer.json.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CONTESTANTS = ("plain", "one", "one-bf16", "two", "two-bf16", "norm-plain", "norm")
+WARM_UP = 2
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of a process")
+    parser.add_argument("--only", default=",".join(CONTESTANTS))
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        print(json.dumps(run_contestant(options.contestant, options.batch, options.steps)))
+        return
+    names = options.only.split(",")
+    rounds = [{name: start(name, options) for name in names} for _ in range(options.rounds)]
+    report(rounds, names, options)
+
+
+def start(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Runs one contestant in a process (or a pair); rank 0 reports, peak memory is the sum of the pair's."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = 2 if name.startswith("two") else 1
+    base = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [
+        sys.executable,
+        __file__,
+        "--contestant",
+        name,
+        "--batch",
+        str(options.batch),
+        "--steps",
+        str(options.steps),
+    ]
+    if ranks == 1:
+        return json.loads(subprocess.run(command, env=base, check=True, capture_output=True, text=True).stdout)
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    base |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    base |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = [
+        subprocess.Popen(command, env=base | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    results = [json.loads(child.communicate()[0]) for child in children]
+    return results[0] | {"peak_mib": sum(result["peak_mib"] for result in results)}
+
+
+def run_contestant(name: str, batch: int, steps: int) -> dict[str, float]:
+    """Median seconds of a step and this process's peak memory."""
+    step = norm_step(name, batch) if name.startswith("norm") else net_step(name, batch)
+    times = []
+    for number in range(WARM_UP + steps):
+        begin = time.perf_counter()
+        step(number)
+        times.append(time.perf_counter() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "step_s": statistics.median(times[WARM_UP:]),
+        "images_per_s": batch / statistics.median(times[WARM_UP:]),
+        "peak_mib": peak,
+    }
+
+
+def net_step(name: str, batch: int) -> Callable[[int], None]:
+    """One update of the whole net."""
+    import torch
+
+    from trainer.config import load_config
+    from trainer.exchange import connect
+    from trainer.model import DropoutDraws
+    from trainer.optimizer import PaperSGD
+    from trainer.train import make_net
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 224, 224, generator=generator) * 50
+    labels = torch.randint(1000, (batch,), generator=generator)
+    if name == "plain":
+        return plain_step(images, labels)
+    config = load_config(ROOT / "configs" / "paper.toml")
+    link = connect(300.0, "gloo") if name.startswith("two") else None
+    net = make_net(config, link).to(memory_format=torch.channels_last)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        narrow = torch.autocast("cpu", torch.bfloat16) if name.endswith("bf16") else contextlib.nullcontext()
+        with narrow:
+            loss = net.loss(images, labels, DropoutDraws(0, number))
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
+    """The net as one writes it with torch's modules."""
+    import torch
+    from torch import nn
+
+    class TowerNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.norm(half) for half in x.chunk(2, dim=1)], dim=1)
+
+    def convolution(inputs: int, maps: int, side: int, **more: Any) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, maps, side, **more), nn.ReLU(inplace=True)]
+
+    net = nn.Sequential(
+        nn.ZeroPad2d((0, 3, 0, 3)),
+        *convolution(3, 96, 11, stride=4),
+        TowerNorm(),
+        nn.MaxPool2d(3, 2),
+        *convolution(96, 256, 5, padding=2, groups=2),
+        TowerNorm(),
+        nn.MaxPool2d(3, 2),
+        *convolution(256, 384, 3, padding=1),
+        *convolution(384, 384, 3, padding=1, groups=2),
+        *convolution(384, 256, 3, padding=1, groups=2),
+        nn.MaxPool2d(3, 2),
+        nn.Flatten(),
+        *(nn.Linear(9216, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5)),
+        *(nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5)),
+        nn.Linear(4096, 1000),
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def step(_: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def norm_step(name: str, batch: int) -> Callable[[int], None]:
+    """Forward and backward of the response normalisation alone."""
+    import torch
+
+    from trainer.normalization import response_norm
+
+    layout = torch.contiguous_format if name == "norm-plain" else torch.channels_last
+    x = (torch.randn(batch, 48, 55, 55) * 30).contiguous(memory_format=layout).requires_grad_()
+    gradient = torch.randn(batch, 48, 55, 55).contiguous(memory_format=layout)
+    module = torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+    def step(_: int) -> None:
+        x.grad = None
+        y = module(x) if name == "norm-plain" else response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+        y.backward(gradient)
+
+    return step
+
+
+def report(rounds: list[dict[str, dict[str, float]]], names: list[str], options: argparse.Namespace) -> None:
+    """Prints the table and writes the results file."""
+    import torch
+
+    table = {}
+    for name in names:
+        rates = [row[name]["images_per_s"] for row in rounds]
+        reference = "norm-plain" if name.startswith("norm") else "plain"
+        ratios = [row[name]["images_per_s"] / row[reference]["images_per_s"] for row in rounds if reference in row]
+        table[name] = {
+            "images_per_s": statistics.median(rates),
+            "images_per_s_range": [min(rates), max(rates)],
+            "times_plain": statistics.median(ratios) if ratios else None,
+            "peak_mib": max(row[name]["peak_mib"] for row in rounds),
+        }
+        shown = f"{table[name]['times_plain']:.2f} x plain" if ratios else ""
+        print(f"{name:12} {table[name]['images_per_s']:8.1f} images/s  {shown:14} {table[name]['peak_mib']:7.0f} MiB")
+    read: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    cores = len(os.sched_getaffinity(0))
+    facts = {
+        "command": " ".join(sys.argv),
+        "date": date,
+        "commit": subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip(),
+        "machine": f"{platform.machine()}, {cores} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "batch": options.batch,
+        "rounds": rounds,
+        "summary": table,
+    }
+    path = ROOT / "benchmarks" / "results" / f"{date}_{cores}core-cpu_trainer.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
