@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
+BENCH  ?= data/bench
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +40,11 @@ test: lint  ## lint and the fast tests
 
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
+
+bench: setup  ## measure everything on this machine (about 40 minutes, 6 GB under $(BENCH))
+	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
+	$(PY) benchmarks/loader.py --work $(BENCH)/loader
+	$(PY) benchmarks/trainer.py
 
 clean:  ## remove what demo and tests made (not .venv)
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache *.egg-info
