@@ -24,6 +24,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.loader_data import OpenSplit, open_split, read_statistics
 from pipeline.loader_graph import Normaliser, Reader, evaluation_graph, positions, split_graph, training_graph
 from pipeline.loader_limits import check_limits
+from pipeline.loader_mean import MeanImage
 from pipeline.loader_pictures import PictureReader
 from pipeline.loader_running import QueueFill, RunningPipeline, describe_memory
 from pipeline.loader_skip import read_skip_list, skip_samples
@@ -113,7 +114,9 @@ class TrainingLoader:
             raise ConfigError(
                 f"batch size {batch_size} x {replicas} replica(s) is more than the {split.num_samples} training samples"
             )
-        self._normaliser = Normaliser(config, statistics, self._reader)
+        self._normaliser = Normaliser(config, statistics, self._reader, defer_mean_image=True)
+        mean_image = self._normaliser.deferred_mean_image
+        self._mean_image = None if mean_image is None else MeanImage(mean_image, self._normaliser.std, config.crop_px)
         self._split_feed = _check_feed(config, split_feed, batch_size)
         self._torch_normaliser = TorchNormaliser(self._normaliser, statistics, device) if self._split_feed else None
         self._restored = state
@@ -162,6 +165,8 @@ class TrainingLoader:
         images = torch.from_dlpack(pixels.as_tensor())
         if self._split_feed and self._torch_normaliser:
             images = self._torch_normaliser(self._split_feed.exchange(images), draws)
+        elif self._mean_image:
+            self._mean_image.subtract(images.numpy(), draws.geometry, out=images.numpy())
         return Batch(
             images=images,
             labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),

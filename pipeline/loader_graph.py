@@ -54,9 +54,21 @@ class Reader:
 
 
 class Normaliser:
-    """Crop, mirror, mean, colour and scale as DALI operators."""
+    """Crop, mirror, mean, colour and scale as DALI operators.
 
-    def __init__(self, config: LoaderConfig, statistics: Statistics, reader: Reader) -> None:
+    Args:
+        config: the recipe.
+        statistics: of the training set.
+        reader: what is read, and on which device.
+        defer_mean_image: leave ``mean = "pixel"`` to :class:`pipeline.loader_mean.MeanImage`, where that can be.
+
+    Attributes:
+        deferred_mean_image: (H, W, C) mean image that is still to be subtracted, or None.
+    """
+
+    def __init__(
+        self, config: LoaderConfig, statistics: Statistics, reader: Reader, *, defer_mean_image: bool = False
+    ) -> None:
         self.config = config
         self.device = "cpu" if reader.device_id is None else "gpu"
         self.height_px, self.width_px = reader.split.height_px, reader.split.width_px
@@ -67,6 +79,8 @@ class Normaliser:
         divisor = 1.0 if config.scale == "standardise" else config.divisor
         self.std = [float(value) for value in std * divisor]
         self.mean_image = _mean_image(config, statistics)
+        can_wait = config.mean == "pixel" and config.scale != "standardise" and reader.device_id is None
+        self.deferred_mean_image = self.mean_image if defer_mean_image and can_wait else None
 
     def __call__(self, pixels: Any, x: Any, y: Any, mirror: Any, mean: Any, *, cropped: bool = False) -> Any:
         """uint8 HWC pixels to float32 CHW.
@@ -81,7 +95,7 @@ class Normaliser:
         result = fn.crop_mirror_normalize(
             pixels, mirror=mirror, mean=mean, std=self.std, output_layout="CHW", **({} if cropped else window)
         )
-        if self.config.mean == "pixel":
+        if self.config.mean == "pixel" and self.deferred_mean_image is None:
             # A second fused kernel over the mean image costs less than subtracting before the crop would (measured).
             aligned = fn.crop_mirror_normalize(
                 self._constant(), mirror=mirror, mean=self.zeros, std=self.std, output_layout="CHW", **window

@@ -13,6 +13,7 @@ import torch
 from pipeline.augmentation import Draws, Statistics, centre_geometry
 from pipeline.errors import ConfigError
 from pipeline.loader_graph import STANDARDISE_EPSILON, Normaliser
+from pipeline.loader_mean import MeanImage
 
 Exchange = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,12 +54,12 @@ class TorchNormaliser:
         self._scaled = any(value != 1.0 for value in normaliser.std)
         self._mean = normaliser.mean
         self._mean_image: torch.Tensor | None = None
-        self._mirrored: torch.Tensor | None = None
+        self._views: MeanImage | None = None
         if self._config.mean in ("pixel", "centre"):
             assert statistics.mean_image is not None
             image = np.ascontiguousarray(statistics.mean_image.transpose(2, 0, 1), dtype=np.float32)
             self._mean_image = torch.from_numpy(image).to(device)  # (C, H, W)
-            self._mirrored = self._mean_image.flip(2)
+            self._views = MeanImage(statistics.mean_image, [1.0] * len(image), self._config.crop_px)
 
     def __call__(self, crops: torch.Tensor, draws: Draws) -> torch.Tensor:
         """(N, C, S, S) uint8 to float32."""
@@ -81,21 +82,11 @@ class TorchNormaliser:
         if self._config.mean == "centre":
             geometry = centre_geometry(1, **self._size, crop_px=self._config.crop_px)
             return crops - self._gather(self._mean_image, geometry)
-        if crops.is_cuda:
+        if crops.is_cuda or self._views is None:
             return crops - self._gather(self._mean_image, geometry)
-        # On the CPU gathering is slow: views of the mean image and of its mirror image need no copy.
         result = torch.empty(crops.shape, dtype=torch.float32)
-        for crop, place, target in zip(crops, geometry.tolist(), result, strict=True):
-            torch.sub(crop, self._view(*place), out=target)
+        self._views.subtract(crops.numpy(), geometry, out=result.numpy())  # on the CPU gathering is slow
         return result
-
-    def _view(self, x: int, y: int, mirror: int) -> torch.Tensor:
-        """The mean image under one crop, (C, S, S)."""
-        assert self._mean_image is not None and self._mirrored is not None
-        size = self._config.crop_px
-        if mirror:
-            return self._mirrored[:, y : y + size, (left := self._size["width_px"] - size - x) : left + size]
-        return self._mean_image[:, y : y + size, x : x + size]
 
     def _gather(self, image: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
         """The mean image under each crop, (N, C, S, S)."""
