@@ -92,12 +92,13 @@ def _work(arguments: argparse.Namespace, config: "Config", link: "Link | None", 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
     """Says what training would take."""
-    from trainer import dry_run
+    from trainer.dry_run import plan_run
+    from trainer.dry_run_output import print_plan
     from trainer.launch import choose_device
 
     device = choose_device(arguments.device)
-    plan = dry_run.plan_run(config, arguments.data, processes=arguments.processes, device=device)
-    dry_run.print_plan(plan)
+    run = arguments.run if arguments.resume == "auto" else None
+    print_plan(plan_run(config, arguments.data, run=run, processes=arguments.processes, device=device))
     return 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.config import LAYERS, Config, ModelConfig
 from trainer.errors import ExportError
+from trainer.model import BATCH_NORM
 from trainer.weights import block_diagonal, groups_of, testing_factor
 
 OPSET = 17
@@ -28,10 +29,10 @@ class _Graph:
         self.constants: list[Any] = []
         self.end = "images"
 
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        """Adds a named constant."""
-        array = value.numpy() if isinstance(value, Tensor) else value
-        self.constants.append(self._numpy_helper.from_array(np.ascontiguousarray(array), name))
+    def constant(self, name: str, value: Tensor | float) -> str:
+        """Adds a named float32 constant."""
+        array = value.numpy() if isinstance(value, Tensor) else np.asarray(value, np.float32)
+        self.constants.append(self._numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else array, name))
         return name
 
     def add(self, kind: str, name: str, *more: str, **attributes: Any) -> None:
@@ -101,7 +102,12 @@ def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[
         group=groups_of(model, layer),
     )
     for name in model.after[index].split():
-        _then(graph, model, f"{layer}.{name}", name)
+        if name == "batch_norm":
+            kinds = ("scale", "shift", "running_mean", "running_variance")
+            tensors = [graph.constant(f"{layer}.{kind}", merged[f"{layer}.{kind}"]) for kind in kinds]
+            graph.add("BatchNormalization", f"{layer}.batch_norm", *tensors, epsilon=BATCH_NORM["eps"])
+        else:
+            _then(graph, model, f"{layer}.{name}", name)
 
 
 def _then(graph: _Graph, model: ModelConfig, output: str, name: str) -> None:
@@ -124,7 +130,7 @@ def _spatial_norm(graph: _Graph, model: ModelConfig, output: str) -> None:
     """``x * (1 + alpha * sum x^2)^-beta``, the sum over a window of the same map."""
     norm, x = model.norm, graph.end
     window = [norm.spatial_size] * 2
-    scale = np.float32(norm.spatial_alpha * norm.spatial_size**2)  # AveragePool divides by the window
+    scale = norm.spatial_alpha * norm.spatial_size**2  # AveragePool divides by the window
     graph.add("Mul", f"{output}.square", x)
     graph.add(
         "AveragePool",
@@ -135,8 +141,8 @@ def _spatial_norm(graph: _Graph, model: ModelConfig, output: str) -> None:
         count_include_pad=1,
     )
     graph.add("Mul", f"{output}.scaled", graph.constant(f"{output}.alpha", scale))
-    graph.add("Add", f"{output}.base", graph.constant(f"{output}.one", np.float32(1)))
-    graph.add("Pow", f"{output}.power", graph.constant(f"{output}.beta", np.float32(-norm.beta)))
+    graph.add("Add", f"{output}.base", graph.constant(f"{output}.one", 1.0))
+    graph.add("Pow", f"{output}.power", graph.constant(f"{output}.beta", -norm.beta))
     graph.add("Mul", output, x)
 
 
@@ -151,5 +157,5 @@ def _connected(graph: _Graph, model: ModelConfig, layer: str, merged: Mapping[st
         return
     _then(graph, model, f"{layer}.{model.activation}", model.activation)
     if testing_factor(model) != 1.0:
-        factor = graph.constant(f"{layer}.test_factor", np.float32(testing_factor(model)))
+        factor = graph.constant(f"{layer}.test_factor", testing_factor(model))
         graph.add("Mul", f"{layer}.dropout", factor)

@@ -8,6 +8,8 @@ Layout of merged weights, ``conv1.weight`` ... ``fc8.bias``:
 - fc6's input is flattened tower-major: a's maps, each row by row, then b's. That is what ``flatten(1)`` of the merged
   maps gives.
 - Response normalisation stays within a tower: maps 47 and 48 of conv1 are not neighbours.
+- Batch normalisation, where a recipe has it, adds ``conv1.scale``, ``conv1.shift``, ``conv1.running_mean`` and
+  ``conv1.running_variance``, one number a map.
 - Weights are as trained. Dropout of the original kind multiplies fc6's and fc7's outputs, after their activation, by
   ``test_factor`` in testing.
 """
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.config import LAYERS, ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import ExportError
 from trainer.model import TwoTowerNet
 
@@ -33,17 +35,11 @@ def testing_factor(config: ModelConfig) -> float:
 
 
 def merge_towers(net: TwoTowerNet) -> dict[str, Tensor]:
-    """Merged weights of a net whose towers are all in this process; copies, contiguous, float32, on the CPU.
-
-    Raises:
-        ExportError: the net has tensors that the layout does not know (batch normalisation's).
-    """
-    towers = [dict(net.tower(name).state_dict()) for name in net.held]
-    names = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
-    unknown = sorted(set(towers[0]) - set(names))
-    if unknown:
-        raise ExportError(f"the net has {', '.join(unknown)}, and the merged layout knows conv1.weight ... fc8.bias")
-    return {name: torch.cat([tower[name].cpu() for tower in towers if name in tower]).contiguous() for name in names}
+    """Merged weights of a net whose towers are all in this process; copies, contiguous, float32, on the CPU."""
+    towers = [net.tower(name).state_dict() for name in net.held]
+    return {
+        name: torch.cat([tower[name].cpu() for tower in towers if name in tower]).contiguous() for name in towers[0]
+    }
 
 
 def fill_towers(net: TwoTowerNet, merged: Mapping[str, Tensor]) -> None:
@@ -62,9 +58,9 @@ def fill_towers(net: TwoTowerNet, merged: Mapping[str, Tensor]) -> None:
         if merged[name].dtype != torch.float32:
             raise ExportError(f"{name} is {merged[name].dtype} in the file: expected float32")
     for index, tower in enumerate(net.held):
-        for name, parameter in net.tower(tower).named_parameters():
-            rows = parameter.shape[0]
-            parameter.data.copy_(merged[name][index * rows : (index + 1) * rows])
+        for name, tensor in net.tower(tower).state_dict().items():
+            rows = tensor.shape[0]
+            tensor.copy_(merged[name][index * rows : (index + 1) * rows])
 
 
 def block_diagonal(config: ModelConfig, layer: str, weight: Tensor) -> Tensor:
