@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add(commands.doctor, "check a cluster and this machine, and say what to do", "python -m cluster doctor")
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
-    doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help=argparse.SUPPRESS)
+    doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
     return parser
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 
 from cluster import local
 from tests.ray.machine import ROOT, Machine, started, wait_until
@@ -16,8 +17,8 @@ from tests.ray.machine import ROOT, Machine, started, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PREPARE = ("-m", "pipeline", "prepare", "--source", "digits", "--resize", "32")
-SMALL = ("--set", "train.epochs=6", "--set", "train.batch_size=64", "--set", "train.checkpoint_every_steps=10")
-STEPS = 6 * 22
+SMALL = ("--set", "train.epochs=12", "--set", "train.batch_size=64", "--set", "train.checkpoint_every_steps=10")
+STEPS = 12 * 22
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +148,30 @@ def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights
 
 
 def node_id_of(node: local.LocalNode) -> str:
-    """Ray's id of a node, from the command line of its agent."""
+    """Ray's id of a node, from the command line of its raylet."""
     for pid in local.session_members(node.pid):
         for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-            if word.startswith("--node-id="):
+            if word.startswith("--node_id="):
                 return word.partition("=")[2]
-    raise AssertionError(f"no agent in session {node.pid}")
+    raise AssertionError(f"no raylet in session {node.pid}")
+
+
+def metrics(machine: Machine) -> str:
+    """What Prometheus would read from all nodes."""
+    token = Path(machine.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    address, headers = machine.cluster.address, {"Authorization": f"Bearer {token}"}
+    nodes = requests.get(f"{address}/nodes?view=summary", headers=headers, timeout=30).json()["data"]["summary"]
+    alive = [node for node in nodes if node["raylet"]["state"] == "ALIVE"]
+    urls = [f"http://{node['ip']}:{node['raylet']['metricsExportPort']}/metrics" for node in alive]
+    return "".join(requests.get(url, timeout=30).text for url in urls)
 
 
 def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_path):
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--max-failures", "0"))
     wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    wait_until(lambda: f'run="{run.name}"' in metrics(machine), "the run's gauges")
+    assert "ray_twotower_images_per_s{" in metrics(machine)
     host = os.getsid(towers_of(run)[0])
     node = next(node for node in living(machine.cluster) if node.pid == host)
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
