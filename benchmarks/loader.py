@@ -6,7 +6,8 @@
 Contestants, batch 128 of 224-px crops, float32:
 
     whole           pipeline.loader.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
-    bare            a hand-written DALI pipeline with the same operators, DALI's own random numbers, and nothing else
+    bare            a hand-written DALI pipeline: the same reading, decoding, crop, mirror, mean image and colour with
+                    DALI's operators and random numbers, and nothing else
     whole-channel   the same loader with a mean per channel instead of the mean image
     webdataset      webdataset + Pillow + torchvision in a DataLoader of 2 workers; mean per channel, no colour
     whole-raw       TrainingLoader, the paper's recipe, on raw uint8 shards of the same pictures

@@ -31,6 +31,7 @@ class StageResult:
         images_per_s_min, images_per_s_max: slowest and fastest repeat.
         mb_per_s: encoded megabytes (10**6) a second at the median.
         cores: processor seconds a second, over the repeats.
+        cpu_us_per_image: processor microseconds an image: what is left to compare on a machine that others use too.
         first_batch_s: from opening to the first batch.
     """
 
@@ -40,6 +41,7 @@ class StageResult:
     images_per_s_max: float
     mb_per_s: float
     cores: float
+    cpu_us_per_image: float
     first_batch_s: float
 
 
@@ -165,17 +167,27 @@ def _measure(
     first_batch_s = time.perf_counter() - begin_s
     for _ in range(WARM_UP_BATCHES):
         next(batches)
-    begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
-    rates = [_rate(batches, batch_size, options.seconds) for _ in range(options.repeats)]
-    cores = (time.process_time() - begin_cpu_s) / (time.perf_counter() - begin_s)
+    begin_cpu_s = time.process_time()
+    runs = [_run(batches, options.seconds) for _ in range(options.repeats)]
+    cpu_s = time.process_time() - begin_cpu_s
+    rates = [count * batch_size / elapsed_s for count, elapsed_s in runs]
     median = statistics.median(rates)
-    return StageResult(name, median, min(rates), max(rates), median * sample_bytes / 1e6, cores, first_batch_s)
+    return StageResult(
+        name=name,
+        images_per_s=median,
+        images_per_s_min=min(rates),
+        images_per_s_max=max(rates),
+        mb_per_s=median * sample_bytes / 1e6,
+        cores=cpu_s / sum(elapsed_s for _, elapsed_s in runs),
+        cpu_us_per_image=cpu_s * 1e6 / (batch_size * sum(count for count, _ in runs)),
+        first_batch_s=first_batch_s,
+    )
 
 
-def _rate(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
-    """Images a second of at least one batch and at least ``seconds``."""
+def _run(batches: Iterator[Any], seconds: float) -> tuple[int, float]:
+    """Takes batches for at least ``seconds``, at least one: how many, in how many seconds."""
     begin_s, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - begin_s < seconds:
         next(batches)
         count += 1
-    return count * batch_size / (time.perf_counter() - begin_s)
+    return count, time.perf_counter() - begin_s

@@ -115,8 +115,7 @@ class TrainingLoader:
                 f"batch size {batch_size} x {replicas} replica(s) is more than the {split.num_samples} training samples"
             )
         self._normaliser = Normaliser(config, statistics, self._reader, defer_mean_image=True)
-        mean_image = self._normaliser.deferred_mean_image
-        self._mean_image = None if mean_image is None else MeanImage(mean_image, self._normaliser.std, config.crop_px)
+        self._mean_image = _deferred(self._normaliser)
         self._split_feed = _check_feed(config, split_feed, batch_size)
         self._torch_normaliser = TorchNormaliser(self._normaliser, statistics, device) if self._split_feed else None
         self._restored = state
@@ -304,6 +303,14 @@ def _check_batch(batch_size: int, replica: int, replicas: int) -> None:
         raise ConfigError(f"batch size is {batch_size!r}: expected 1 or more")
     if not 0 <= replica < replicas:
         raise ConfigError(f"replica {replica} of {replicas}: expected 0..{replicas - 1}")
+
+
+def _deferred(normaliser: Normaliser) -> MeanImage | None:
+    """The mean image, if it is not subtracted by DALI."""
+    image, config = normaliser.deferred_mean_image, normaliser.config
+    if image is None:
+        return None
+    return MeanImage(image, normaliser.std, config.crop_px, centre=config.mean == "centre")
 
 
 def _check_feed(config: LoaderConfig, split_feed: SplitFeed | None, batch_size: int) -> SplitFeed | None:

@@ -60,7 +60,7 @@ class Normaliser:
         config: the recipe.
         statistics: of the training set.
         reader: what is read, and on which device.
-        defer_mean_image: leave ``mean = "pixel"`` to :class:`pipeline.loader_mean.MeanImage`, where that can be.
+        defer_mean_image: leave the mean image to :class:`pipeline.loader_mean.MeanImage`, where that can be.
 
     Attributes:
         deferred_mean_image: (H, W, C) mean image that is still to be subtracted, or None.
@@ -79,7 +79,7 @@ class Normaliser:
         divisor = 1.0 if config.scale == "standardise" else config.divisor
         self.std = [float(value) for value in std * divisor]
         self.mean_image = _mean_image(config, statistics)
-        can_wait = config.mean == "pixel" and config.scale != "standardise" and reader.device_id is None
+        can_wait = config.mean in ("pixel", "centre") and config.scale != "standardise" and reader.device_id is None
         self.deferred_mean_image = self.mean_image if defer_mean_image and can_wait else None
 
     def __call__(self, pixels: Any, x: Any, y: Any, mirror: Any, mean: Any, *, cropped: bool = False) -> Any:
@@ -95,31 +95,22 @@ class Normaliser:
         result = fn.crop_mirror_normalize(
             pixels, mirror=mirror, mean=mean, std=self.std, output_layout="CHW", **({} if cropped else window)
         )
-        if self.config.mean == "pixel" and self.deferred_mean_image is None:
-            # A second fused kernel over the mean image costs less than subtracting before the crop would (measured).
-            aligned = fn.crop_mirror_normalize(
-                self._constant(), mirror=mirror, mean=self.zeros, std=self.std, output_layout="CHW", **window
-            )
-            result = result - aligned
-        elif self.config.mean == "centre":
-            result = result - self._constant()
+        if self.mean_image is not None and self.deferred_mean_image is None:
+            result = result - self._aligned(mirror, window)
         if self.config.scale == "standardise":
             result = fn.normalize(result, epsilon=STANDARDISE_EPSILON, scale=1.0 / self.config.divisor)
         return result
 
-    def _constant(self) -> Any:
-        types = _dali().types
-        image = self.mean_image
-        assert image is not None
+    def _aligned(self, mirror: Any, window: dict[str, Any]) -> Any:
+        """The mean image under each crop, mirrored with it, or always its centre: CHW, scaled like the crops."""
+        fn, types = _dali().fn, _dali().types
+        image = np.ascontiguousarray(self.mean_image, np.float32)
+        constant = types.Constant(image, dtype=types.FLOAT, layout="HWC", device=self.device)
         if self.config.mean == "centre":
-            left, top, _ = centre_geometry(
-                1, height_px=self.height_px, width_px=self.width_px, crop_px=self.config.crop_px
-            )[0]
-            side = self.config.crop_px
-            image = image[top : top + side, left : left + side].transpose(2, 0, 1) / np.reshape(self.std, (-1, 1, 1))
-        layout = "CHW" if self.config.mean == "centre" else "HWC"
-        return types.Constant(
-            np.ascontiguousarray(image, np.float32), dtype=types.FLOAT, layout=layout, device=self.device
+            mirror, window = 0, {"crop": window["crop"], "rounding": "truncate"}  # DALI's default place is the middle
+        # A second fused kernel over the mean image costs less than subtracting before the crop would (measured).
+        return fn.crop_mirror_normalize(
+            constant, mirror=mirror, mean=self.zeros, std=self.std, output_layout="CHW", **window
         )
 
 

@@ -7,6 +7,8 @@ Views of the mean image and of its mirror image need no copy and stay in the cac
 
 import numpy as np
 
+from pipeline.augmentation import centre_geometry
+
 
 class MeanImage:
     """The mean image and its mirror image.
@@ -15,13 +17,16 @@ class MeanImage:
         image: (H, W, C) mean image, 0..255.
         std: (C,) what the crops have been divided by.
         crop_px: side of the crops.
+        centre: always subtract the centre of the mean image, never mirrored.
     """
 
-    def __init__(self, image: np.ndarray, std: list[float], crop_px: int) -> None:
+    def __init__(self, image: np.ndarray, std: list[float], crop_px: int, *, centre: bool = False) -> None:
         scaled = image.transpose(2, 0, 1).astype(np.float32) * (1 / np.array(std, np.float32))[:, None, None]
         self._image = np.ascontiguousarray(scaled)  # (C, H, W)
         self._mirrored = np.ascontiguousarray(scaled[:, :, ::-1])
         self._crop_px = crop_px
+        x, y, _ = centre_geometry(1, height_px=image.shape[0], width_px=image.shape[1], crop_px=crop_px)[0]
+        self._centre = np.ascontiguousarray(self.view(int(x), int(y), 0)) if centre else None
 
     def view(self, x: int, y: int, mirror: int) -> np.ndarray:
         """The mean image under one crop, mirrored with it: (C, S, S) float32, a view."""
@@ -40,4 +45,4 @@ class MeanImage:
             out: (N, C, S, S) float32.
         """
         for crop, target, place in zip(crops, out, geometry.tolist(), strict=True):
-            np.subtract(crop, self.view(*place), out=target)
+            np.subtract(crop, self.view(*place) if self._centre is None else self._centre, out=target)

@@ -59,7 +59,8 @@ class TorchNormaliser:
             assert statistics.mean_image is not None
             image = np.ascontiguousarray(statistics.mean_image.transpose(2, 0, 1), dtype=np.float32)
             self._mean_image = torch.from_numpy(image).to(device)  # (C, H, W)
-            self._views = MeanImage(statistics.mean_image, [1.0] * len(image), self._config.crop_px)
+            centre = self._config.mean == "centre"
+            self._views = MeanImage(statistics.mean_image, [1.0] * len(image), self._config.crop_px, centre=centre)
 
     def __call__(self, crops: torch.Tensor, draws: Draws) -> torch.Tensor:
         """(N, C, S, S) uint8 to float32."""
@@ -79,14 +80,13 @@ class TorchNormaliser:
         """Float32 crops less the mean image under each, mirrored with it; or less its centre; or as they are."""
         if self._mean_image is None:
             return crops.to(torch.float32)
+        if self._views and not crops.is_cuda:  # gathering is slow on the CPU
+            result = torch.empty(crops.shape, dtype=torch.float32)
+            self._views.subtract(crops.numpy(), geometry, out=result.numpy())
+            return result
         if self._config.mean == "centre":
             geometry = centre_geometry(1, **self._size, crop_px=self._config.crop_px)
-            return crops - self._gather(self._mean_image, geometry)
-        if crops.is_cuda or self._views is None:
-            return crops - self._gather(self._mean_image, geometry)
-        result = torch.empty(crops.shape, dtype=torch.float32)
-        self._views.subtract(crops.numpy(), geometry, out=result.numpy())  # on the CPU gathering is slow
-        return result
+        return crops - self._gather(self._mean_image, geometry)
 
     def _gather(self, image: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
         """The mean image under each crop, (N, C, S, S)."""

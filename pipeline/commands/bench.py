@@ -46,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result), indent=1))
         return 0
     print(f"{result.pictures}, batch {result.batch_size}, {result.device}, {result.repeats} repeats")
-    print(f"{'stage':8} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'MB/s':>8} {'cores':>6} {'first batch':>12}")
+    print(
+        f"{'stage':8} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'MB/s':>8} {'cores':>6} "
+        f"{'us/image':>9} {'first batch':>12}"
+    )
     for row in result.stages:
         print(
             f"{row.name:8} {row.images_per_s:9,.0f} {row.images_per_s_min:9,.0f} {row.images_per_s_max:9,.0f} "
-            f"{row.mb_per_s:8,.1f} {row.cores:6.2f} {row.first_batch_s:10.2f} s"
+            f"{row.mb_per_s:8,.1f} {row.cores:6.2f} {row.cpu_us_per_image:9.0f} {row.first_batch_s:10.2f} s"
         )
     for share, rate in (result.hw_decoder_images_per_s or {}).items():
         print(f"hw_decoder_load {share}: {rate:,.0f} images/s decoded")

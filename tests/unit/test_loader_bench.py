@@ -34,6 +34,7 @@ def test_the_command_prints_one_json_object(data: Path) -> None:
     for row in result["stages"]:
         assert 0 < row["images_per_s_min"] <= row["images_per_s"] <= row["images_per_s_max"]
         assert row["first_batch_s"] > 0 and row["cores"] > 0 and row["mb_per_s"] > 0
+        assert row["cpu_us_per_image"] > 0
     assert result["peak_memory_mb"] > 10
 
 

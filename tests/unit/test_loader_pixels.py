@@ -20,7 +20,7 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pixels")
     return {
         "jpeg": make_data_set(folder / "jpeg"),
-        "png": make_data_set(folder / "png", encoding="png"),
+        "png": make_data_set(folder / "png", encoding="png", size=(41, 39)),
         "raw": make_data_set(folder / "raw", encoding="raw", size=(44, 40)),
         "original": make_data_set(folder / "original", encoding="original"),
         "gray": make_data_set(folder / "gray", channels=1),
@@ -84,7 +84,12 @@ RECIPES = [
 OTHER_DATA = [
     (data, recipe)
     for data in ("png", "raw", "original", "gray", "gray-png", "wide")
-    for recipe in ({"mean": "pixel", "colour": "deviation"}, {"mean": "channel", "scale": "std"})
+    for recipe in (
+        {"mean": "pixel", "colour": "deviation"},
+        {"mean": "channel", "scale": "std"},
+        {"mean": "centre", "scale": "standardise"},
+        {"mean": "centre"},  # png: an odd margin on both sides
+    )
 ]
 
 
