@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while 
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
 OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
 POLL_S = 0.5
+CONNECT_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,7 @@ def ray_session(options: PrepareOptions) -> Iterator[int]:
         PipelineError: the cluster cannot be reached.
     """
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     arguments: dict[str, Any] = {
@@ -243,6 +247,21 @@ def ray_session(options: PrepareOptions) -> Iterator[int]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes for an address where nothing listens.
+
+    Raises:
+        PipelineError: nothing does.
+    """
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if not found:
+        return  # "local" or "auto"
+    try:
+        socket.create_connection((found.group(1), int(found.group(2))), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise PipelineError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def run_shards(
