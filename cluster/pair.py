@@ -23,14 +23,11 @@ REFUSED_GRACE_S = 3.0  # the same after a refusal: the other tower only waits fo
 POLL_S = 0.1
 AGREE_EVERY_S = 1.0
 STOPPED = 3  # the trainer's status after it was asked to stop and has saved
+PREEMPTED = 75  # ours: the same because a node is going away; the driver starts the run again
 
 
 class TowerLost(Exception):
     """A tower was killed or crashed; the run can go on from its last checkpoint."""
-
-
-class Preempted(Exception):
-    """The node is going away; the towers have saved."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ def run_pair(settings: dict[str, Any]) -> int:
     """The function that Ray Train calls on every worker.
 
     Returns:
-        The training command's exit status, the same on all workers.
+        The training command's exit status, the same on all workers; `PREEMPTED` after a preemption notice.
 
     Raises:
-        TowerLost, Preempted: Ray Train starts the run again, from its last checkpoint.
+        TowerLost: Ray Train starts the run again, from its last checkpoint.
     """
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
@@ -143,7 +140,7 @@ class Watch:
         """Wait for the agreed end, passing on stop requests and preemption notices.
 
         Raises:
-            TowerLost, Preempted: see `run_pair`.
+            TowerLost: see `run_pair`.
         """
         from cluster.gauges import RunGauges
 
@@ -171,8 +168,8 @@ class Watch:
     def _note_end(self, statuses: list[int]) -> None:
         """All towers of this pair have ended: raise if the run must begin again, else write down how."""
         status = verdict(statuses)
-        if self._preempted and status == STOPPED:
-            raise Preempted("the node is going away; the towers have saved")
+        if self._preempted and status == STOPPED and not self._stopping:
+            status = PREEMPTED
         done = self._folder / f"done-{self._attempt}-{self._replica}"
         if not done.exists():
             write_mark(done, {"status": status})
@@ -221,7 +218,7 @@ def agreed_end(folder: Path, attempt: str, replicas: int) -> int | None:
     """The common exit status once every pair is done, or as soon as one has failed; None before."""
     marks = [json.loads(path.read_text()) for path in folder.glob(f"done-{attempt}-*")]
     statuses = [int(mark["status"]) for mark in marks]
-    bad = [status for status in statuses if status not in (0, STOPPED)]
+    bad = [status for status in statuses if status not in (0, STOPPED, PREEMPTED)]
     if bad:
         return bad[0]
     return max(statuses) if len(statuses) == replicas else None

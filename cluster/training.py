@@ -6,6 +6,7 @@ is lost, passes a stop request on, and exits with the training command's own sta
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.errors import ClusterError
-from cluster.pair import PairSettings, run_pair
+from cluster.pair import PREEMPTED, PairSettings, run_pair
 
 WAIT_LINE_S = 10.0
 
@@ -119,15 +120,22 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     place = f"{most} pair{'s' if most > 1 else ''} of {arguments.towers} towers"
     print(f"train: {place}, {need.cpus} CPUs and {need.gpus} GPUs each, on {len(_nodes())} nodes", flush=True)
     try:
-        return _fit(settings, need, arguments)
+        for attempt in itertools.count():
+            status = _fit(settings, need, arguments, attempt)
+            if status != PREEMPTED:
+                break
+            print("a node is going away: the run goes on elsewhere", flush=True)
+            wait_for_room(need, arguments.wait)
+        return status
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, *folder.parent.glob(f"{folder.name}-*")):
+            shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()  # unless another job of this run uses it
 
 
-def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace) -> int:
-    """Hand the run to Ray Train."""
+def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, attempt: int) -> int:
+    """Hand the run to Ray Train; its exit status, or PREEMPTED."""
     from ray.train import TrainingFailedError
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -137,7 +145,7 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace) -> i
     if need.gpus:
         resources["GPU"] = float(need.gpus)
     workers: Any = most if least == most else (least, most)
-    name = Path(settings.folder).name  # never used before: Ray Train resumes a run by its name, silently
+    name = f"{Path(settings.folder).name}-{attempt}"  # never used before: Ray Train resumes a run by its name, silently
     run_config: Any = RunConfig(
         name=name,
         storage_path=str(Path(settings.folder).parent),

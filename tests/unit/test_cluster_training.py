@@ -108,6 +108,13 @@ def test_one_refusal_ends_all_pairs(tmp_path):
     assert pair.agreed_end(tmp_path, "7", replicas=4) == 2
 
 
+def test_a_preempted_pair_waits_for_the_others_to_save(tmp_path):
+    pair.write_mark(tmp_path / "done-7-0", {"status": pair.PREEMPTED})
+    assert pair.agreed_end(tmp_path, "7", replicas=2) is None
+    pair.write_mark(tmp_path / "done-7-1", {"status": pair.STOPPED})
+    assert pair.agreed_end(tmp_path, "7", replicas=2) == pair.PREEMPTED
+
+
 def test_submit_wraps_the_training_command(capsys):
     arguments = ["submit", "--print", "--replicas", "1:4", "--", "python", "-m", "trainer", "train", "--run", "/r"]
     assert main(arguments) == 0
