@@ -3,22 +3,25 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 import signal
 import statistics
 import struct
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from pipeline.loader import Batch, EvaluationLoader, TrainingLoader
 from pipeline.manifest import read_manifest
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.errors import DivergedError, PeerError
+from trainer.errors import CheckpointError, DivergedError, PeerError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import Link, PairJoin
 from trainer.merged import MergedNet
@@ -76,14 +79,25 @@ class Trainer:
         return self.net.named_parameters()
 
     def _resume(self) -> dict[str, Any] | None:
-        """Loads the newest checkpoint, if there is one; returns the loader's state."""
-        folder = checkpoint.latest_checkpoint(self.run)
-        if folder is None:
-            return None
-        record = checkpoint.read_record(folder)
-        checkpoint.load_towers(folder, self.net, self.optimizer)
-        self.step = record.step
-        return record.loader
+        """Loads the newest whole checkpoint, if there is one; returns the loader's state.
+
+        Raises:
+            CheckpointError: there are checkpoints, and every one is damaged.
+        """
+        found = checkpoint.checkpoints(self.run)
+        for folder in reversed(found):
+            try:
+                record = checkpoint.read_record(folder)
+            except CheckpointError as error:
+                if self.leads:
+                    print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
+                continue
+            checkpoint.load_towers(folder, self.net, self.optimizer)
+            self.step = record.step
+            return record.loader
+        if found:
+            raise CheckpointError(f"no whole checkpoint in {self.run}: start again with --overwrite")
+        return None
 
     def _read_errors(self) -> list[float]:
         """Top-1 errors of the evaluations up to the step to go on from; only tower a knows them."""
@@ -127,19 +141,29 @@ class Trainer:
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
+        except OSError as error:
+            sentence = f"{self.run} cannot be written: {error.strerror or error}"
+            raise RunError(sentence) from None
         except Exception as error:
             sentence = f"{type(error).__name__}: {error}"
             raise
         finally:
             result = self._result(reason, sentence)
+            self._close(result)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return result
+
+    def _close(self, result: Result) -> None:
+        """Writes the result and closes what is open; a full disk does not hide why the run ended."""
+        try:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
                 self.log.close()
-            self.loader.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return result
+        except OSError as error:
+            print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+        self.loader.close()
 
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
@@ -271,27 +295,39 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint: every process its towers, then one makes it visible."""
-        checkpoint.save_towers(checkpoint.unfinished(self.run, self.step), self.net, self.optimizer)
-        self._barrier()
-        if self.leads:
-            towers = TOWERS[: self.config.model.towers]
-            fingerprint, state = self.config.fingerprint, self.loader.state()
-            checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers)
-            checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
-            if self.log:
-                self.log.flush()
-        self._barrier()
+        """Writes a checkpoint: every process its towers, then one makes it visible.
 
-    def _barrier(self) -> None:
-        """Waits for the other tower."""
-        if self.link:
-            try:
-                dist.barrier(self.link.control_group)
-            except RuntimeError as error:
-                raise PeerError(
-                    f"the other tower is lost while a checkpoint was saved: {str(error).splitlines()[0]}"
-                ) from None
+        Raises:
+            CheckpointError: it cannot be written (a full disk, for example); both towers stop, the one before stays.
+        """
+        folder = checkpoint.unfinished(self.run, self.step)
+        self._together(lambda: checkpoint.save_towers(folder, self.net, self.optimizer))
+        self._together(self._commit if self.leads else lambda: None)
+
+    def _commit(self) -> None:
+        """Makes the checkpoint visible, and removes those that are not kept."""
+        towers = TOWERS[: self.config.model.towers]
+        fingerprint, state = self.config.fingerprint, self.loader.state()
+        checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers)
+        checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
+        if self.log:
+            self.log.flush()
+
+    def _together(self, write: Callable[[], None]) -> None:
+        """Writes, and learns whether the other tower could write too; neither goes on alone."""
+        problem = None
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            problem = error
+        others = self.link.control([int(problem is None), 0, 0])[0] if self.link else 1
+        if problem is None and others:
+            return
+        shutil.rmtree(checkpoint.unfinished(self.run, self.step), ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {self.step} cannot be saved ({problem or 'the other tower could not'}); "
+            f"the one before is whole: make room in {self.run} and go on with --resume auto"
+        )
 
     def _result(self, reason: str, sentence: str) -> Result:
         """The run so far."""
@@ -314,12 +350,12 @@ class Trainer:
 
 def make_net(config: Config, link: Link | None) -> TwoTowerNet:
     """The net as this process runs it: one tower, or both, merged where their operations allow it."""
-    arguments = {"seed": config.train.seed, "compiled": config.train.compile}
+    seed, compiled = config.train.seed, config.train.compile
     if link is not None:
-        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), **arguments)
+        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=seed, compiled=compiled)
     per_map = all("batch_norm" not in text.split() for text in config.model.after)
     merged = config.model.towers == 2 and per_map
-    return (MergedNet if merged else TwoTowerNet)(config.model, **arguments)
+    return (MergedNet if merged else TwoTowerNet)(config.model, seed=seed, compiled=compiled)
 
 
 def _bits_of(number: float) -> int:

@@ -111,6 +111,44 @@ def test_resumed_equals_undisturbed(digits: Path, serial: Path, pair: Path, tmp_
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(digits: Path, serial: Path, tmp_path: Path) -> None:
+    """One flipped bit in the newest: said aloud, the one before is used, the end is the same."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial, folder)
+    shutil.rmtree(folder_of(folder, 11))
+    path = folder_of(folder, 8) / "tower-b.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = run(*train_words(digits, folder, "--resume", "auto"))
+    assert "tower-b.safetensors is damaged" in done.stderr
+    assert "from step 4" in done.stdout
+    assert_same(folder, serial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int) -> None:
+    """Room for some checkpoints only: one line, exit code 2, the last whole checkpoint is there and evaluates."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]).returncode:
+        pytest.skip("needs root to mount a small disk")
+    try:
+        words = train_words(
+            digits, disk / "run", "--processes", processes, overrides=("train.checkpoint_every_steps=1",)
+        )
+        done = run(*words, code=2)
+        assert "error:" in done.stderr
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert checkpoints(disk / "run")
+        run("trainer", "evaluate", "--run", disk / "run", "--data", digits)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
 def test_pair_goes_on_from_a_serial_checkpoint(digits: Path, serial: Path, tmp_path: Path) -> None:
     """The same checkpoint serves one process and two."""
     folder = tmp_path / "run"
