@@ -21,7 +21,8 @@ from trainer.config import LAYERS, ModelConfig
 from trainer.normalization import response_norm, spatial_norm
 
 TOWERS = ("a", "b")
-BATCH_NORM = {"momentum": 0.1, "eps": 1e-5}  # of Ioffe and Szegedy 2015; share of a new batch in the running statistics
+BATCH_NORM_MOMENTUM = 0.1  # share of a new batch in the running statistics
+BATCH_NORM_EPSILON = 1e-5  # of Ioffe and Szegedy 2015
 
 
 class Join(Protocol):
@@ -119,11 +120,14 @@ class Convolution(nn.Module):
         if name == "pool":
             return functional.max_pool2d(x, config.pool_px, config.pool_stride)
         if name == "batch_norm":  # over this tower's maps; the towers' statistics never meet
-            statistics = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
-            return functional.batch_norm(x, *statistics, self.scale, self.shift, training=self.training, **BATCH_NORM)
+            mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
+            momentum, epsilon = BATCH_NORM_MOMENTUM, BATCH_NORM_EPSILON
+            return functional.batch_norm(x, mean, variance, self.scale, self.shift, self.training, momentum, epsilon)
         if name == "norm":
-            constants = {"size": norm.size, "alpha": norm.alpha, "beta": norm.beta, "k": norm.k}
-            return response_norm(x, **constants, maps=config.maps[self.index], compiled=self.compiled)
+            maps, compiled = config.maps[self.index], self.compiled
+            return response_norm(
+                x, size=norm.size, alpha=norm.alpha, beta=norm.beta, k=norm.k, maps=maps, compiled=compiled
+            )
         return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta, compiled=self.compiled)
 
 
