@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.config import LAYERS, Config, ModelConfig
 from trainer.errors import ExportError
-from trainer.model import BATCH_NORM
+from trainer.model import BATCH_NORM_EPSILON
 from trainer.weights import block_diagonal, groups_of, testing_factor
 
 OPSET = 17
@@ -105,7 +105,7 @@ def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[
         if name == "batch_norm":
             kinds = ("scale", "shift", "running_mean", "running_variance")
             tensors = [graph.constant(f"{layer}.{kind}", merged[f"{layer}.{kind}"]) for kind in kinds]
-            graph.add("BatchNormalization", f"{layer}.batch_norm", *tensors, epsilon=BATCH_NORM["eps"])
+            graph.add("BatchNormalization", f"{layer}.batch_norm", *tensors, epsilon=BATCH_NORM_EPSILON)
         else:
             _then(graph, model, f"{layer}.{name}", name)
 
