@@ -133,10 +133,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     predictor = predict.Predictor(
         arguments.run, arguments.data, device=choose_device(arguments.device), views=arguments.views
     )
-    results = list(predictor.predict(predict.find_pictures(arguments.pictures), top=arguments.top))
-    if arguments.json:
-        prediction_output.print_json(results)
-    else:
+    results = []
+    paths = predict.find_pictures(arguments.pictures)
+    for result in predictor.predict(paths, top=arguments.top, images=arguments.html is not None):
+        results.append(result)
+        prediction_output.print_error(result)
+        if arguments.json:
+            prediction_output.print_json(result)
+    if not arguments.json:
         prediction_output.print_table(results)
     if arguments.html:
         prediction_output.write_html(arguments.html, results, arguments.run)

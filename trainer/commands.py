@@ -6,6 +6,10 @@ from pathlib import Path
 
 Handler = Callable[[argparse.Namespace], int]
 
+EXIT_CODES = (
+    "exit codes: 0 done, 2 something to fix (one line says what), "
+    "3 stopped by a signal (train), or some pictures could not be used (predict)"
+)
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
 
@@ -42,7 +46,8 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="Train the two-tower AlexNet of 2012, one process a tower, and look at what came of it.",
-        epilog="example: " + TRAIN_EXAMPLE,
+        epilog=f"example: {TRAIN_EXAMPLE}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = Commands(parser, handlers)
     _add_train(commands)
@@ -61,6 +66,14 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="TOML", help="recipe, for example configs/paper.toml (the default)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field")
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
 
 
 def _folder(parser: argparse.ArgumentParser, name: str, text: str, *, required: bool = True) -> None:
@@ -130,7 +143,9 @@ def _add_predict(commands: Commands) -> None:
     _folder(predict, "--run", "run with a checkpoint")
     _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
     _views_option(predict)
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown for each picture (default: 5)")
+    predict.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="classes shown for each picture (default: 5)"
+    )
     _device_option(predict)
     predict.add_argument("--json", action="store_true", help="a line of JSON for each picture instead of the table")
     predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures besides")

@@ -6,6 +6,7 @@ that is linear in the pictures. A few steps of the whole batch are then timed.
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -278,11 +279,19 @@ def _measure(plan: RunPlan) -> RunPlan:
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images, labels = _made_up_batch(config, config.train.batch_size, device)
     times: list[float] = []
-    while len(times) < 3 or (sum(times[1:]) < MEASURE_S and len(times) <= MOST_STEPS):
+    busy = "" if device.startswith("cuda") else _busy()
+    while len(times) < 2 or (sum(times[1:]) < MEASURE_S and len(times) <= MOST_STEPS):
         times.append(_time_step(config, net, optimizer, (images, labels), device))
     holder = "tower a alone" if alone else "both towers in this process" if config.model.towers == 2 else "the tower"
-    words = f"median of {len(times) - 1} steps of {holder} on made-up pictures: without loading and crossing"
+    steps = "one step" if len(times) == 2 else f"median of {len(times) - 1} steps"
+    words = f"{steps} of {holder} on made-up pictures, without loading and crossing{busy}"
     return dataclasses.replace(plan, step_s=statistics.median(times[1:]), measured=words)
+
+
+def _busy() -> str:
+    """A warning where other processes have work for all cores: the steps are then slower than they could be."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return f"; the machine is busy (load {load:.1f} on {cores} cores), so this is too long" if load > cores else ""
 
 
 def _time_step(

@@ -95,12 +95,13 @@ class Predictor:
         check_fits(self._config, self._reader.manifest, data)
         self._ten = views == "ten"
 
-    def predict(self, paths: Iterable[Path], *, top: int = 5) -> Iterator[Prediction]:
+    def predict(self, paths: Iterable[Path], *, top: int = 5, images: bool = True) -> Iterator[Prediction]:
         """Predicts pictures in batches; a file that cannot be used is a :class:`Prediction` with its error.
 
         Args:
             paths: files, in the order in which predictions come.
             top: classes a picture, >= 1.
+            images: whether predictions carry their pictures; without, a folder of any size takes no more memory.
         """
         waiting: list[Prediction] = []
         for path in paths:
@@ -109,11 +110,11 @@ class Predictor:
             except PictureError as error:
                 waiting.append(Prediction(path, error=str(error)))
             if len(waiting) == self._config.train.batch_size:
-                yield from self._answer(waiting, top)
+                yield from self._answer(waiting, top, images)
                 waiting = []
-        yield from self._answer(waiting, top)
+        yield from self._answer(waiting, top, images)
 
-    def _answer(self, waiting: Sequence[Prediction], top: int) -> Iterator[Prediction]:
+    def _answer(self, waiting: Sequence[Prediction], top: int, images: bool) -> Iterator[Prediction]:
         """Fills in the classes of the pictures of one batch; their ``image`` is the stored picture until then."""
         pictures = [prediction.image for prediction in waiting if prediction.image is not None]
         rows = iter(self._shares(pictures) if pictures else ())
@@ -122,7 +123,8 @@ class Predictor:
                 yield prediction
                 continue
             classes = self._likeliest(next(rows), top)
-            yield dataclasses.replace(prediction, classes=classes, image=self._reader.centre(prediction.image))
+            image = self._reader.centre(prediction.image).copy() if images else None
+            yield dataclasses.replace(prediction, classes=classes, image=image)
 
     @torch.no_grad()
     def _shares(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:

@@ -21,8 +21,8 @@ SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room
 
 
 def print_table(results: Sequence[Prediction]) -> None:
-    """Prints a row a picture, and a line on stderr for each that could not be used."""
-    table = Table(show_lines=False)
+    """Prints a row for each picture that could be used."""
+    table = Table()
     table.add_column("picture", overflow="fold")
     table.add_column("likeliest", overflow="fold")
     table.add_column("", justify="right")
@@ -35,26 +35,22 @@ def print_table(results: Sequence[Prediction]) -> None:
         table.add_row(plain(str(result.path)), plain(first.title), _percent(first.probability), plain(then))
     if table.row_count:
         Console(width=None if Console().is_terminal else 110).print(table)
-    print_errors(results)
 
 
-def print_json(results: Sequence[Prediction]) -> None:
-    """Prints a JSON object a picture: ``picture`` and either ``classes``, the likeliest first, or ``error``."""
-    for result in results:
-        row: dict[str, object] = {"picture": str(result.path)}
-        if result.error:
-            row["error"] = result.error
-        else:
-            row["classes"] = [dataclasses.asdict(share) for share in result.classes]
-        print(json.dumps(row, ensure_ascii=False))
-    print_errors(results)
+def print_json(result: Prediction) -> None:
+    """Prints a JSON object: ``picture`` and either ``classes``, the likeliest first, or ``error``."""
+    row: dict[str, object] = {"picture": str(result.path)}
+    if result.error:
+        row["error"] = result.error
+    else:
+        row["classes"] = [dataclasses.asdict(share) for share in result.classes]
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def print_errors(results: Sequence[Prediction]) -> None:
-    """A line on stderr for each picture that could not be used."""
-    for result in results:
-        if result.error:
-            print(f"error: {result.path}: {result.error}", file=sys.stderr)
+def print_error(result: Prediction) -> None:
+    """Prints a line on stderr where the picture could not be used."""
+    if result.error:
+        print(f"error: {result.path}: {result.error}", file=sys.stderr)
 
 
 def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:

@@ -106,6 +106,13 @@ def test_measured_step_and_time_left(data, tmp_path):
     assert plan.crossings == ()
 
 
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(dry_run.os, "getloadavg", lambda: (999.0, 0.0, 0.0))
+    assert "the machine is busy (load 999.0 on" in dry_run._busy()
+    monkeypatch.setattr(dry_run.os, "getloadavg", lambda: (0.0, 999.0, 999.0))
+    assert dry_run._busy() == ""
+
+
 def test_what_does_not_fit_is_not_tried(data, monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "_available_bytes", lambda device: 1000)
     monkeypatch.setattr(dry_run, "_measure", lambda plan: pytest.fail("tried"))

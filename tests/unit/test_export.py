@@ -11,8 +11,10 @@ from skimage import data as photos
 from torch import nn
 from torch.nn import functional
 
-from tests.unit.synthetic_run import make_run
+from tests.unit.loader_data_set import make_data_set
+from tests.unit.synthetic_run import ROOT, digits_config, make_run
 from trainer import checkpoint
+from trainer.__main__ import main
 from trainer.config import load_config
 from trainer.errors import ExportError, RunError
 from trainer.evaluate import load_network
@@ -232,3 +234,23 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
         import_weights(tmp_path / "torn.safetensors", recipe(), tmp_path / "again")
     with pytest.raises(RunError, match="is not empty"):
         import_weights(export_run(run, tmp_path / "net.safetensors"), recipe(), run)
+
+
+def test_training_goes_on_from_imported_weights(tmp_path, monkeypatch, capsys):
+    """One step at a rate too small to change a weight ends with the imported ones: it began with them."""
+    data = make_data_set(tmp_path / "data", encoding="png", channels=1, size=(32, 32), train=64, val=8)
+    path = export_run(make_run(tmp_path / "run", digits_config(), steps=3), tmp_path / "net.safetensors")
+    changes = ["train.epochs=1", "train.batch_size=64", "optimizer.learning_rate=1e-30"]
+    changes += ["optimizer.bias_learning_rate=1e-30", "train.seed=9"]
+    recipe_words = ["--config", str(ROOT / "configs" / "digits.toml"), "--run", str(tmp_path / "again")]
+    recipe_words += [word for change in changes for word in ("--set", change)]
+    monkeypatch.setattr("sys.argv", ["trainer", "import", "--weights", str(path), *recipe_words])
+    assert main() == 0
+    words = ["train", *recipe_words, "--data", str(data), "--device", "cpu", "--resume", "auto"]
+    monkeypatch.setattr("sys.argv", ["trainer", *words])
+    assert main() == 0
+    assert "finished at step 1" in capsys.readouterr().out
+    ended = load_file(export_run(tmp_path / "again", tmp_path / "again.safetensors"))
+    imported = load_file(path)
+    for name in imported:
+        torch.testing.assert_close(ended[name], imported[name], rtol=0, atol=1e-20)  # biases of 0 move by 1e-30

@@ -167,6 +167,13 @@ def test_table_and_page(run_and_data, pictures, tmp_path, monkeypatch, capsys):
     assert "Not used" in html.read_text() and "empty file" in html.read_text()
 
 
+def test_pictures_are_kept_only_for_a_page(run_and_data, pictures):
+    files = [pictures / "photo-1000.png", pictures / "empty.png"]
+    found = list(Predictor(run_and_data[0]).predict(files, images=False))
+    assert [row.image for row in found] == [None, None]
+    assert found[0].classes and found[1].error == "empty file"
+
+
 def test_names_are_not_markup(run_and_data, tmp_path, monkeypatch, capsys):
     file = source_file(tmp_path, 1000, (32, 32), 1)
     odd = file.rename(tmp_path / "[red]<b>x.png")
