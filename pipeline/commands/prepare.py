@@ -1,12 +1,14 @@
 """``prepare``: turn pictures into a data set."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, ON_ERROR, PrepareOptions
-from pipeline.manifest import QUARANTINE_NAME
+from pipeline.manifest import QUARANTINE_NAME, read_manifest
+from pipeline.publish import is_url, staging_folder
 from pipeline.sources import SOURCES
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
     group.add_argument("--input", type=Path, metavar="PATH", help="what the source reads")
-    group.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder, or one begun before")
+    group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(
         "--shard-size", type=int, default=_default("shard_size"), metavar="N", help="most samples a tar (%(default)s)"
@@ -127,12 +129,38 @@ def _default(option: str) -> object:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares, prints a summary, and returns the exit code."""
+    url = args.output if is_url(args.output) else None
+    args.output = staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
     if args.dry_run:
         from pipeline.dry_run import print_plan
 
         print_plan(options)
         return 0
+    if url:
+        return _run_to_url(options, url)
+    return _run_to_folder(options)
+
+
+def _run_to_url(options: PrepareOptions, url: str) -> int:
+    """Prepares in a local folder, publishes, and removes the local folder."""
+    from pipeline.publish import Remote
+
+    remote = Remote(url)
+    manifest = remote.published(options)
+    if manifest is not None:
+        print(f"{url} is whole already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})")
+        return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
+    options.output.mkdir(parents=True, exist_ok=True)
+    code = _run_to_folder(options)
+    if code in (0, LEFT_OUT):
+        remote.publish(options.output, read_manifest(options.output))
+        shutil.rmtree(options.output)
+        print(f"published: {url}")
+    return code
+
+
+def _run_to_folder(options: PrepareOptions) -> int:
     from pipeline.prepare import Terminated, prepare  # imports ray
 
     try:
