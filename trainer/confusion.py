@@ -137,7 +137,8 @@ def draw(path: Path, result: Evaluation, titles: Sequence[str]) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.7, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
-    axes.set_title(f"top-1 {result.top1:.4f} on {result.num_samples:,} pictures, {result.views}", fontsize=10)
+    views = "ten views" if result.views == "ten" else "centre crop"
+    axes.set_title(f"top-1 {result.top1:.4f} on {result.num_samples:,} pictures, {views}", fontsize=10)
     axes.set_ylabel("class")
     axes.set_xlabel("predicted")
     if len(titles) <= NAMED_CLASSES:
