@@ -20,6 +20,10 @@ def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
     try:
+        if getattr(arguments, "data", None) is not None:
+            from pipeline.loader import stage
+
+            arguments.data = stage(arguments.data)  # a URL becomes a local folder
         return arguments.command(arguments)
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,7 +60,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return _join_and_train(arguments, config)
     if arguments.processes == 1:
         return _work(arguments, config, None, launch.choose_device(arguments.device))
-    status = launch.start_towers(arguments.run, arguments.data, device=arguments.device)
+    status = launch.start_towers(arguments.run, arguments.data, device=arguments.device, skip_list=arguments.skip_list)
     run.ensure_result(arguments.run, status)
     return status
 
@@ -83,7 +87,7 @@ def _work(arguments: argparse.Namespace, config: "Config", link: "Link | None", 
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.train import Trainer
 
-    trainer = Trainer(config, arguments.data, arguments.run, link=link, device=device)
+    trainer = Trainer(config, arguments.data, arguments.run, link=link, device=device, skip_list=arguments.skip_list)
     result = trainer.train()
     if trainer.leads:
         print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)

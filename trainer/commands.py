@@ -85,6 +85,12 @@ def _device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
 
 
+def _skip_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-list", type=Path, metavar="FILE", help="keys of samples to leave out, one a line (bad pictures)"
+    )
+
+
 def _views_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--views", choices=("centre", "ten"), default="centre", help="ten: corners, centre, mirrored (paper 4.1)"
@@ -105,6 +111,7 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
     )
+    _skip_option(train)
     train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
@@ -113,6 +120,7 @@ def _add_train(commands: Commands) -> None:
     _folder(tower, "--data", "")
     _folder(tower, "--run", "")
     tower.add_argument("--device")
+    _skip_option(tower)
 
 
 def _add_evaluate(commands: Commands) -> None:

@@ -113,6 +113,16 @@ class Link:
         self._run(layer, phase, receive=incoming)
         return _from_wire(incoming).to(like.device, like.dtype)
 
+    def swap_input(self, half: Tensor) -> Tensor:
+        """Shares pictures (``feed = "split"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
+        theirs = torch.empty_like(half, memory_format=torch.contiguous_format)
+        mine = half.contiguous()
+        if self._on_cpu:
+            mine, theirs = mine.cpu(), theirs.cpu()
+        self._run("pixels", "forward", send=mine, receive=theirs, kind="input")
+        theirs = theirs.to(half.device)
+        return torch.cat((half, theirs) if self.tower == "a" else (theirs, half))
+
     def control(self, words: Sequence[int]) -> list[int]:
         """Swaps ``CONTROL_WORDS`` int64 words with the peer on the CPU; returns the peer's."""
         mine = torch.tensor(words, dtype=torch.int64)
@@ -141,16 +151,24 @@ class Link:
             shape = (shape[0], shape[2], shape[3], shape[1])
         return torch.empty(tuple(shape), dtype=self.wire_dtype or like.dtype, device=device)
 
-    def _run(self, layer: str, phase: str, *, send: Tensor | None = None, receive: Tensor | None = None) -> None:
+    def _run(
+        self,
+        layer: str,
+        phase: str,
+        *,
+        send: Tensor | None = None,
+        receive: Tensor | None = None,
+        kind: str = "crossing",
+    ) -> None:
         """Moves the messages of one crossing and enters them in the ledger."""
         self.last_crossing = f"{layer} {phase}"
         operations = []
         if send is not None:
             operations.append(dist.P2POp(dist.isend, send, self.peer, self.group))
-            self.ledger.add("crossing", layer, phase, self._outwards, send.nbytes)
+            self.ledger.add(kind, layer, phase, self._outwards, send.nbytes)
         if receive is not None:
             operations.append(dist.P2POp(dist.irecv, receive, self.peer, self.group))
-            self.ledger.add("crossing", layer, phase, self._inwards, receive.nbytes)
+            self.ledger.add(kind, layer, phase, self._inwards, receive.nbytes)
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:

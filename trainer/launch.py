@@ -47,7 +47,7 @@ def join_pair(device: str, timeout_s: float) -> Link:
     return connect(timeout_s, "nccl" if own_gpu else "gloo")
 
 
-def start_towers(run: Path, data: Path, *, device: str | None) -> int:
+def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path | None = None) -> int:
     """Runs both towers of an opened run to their end.
 
     SIGTERM and SIGINT are passed on; each tower then finishes its step and saves. If one tower ends badly, the other
@@ -72,6 +72,7 @@ def start_towers(run: Path, data: Path, *, device: str | None) -> int:
         }
         command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
         command += ["--device", device] if device else []
+        command += ["--skip-list", str(skip_list)] if skip_list else []
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
     with _passing_signals(children):
         return _wait(children)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from pipeline.loader import Batch, EvaluationLoader, TrainingLoader
+from pipeline.loader import Batch, EvaluationLoader, SplitFeed, TrainingLoader
 from pipeline.manifest import read_manifest
 from trainer import checkpoint
 from trainer.config import Config
@@ -51,10 +51,21 @@ class Trainer:
         run: run folder, already opened (:func:`trainer.run.open_run`).
         link: the wire to the other tower, or None where this process holds both.
         device: ``cpu`` or ``cuda:N``.
+        skip_list: file with keys of samples to leave out, one a line.
     """
 
-    def __init__(self, config: Config, data: Path, run: Path, *, link: Link | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: Path,
+        run: Path,
+        *,
+        link: Link | None = None,
+        device: str = "cpu",
+        skip_list: Path | None = None,
+    ) -> None:
         self.config, self.data, self.run, self.link, self.device = config, data, run, link, device
+        self.skip_list = skip_list
         self.started = time.perf_counter()
         self.stop_signal: str | None = None
         self.leads = link is None or link.tower == "a"
@@ -64,7 +75,14 @@ class Trainer:
         self.step = 0
         state = self._resume()
         self.loader = TrainingLoader(
-            data, config.data, batch_size=train.batch_size, seed=train.seed, device=device, state=state
+            data,
+            config.data,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            device=device,
+            state=state,
+            skip_list=skip_list,
+            split_feed=SplitFeed(TOWERS.index(link.tower), 2, link.swap_input) if link else None,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
@@ -200,10 +218,10 @@ class Trainer:
     def _one_step(self) -> Verdict:
         """One update; logs a row."""
         begin = time.perf_counter()
-        batch = self.loader.next()
-        waited_s = time.perf_counter() - begin
         if self.link:
             self.link.ledger.clear()
+        batch = self.loader.next()
+        waited_s = time.perf_counter() - begin
         loss = self._forward_backward(batch)
         verdict = self._agree(batch, loss)
         epoch = self.step / self.steps_per_epoch
@@ -277,7 +295,12 @@ class Trainer:
         """Top-1 and top-5 on the held-out split."""
         train = self.config.train
         loader = EvaluationLoader(
-            self.data, self.config.data, batch_size=train.batch_size, split=train.evaluate_split, device=self.device
+            self.data,
+            self.config.data,
+            batch_size=train.batch_size,
+            split=train.evaluate_split,
+            device=self.device,
+            skip_list=self.skip_list,
         )
         evaluation = evaluate_net(self.net, loader)
         if evaluation is None or self.log is None:

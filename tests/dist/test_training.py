@@ -111,6 +111,30 @@ def test_resumed_equals_undisturbed(digits: Path, serial: Path, pair: Path, tmp_
 
 
 @pytest.mark.slow
+def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: Path) -> None:
+    """Each tower decodes half: the pixels are in the ledger as input, never as a crossing, and training is the same."""
+    run(*train_words(digits, tmp_path / "run", "--processes", 2, overrides=("data.feed=split",)))
+    for ours, theirs in zip(rows(tmp_path / "run", "step"), rows(pair, "step"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    ledger = json.loads((tmp_path / "run" / "result.json").read_text())["ledger"]
+    pixels = {row["direction"]: row["bytes"] for row in ledger if row["kind"] == "input"}
+    assert pixels == {"a->b": 64 * 28 * 28, "b->a": 64 * 28 * 28}
+    crossings = [row for row in ledger if row["kind"] == "crossing"]
+    assert crossings == [
+        row for row in json.loads((pair / "result.json").read_text())["ledger"] if row["kind"] == "crossing"
+    ]
+
+
+@pytest.mark.slow
+def test_a_skip_list_leaves_samples_out(digits: Path, tmp_path: Path) -> None:
+    """Thirty pictures less: an epoch of one step less."""
+    keys = [line.split()[-1] for line in (digits / "train" / "train-000000.idx").read_text().splitlines()[1:31]]
+    (tmp_path / "skip.txt").write_text("".join(key.split(".")[0] + "\n" for key in keys))
+    run(*train_words(digits, tmp_path / "run", "--processes", 2, "--skip-list", tmp_path / "skip.txt"))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == (1437 - 30) // 128 < STEPS
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(digits: Path, serial: Path, tmp_path: Path) -> None:
     """One flipped bit in the newest: said aloud, the one before is used, the end is the same."""
     folder = tmp_path / "run"
