@@ -30,6 +30,14 @@ TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while 
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
 OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
 POLL_S = 0.5
+# One thread a worker; the memory of a picture is kept for the next one instead of given back to the system: a tenth
+# faster, measured on 500x375 JPEGs.
+WORKER_ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TOP_PAD_": str(32 * 2**20),
+}
 CONNECT_S = 5.0
 
 
@@ -226,7 +234,7 @@ def ray_session(options: PrepareOptions) -> Iterator[int]:
         "address": address,
         "log_to_driver": False,
         "logging_level": "error",
-        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT | {"PYTHONPATH": path}},
     }
     if address == "local":
         arguments |= {

@@ -211,3 +211,23 @@ def test_another_working_folder_and_names_of_all_kinds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run("verify", elsewhere / "out", "--full")
     assert "train: 7 pictures" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-errors", "1"), "2 pictures cannot be used, more than --max-errors 1"),
+        (("--max-errors", "2%"), "pictures cannot be used, more than --max-errors 2%"),
+        (("--on-error", "fail"), "bad.png: not a picture"),
+    ],
+)
+def test_too_many_bad_pictures_stop_the_run(tmp_path: Path, options: tuple[str, str], words: str) -> None:
+    source = make_pictures(tmp_path / "in", count=30)
+    for name in ("ant", "bee"):
+        (source / name / "bad.png").write_text("text")
+    arguments = ("prepare", "--source", "folder", "--input", source, "--shard-size", 40, "--val-fraction", 0)
+    data = tmp_path / "data"
+    done = run(*arguments, "--resize", "none", "--encoding", "png", "--output", data, *options, expect=2)
+    assert_one_error(done.stderr, words)
+    assert not (data / "manifest.json").exists()
+    run(*arguments, "--resize", "none", "--encoding", "png", "--output", data, "--max-errors", "2", expect=3)
