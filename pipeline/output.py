@@ -57,6 +57,8 @@ def output_lock(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (output / WORK_NAME / PLAN_NAME).exists():
+            clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a whole data set
         os.close(handle)
 
 

@@ -136,6 +136,7 @@ def test_a_second_run_into_one_folder_is_refused(arguments: Arguments, tmp_path:
 def test_other_settings_are_refused_by_name(arguments: Arguments, undisturbed: Path) -> None:
     done = run(*arguments, "--seed", 5, "--encoding", "raw", "--output", undisturbed, expect=2)
     assert_one_line(done.stderr, 'encoding: "png" there, "raw" asked', "seed: 0 there, 5 asked")
+    assert not (undisturbed / ".work").exists()
 
 
 def test_user_errors_are_one_line(
