@@ -234,15 +234,18 @@ def ray_session(options: PrepareOptions) -> Iterator[int]:
         "address": address,
         "log_to_driver": False,
         "logging_level": "error",
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT | {"PYTHONPATH": path}},
     }
+    environment = WORKER_ENVIRONMENT | {"PYTHONPATH": path}
     if address == "local":
+        os.environ |= environment  # inherited; a runtime_env would throw away the workers that Ray starts beforehand
         arguments |= {
             "num_cpus": options.num_workers(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
         }
+    else:
+        arguments["runtime_env"] = {"env_vars": environment}
     try:
         ray.init(**arguments)
     except (ConnectionError, ray.exceptions.RayError) as error:

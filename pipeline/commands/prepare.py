@@ -93,7 +93,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         help="for pictures that cannot be used (default: %(default)s)",
     )
     group.add_argument(
-        "--max-errors", metavar="N|P%%", help="stop when more pictures cannot be used (default: no limit)"
+        "--max-errors", metavar="N|P%", help="stop when more pictures cannot be used (default: no limit)"
     )
     for option, unit in (("max_pixels", "pixels"), ("max_bytes", "bytes")):
         group.add_argument(
