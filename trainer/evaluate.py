@@ -128,7 +128,7 @@ def load_network(run: Path, device: str = "cpu") -> tuple[TwoTowerNet, Config]:
     read_record(folder)
     net = TwoTowerNet(config.model, seed=config.train.seed)
     load_towers(folder, net)
-    return net.to(device).eval(), config
+    return net.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
 
 
 def evaluate_run(
