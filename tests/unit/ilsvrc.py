@@ -58,7 +58,10 @@ def devkit() -> bytes:
     inner = "ILSVRC2012_devkit_t12/data"
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, data in ((f"{inner}/meta.mat", meta.getvalue()), (f"{inner}/ILSVRC2012_validation_ground_truth.txt", truth)):
+        for name, data in (
+            (f"{inner}/meta.mat", meta.getvalue()),
+            (f"{inner}/ILSVRC2012_validation_ground_truth.txt", truth),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -107,7 +110,9 @@ def write_kaggle(folder: Path) -> Path:
     """ILSVRC/Data/CLS-LOC with Kaggle's two tables."""
     write_train_folders(folder / "ILSVRC/Data/CLS-LOC/train")
     write_flat(folder / "ILSVRC/Data/CLS-LOC/val")
-    lines = [f"{Path(file).stem},{SYNSETS[label][0]} 1 2 3 4\n" for label, file in zip(VAL_IDS, val_pictures(), strict=True)]
+    lines = [
+        f"{Path(file).stem},{SYNSETS[label][0]} 1 2 3 4\n" for label, file in zip(VAL_IDS, val_pictures(), strict=True)
+    ]
     (folder / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(reversed(lines)))
     mapping = sorted(f"{name} {words}\n" for name, words in SYNSETS.values())
     (folder / "LOC_synset_mapping.txt").write_text("".join(mapping))

@@ -61,7 +61,10 @@ def test_commands_print_and_write(
     assert "train: 10 samples in 3 shards" in capsys.readouterr().out
     assert run(monkeypatch, "inspect", tmp_path / "data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["val"]["classes"] == [4, 3, 3]
-    assert run(monkeypatch, "inspect", tmp_path / "data", "--sample", "train-00000001", "--picture", tmp_path / "1.png") == 0
+    assert (
+        run(monkeypatch, "inspect", tmp_path / "data", "--sample", "train-00000001", "--picture", tmp_path / "1.png")
+        == 0
+    )
     assert Image.open(tmp_path / "1.png").size == (12, 12)
     capsys.readouterr()
     assert run(monkeypatch, "statistics", tmp_path / "data", "--json", "--picture", tmp_path / "s.png") == 0
@@ -74,7 +77,9 @@ def test_commands_print_and_write(
 
 
 def test_reindex_equals_dalis_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {f"{key}.{extension}": bytes(17 * row) for row, key in enumerate("abc") for extension in ("jpg", "cls", "x.y")}
+    files = {
+        f"{key}.{extension}": bytes(17 * row) for row, key in enumerate("abc") for extension in ("jpg", "cls", "x.y")
+    }
     (tmp_path / "a.tar").write_bytes(tar_of(files | {"folder/d.jpg": b"1", ".hidden": b"2"}))
     assert run(monkeypatch, "reindex", tmp_path) == 0
     tool = Path(sys.executable).parent / "wds2idx"

@@ -38,7 +38,9 @@ def test_everything_is_there_and_nothing_else(
     tmp_path: Path, store: fsspec.AbstractFileSystem, manifest: Manifest
 ) -> None:
     Remote(URL).publish(tmp_path / "data", manifest)
-    local = {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    local = {
+        path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*") if path.is_file()
+    }
     assert names(store) == local
     for name in local:
         assert store.cat_file(f"/bucket/data/{name}") == (tmp_path / "data" / name).read_bytes()

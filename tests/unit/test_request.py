@@ -28,9 +28,7 @@ def test_splits_and_limit_cut_the_plan() -> None:
         chosen_splits(listing, options(splits=("test",)))
 
 
-@pytest.mark.parametrize(
-    ("text", "limit"), [("0", 0), ("12", 12), ("1%", 10), ("0.5%", 5), (None, float("inf"))]
-)
+@pytest.mark.parametrize(("text", "limit"), [("0", 0), ("12", 12), ("1%", 10), ("0.5%", 5), (None, float("inf"))])
 def test_max_errors_is_a_count_or_a_share(text: str | None, limit: float) -> None:
     assert options(max_errors=text).error_limit(1000) == limit
 
@@ -54,7 +52,14 @@ def test_settings_follow_everything_that_decides_bytes() -> None:
 
     plain = settings()
     assert settings(workers=7, on_error="fail", max_errors="3", output=Path("elsewhere")) == plain
-    for values in ({"seed": 1}, {"shard_size": 5}, {"resize": "32"}, {"encoding": "raw"}, {"limit": 5}, {"splits": ("val",)}):
+    for values in (
+        {"seed": 1},
+        {"shard_size": 5},
+        {"resize": "32"},
+        {"encoding": "raw"},
+        {"limit": 5},
+        {"splits": ("val",)},
+    ):
         assert settings(**values) != plain
 
 
@@ -70,7 +75,9 @@ def test_checksums_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = options(source="imagenet", input=ilsvrc.write_archives(tmp_path / "in"), output=tmp_path / "out", shard_size=4)
+    asked = options(
+        source="imagenet", input=ilsvrc.write_archives(tmp_path / "in"), output=tmp_path / "out", shard_size=4
+    )
     print_plan(asked)
     printed = capsys.readouterr().out
     assert "train: 15 pictures in 4 shards of 3 to 4" in printed
