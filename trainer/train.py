@@ -242,6 +242,7 @@ class Trainer:
                 "learning_rate": rates.weights,
                 "images_per_s": self.rates[-1],
                 "data_wait_share": waited_s / elapsed_s,
+                "queue_ready_share": self.loader.queue_fill.ready_share,
                 "gradient_norm": verdict.gradient_norm,
             }
             self.log.write(row)
