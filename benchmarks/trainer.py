@@ -226,7 +226,7 @@ def report(rounds: list[dict[str, dict[str, float]]], names: list[str], options:
         "rounds": rounds,
         "summary": table,
     }
-    path = ROOT / "benchmarks" / "results" / f"{date}_{cores}core-cpu_trainer.json"
+    path = ROOT / "benchmarks" / "results" / f"{date}_cpu{cores}_trainer.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n")
     print(path.relative_to(ROOT))
