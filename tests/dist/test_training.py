@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,6 +206,13 @@ def test_evaluate_agrees_with_the_run(digits: Path, serial: Path) -> None:
     assert result["num_correct_top1"] <= result["num_correct_top5"] <= 360
 
 
+def free_port() -> int:
+    """A port that nobody listens on now (torchrun wants a number)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_torchrun_runs_the_same_command(digits: Path, pair: Path, tmp_path: Path) -> None:
     """torchrun starts the two processes instead of us."""
@@ -217,7 +225,7 @@ def test_torchrun_runs_the_same_command(digits: Path, pair: Path, tmp_path: Path
             "--master-addr",
             "127.0.0.1",
             "--master-port",
-            0,
+            free_port(),
             "-m",
             "--",  # or torchrun takes --run for an option of its own
             *words,
