@@ -60,7 +60,7 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Runs one contestant in a process (or a pair); rank 0 reports, peak memory is the sum of the pair's."""
     cores = len(os.sched_getaffinity(0))
     ranks = 2 if name.startswith("two") else 1
-    base = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "GLOO_SOCKET_IFNAME": "lo"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     command = [
         sys.executable,
         __file__,
@@ -72,14 +72,17 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
         str(options.steps),
     ]
     if ranks == 1:
-        return json.loads(subprocess.run(command, env=base, check=True, capture_output=True, text=True).stdout)
+        return json.loads(
+            subprocess.run(command, env=os.environ | threads, check=True, capture_output=True, text=True).stdout
+        )
     import torch.distributed as dist
 
+    from trainer.launch import tower_environment
+
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    base |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    base |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     children = [
-        subprocess.Popen(command, env=base | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen(command, env=tower_environment(rank, store.port) | threads, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     results = [json.loads(child.communicate()[0]) for child in children]
     return results[0] | {"peak_mib": sum(result["peak_mib"] for result in results)}

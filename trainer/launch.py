@@ -47,6 +47,22 @@ def join_pair(device: str, timeout_s: float) -> Link:
     return connect(timeout_s, "nccl" if own_gpu else "gloo")
 
 
+def tower_environment(rank: int, port: int) -> dict[str, str]:
+    """The environment of one of two towers on this machine, whose store listens on ``port`` here, as torchrun's."""
+    return (
+        {"GLOO_SOCKET_IFNAME": "lo"}
+        | os.environ
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    )
+
+
 def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path | None = None) -> int:
     """Runs both towers of an opened run to their end.
 
@@ -60,19 +76,11 @@ def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path |
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     children = []
     for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, as under torchrun
-            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        }
         command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
         command += ["--device", device] if device else []
         command += ["--skip-list", str(skip_list)] if skip_list else []
+        environment = tower_environment(rank, store.port)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
     with _passing_signals(children):
         return _wait(children)

@@ -9,7 +9,7 @@ import statistics
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Trainer:
         self.leads = link is None or link.tower == "a"
         train = config.train
         self.net = make_net(config, link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = PaperSGD(self._named_parameters(), config.optimizer)
+        self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.step = 0
         state = self._resume()
         self.loader = TrainingLoader(
@@ -92,9 +92,6 @@ class Trainer:
         self.rates: list[float] = []
         self.ledger: list[dict[str, Any]] = []
         self._handshake()
-
-    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return self.net.named_parameters()
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint, if there is one; returns the loader's state.

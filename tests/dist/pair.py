@@ -1,7 +1,6 @@
 """Runs a function in two gloo processes, rank 0 as tower a and rank 1 as tower b, and brings back what they return."""
 
 import datetime
-import os
 import pickle
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from trainer.launch import tower_environment
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -28,17 +29,7 @@ def run_pair(function: Callable[..., Any], *arguments: Any, timeout_s: float = 2
         job.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
         children = []
         for rank in range(2):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-            }
+            environment = tower_environment(rank, store.port) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             out = (Path(folder) / f"log-{rank}").open("wb")
             command = [sys.executable, "-m", "tests.dist.pair", str(job), f"{folder}/result-{rank}"]
             children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
