@@ -107,7 +107,7 @@ def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    """Prints the accuracy of the newest checkpoint."""
+    """Prints the accuracy of a checkpoint."""
     from pipeline.manifest import read_manifest
     from trainer import confusion
     from trainer.evaluate import evaluate_run
@@ -116,7 +116,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.confusion:
         confusion.check_name(arguments.confusion)
-    result = evaluate_run(arguments.run, arguments.data, split=arguments.split, views=arguments.views, device=device)
+    result = evaluate_run(
+        arguments.run,
+        arguments.data,
+        split=arguments.split,
+        views=arguments.views,
+        device=device,
+        which=arguments.checkpoint,
+    )
     classes = [record.title for record in read_manifest(arguments.data).classes]
     if arguments.json:
         print(json.dumps(result.to_dict() | confusion.to_dict(result, classes), ensure_ascii=False))
@@ -135,7 +142,11 @@ def _predict(arguments: argparse.Namespace) -> int:
     from trainer.launch import choose_device
 
     predictor = predict.Predictor(
-        arguments.run, arguments.data, device=choose_device(arguments.device), views=arguments.views
+        arguments.run,
+        arguments.data,
+        device=choose_device(arguments.device),
+        views=arguments.views,
+        which=arguments.checkpoint,
     )
     results = []
     paths = predict.find_pictures(arguments.pictures)
@@ -180,7 +191,7 @@ def _export(arguments: argparse.Namespace) -> int:
     """Writes the weights and prints where they are."""
     from trainer.export import export_run
 
-    print(export_run(arguments.run, arguments.output, data=arguments.data))
+    print(export_run(arguments.run, arguments.output, data=arguments.data, which=arguments.checkpoint))
     return 0
 
 

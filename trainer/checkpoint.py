@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ class CheckpointRecord:
         config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
         loader: state of the training loader after the last batch of that step; None before the first.
         files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
+        top1: share of held-out pictures right with these very weights, 0..1; None where they were not evaluated.
     """
 
     step: int
     config: str
     loader: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
+    top1: float | None = None
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -69,7 +72,15 @@ def unfinished(run: Path, step: int) -> Path:
     return run / "checkpoints" / f".step-{step:08d}.unfinished"
 
 
-def commit(run: Path, step: int, *, config: str, loader: dict[str, Any] | None, towers: Sequence[str]) -> Path:
+def commit(
+    run: Path,
+    step: int,
+    *,
+    config: str,
+    loader: dict[str, Any] | None,
+    towers: Sequence[str],
+    top1: float | None = None,
+) -> Path:
     """Makes a checkpoint visible, once every tower's file is in its unfinished folder. Called by one rank.
 
     Returns:
@@ -77,7 +88,7 @@ def commit(run: Path, step: int, *, config: str, loader: dict[str, Any] | None, 
     """
     folder, final = unfinished(run, step), folder_of(run, step)
     files = {name: _facts(folder / name) for name in (f"tower-{tower}.safetensors" for tower in towers)}
-    record = CheckpointRecord(step=step, config=config, loader=loader, files=files)
+    record = CheckpointRecord(step=step, config=config, loader=loader, files=files, top1=top1)
     write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
     if final.exists():
         shutil.rmtree(final)
@@ -98,9 +109,64 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Removes all but the newest ``count`` checkpoints, and what unfinished ones left behind."""
-    for path in [*checkpoints(run)[:-count], *(run / "checkpoints").glob(".step-*.unfinished")]:
+    """Removes all but the newest ``count`` checkpoints and the best one, and what unfinished ones left behind."""
+    older, best = checkpoints(run)[:-count], _best(run)
+    for path in [*(path for path in older if path != best), *(run / "checkpoints").glob(".step-*.unfinished")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _best(run: Path) -> Path | None:
+    """The checkpoint with the highest top-1, the newest of equals; None where none was evaluated."""
+    rated = [(top1, path) for path in checkpoints(run) if (top1 := _top1(path)) is not None]
+    return max(rated)[1] if rated else None
+
+
+def _top1(folder: Path) -> float | None:
+    """What a checkpoint's record says about its accuracy, without checking the files beside it."""
+    try:
+        return json.loads((folder / RECORD).read_text())["top1"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Path, CheckpointRecord] | None:
+    """Finds and checks the checkpoint to use.
+
+    Args:
+        run: run folder.
+        which: ``newest``: the newest whole one; a damaged one is passed over, said aloud. ``best``: the one with the
+            highest top-1 on the held-out split. Otherwise the number of its step.
+        quiet: do not say which were passed over.
+
+    Returns:
+        Folder and record; None where a run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: every one is damaged, or the one asked for is, or it does not exist.
+    """
+    found = checkpoints(run)
+    if which != "newest":
+        folder = _best(run) if which == "best" else _of_step(found, which)
+        if folder is None:
+            have = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found) or "none"
+            reason = "no checkpoint has been evaluated" if which == "best" else f"it has checkpoints of steps {have}"
+            raise CheckpointError(f"--checkpoint {which}: {reason} in {run}; newest is always there after a save")
+        return folder, read_record(folder)
+    for folder in reversed(found):
+        try:
+            return folder, read_record(folder)
+        except CheckpointError as error:
+            if not quiet:
+                print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
+    if found:
+        raise CheckpointError(f"no whole checkpoint in {run}: start again with --overwrite")
+    return None
+
+
+def _of_step(found: Sequence[Path], text: str) -> Path | None:
+    """The checkpoint of a step, given as a number or as its folder's name."""
+    wanted = text.removeprefix("step-").lstrip("0") or "0"
+    return next((path for path in found if str(int(path.name.removeprefix("step-"))) == wanted), None)
 
 
 def read_record(folder: Path) -> CheckpointRecord:

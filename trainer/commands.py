@@ -97,6 +97,12 @@ def _views_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest (the default), best (top-1), or a step's number"
+    )
+
+
 def _add_train(commands: Commands) -> None:
     train = commands.add(
         "train", "train a recipe on a prepared data set", TRAIN_EXAMPLE.removeprefix("python -m trainer ")
@@ -130,6 +136,7 @@ def _add_evaluate(commands: Commands) -> None:
         "evaluate --run demo/run --data demo/digits --per-class --confusion demo/confusion.png",
     )
     _folder(evaluate, "--run", "run with a checkpoint")
+    _checkpoint_option(evaluate)
     _folder(evaluate, "--data", "data set")
     evaluate.add_argument("--split", help="split of the data set (default: the one the recipe holds out)")
     _views_option(evaluate)
@@ -149,6 +156,7 @@ def _add_predict(commands: Commands) -> None:
         "pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER", help="JPEG and PNG files, and folders of them"
     )
     _folder(predict, "--run", "run with a checkpoint")
+    _checkpoint_option(predict)
     _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
     _views_option(predict)
     predict.add_argument(
@@ -179,6 +187,7 @@ def _add_export(commands: Commands) -> None:
         "export", "write a run's weights, both towers as one net", "export --run demo/run --output demo/net.onnx"
     )
     _folder(export, "--run", "run with a checkpoint")
+    _checkpoint_option(export)
     _folder(export, "--data", "data set, for class names in the file", required=False)
     export.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="FILE.safetensors (weights) or FILE.onnx (the net)"

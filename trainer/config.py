@@ -234,7 +234,7 @@ class TrainConfig:
         evaluate_split: split of the data set that is held out.
         checkpoint_every_epochs: epochs between checkpoints; one is always written at the end.
         checkpoint_every_steps: steps between checkpoints besides; 0 for none.
-        keep_checkpoints: newest checkpoints kept.
+        keep_checkpoints: newest checkpoints kept; the best one (held-out top-1) is kept besides.
         precision: fp32, or bf16 (matrix products in bfloat16, weights and sums in float32).
         compile: compile the response normalisation with torch.compile (needs a C++ compiler on a CPU).
         peer_timeout_s: seconds after which a silent other tower counts as lost.

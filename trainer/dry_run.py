@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.manifest import read_manifest
-from trainer.checkpoint import latest_checkpoint, read_record
+from trainer.checkpoint import choose
 from trainer.config import Config
 from trainer.exchange import CONTROL_WORDS
 from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
@@ -158,14 +158,14 @@ def plan_run(
         measure: time steps of the whole batch; left out where they would not fit into memory.
     """
     samples = read_manifest(data).splits["train"].num_samples
-    newest = latest_checkpoint(run) if run is not None else None
+    newest = choose(run) if run is not None else None
     memory, crossings = _count(config, processes)
     plan = RunPlan(
         config=config,
         device=device,
         processes=processes,
         steps_per_epoch=samples // config.train.batch_size,
-        done=read_record(newest).step if newest else 0,
+        done=newest[1].step if newest else 0,
         memory=memory,
         available_bytes=_available_bytes(device),
         crossings=crossings,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pipeline.loader import Batch, EvaluationLoader
 from pipeline.manifest import read_manifest
-from trainer.checkpoint import latest_checkpoint, load_towers, read_record
+from trainer.checkpoint import choose, load_towers
 from trainer.config import Config
 from trainer.errors import RunError
 from trainer.model import TwoTowerNet
@@ -114,28 +114,56 @@ def _summarise(probabilities: Tensor, labels: Tensor, keys: list[str], views: st
     )
 
 
-def load_network(run: Path, device: str = "cpu") -> tuple[TwoTowerNet, Config]:
-    """The net of a run's newest checkpoint, both towers in this process.
+@dataclasses.dataclass(frozen=True)
+class LoadedNet:
+    """A checkpoint's net, both towers in this process.
+
+    Attributes:
+        net: ready for testing.
+        config: the run's recipe.
+        step: finished updates.
+    """
+
+    net: TwoTowerNet
+    config: Config
+    step: int
+
+
+def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> LoadedNet:
+    """Loads a checkpoint's net.
+
+    Args:
+        run: run folder.
+        device: where the net goes.
+        which: see :func:`trainer.checkpoint.choose`.
 
     Raises:
         RunError: no run, or no checkpoint in it.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: there is none such, or it is damaged.
     """
     config = read_run_config(run)
-    folder = latest_checkpoint(run)
-    if folder is None:
+    found = choose(run, which)
+    if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
-    read_record(folder)
+    folder, record = found
     net = TwoTowerNet(config.model, seed=config.train.seed)
     load_towers(folder, net)
-    return net.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
+    net = net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return LoadedNet(net, config, record.step)
 
 
 def evaluate_run(
-    run: Path, data: Path, *, split: str | None = None, views: str = "centre", device: str = "cpu"
+    run: Path,
+    data: Path,
+    *,
+    split: str | None = None,
+    views: str = "centre",
+    device: str = "cpu",
+    which: str = "newest",
 ) -> Evaluation:
-    """Evaluates a run's newest checkpoint on a split (by default the one its recipe holds out)."""
-    net, config = load_network(run, device)
+    """Evaluates a run's checkpoint on a split (by default the one its recipe holds out)."""
+    loaded = load_network(run, device, which=which)
+    net, config = loaded.net, loaded.config
     check_fits(config, read_manifest(data), data)
     chosen = split or config.train.evaluate_split
     loader = EvaluationLoader(

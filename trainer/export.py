@@ -28,13 +28,14 @@ LAYOUT = (
 )
 
 
-def export_run(run: Path, output: Path, *, data: Path | None = None) -> Path:
-    """Writes the newest checkpoint's net.
+def export_run(run: Path, output: Path, *, data: Path | None = None, which: str = "newest") -> Path:
+    """Writes a checkpoint's net.
 
     Args:
         run: run folder.
         output: ``FILE.safetensors`` or ``FILE.onnx``; replaced whole or not at all.
         data: data set, for class names in the file's metadata; None leaves them out.
+        which: see :func:`trainer.checkpoint.choose`.
 
     Raises:
         ExportError: another suffix, or the net cannot be written in this format.
@@ -42,15 +43,14 @@ def export_run(run: Path, output: Path, *, data: Path | None = None) -> Path:
     """
     if output.suffix not in (".safetensors", ".onnx"):
         raise ExportError(f"--output {output}: expected a name that ends in .safetensors or .onnx")
-    net, config = load_network(run)
+    loaded = load_network(run, which=which)
+    config = loaded.config
     manifest = None
     if data is not None:
         manifest = read_manifest(data)
         check_fits(config, manifest, data)
-    folder = checkpoint.latest_checkpoint(run)
-    assert folder is not None  # load_network has read it
-    facts = _facts(config, folder.name.removeprefix("step-").lstrip("0") or "0", manifest)
-    merged = merge_towers(net)
+    facts = _facts(config, str(loaded.step), manifest)
+    merged = merge_towers(loaded.net)
     if output.suffix == ".onnx":
         from trainer.onnx_file import onnx_bytes
 

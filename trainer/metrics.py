@@ -1,4 +1,4 @@
-"""What a run writes about itself: environment.json, metrics.jsonl, TensorBoard, and progress for people."""
+"""What a run writes about itself: environment.json, metrics.jsonl, epochs.csv, TensorBoard, and progress for people."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.manifest import write_atomic
+from trainer.epochs import EpochTable
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -55,7 +56,7 @@ def _processor() -> str:
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl`` and TensorBoard; a resumed run first drops the lines of steps that it will repeat.
+    """Appends to ``metrics.jsonl``, TensorBoard and ``epochs.csv``; a resumed run drops the lines it will repeat.
 
     Args:
         run: run folder.
@@ -70,11 +71,13 @@ class MetricsLog:
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
+        self._epochs = EpochTable(run, read_metrics(run))
         self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; ``row["kind"]`` is ``step`` or ``evaluation``."""
         self._file.write(json.dumps(row) + "\n")
+        self._epochs.add(row)
         for key, value in row.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
@@ -86,11 +89,13 @@ class MetricsLog:
         """Makes what was written visible to readers."""
         self._file.flush()
         self._board.flush()
+        self._epochs.write()
 
     def close(self) -> None:
         """Flushes and closes."""
         self._file.close()
         self._board.close()
+        self._epochs.write()
 
 
 def _step_of(line: bytes) -> float:

@@ -75,21 +75,31 @@ def _hidden(path: Path) -> bool:
 
 
 class Predictor:
-    """The newest checkpoint of a run, ready to look at pictures.
+    """A checkpoint of a run, ready to look at pictures.
 
     Args:
         run: run folder.
         data: data set whose preparation, statistics and class names apply; None for the one the run was trained on.
         device: where the net runs.
         views: ``centre``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
+        which: see :func:`trainer.checkpoint.choose`.
 
     Raises:
         TrainerError: no run, no checkpoint, or a data set that does not fit the net.
         PipelineError: there is no whole data set.
     """
 
-    def __init__(self, run: Path, data: Path | None = None, *, device: str = "cpu", views: str = "centre") -> None:
-        self._net, self._config = load_network(run, device)
+    def __init__(
+        self,
+        run: Path,
+        data: Path | None = None,
+        *,
+        device: str = "cpu",
+        views: str = "centre",
+        which: str = "newest",
+    ) -> None:
+        loaded = load_network(run, device, which=which)
+        self._net, self._config = loaded.net, loaded.config
         data = data or data_of(run)
         self._reader = PictureReader(data, self._config.data, views=views, device=device)
         check_fits(self._config, self._reader.manifest, data)

@@ -113,7 +113,8 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
     from trainer.evaluate import evaluate_net, load_network
     from trainer.run import check_fits
 
-    net, config = load_network(run, device)
+    loaded = load_network(run, device)
+    net, config = loaded.net, loaded.config
     manifest = read_manifest(data)
     check_fits(config, manifest, data)
     size, split = config.train.batch_size, config.train.evaluate_split

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.checkpoint import latest_checkpoint
+from trainer.checkpoint import choose
 from trainer.config import Config, load_config
 from trainer.errors import RunError
 from trainer.metrics import read_metrics
@@ -113,18 +113,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     """Step and conv1 weights by tower of the newest checkpoint."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    found = choose(folder)
+    if found is None:
         return 0, {}
+    checkpoint, record = found
     kernels = {}
     for path in sorted(checkpoint.glob("tower-?.safetensors")):
-        try:
-            with safe_open(path, "numpy") as tensors:
-                kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
-        except (SafetensorError, OSError) as error:
-            raise RunError(
-                f"{path} cannot be read ({error}): remove that checkpoint to report the one before it"
-            ) from None
-    return int(checkpoint.name.removeprefix("step-")), kernels
+        with safe_open(path, "numpy") as tensors:
+            kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
+    return record.step, kernels

@@ -87,6 +87,7 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_step = -1
         self.held_out_errors = self._read_errors()
         self.plateaus = 0
         self.rates: list[float] = []
@@ -99,20 +100,13 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
-        found = checkpoint.checkpoints(self.run)
-        for folder in reversed(found):
-            try:
-                record = checkpoint.read_record(folder)
-            except CheckpointError as error:
-                if self.leads:
-                    print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
-                continue
-            checkpoint.load_towers(folder, self.net, self.optimizer)
-            self.step = record.step
-            return record.loader
-        if found:
-            raise CheckpointError(f"no whole checkpoint in {self.run}: start again with --overwrite")
-        return None
+        found = checkpoint.choose(self.run, quiet=not self.leads)
+        if found is None:
+            return None
+        folder, record = found
+        checkpoint.load_towers(folder, self.net, self.optimizer)
+        self.step = record.step
+        return record.loader
 
     def _read_errors(self) -> list[float]:
         """Top-1 errors of the evaluations up to the step to go on from; only tower a knows them."""
@@ -303,7 +297,7 @@ class Trainer:
         evaluation = evaluate_net(self.net, loader)
         if evaluation is None or self.log is None:
             return
-        self.last_evaluation = evaluation
+        self.last_evaluation, self.evaluated_step = evaluation, self.step
         self.held_out_errors.append(1 - evaluation.top1)
         epoch = self.step / self.steps_per_epoch
         row = {"kind": "evaluation", "step": self.step, "epoch": epoch, "split": train.evaluate_split}
@@ -329,7 +323,9 @@ class Trainer:
         """Makes the checkpoint visible, and removes those that are not kept."""
         towers = TOWERS[: self.config.model.towers]
         fingerprint, state = self.config.fingerprint, self.loader.state()
-        checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers)
+        evaluation = self.last_evaluation if self.evaluated_step == self.step else None
+        top1 = evaluation.top1 if evaluation else None
+        checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers, top1=top1)
         checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
         if self.log:
             self.log.flush()

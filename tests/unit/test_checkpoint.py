@@ -87,3 +87,49 @@ def test_another_net_is_refused(tmp_path: Path) -> None:
     net, optimizer = make(config=config)
     with pytest.raises(CheckpointError, match=r"fc6\.weight is \(128, 128\), and this recipe.s net needs \(32, 128\)"):
         checkpoint.load_towers(folder, net, optimizer)
+
+
+def write_rated(run: Path, step: int, top1: float | None) -> Path:
+    """A checkpoint with the accuracy that its record states."""
+    net, optimizer = make()
+    checkpoint.save_towers(checkpoint.unfinished(run, step), net, optimizer)
+    return checkpoint.commit(run, step, config="c", loader=None, towers=("a", "b"), top1=top1)
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    """The newest of equals is the best one; it survives any number of worse ones."""
+    for step, top1 in ((1, 0.7), (2, 0.9), (3, 0.9), (4, None), (5, 0.8), (6, 0.85)):
+        write_rated(tmp_path, step, top1)
+        checkpoint.keep_newest(tmp_path, 2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step-0000000{n}" for n in (3, 5, 6)]
+    for which, step in (("best", 3), ("newest", 6), ("5", 5), ("step-00000005", 5)):
+        found = checkpoint.choose(tmp_path, which)
+        assert found is not None
+        assert found[1].step == step
+
+
+def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one before is used; asked for by its number, the damaged one is refused; with none whole, an error."""
+    write_rated(tmp_path, 1, 0.5)
+    with (write_rated(tmp_path, 2, 0.6) / "tower-a.safetensors").open("ab") as file:
+        file.write(b"x")
+    found = checkpoint.choose(tmp_path)
+    assert found is not None
+    assert found[1].step == 1
+    assert "tower-a.safetensors is damaged" in capsys.readouterr().err
+    for which in ("2", "best"):
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.choose(tmp_path, which)
+    (tmp_path / "checkpoints" / "step-00000001" / "tower-b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoint.choose(tmp_path, quiet=True)
+
+
+def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
+    """The steps that there are, in the message."""
+    assert checkpoint.choose(tmp_path) is None
+    write_rated(tmp_path, 4, None)
+    with pytest.raises(CheckpointError, match=r"--checkpoint 7: it has checkpoints of steps 4"):
+        checkpoint.choose(tmp_path, "7")
+    with pytest.raises(CheckpointError, match=r"no checkpoint has been evaluated"):
+        checkpoint.choose(tmp_path, "best")

@@ -142,7 +142,8 @@ def test_command_prints_table_picture_and_json(run_and_data, tmp_path, monkeypat
 
 def test_ten_views_of_a_run_by_hand(run_and_data):
     run, data = run_and_data
-    net, config = load_network(run)
+    loaded = load_network(run)
+    net, config = loaded.net, loaded.config
     found = evaluate_run(run, data, views="ten")
     loader = EvaluationLoader(data, config.data, batch_size=1, views="ten")
     with torch.no_grad():

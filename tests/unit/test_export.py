@@ -83,7 +83,8 @@ def recipe(*changes: str):
 def a_run(folder, *changes: str):
     """A run of 3 steps; the statistics of a batch normalisation are not those of its start."""
     run = make_run(folder, recipe(*changes), steps=3)
-    net, config = load_network(run)
+    loaded = load_network(run)
+    net, config = loaded.net, loaded.config
     if not list(net.buffers()):
         return run
     generator = torch.Generator().manual_seed(4)
@@ -104,7 +105,7 @@ def real_pictures(count: int = 6) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(run, images: torch.Tensor) -> torch.Tensor:
-    return load_network(run)[0](images)
+    return load_network(run).net(images)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -185,7 +186,7 @@ def test_export_and_import_are_exact(tmp_path, changes):
     exported = export_run(run, tmp_path / "net.safetensors")
     folder = import_weights(exported, recipe(*changes), tmp_path / "again")
     assert checkpoint.read_record(folder).step == 0
-    before, after = (load_network(folder)[0].state_dict() for folder in (run, tmp_path / "again"))
+    before, after = (load_network(folder).net.state_dict() for folder in (run, tmp_path / "again"))
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name

@@ -1,0 +1,79 @@
+"""``epochs.csv``: the run as a table, one line an epoch, for spreadsheets and plots."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import write_atomic
+
+NAME = "epochs.csv"
+COLUMNS = (
+    "epoch",  # 1 is the first
+    "steps",  # of this epoch so far
+    "loss",  # mean of the steps' training losses, nats
+    "learning_rate",  # of the weights, at the last step
+    "images_per_s",  # median of the steps
+    "data_wait_share",  # mean share of a step's time spent waiting for its batch, 0..1
+    "gradient_norm_a",  # mean Euclidean norm of tower a's gradients
+    "gradient_norm_b",
+    "top1",  # of the held-out split after the epoch, 0..1
+    "top5",
+    "held_out_loss",  # nats
+)
+
+
+class EpochTable:
+    """Gathers the rows of metrics.jsonl by epoch.
+
+    Args:
+        run: run folder.
+        rows: what a resumed run has already logged.
+    """
+
+    def __init__(self, run: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+        self._path = run / NAME
+        self._lines: dict[int, dict[str, Any]] = {}
+        self._epoch = -1
+        self._steps: list[dict[str, Any]] = []
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes one row of metrics.jsonl."""
+        if row["kind"] == "evaluation":
+            self._reduce()
+            line = self._lines.setdefault(math.ceil(row["epoch"]) - 1, {})
+            line |= {"top1": row["top1"], "top5": row["top5"], "held_out_loss": row["loss"]}
+            return
+        if row["epoch"] != self._epoch:
+            self._reduce()
+            self._epoch, self._steps = row["epoch"], []
+        self._steps.append(row)
+
+    def write(self) -> None:
+        """Replaces ``epochs.csv``."""
+        self._reduce()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for epoch in sorted(self._lines):
+            values = {"epoch": epoch + 1} | self._lines[epoch]
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()})
+        write_atomic(self._path, text.getvalue().encode())
+
+    def _reduce(self) -> None:
+        """Turns the steps of the epoch at hand into its line."""
+        if not self._steps:
+            return
+        line = self._lines.setdefault(self._epoch, {})
+        line["steps"] = len(self._steps)
+        line["learning_rate"] = self._steps[-1]["learning_rate"]
+        line["images_per_s"] = statistics.median(row["images_per_s"] for row in self._steps)
+        for name in ("loss", "data_wait_share"):
+            line[name] = statistics.fmean(row[name] for row in self._steps)
+        for tower in self._steps[-1]["gradient_norm"]:
+            line[f"gradient_norm_{tower}"] = statistics.fmean(row["gradient_norm"][tower] for row in self._steps)
