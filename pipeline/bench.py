@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.loader import LoaderConfig, TrainingLoader, stage
-from pipeline.loader_data import OpenSplit, open_split
-from pipeline.loader_graph import Reader, build_pipeline, decoded_graph, encoded_graph
+from pipeline.loader import LoaderConfig, stage
+from pipeline.loader_data import open_split
+from pipeline.loader_graph import Reader
 from pipeline.loader_limits import check_limits
+from pipeline.loader_stages import STAGES, open_stage, sample_bytes
 from pipeline.loader_sweep import measure_shares
 from pipeline.shuffle_quality import ShuffleQuality, measure_shuffle
 
-STAGES = ("read", "decode", "whole")
 WARM_UP_BATCHES = 3
 
 
@@ -25,7 +25,7 @@ class StageResult:
     """One stage.
 
     Attributes:
-        name: ``read``: every encoded byte copied out of the files; ``decode``: and decoded to whole uint8 pictures;
+        name: ``read``: every encoded byte copied out of the files; ``decode``: and decoded to uint8 crops;
             ``whole``: what :class:`pipeline.loader.TrainingLoader` gives the trainer.
         images_per_s: median over the repeats.
         images_per_s_min, images_per_s_max: slowest and fastest repeat.
@@ -118,11 +118,10 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
     reader = Reader(split, config, batch_size, options.device, 0, True)
     if config.hw_decoder_load < 0:
         reader = dataclasses.replace(reader, config=dataclasses.replace(config, hw_decoder_load=0.65))
-    sources: dict[str, Callable[[], Iterator[Any]]] = {
-        "read": lambda: _batches(dataclasses.replace(reader, config=_copying(config)), encoded_graph),
-        "decode": lambda: _batches(reader, decoded_graph),
-        "whole": lambda: _loader(folder, config, batch_size, options.device),
-    }
+
+    def opener(name: str) -> Callable[[], Iterator[Any]]:
+        return lambda: open_stage(name, folder, config, batch_size=batch_size, device=options.device)
+
     picture = split.manifest.picture
     return BenchResult(
         data=split.manifest.fingerprint,
@@ -130,36 +129,15 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
         device=options.device,
         batch_size=batch_size,
         repeats=options.repeats,
-        stages=tuple(_measure(name, sources[name], _sample_bytes(split), batch_size, options) for name in STAGES),
+        stages=tuple(_measure(name, opener(name), sample_bytes(split), batch_size, options) for name in STAGES),
         shuffle=measure_shuffle(folder, config, batch_size=batch_size),
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         hw_decoder_images_per_s={f"{k:.2f}": v for k, v in measure_shares(reader).items()} if options.sweep else None,
     )
 
 
-def _copying(config: LoaderConfig) -> LoaderConfig:
-    """Mapped files that nobody decodes are never read, so the reading stage reads them as files."""
-    return dataclasses.replace(config, mmap=False, hw_decoder_load=abs(config.hw_decoder_load))
-
-
-def _sample_bytes(split: OpenSplit) -> float:
-    return sum(shard.size_bytes for shard in split.record.shards) / split.record.num_samples
-
-
-def _batches(reader: Reader, graph: Callable[[Reader], tuple[Any, ...]]) -> Iterator[Any]:
-    pipeline = build_pipeline(reader, lambda: graph(reader))
-    while True:
-        yield pipeline.run()
-
-
-def _loader(folder: Path, config: LoaderConfig, batch_size: int, device: str) -> Iterator[Any]:
-    loader = TrainingLoader(folder, config, batch_size=batch_size, seed=0, device=device)
-    while True:
-        yield loader.next()
-
-
 def _measure(
-    name: str, source: Callable[[], Iterator[Any]], sample_bytes: float, batch_size: int, options: BenchOptions
+    name: str, source: Callable[[], Iterator[Any]], size_bytes: float, batch_size: int, options: BenchOptions
 ) -> StageResult:
     begin_s = time.perf_counter()
     batches = source()
@@ -177,7 +155,7 @@ def _measure(
         images_per_s=median,
         images_per_s_min=min(rates),
         images_per_s_max=max(rates),
-        mb_per_s=median * sample_bytes / 1e6,
+        mb_per_s=median * size_bytes / 1e6,
         cores=cpu_s / sum(elapsed_s for _, elapsed_s in runs),
         cpu_us_per_image=cpu_s * 1e6 / (batch_size * sum(count for count, _ in runs)),
         first_batch_s=first_batch_s,

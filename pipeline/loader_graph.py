@@ -173,6 +173,13 @@ def decoded_graph(reader: Reader) -> tuple[Any, ...]:
     return (decode(reader, read_encoded(reader)[0]),)
 
 
+def cropped_graph(reader: Reader, feed: Any) -> tuple[Any, ...]:
+    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels."""
+    encoded = read_encoded(reader)[0]
+    x, y = _draws(lambda info: feed(info)[1:3], 2)
+    return (decode(reader, encoded, _roi(reader, x, y)),)
+
+
 def _shuffling(reader: Reader) -> dict[str, Any]:
     seed = reader_seed(reader.seed)
     if not reader.shuffle:

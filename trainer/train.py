@@ -74,16 +74,7 @@ class Trainer:
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.step = 0
         state = self._resume()
-        self.loader = TrainingLoader(
-            data,
-            config.data,
-            batch_size=train.batch_size,
-            seed=train.seed,
-            device=device,
-            state=state,
-            skip_list=skip_list,
-            split_feed=SplitFeed(TOWERS.index(link.tower), 2, link.swap_input) if link else None,
-        )
+        self.loader = self._open_loader(state)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
         self.last_evaluation: Evaluation | None = None
@@ -93,6 +84,20 @@ class Trainer:
         self.rates: list[float] = []
         self.ledger: list[dict[str, Any]] = []
         self._handshake()
+
+    def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
+        """Where the batches come from, after ``state``; the benchmark puts a measured one here."""
+        link = self.link
+        return TrainingLoader(
+            self.data,
+            self.config.data,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.train.seed,
+            device=self.device,
+            state=state,
+            skip_list=self.skip_list,
+            split_feed=SplitFeed(TOWERS.index(link.tower), 2, link.swap_input) if link else None,
+        )
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint, if there is one; returns the loader's state.

@@ -55,9 +55,9 @@ def test_cluster_imports_nothing_else_of_ours_and_no_heavy_library(path):
 
 
 @pytest.mark.parametrize("path", python_files("trainer"), ids=str)
-def test_trainer_uses_only_the_loader_the_manifest_and_the_errors_of_pipeline(path):
+def test_trainer_uses_only_the_loader_its_stages_the_manifest_and_the_errors_of_pipeline(path):
     assert not imports_of(path, "cluster")
-    allowed = ("pipeline.loader", "pipeline.manifest", "pipeline.errors")
+    allowed = ("pipeline.loader", "pipeline.loader_stages", "pipeline.manifest", "pipeline.errors")
     for name in imports_of(path, "pipeline"):
         assert any(name == module or name.startswith(f"{module}.") for module in allowed), name
 
