@@ -1,27 +1,22 @@
 """The training loop. One process holds both towers, or two processes hold one each; the loop is the same."""
 
 import contextlib
-import dataclasses
 import math
-import shutil
 import signal
 import statistics
-import struct
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 
 from pipeline.loader import Batch, EvaluationLoader, SplitFeed, TrainingLoader
 from pipeline.manifest import read_manifest
 from trainer import checkpoint
+from trainer.agreement import Notes, Verdict, agree, handshake, save_together
 from trainer.config import Config
-from trainer.errors import CheckpointError, DivergedError, PeerError, RunError
+from trainer.errors import CheckpointError, DivergedError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import Link, PairJoin
 from trainer.merged import MergedNet
@@ -29,17 +24,6 @@ from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
 from trainer.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.run import Result, write_result
-
-FINITE, STOP = 1, 2  # flag bits of the control message; above them, tower a's count of plateaus
-PLATEAUS_SHIFT = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What both towers know after the control message of a step."""
-
-    stop: bool
-    gradient_norm: dict[str, float]
 
 
 class Trainer:
@@ -80,7 +64,6 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
         self.held_out_errors = self._read_errors()
-        self.plateaus = 0
         self.rates: list[float] = []
         self.ledger: list[dict[str, Any]] = []
         self._handshake()
@@ -119,22 +102,14 @@ class Trainer:
         return [1 - row["top1"] for row in rows if row["kind"] == "evaluation" and row["step"] <= self.step]
 
     def _handshake(self) -> None:
-        """Refuses to start where the towers would not do the same work."""
-        if self.link is None:
-            return
+        """Refuses to start where the processes would not do the same work."""
         facts = {
             "recipe": self.config.fingerprint,
             "data set": read_manifest(self.data).fingerprint,
             "torch version": torch.__version__,
             "step to start from": self.step,
         }
-        everyone: list[Any] = [None, None]
-        dist.all_gather_object(everyone, facts, group=self.link.control_group)
-        for name in facts:
-            if everyone[0][name] != everyone[1][name]:
-                raise PeerError(
-                    f"the towers have different values of {name}: a {everyone[0][name]}, b {everyone[1][name]}"
-                )
+        handshake(self.link, facts)
 
     def request_stop(self, number: int, _frame: object = None) -> None:
         """Signal handler: finish the step, save, end."""
@@ -182,19 +157,19 @@ class Trainer:
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
         self.progress.say(self._opening_line())
-        verdict = Verdict(stop=False, gradient_norm={})
+        stop = False
         if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
             self._evaluate()
-        while self.step < self.total_steps and not verdict.stop:
-            verdict = self._one_step()
+        while self.step < self.total_steps and not stop:
+            stop = self._one_step().stop
             ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
             last = self.step == self.total_steps
             every = self.config.train.evaluate_every_epochs
             if last or (ended_epochs and every and ended_epochs % every == 0):
                 self._evaluate()
-            if last or verdict.stop or self._checkpoint_is_due(ended_epochs):
+            if last or stop or self._checkpoint_is_due(ended_epochs):
                 self._save()
-        return (self.stop_signal or "the other tower") if verdict.stop and self.step < self.total_steps else None
+        return (self.stop_signal or "the other tower") if stop and self.step < self.total_steps else None
 
     def _opening_line(self) -> str:
         """What the run is about to do."""
@@ -221,7 +196,7 @@ class Trainer:
         loss = self._forward_backward(batch)
         verdict = self._agree(batch, loss)
         epoch = self.step / self.steps_per_epoch
-        rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=self.plateaus)
+        rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus)
         self.optimizer.set_rates(rates)
         self.optimizer.step()
         self.step += 1
@@ -239,7 +214,7 @@ class Trainer:
                 "images_per_s": self.rates[-1],
                 "data_wait_share": waited_s / elapsed_s,
                 "queue_ready_share": self.loader.queue_fill.ready_share,
-                "gradient_norm": verdict.gradient_norm,
+                "gradient_norm": verdict.norms,
             }
             self.log.write(row)
             self.progress.step(row)
@@ -262,26 +237,23 @@ class Trainer:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16)
 
     def _agree(self, batch: Batch, loss: float) -> Verdict:
-        """Compares notes with the other tower before the update: same batch, finite numbers, stop or go on."""
+        """Compares notes with the other processes before the update.
+
+        Raises:
+            DivergedError: loss or gradient not finite anywhere.
+        """
         norms = {name: self._gradient_norm(name) for name in self.net.held}
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or not self.leads)
-        self.plateaus = count_plateaus(self.held_out_errors, self.config.optimizer)
-        flags = FINITE * finite | STOP * (self.stop_signal is not None) | self.plateaus << PLATEAUS_SHIFT
-        if self.link:
-            norm = norms[self.link.tower]
-            theirs = self.link.control([batch.fingerprint, flags, _bits_of(norm)])
-            if theirs[0] != batch.fingerprint:
-                raise PeerError(f"step {self.step}: the towers have different batches (first key here {batch.keys[0]})")
-            norms[TOWERS[1 - TOWERS.index(self.link.tower)]] = _double_of(theirs[2])
-            self.plateaus = max(flags, theirs[1]) >> PLATEAUS_SHIFT
-            flags = (flags & theirs[1] & FINITE) | ((flags | theirs[1]) & STOP)
-        if not flags & FINITE:
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in sorted(norms.items()))
+        plateaus = count_plateaus(self.held_out_errors, self.config.optimizer)
+        notes = Notes(batch.fingerprint, finite, self.stop_signal is not None, plateaus, norms)
+        verdict = agree(self.link, notes, f"step {self.step} (first key here {batch.keys[0]})")
+        if not verdict.finite:
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in verdict.norms.items())
             raise DivergedError(
                 f"step {self.step}: not finite (loss {loss:.4g}, gradient norms {shown}); the update was not applied; "
                 f"batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these pictures"
             )
-        return Verdict(stop=bool(flags & STOP), gradient_norm=dict(sorted(norms.items())))
+        return verdict
 
     def _gradient_norm(self, tower: str) -> float:
         """Euclidean norm of all gradients of a tower."""
@@ -321,8 +293,11 @@ class Trainer:
             CheckpointError: it cannot be written (a full disk, for example); both towers stop, the one before stays.
         """
         folder = checkpoint.unfinished(self.run, self.step)
-        self._together(lambda: checkpoint.save_towers(folder, self.net, self.optimizer))
-        self._together(self._commit if self.leads else lambda: None)
+        writers = [
+            lambda: checkpoint.save_towers(folder, self.net, self.optimizer),
+            self._commit if self.leads else lambda: None,
+        ]
+        save_together(self.run, self.step, writers, self.link)
 
     def _commit(self) -> None:
         """Makes the checkpoint visible, and removes those that are not kept."""
@@ -334,22 +309,6 @@ class Trainer:
         checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
         if self.log:
             self.log.flush()
-
-    def _together(self, write: Callable[[], None]) -> None:
-        """Writes, and learns whether the other tower could write too; neither goes on alone."""
-        problem = None
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            problem = error
-        others = self.link.control([int(problem is None), 0, 0])[0] if self.link else 1
-        if problem is None and others:
-            return
-        shutil.rmtree(checkpoint.unfinished(self.run, self.step), ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {self.step} cannot be saved ({problem or 'the other tower could not'}); "
-            f"the one before is whole: make room in {self.run} and go on with --resume auto"
-        )
 
     def _result(self, reason: str, sentence: str) -> Result:
         """The run so far."""
@@ -378,13 +337,3 @@ def make_net(config: Config, link: Link | None) -> TwoTowerNet:
     per_map = all("batch_norm" not in text.split() for text in config.model.after)
     merged = config.model.towers == 2 and per_map
     return (MergedNet if merged else TwoTowerNet)(config.model, seed=seed, compiled=compiled)
-
-
-def _bits_of(number: float) -> int:
-    """The bits of a double as int64, so that it fits a control word."""
-    return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
-def _double_of(bits: int) -> float:
-    """The inverse of :func:`_bits_of`."""
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
