@@ -236,6 +236,8 @@ class TrainConfig:
         checkpoint_every_steps: steps between checkpoints besides; 0 for none.
         keep_checkpoints: newest checkpoints kept; the best one (held-out top-1) is kept besides.
         precision: fp32, or bf16 (matrix products in bfloat16, weights and sums in float32).
+        wire: number format in which maps and their gradients cross between towers: same (as computed: fp32, or bf16
+            where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37) or bf16.
         compile: compile the response normalisation with torch.compile (needs a C++ compiler on a CPU).
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
@@ -249,6 +251,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
+    wire: Literal["same", "fp16", "bf16"] = "same"
     compile: bool = False
     peer_timeout_s: float = 60.0
 

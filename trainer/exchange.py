@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.errors import PeerError
 from trainer.model import TOWERS
 
+WIRES = {"same": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of TrainConfig.wire
 CONTROL_WORDS = 3  # int64 each way a step: 48 bytes in all
 
 
@@ -78,7 +79,9 @@ class Link:
         peer: global rank of the process that holds the other one.
         group: process group of the pair for tensors (NCCL or gloo).
         control: gloo group of the pair for control messages.
-        wire_dtype: dtype in which crossings travel; None for their own.
+
+    Attributes:
+        wire_dtype: dtype in which crossings travel; None for their own. Pixels and control are never converted.
     """
 
     def __init__(
@@ -87,10 +90,9 @@ class Link:
         peer: int,
         group: dist.ProcessGroup,
         control: dist.ProcessGroup,
-        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self.tower, self.peer, self.group, self.control_group = tower, peer, group, control
-        self.wire_dtype = wire_dtype
+        self.wire_dtype: torch.dtype | None = None
         self.ledger = Ledger()
         self.last_crossing = "none yet"
         self._on_cpu = dist.get_backend(group) == "gloo"

@@ -18,7 +18,7 @@ from trainer.agreement import Notes, Verdict, agree, handshake, save_together
 from trainer.config import Config
 from trainer.errors import CheckpointError, DivergedError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
-from trainer.exchange import Link, PairJoin
+from trainer.exchange import WIRES, Link, PairJoin
 from trainer.merged import MergedNet
 from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
@@ -333,6 +333,7 @@ def make_net(config: Config, link: Link | None) -> TwoTowerNet:
     """The net as this process runs it: one tower, or both, merged where their operations allow it."""
     seed, compiled = config.train.seed, config.train.compile
     if link is not None:
+        link.wire_dtype = WIRES[config.train.wire]
         return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=seed, compiled=compiled)
     per_map = all("batch_norm" not in text.split() for text in config.model.after)
     merged = config.model.towers == 2 and per_map
