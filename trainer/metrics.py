@@ -120,6 +120,7 @@ class TrainingProgress:
     def __init__(self, total_steps: int, *, done: int, quiet: bool) -> None:
         console = Console(file=sys.stdout)
         self._quiet, self._total, self._last = quiet, total_steps, time.monotonic()
+        self._done_before, self._begin = done, self._last
         self._bar: Progress | None = None
         if not quiet and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -142,7 +143,18 @@ class TrainingProgress:
             self._bar.update(self._task, completed=row["step"], description=text)
         elif not self._quiet and time.monotonic() - self._last >= PLAIN_LINE_EVERY_S:
             self._last = time.monotonic()
-            print(f"step {row['step']}/{self._total}  {text}", flush=True)
+            print(f"step {row['step']}/{self._total}  {text}  {self._left(row['step'])} left", flush=True)
+
+    def _left(self, step: int) -> str:
+        """Time left at the pace so far, evaluations and checkpoints included."""
+        left_s = (time.monotonic() - self._begin) / (step - self._done_before) * (self._total - step)
+        return (
+            f"{left_s:.0f} s"
+            if left_s < 120
+            else f"{left_s / 60:.0f} min"
+            if left_s < 7200
+            else f"{left_s / 3600:.1f} h"
+        )
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""

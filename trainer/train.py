@@ -16,7 +16,7 @@ from pipeline.manifest import read_manifest
 from trainer import checkpoint
 from trainer.agreement import Notes, Verdict, agree, handshake, save_together
 from trainer.config import Config
-from trainer.errors import CheckpointError, DivergedError, RunError
+from trainer.errors import DivergedError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import WIRES, Link, PairJoin
 from trainer.merged import MergedNet
