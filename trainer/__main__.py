@@ -203,6 +203,21 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    """Measures every stage."""
+    from trainer.bench_command import run
+
+    return run(arguments, _load)
+
+
+def _bench_tower(arguments: argparse.Namespace) -> int:
+    """One of two measuring processes that the benchmark has started."""
+    from trainer.bench import run_tower
+
+    run_tower(arguments.job)
+    return 0
+
+
 HANDLERS = {
     "train": _train,
     "tower": _tower,
@@ -212,6 +227,8 @@ HANDLERS = {
     "report": _report,
     "export": _export,
     "import": _import,
+    "bench": _bench,
+    "bench-tower": _bench_tower,
 }
 
 

@@ -57,6 +57,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _add_report(commands)
     _add_export(commands)
     _add_import(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -127,6 +128,41 @@ def _add_train(commands: Commands) -> None:
     _folder(tower, "--run", "")
     tower.add_argument("--device")
     _skip_option(tower)
+
+
+def _add_bench(commands: Commands) -> None:
+    bench = commands.add(
+        "bench",
+        "measure every stage from disk to gradient, and name the limit",
+        "bench --config configs/digits.toml --data demo/digits --json demo/bench.json --html demo/bench.html",
+    )
+    _recipe_options(bench)
+    _folder(bench, "--data", "data set to read and train on", required=False)
+    bench.add_argument("--synthetic", action="store_true", help="no data set: training on a batch that is always ready")
+    bench.add_argument(
+        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
+    )
+    _device_option(bench)
+    bench.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="length of each measurement, its rounds together"
+    )
+    bench.add_argument(
+        "--batch-sizes", type=_sizes, default=(), metavar="N,N", help="batch sizes to try besides the recipe's"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the result; {node} becomes the machine's name")
+    bench.add_argument("--html", type=Path, metavar="FILE", help="write a page about it; {node} as in --json")
+    bench.add_argument("--project", type=int, metavar="N", help="a model's rate for up to N processes, a GPU each")
+    bench.add_argument("--tower-link", type=float, metavar="GB/S", help="of --project: bandwidth between two towers")
+    bench.add_argument("--replica-link", type=float, metavar="GB/S", help="of --project: bandwidth between pairs")
+    bench.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: look at a result of --json again")
+    bench.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="two results of --json side by side")
+    tower = commands.add_hidden("bench-tower")
+    tower.add_argument("--job", type=Path, required=True)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Batch sizes, separated by commas."""
+    return tuple(_positive(word) for word in text.split(","))
 
 
 def _add_evaluate(commands: Commands) -> None:

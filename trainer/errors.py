@@ -27,3 +27,7 @@ class PeerError(TrainerError):
 
 class ExportError(TrainerError):
     """Weights cannot be written to, or taken from, a file of the merged layout."""
+
+
+class BenchError(TrainerError):
+    """A benchmark's options contradict each other, or a result of one cannot be read or written."""

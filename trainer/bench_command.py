@@ -1,0 +1,107 @@
+"""What ``python -m trainer bench`` does with its options."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.bench_record import BenchRecord, read_record, to_json, write_record
+from trainer.config import Config
+from trainer.errors import BenchError
+
+
+def run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Config]) -> int:
+    """Measures, or compares, or projects an old result; status 0."""
+    _check(arguments)
+    if arguments.compare:
+        return _compare(*arguments.compare)
+    record = read_record(arguments.read) if arguments.read else _measure(arguments, load(arguments))
+    _conclude(record, arguments)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses options that contradict each other, before anything is measured."""
+    if arguments.compare or arguments.read:
+        if arguments.data or arguments.synthetic:
+            raise BenchError("--compare and --read look at old results: leave --data and --synthetic out")
+        return
+    if bool(arguments.data) == arguments.synthetic:
+        raise BenchError("expected --data DIR for a prepared data set, or --synthetic for none, and not both")
+    if arguments.seconds <= 0:
+        raise BenchError(f"--seconds is {arguments.seconds:g}: expected more than 0")
+    if arguments.project is not None and (arguments.project < 1 or (arguments.project > 2 and arguments.project % 2)):
+        raise BenchError(f"--project is {arguments.project}: expected 1, or an even number (a tower is a process)")
+    for path in (arguments.json, arguments.html):
+        if path and not path.parent.exists():
+            raise BenchError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
+    """Runs the benchmark."""
+    from trainer import bench
+
+    recipe = (arguments.config or Path("paper.toml")).name
+    if arguments.data:
+        from pipeline.manifest import read_manifest
+        from trainer.run import check_fits
+
+        check_fits(config, read_manifest(arguments.data), arguments.data)
+    if config.model.towers == 1 and arguments.processes == 2:
+        raise BenchError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
+    options = bench.BenchOptions(arguments.data, arguments.seconds, tuple(arguments.batch_sizes))
+    scaling = (1, 2) if arguments.project and config.model.towers == 2 else ()
+    return bench.run_bench(
+        config,
+        options,
+        recipe=recipe + (f" ({', '.join(arguments.set)})" if arguments.set else ""),
+        processes=arguments.processes,
+        device=arguments.device,
+        scaling=scaling,
+        say=bench.print_line,
+    )
+
+
+def _conclude(record: BenchRecord, arguments: argparse.Namespace) -> None:
+    """Prints, and writes the files that were asked for."""
+    from trainer.bench_model import Projection, links_of, predict_rate, project
+    from trainer.bench_output import print_record
+    from trainer.bench_verdict import judge
+
+    verdict = judge(record)
+    projections: list[Projection] = []
+    if arguments.project:
+        links = links_of(record, tower_gb_per_s=arguments.tower_link, replica_gb_per_s=arguments.replica_link)
+        counts = [1, *range(2, arguments.project + 1, 2)]
+        counts = [count for count in counts if count <= 8 or count & (count - 1) == 0 or count == arguments.project]
+        projections = [project(record, count, links) for count in counts]
+    print_record(record, verdict, projections)
+    concluded = {
+        "predicted_images_per_s": predict_rate(record),
+        "verdict": dataclasses.asdict(verdict),
+        "projections": [dataclasses.asdict(row) for row in projections],
+    }
+    if arguments.json:
+        write_record(named_for_node(arguments.json), to_json(record, **concluded))
+    if arguments.html:
+        from trainer.bench_page import render
+
+        write_record(named_for_node(arguments.html), render(record, verdict, projections))
+        print(named_for_node(arguments.html))
+
+
+def named_for_node(path: Path) -> Path:
+    """The path with ``{node}`` in its name replaced by this machine's name, so that nodes write a file each."""
+    return path.with_name(path.name.replace("{node}", os.uname().nodename))
+
+
+def _compare(first: Path, second: Path) -> int:
+    """Prints two results side by side."""
+    from trainer.bench_compare import compare, differing_settings
+    from trainer.bench_output import print_comparison
+
+    a, b = read_record(first), read_record(second)
+    print(f"a: {first}, b: {second}")
+    print_comparison(compare(a, b), differing_settings(a, b))
+    return 0

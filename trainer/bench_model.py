@@ -1,0 +1,171 @@
+"""Arithmetic about a result: the end-to-end rate that its stages predict, what a change would bring, more GPUs.
+
+Pure functions; every formula stands in ``docs/bench.md``.
+"""
+
+import dataclasses
+
+from trainer.bench_record import BenchRecord
+
+FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a step costs, by what it takes up.
+
+    Attributes:
+        loader_ms: wall time of a batch of the loader alone.
+        net_ms: wall time of a step of synthetic training alone.
+        loader_cpu_ms, net_cpu_ms: processor time of each, all processes.
+        cores: processor cores that they share.
+    """
+
+    loader_ms: float
+    net_ms: float
+    loader_cpu_ms: float
+    net_cpu_ms: float
+    cores: int
+
+    @property
+    def processor_ms(self) -> float:
+        """The step if every core did nothing but useful work."""
+        return (self.loader_cpu_ms + self.net_cpu_ms) / self.cores
+
+    @property
+    def step_ms(self) -> float:
+        """Predicted wall time: loading and training overlap, but cores cannot be in two places."""
+        return max(self.loader_ms, self.net_ms, self.processor_ms)
+
+    @property
+    def limit(self) -> str:
+        """Which of the three it is: ``data``, ``net`` or ``processor`` (both together)."""
+        terms = {"data": self.loader_ms, "net": self.net_ms, "processor": self.processor_ms}
+        return max(terms, key=lambda name: terms[name])
+
+
+def costs_of(record: BenchRecord) -> Costs:
+    """The costs that a result measured; without data, the net's alone."""
+    loader = record.loader
+    return Costs(
+        loader_ms=loader.ms.median if loader else 0.0,
+        net_ms=record.synthetic.ms.median,
+        loader_cpu_ms=loader.cpu_ms if loader else 0.0,
+        net_cpu_ms=record.synthetic.cpu_ms,
+        cores=record.setting.cores,
+    )
+
+
+def rate(step_ms: float, batch: int) -> float:
+    """Images a second."""
+    return 1e3 * batch / step_ms if step_ms > 0 else float("inf")
+
+
+def predict_rate(record: BenchRecord) -> float:
+    """End-to-end images a second that the stages predict."""
+    return rate(costs_of(record).step_ms, record.setting.batch_size)
+
+
+def without(record: BenchRecord, stage: str, share: float = 1.0) -> Costs:
+    """The costs if a share of a stage took no time: what lifting it could bring at most.
+
+    Args:
+        record: a result.
+        stage: one of the loader's or the net's.
+        share: 1: all of it; 0.5: half.
+    """
+    costs, found = costs_of(record), record.stage(stage)
+    if found is None:
+        return costs
+    saved_ms = share * found.ms.median
+    processes = record.setting.processes
+    if found.group == "loader":
+        saved_cpu = share * (found.cpu_ms or 0.0) * processes
+        return dataclasses.replace(
+            costs,
+            loader_ms=max(0.0, costs.loader_ms - saved_ms),
+            loader_cpu_ms=max(0.0, costs.loader_cpu_ms - saved_cpu),
+        )
+    saved_cpu = saved_ms * costs.net_cpu_ms / costs.net_ms  # a stage of the net takes its part of the net's processors
+    return dataclasses.replace(costs, net_ms=costs.net_ms - saved_ms, net_cpu_ms=costs.net_cpu_ms - saved_cpu)
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What a projection assumes about other machines.
+
+    Attributes:
+        tower_gb_per_s: between the two towers of a pair, one way, 10**9 bytes/s.
+        tower_us: latency of one message between them.
+        replica_gb_per_s: between the pairs, one way.
+        replica_us: latency of one message there.
+        own_devices: every process has a device, and cores for its loader, of its own; False: they share this machine.
+    """
+
+    tower_gb_per_s: float
+    tower_us: float
+    replica_gb_per_s: float
+    replica_us: float
+    own_devices: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A predicted rate, with what it is made of; a model, not a measurement.
+
+    Attributes:
+        processes: 1: both towers on one device; 2: a tower each; 2 R: R pairs.
+        images_per_s: of all pairs together.
+        compute_ms, crossing_ms, reduce_ms, loader_ms: of one step.
+    """
+
+    processes: int
+    images_per_s: float
+    compute_ms: float
+    crossing_ms: float
+    reduce_ms: float
+    loader_ms: float
+
+
+MESSAGES = 7  # a step, as tower a waits for them: conv3, fc6, fc7, fc8 forward, then fc7, fc6, conv3 backward
+
+
+def project(record: BenchRecord, processes: int, links: Links) -> Projection:
+    """Predicted training rate of ``processes`` processes, each pair on a batch of the recipe's size.
+
+    One process computes c ms a step without crossings. Two towers on devices of their own take c / 2, and each step
+    moves half of the crossing bytes each way: X / (2 B) + 7 latencies. R pairs average their gradients by a ring:
+    2 (R - 1) / R * G / B' + 2 (R - 1) latencies, G the bytes of one tower's gradients; not overlapped, so this is the
+    slower end. Processes that share one machine share its cores: R pairs take R times the processor time.
+    """
+    setting, costs = record.setting, costs_of(record)
+    pairs = max(1, processes // 2)
+    exchanged = sum(stage.ms.median for stage in record.stages if stage.name in ("exchange", "waiting"))
+    both_ms = (costs.net_ms - exchanged) * (setting.processes if links.own_devices else 1)  # both towers, one device
+    compute = both_ms / min(processes, 2) if links.own_devices else both_ms * pairs
+    crossing = reduce = 0.0
+    if processes > 1:
+        crossing = setting.crossing_bytes / 2 / links.tower_gb_per_s / 1e6 + MESSAGES * links.tower_us / 1e3
+    if pairs > 1:
+        gradient_bytes = FLOAT_BYTES * setting.parameters / 2
+        moved = 2 * (pairs - 1) / pairs * gradient_bytes
+        reduce = moved / links.replica_gb_per_s / 1e6 + 2 * (pairs - 1) * links.replica_us / 1e3
+    loader = costs.loader_ms if links.own_devices else costs.loader_ms * processes / setting.processes
+    step = max(compute + crossing + reduce, loader)
+    return Projection(processes, rate(step, pairs * setting.batch_size), compute, crossing, reduce, loader)
+
+
+def links_of(
+    record: BenchRecord, *, tower_gb_per_s: float | None = None, replica_gb_per_s: float | None = None
+) -> Links:
+    """What a projection goes by: the given bandwidths between devices of their own, or those measured on this machine.
+
+    Without any given bandwidth the processes share this machine, and the wire is the measured one (none measured, as
+    in a run of one process: 1 GB/s and 100 us, the order of gloo on one machine).
+    """
+    bandwidth, latency = record.ceiling("exchange bandwidth"), record.ceiling("exchange latency")
+    measured = bandwidth.figure.median if bandwidth else 1.0
+    latency_us = latency.figure.median if latency else 100.0
+    own = tower_gb_per_s is not None or replica_gb_per_s is not None
+    tower = tower_gb_per_s or measured
+    return Links(tower, latency_us, replica_gb_per_s or tower, latency_us, own)

@@ -1,0 +1,161 @@
+"""A benchmark's result on the terminal: tables and sentences."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.bench_compare import Difference
+from trainer.bench_model import Projection, costs_of, predict_rate
+from trainer.bench_record import BenchRecord, Figure, Stage, Whole
+from trainer.bench_verdict import Verdict
+
+
+def print_record(record: BenchRecord, verdict: Verdict, projections: Sequence[Projection] = ()) -> None:
+    """Prints everything that was measured, and what follows from it."""
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    setting = record.setting
+    console.print(
+        f"{setting.recipe}, {setting.pictures}, batch {setting.batch_size}, {setting.precision}, {setting.device}, "
+        f"{setting.processes} process{'es' if setting.processes > 1 else ''}, {setting.cores} cores"
+    )
+    _print_ceilings(console, record)
+    _print_stages(console, record)
+    _print_wholes(console, record)
+    for point in record.sweep:
+        console.print(f"batch size {point.x}: {point.images_per_s:,.0f} images/s")
+    console.print(f"\n[bold]{verdict.sentence}[/bold]")
+    for suggestion in verdict.suggestions:
+        console.print(
+            f"- {suggestion.change}: {suggestion.factor:.2f} times, {suggestion.images_per_s:,.0f} images/s "
+            f"({suggestion.basis})"
+        )
+    if not verdict.suggestions:
+        console.print("- no change that this benchmark can compute promises 3 % or more")
+    _print_projections(console, record, projections)
+
+
+def _print_ceilings(console: Console, record: BenchRecord) -> None:
+    table = Table("ceiling", "half of the measurements", "", "n", "how", box=None, pad_edge=False)
+    for ceiling in record.ceilings:
+        figure = ceiling.figure
+        table.add_row(ceiling.name, _spread(figure), ceiling.unit, str(figure.n), ceiling.note)
+    console.print(table, "")
+
+
+def _print_stages(console: Console, record: BenchRecord) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    for name in ("ms a batch", "half within", "n", "cpu ms", "images/s", "of ceiling"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for stage in record.stages:
+        table.add_row(*stage_cells(stage))
+    console.print(table, "")
+
+
+def stage_cells(stage: Stage) -> list[str]:
+    """A stage as text: name, ms, quartiles, n, processor ms, rate, share of its ceiling, which one and note."""
+    share = stage.share_of_ceiling
+    indent = "  " if stage.group == "crossing" else ""
+    return [
+        indent + stage.name,
+        number(stage.ms.median),
+        f"{number(stage.ms.low)}..{number(stage.ms.high)}",
+        str(stage.ms.n),
+        number(stage.cpu_ms) if stage.cpu_ms is not None else "",
+        f"{stage.images_per_s:,.0f}" if stage.ms.median > 0 else "",
+        f"{share:.0%}" if share is not None else "",
+        "; ".join(text for text in (stage.ceiling, stage.note) if text),
+    ]
+
+
+def _print_wholes(console: Console, record: BenchRecord) -> None:
+    for name, whole in wholes(record):
+        console.print(
+            f"{name:20} {whole.images_per_s:9,.1f} images/s  {number(whole.ms.median)} ms a batch "
+            f"({_spread(whole.ms)}, n {whole.ms.n}), {number(whole.cpu_ms)} ms of processor time"
+        )
+    if record.whole is None:
+        return
+    console.print(prediction_sentence(record))
+    console.print(share_sentence(record))
+
+
+def wholes(record: BenchRecord) -> list[tuple[str, Whole]]:
+    """The wholes that were measured, named."""
+    named = (("loader alone", record.loader), ("synthetic training", record.synthetic), ("end to end", record.whole))
+    return [(name, whole) for name, whole in named if whole]
+
+
+def prediction_sentence(record: BenchRecord) -> str:
+    """The rate that the stages predict beside the measured one."""
+    assert record.whole is not None
+    predicted, costs = predict_rate(record), costs_of(record)
+    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.processor_ms)]
+    return (
+        f"predicted from the stages: {predicted:,.1f} images/s, "
+        f"measured {record.whole.images_per_s / predicted:.2f} of it (the longest of loader {terms[0]}, "
+        f"training {terms[1]}, processor time over {costs.cores} cores {terms[2]} ms)"
+    )
+
+
+def share_sentence(record: BenchRecord) -> str:
+    """End to end as a share of the slower of loader and synthetic training."""
+    assert record.whole is not None and record.loader is not None
+    slower = min(record.loader.images_per_s, record.synthetic.images_per_s)
+    shared = (
+        "" if record.setting.device.startswith("cuda") else "; on a CPU both share the cores, so 1 cannot be expected"
+    )
+    return f"end to end is {record.whole.images_per_s / slower:.2f} of min(loader, synthetic){shared}"
+
+
+def _print_projections(console: Console, record: BenchRecord, projections: Sequence[Projection]) -> None:
+    measured = {point.x: point for point in record.scaling}
+    for row in projections:
+        beside = measured.get(row.processes)
+        check = f", measured here {beside.images_per_s:,.1f}" if beside else ""
+        name = "1 process" if row.processes == 1 else f"{row.processes} processes"
+        parts = [number(ms) for ms in (row.compute_ms, row.crossing_ms, row.reduce_ms, row.loader_ms)]
+        console.print(
+            f"model, {name}: {row.images_per_s:,.1f} images/s{check} (computation {parts[0]}, crossings {parts[1]}, "
+            f"averaging {parts[2]}, loader {parts[3]} ms)"
+        )
+
+
+def print_comparison(rows: Sequence[Difference], settings: Sequence[tuple[str, str, str]]) -> None:
+    """Prints two results side by side."""
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    for name, left, right in settings:
+        console.print(f"{name}: {left} | {right}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("a", "b"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_column("verdict")
+    for row in rows:
+        table.add_row(row.name, _side(row.a), _side(row.b), row.unit, outcome(row))
+    console.print("", table)
+
+
+def outcome(row: Difference) -> str:
+    """``b is 1.31 times better``, ``no difference``, or who alone measured it."""
+    if row.better == "":
+        return "only in a" if row.a else "only in b"
+    return "no difference" if row.better == "none" else f"{row.better} is {row.factor:.2f} times better"
+
+
+def _side(figure: Figure | None) -> str:
+    return f"{number(figure.median)} ±{number(figure.noise)}" if figure else ""
+
+
+def _spread(figure: Figure) -> str:
+    return f"{number(figure.low)}..{number(figure.high)}"
+
+
+def number(value: float) -> str:
+    """Three digits at least: 0.0123, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

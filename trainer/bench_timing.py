@@ -1,0 +1,304 @@
+"""The training loop with a clock at every stage: the trainer itself, not a copy of it.
+
+Spans are taken with ``perf_counter``; on a GPU by CUDA events on the stream, resolved only after a slot has ended, so
+that measuring never makes the host wait.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.loader import Batch, QueueFill, TrainingLoader
+from trainer.bench_record import Span
+from trainer.config import Config
+from trainer.exchange import Link
+from trainer.metrics import MetricsLog, TrainingProgress
+from trainer.train import Trainer, Verdict
+
+SYNTHETIC_STEPS_AN_EPOCH = 1 << 20
+RATE_FACTOR = 1e-3  # on the recipe's learning rate: weights must stay finite on noise for as long as it takes
+
+
+class Clock:
+    """Collects spans: name, begin and end in seconds of this machine's monotonic clock."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._open: list[tuple[str, Any, Any]] = []
+        self._anchor: tuple[Any, float] | None = None
+
+    def mark(self) -> Any:
+        """A point in time, on the GPU where there is one."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        """Begins a slot."""
+        self._open.clear()
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            self._anchor = (self.mark(), time.perf_counter())
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Times a piece of work."""
+        begin = self.mark()
+        yield
+        self.add(name, begin)
+
+    def add(self, name: str, begin: Any) -> None:
+        """A span from ``begin`` to now."""
+        self._open.append((name, begin, self.mark()))
+
+    def stop(self) -> list[tuple[str, float, float]]:
+        """Ends a slot: its spans in the order in which they ended."""
+        if not self._on_gpu:
+            return list(self._open)
+        torch.cuda.synchronize()
+        assert self._anchor is not None
+        anchor, at_s = self._anchor
+        return [
+            (name, at_s + anchor.elapsed_time(begin) / 1e3, at_s + anchor.elapsed_time(end) / 1e3)
+            for name, begin, end in self._open
+        ]
+
+
+class TimedLink:
+    """A :class:`trainer.exchange.Link` whose every crossing is a span."""
+
+    def __init__(self, link: Link, clock: Clock) -> None:
+        self._link, self._clock = link, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    def swap(self, layer: str, phase: str, mine: Tensor, shape: Sequence[int]) -> Tensor:
+        """See :class:`trainer.exchange.Link`."""
+        with self._clock.span(f"{layer} {phase}"):
+            return self._link.swap(layer, phase, mine, shape)
+
+    def send(self, layer: str, phase: str, mine: Tensor) -> None:
+        """See :class:`trainer.exchange.Link`."""
+        with self._clock.span(f"{layer} {phase}"):
+            self._link.send(layer, phase, mine)
+
+    def receive(self, layer: str, phase: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """See :class:`trainer.exchange.Link`."""
+        with self._clock.span(f"{layer} {phase}"):
+            return self._link.receive(layer, phase, shape, like)
+
+
+class SyntheticLoader:
+    """One batch that is always ready: pixels on the recipe's scale, labels, nothing read."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        model, size = config.model, config.train.batch_size
+        generator = torch.Generator().manual_seed(config.train.seed)
+        scale = 60.0 if config.data.scale == "255" else 1.0
+        images = torch.randn((size, model.channels, model.image_px, model.image_px), generator=generator) * scale
+        labels = torch.randint(model.classes, (size,), generator=generator)
+        keys = tuple(f"{number:08d}" for number in range(size))
+        draws = np.zeros((size, 3), np.int32)
+        self._batch = Batch(images.to(device), labels.to(device), keys, draws, epoch=0, position=0, fingerprint=0)
+        self.steps_per_epoch = SYNTHETIC_STEPS_AN_EPOCH
+        self.queue_fill = QueueFill(0, 0, 0.0, 0.0)
+
+    def next(self) -> Batch:
+        """The batch."""
+        return self._batch
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to go on from."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class TimedTrainer(Trainer):
+    """The trainer on batches of a loader that can be exchanged, with its stages timed.
+
+    Args:
+        config: the recipe.
+        data: data set folder; not read where ``synthetic``.
+        run: empty folder for metrics and checkpoints.
+        link: the wire, or None.
+        device: ``cpu`` or ``cuda:N``.
+        synthetic: open no data set.
+        metrics: write metrics as training does.
+
+    Attributes:
+        clock: where the spans are.
+        sources: the loaders: ``synthetic``, and ``data`` where a data set was given.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Path | None,
+        run: Path,
+        *,
+        link: Link | None,
+        device: str,
+        metrics: bool = True,
+    ) -> None:
+        self.clock = Clock(device)
+        self._backward: Any = None
+        rate = dataclasses.replace(
+            config.optimizer,
+            learning_rate=config.optimizer.learning_rate * RATE_FACTOR,
+            bias_learning_rate=config.optimizer.bias_learning_rate * RATE_FACTOR,
+        )
+        self.sources: dict[str, Any] = {"synthetic": SyntheticLoader(config, device)}
+        config = dataclasses.replace(config, optimizer=rate)
+        timed: Any = TimedLink(link, self.clock) if link else None
+        super().__init__(config, data or run, run, link=timed, device=device)
+        self.log = MetricsLog(run, 0) if metrics and self.leads else None
+        self.progress = TrainingProgress(1, done=0, quiet=True)
+        self._time("forward", self.net, "loss", after=self._open_backward)
+        self._time("optimizer", self.optimizer, "step")
+
+    def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
+        """The data set's loader, if there is one."""
+        if self.data == self.run:
+            return self.sources["synthetic"]
+        self.sources["data"] = super()._open_loader(state)
+        return self.sources["data"]
+
+    def _handshake(self) -> None:
+        """The bench's own parent started both towers."""
+
+    def _time(self, name: str, owner: Any, method: str, after: Callable[[], None] | None = None) -> None:
+        """Puts a span around a method of one object."""
+        inner = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._close_backward()
+            with self.clock.span(name):
+                result = inner(*args, **kwargs)
+            if after:
+                after()
+            return result
+
+        setattr(owner, method, timed)
+
+    def _open_backward(self) -> None:
+        self._backward = self.clock.mark()
+
+    def _close_backward(self) -> None:
+        """The backward ends where the next thing begins: another forward, the check, or the update."""
+        if self._backward is not None:
+            self.clock.add("backward", self._backward)
+            self._backward = None
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """As the trainer's; the change of layout is a span of its own."""
+        with self.clock.span("transfer"):
+            images = batch.images.contiguous(memory_format=torch.channels_last)
+        return super()._forward_backward(dataclasses.replace(batch, images=images))
+
+    def _agree(self, batch: Batch, loss: float) -> Verdict:
+        """As the trainer's."""
+        self._close_backward()
+        with self.clock.span("check"):
+            return super()._agree(batch, loss)
+
+    def run_steps(self, source: str, count: int) -> "Slot":
+        """Takes ``count`` steps on batches of one source."""
+        loader = self.loader = self.sources[source]
+        taken = loader.next
+
+        def timed_next() -> Batch:
+            with self.clock.span("wait"):
+                return taken()
+
+        loader.next = timed_next
+        self.clock.start()
+        begin_cpu_s, begin_s = time.process_time(), time.perf_counter()
+        for _ in range(count):
+            with self.clock.span("step"):
+                self._one_step()
+        spans = self.clock.stop()
+        slot = Slot(count, time.perf_counter() - begin_s, time.process_time() - begin_cpu_s, spans)
+        del loader.next  # the class's own again
+        return slot
+
+    def save(self) -> float:
+        """Seconds of a checkpoint."""
+        begin = time.perf_counter()
+        self._save()
+        return time.perf_counter() - begin
+
+    def end(self) -> None:
+        """Closes what is open."""
+        for loader in self.sources.values():
+            loader.close()
+        if self.log:
+            self.log.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Some steps in a row.
+
+    Attributes:
+        count: steps.
+        wall_s: of all of them.
+        cpu_s: processor time of this process, all threads.
+        spans: (name, begin s, end s), in the order in which they ended; a step ends with ``step``.
+    """
+
+    count: int
+    wall_s: float
+    cpu_s: float
+    spans: list[tuple[str, float, float]]
+
+    def by_step(self) -> list[dict[str, float]]:
+        """Seconds of each stage in each step; ``exchange`` is the sum of the crossings, ``rest`` what no span covers.
+
+        Forward and backward are given without the crossings inside them.
+        """
+        steps: list[dict[str, float]] = []
+        current: dict[str, float] = {}
+        for name, begin, end in self.spans:
+            if name != "step":
+                current[name] = current.get(name, 0.0) + end - begin
+                continue
+            crossings = {key: value for key, value in current.items() if " " in key}
+            for phase in ("forward", "backward"):
+                inside = sum(value for key, value in crossings.items() if key.endswith(f" {phase}"))
+                current[phase] = current.get(phase, 0.0) - inside
+            known = sum(value for key, value in current.items() if key not in crossings)
+            current["exchange"] = sum(crossings.values())
+            current["rest"] = end - begin - known - current["exchange"]
+            current["step"] = end - begin
+            steps.append(current)
+            current = {}
+        return steps
+
+
+def middle_step(slots: Sequence[Slot], tower: str) -> list[Span]:
+    """The spans of the step whose length is the median, begun at 0."""
+    steps: list[tuple[float, list[tuple[str, float, float]]]] = []
+    for slot in slots:
+        current: list[tuple[str, float, float]] = []
+        for name, begin, end in slot.spans:
+            if name == "step":
+                steps.append((end - begin, [*current, (name, begin, end)]))
+                current = []
+            else:
+                current.append((name, begin, end))
+    length = statistics.median_low([duration for duration, _ in steps])
+    chosen = next(spans for duration, spans in steps if duration == length)
+    return [Span(tower, name, begin * 1e3, end * 1e3) for name, begin, end in chosen]
