@@ -76,6 +76,6 @@ def differ(a: Figure, b: Figure) -> bool:
 def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, str]]:
     """What was set or found differently: (name, in a, in b)."""
     left, right = dataclasses.asdict(a.setting), dataclasses.asdict(b.setting)
-    left |= {key: a.environment.get(key) for key in ("processor", "cores", "gpus", "torch", "commit")}
-    right |= {key: b.environment.get(key) for key in ("processor", "cores", "gpus", "torch", "commit")}
+    left |= {key: a.environment.get(key) for key in ("processor", "gpus", "torch", "commit")}
+    right |= {key: b.environment.get(key) for key in ("processor", "gpus", "torch", "commit")}
     return [(key, str(left[key]), str(right[key])) for key in left if left[key] != right[key]]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.loader import Batch, QueueFill, TrainingLoader
 from trainer.bench_record import Span
@@ -74,31 +73,6 @@ class Clock:
         ]
 
 
-class TimedLink:
-    """A :class:`trainer.exchange.Link` whose every crossing is a span."""
-
-    def __init__(self, link: Link, clock: Clock) -> None:
-        self._link, self._clock = link, clock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._link, name)
-
-    def swap(self, layer: str, phase: str, mine: Tensor, shape: Sequence[int]) -> Tensor:
-        """See :class:`trainer.exchange.Link`."""
-        with self._clock.span(f"{layer} {phase}"):
-            return self._link.swap(layer, phase, mine, shape)
-
-    def send(self, layer: str, phase: str, mine: Tensor) -> None:
-        """See :class:`trainer.exchange.Link`."""
-        with self._clock.span(f"{layer} {phase}"):
-            self._link.send(layer, phase, mine)
-
-    def receive(self, layer: str, phase: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """See :class:`trainer.exchange.Link`."""
-        with self._clock.span(f"{layer} {phase}"):
-            return self._link.receive(layer, phase, shape, like)
-
-
 class SyntheticLoader:
     """One batch that is always ready: pixels on the recipe's scale, labels, nothing read."""
 
@@ -131,11 +105,10 @@ class TimedTrainer(Trainer):
 
     Args:
         config: the recipe.
-        data: data set folder; not read where ``synthetic``.
+        data: data set folder, or None for synthetic pictures only.
         run: empty folder for metrics and checkpoints.
         link: the wire, or None.
         device: ``cpu`` or ``cuda:N``.
-        synthetic: open no data set.
         metrics: write metrics as training does.
 
     Attributes:
@@ -162,12 +135,14 @@ class TimedTrainer(Trainer):
         )
         self.sources: dict[str, Any] = {"synthetic": SyntheticLoader(config, device)}
         config = dataclasses.replace(config, optimizer=rate)
-        timed: Any = TimedLink(link, self.clock) if link else None
-        super().__init__(config, data or run, run, link=timed, device=device)
+        super().__init__(config, data or run, run, link=link, device=device)
         self.log = MetricsLog(run, 0) if metrics and self.leads else None
         self.progress = TrainingProgress(1, done=0, quiet=True)
         self._time("forward", self.net, "loss", after=self._open_backward)
         self._time("optimizer", self.optimizer, "step")
+        self._crossings = ("swap", "send", "receive") if link else ()
+        for method in self._crossings:
+            self._time_crossing(method)
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
         """The data set's loader, if there is one."""
@@ -192,6 +167,16 @@ class TimedTrainer(Trainer):
             return result
 
         setattr(owner, method, timed)
+
+    def _time_crossing(self, method: str) -> None:
+        """Puts a span, named by layer and phase, around one way to cross."""
+        inner = getattr(self.link, method)
+
+        def timed(layer: str, phase: str, *args: Any) -> Any:
+            with self.clock.span(f"{layer} {phase}"):
+                return inner(layer, phase, *args)
+
+        setattr(self.link, method, timed)
 
     def _open_backward(self) -> None:
         self._backward = self.clock.mark()
@@ -241,7 +226,9 @@ class TimedTrainer(Trainer):
         return time.perf_counter() - begin
 
     def end(self) -> None:
-        """Closes what is open."""
+        """Closes what is open, and gives the link its own methods back."""
+        for method in self._crossings:
+            delattr(self.link, method)
         for loader in self.sources.values():
             loader.close()
         if self.log:
