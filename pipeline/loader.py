@@ -28,12 +28,13 @@ from pipeline.loader_mean import MeanImage
 from pipeline.loader_pictures import PictureReader
 from pipeline.loader_running import QueueFill, RunningPipeline, describe_memory
 from pipeline.loader_skip import read_skip_list, skip_samples
-from pipeline.loader_split import SplitFeed, TorchNormaliser
+from pipeline.loader_split import BatchShare, SplitFeed, TorchNormaliser
 from pipeline.loader_sweep import with_decoder_share
 from pipeline.staging import stage
 
 __all__ = [
     "Batch",
+    "BatchShare",
     "EvaluationLoader",
     "LoaderConfig",
     "PictureReader",
@@ -69,12 +70,14 @@ class TrainingLoader:
         batch_size: samples a batch of this replica, >= 1.
         seed: 0..2**63 - 1; decides order and draws. The same on both towers and on all replicas.
         replica: number of this data-parallel replica.
-        replicas: how many there are; each sees its own part of every epoch.
+        replicas: how many there are; each sees its own part of every epoch, as DALI's reader deals it out.
         device: ``cpu`` or ``cuda:N``.
         state: what :meth:`state` returned, to continue after it.
         skip_list: text file of sample keys to leave out, one a line.
         verify: hash every tar before reading it.
         split_feed: this tower's share of the decoding, for ``feed = "split"``.
+        share: the rows of each batch that this process trains on; None for all. Unlike with ``replicas``, the batches
+            are then the same for any number of processes.
 
     Attributes:
         steps_per_epoch: batches in an epoch, the same for every replica.
@@ -100,10 +103,13 @@ class TrainingLoader:
         skip_list: Path | None = None,
         verify: bool = False,
         split_feed: SplitFeed | None = None,
+        share: BatchShare | None = None,
     ) -> None:
         self._opened = _Opened(data, "train", config, skip_list, verify)
         split, statistics = self._opened.split, self._opened.statistics
         _check_batch(batch_size, replica, replicas)
+        self._share = share or BatchShare()
+        self._rows = self._share.rows(batch_size)
         steps = colour_steps(config, statistics)
         self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
         self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, True, replica, replicas))
@@ -129,7 +135,8 @@ class TrainingLoader:
         feed = self._split_feed
         if feed:
             return split_graph(self._reader, self._feed, part=feed.part, parts=feed.parts)
-        return training_graph(self._reader, self._normaliser, self._feed)
+        share = self._share
+        return training_graph(self._reader, self._normaliser, self._feed, part=share.part, parts=share.parts)
 
     def _feed(self, info: Any) -> tuple[np.ndarray, ...]:
         """The draws of DALI's iteration ``info.iteration``, for the external source."""
@@ -160,7 +167,8 @@ class TrainingLoader:
     def _batch(self, outputs: Any, epoch: int, position: int) -> Batch:
         pixels, labels, source, geometry, shift = outputs
         keys = read_keys(source)
-        draws = Draws(np.array(geometry.as_array()), np.array(shift.as_array()))
+        whole = Draws(np.array(geometry.as_array()), np.array(shift.as_array()))
+        draws = Draws(whole.geometry[self._rows], whole.shift[self._rows])
         images = torch.from_dlpack(pixels.as_tensor())
         if self._split_feed and self._torch_normaliser:
             images = self._torch_normaliser(self._split_feed.exchange(images), draws)
@@ -168,12 +176,12 @@ class TrainingLoader:
             self._mean_image.subtract(images.numpy(), draws.geometry, out=images.numpy())
         return Batch(
             images=images,
-            labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),
-            keys=keys,
+            labels=read_labels(labels, keys, self.num_classes)[self._rows].to(self._reader.device),
+            keys=keys[self._rows],
             draws=draws.geometry,
             epoch=epoch,
             position=position,
-            fingerprint=fingerprint(keys, draws, epoch=epoch, position=position),
+            fingerprint=fingerprint(keys, whole, epoch=epoch, position=position),
         )
 
     @property

@@ -21,7 +21,8 @@ class Batch:
         draws: (N, 3) int32: crop x, crop y, mirror (0/1). Evaluation: the centre crop.
         epoch: 0-based.
         position: batch number inside the epoch, 0-based.
-        fingerprint: 63-bit hash of keys, draws and colour: equal on both towers if and only if the batch is the same.
+        fingerprint: 63-bit hash of keys, draws and colour of the whole batch, also where these are a share's rows:
+            equal on all processes if and only if the batch is the same.
     """
 
     images: torch.Tensor

@@ -250,17 +250,21 @@ def positions(geometry: np.ndarray, reader: Reader) -> tuple[np.ndarray, np.ndar
     return x.astype(np.float32), y.astype(np.float32)
 
 
-def training_graph(reader: Reader, normaliser: Normaliser, feed: Any) -> tuple[Any, ...]:
-    """Outputs images, label text, source text, geometry, colour shift.
+def training_graph(
+    reader: Reader, normaliser: Normaliser, feed: Any, *, part: int = 0, parts: int = 1
+) -> tuple[Any, ...]:
+    """Outputs images, label text, source text, geometry, colour shift; of the images one part of ``parts`` only.
 
     Args:
         reader: what to read.
         normaliser: what to make of it.
         feed: callback of DALI's external source: BatchInfo to geometry (N, 3) int32, x and y (N,) float32, mirror (N,)
             int32, shift (N, C) and channel mean less shift (N, C) float32.
+        part, parts: rows to decode: an equal part of the batch, see :class:`pipeline.loader_split.BatchShare`.
     """
     encoded, labels, source = read_encoded(reader)
     geometry, x, y, mirror, shift, mean = _draws(feed, 6)
+    encoded, x, y, mirror, mean = _part_of(reader, (encoded, x, y, mirror, mean), part, parts)
     roi = _roi(reader, x, y)
     pixels = decode(reader, encoded, roi)
     images = normaliser(pixels, x, y, mirror, mean, cropped=roi is not None)
@@ -270,15 +274,12 @@ def training_graph(reader: Reader, normaliser: Normaliser, feed: Any) -> tuple[A
 def split_graph(reader: Reader, feed: Any, *, part: int, parts: int) -> tuple[Any, ...]:
     """As :func:`training_graph`, but decodes one part of each batch only, to uint8 CHW crops, mirrored.
 
-    Labels, sources and draws are those of the whole batch. ``_conditional.split`` is what DALI's own ``if``
-    compiles to; used directly it gives a smaller batch instead of one merged again.
+    Labels, sources and draws are those of the whole batch.
     """
     fn, types = _dali().fn, _dali().types
     encoded, labels, source = read_encoded(reader)
     geometry, x, y, mirror, shift = _draws(lambda info: feed(info)[:5], 5)
-    mine = np.arange(reader.batch_size) * parts // reader.batch_size == part
-    predicate = fn.external_source(source=lambda _: list(mine), batch=True, batch_info=True)
-    encoded, x, y, mirror = (fn._conditional.split(node, predicate=predicate)[0] for node in (encoded, x, y, mirror))
+    encoded, x, y, mirror = _part_of(reader, (encoded, x, y, mirror), part, parts)
     roi = _roi(reader, x, y)
     window = {} if roi else {"crop": (reader.config.crop_px,) * 2, "crop_pos_x": x, "crop_pos_y": y}
     crops = fn.crop_mirror_normalize(
@@ -289,6 +290,17 @@ def split_graph(reader: Reader, feed: Any, *, part: int, parts: int) -> tuple[An
 
 def _draws(feed: Any, count: int) -> Any:
     return _dali().fn.external_source(source=feed, batch=True, batch_info=True, num_outputs=count)
+
+
+def _part_of(reader: Reader, nodes: tuple[Any, ...], part: int, parts: int) -> tuple[Any, ...]:
+    """One part of a batch. ``_conditional.split`` is what DALI's own ``if`` compiles to; used directly it gives a
+    smaller batch instead of one merged again."""
+    if parts == 1:
+        return nodes
+    fn = _dali().fn
+    mine = np.arange(reader.batch_size) * parts // reader.batch_size == part
+    predicate = fn.external_source(source=lambda _: list(mine), batch=True, batch_info=True)
+    return tuple(fn._conditional.split(node, predicate=predicate)[0] for node in nodes)
 
 
 def _roi(reader: Reader, x: Any, y: Any) -> dict[str, Any] | None:
