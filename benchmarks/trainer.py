@@ -109,7 +109,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     import torch
 
     from trainer.config import load_config
-    from trainer.exchange import connect
+    from trainer.mesh import connect
     from trainer.model import DropoutDraws
     from trainer.optimizer import PaperSGD
     from trainer.train import make_net
@@ -120,7 +120,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     if name == "plain":
         return plain_step(images, labels)
     config = load_config(ROOT / "configs" / "paper.toml")
-    link = connect(300.0, "gloo") if name.startswith("two") else None
+    link = connect(300.0, "gloo").link if name.startswith("two") else None
     net = make_net(config, link).to(memory_format=torch.channels_last)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -23,6 +23,7 @@ REFUSED_GRACE_S = 3.0  # the same after a refusal: the other tower only waits fo
 POLL_S = 0.1
 AGREE_EVERY_S = 1.0
 STOPPED = 3  # the trainer's status after it was asked to stop and has saved
+LOST = 4  # the trainer's status where another tower is gone without a word
 PREEMPTED = 75  # ours: the same because a node is going away; the driver starts the run again
 
 
@@ -93,7 +94,7 @@ def tower_environment(pair: PairSettings, place: Place, tower: int) -> dict[str,
     environment["OMP_NUM_THREADS"] = str(pair.threads)
     if pair.towers * place.replicas == 1:
         return environment
-    if place.replicas == 1:
+    if place.replicas == 1 or place.host.startswith("127."):
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment | {
         "RANK": str(place.replica * pair.towers + tower),
@@ -203,15 +204,19 @@ def verdict(statuses: Sequence[int]) -> int:
         TowerLost: see `worth_another_try`.
     """
     if worth_another_try(statuses):
-        tower, status = next((tower, status) for tower, status in enumerate(statuses) if status < 0 or status == 1)
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "crashed"
+        tower, status = next(found for found in enumerate(statuses) if worth_another_try(found[1:]))
+        crashed = "lost another one" if status == LOST else "crashed"
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else crashed
         raise TowerLost(f"tower {'ab'[tower]} {how}")
     return max(statuses)
 
 
 def worth_another_try(statuses: Sequence[int]) -> bool:
-    """Whether a tower was ended by a signal, or by an error that nobody foresaw (1); refusals (2) would come again."""
-    return any(status < 0 or status == 1 for status in statuses)
+    """Whether a tower was ended by a signal, by an error that nobody foresaw (1), or by the loss of another tower (4).
+
+    Refusals (2) would come again.
+    """
+    return any(status < 0 or status in (1, LOST) for status in statuses)
 
 
 def agreed_end(folder: Path, attempt: str, replicas: int) -> int | None:

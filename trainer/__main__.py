@@ -13,7 +13,7 @@ from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.exchange import Link
+    from trainer.mesh import Mesh
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         return arguments.command(arguments)
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status if isinstance(error, TrainerError) else 2
     except KeyboardInterrupt:
         print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
         return 130
@@ -51,6 +51,9 @@ def _train(arguments: argparse.Namespace) -> int:
     launch.choose_device(arguments.device)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise ConfigError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
+    if arguments.replicas > 1 and arguments.processes == 1:
+        raise ConfigError("--replicas: a replica is a pair of processes; add --processes 2")
+    run.check_replicas(config, _replicas(arguments))
     if arguments.dry_run:
         return _dry_run(arguments, config)
     if os.environ.get("RANK", "0") == "0":
@@ -60,9 +63,30 @@ def _train(arguments: argparse.Namespace) -> int:
         return _join_and_train(arguments, config)
     if arguments.processes == 1:
         return _work(arguments, config, None, launch.choose_device(arguments.device))
-    status = launch.start_towers(arguments.run, arguments.data, device=arguments.device, skip_list=arguments.skip_list)
-    run.ensure_result(arguments.run, status)
+    status = launch.start_towers(
+        arguments.run,
+        arguments.data,
+        device=arguments.device,
+        skip_list=arguments.skip_list,
+        replicas=arguments.replicas,
+    )
+    run.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
+
+
+def _replicas(arguments: argparse.Namespace) -> int:
+    """Pairs of towers: as torchrun started them, or as asked for.
+
+    Raises:
+        PeerError: torchrun started processes that make no pairs.
+    """
+    from trainer.mesh import check_world
+
+    if "RANK" not in os.environ:
+        return int(arguments.replicas)
+    world = int(os.environ.get("WORLD_SIZE", "2"))
+    check_world(world)
+    return world // 2
 
 
 def _tower(arguments: argparse.Namespace) -> int:
@@ -75,19 +99,19 @@ def _tower(arguments: argparse.Namespace) -> int:
 
 
 def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
-    """Finds the other tower as the environment says, and trains."""
-    from trainer.launch import choose_device, join_pair
+    """Finds the other processes as the environment says, and trains."""
+    from trainer.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
-    link = join_pair(device, config.train.peer_timeout_s)
-    return _work(arguments, config, link, device)
+    mesh = join_mesh(device, config.train.peer_timeout_s)
+    return _work(arguments, config, mesh, device)
 
 
-def _work(arguments: argparse.Namespace, config: "Config", link: "Link | None", device: str) -> int:
+def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.train import Trainer
 
-    trainer = Trainer(config, arguments.data, arguments.run, link=link, device=device, skip_list=arguments.skip_list)
+    trainer = Trainer(config, arguments.data, arguments.run, mesh=mesh, device=device, skip_list=arguments.skip_list)
     result = trainer.train()
     if trainer.leads:
         print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
@@ -167,6 +191,8 @@ def _describe(arguments: argparse.Namespace) -> int:
     from trainer.describe import print_tables, to_dict
 
     config = _load(arguments)
+    if arguments.scale:
+        return _scale(arguments, config)
     if arguments.svg:
         from trainer.net_drawing import write_drawing
 
@@ -176,6 +202,27 @@ def _describe(arguments: argparse.Namespace) -> int:
         print(json.dumps(to_dict(config.model), indent=1))
     else:
         print_tables(config.model)
+    return 0
+
+
+def _scale(arguments: argparse.Namespace, config: "Config") -> int:
+    """Prints what a step sends on many GPUs."""
+    from trainer.errors import ConfigError
+    from trainer.scale import Wires, scale_table
+    from trainer.scale_output import print_scale
+
+    if config.model.towers == 1:
+        raise ConfigError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
+    given = (arguments.bandwidth_gb_s, arguments.latency_us, arguments.tflops)
+    if any(given) and not all(given):
+        raise ConfigError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
+    wires = Wires(*given, arguments.pair_bandwidth_gb_s or given[0]) if all(given) else None
+    pictures = arguments.per_pair or config.train.batch_size
+    table = scale_table(config, pictures=pictures, wires=wires)
+    if arguments.json:
+        print(json.dumps(table, indent=1))
+    else:
+        print_scale(table, pictures, wires)
     return 0
 
 

@@ -1,8 +1,11 @@
 """What the processes of a run must agree on: where they start, every step before its update, every checkpoint."""
 
 import dataclasses
+import math
+import platform
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from safetensors import SafetensorError
 
 from trainer import checkpoint
 from trainer.errors import CheckpointError, PeerError
-from trainer.exchange import Link
+from trainer.mesh import Mesh, Replicas
 from trainer.model import TOWERS
 
 FINITE, STOP = 1, 2  # flag bits of the control message; above them, tower a's count of plateaus
 PLATEAUS_SHIFT = 8
+REPLICA_WORDS = 4  # int64 a replica and step
+NORM_TOLERANCE = 1e-5  # machines of several kinds may add up the same gradients in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Notes:
         stop: a signal has come.
         plateaus: plateaus of the held-out error so far; 0 where it is not known.
         norms: Euclidean norm of all gradients, by tower held here.
+        loss: of the pictures of this replica; nan on tower b, which does not know it.
     """
 
     fingerprint: int
@@ -36,6 +42,7 @@ class Notes:
     stop: bool
     plateaus: int
     norms: Mapping[str, float]
+    loss: float
 
     @property
     def flags(self) -> int:
@@ -45,52 +52,89 @@ class Notes:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What all processes know after the control message of a step: as :class:`Notes`, for all of them together."""
+    """What all processes know after the control messages of a step: as :class:`Notes`, for all of them together."""
 
     finite: bool
     stop: bool
     plateaus: int
     norms: dict[str, float]
+    loss: float
 
 
-def agree(link: Link | None, notes: Notes, where: str) -> Verdict:
-    """Compares notes before an update: same batch, finite numbers, stop or go on.
+def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
+    """Compares notes before an update: same batch, same gradients in all replicas, finite numbers, stop or go on.
+
+    The towers of each pair swap words first, then the same towers of all pairs, so that all know the same.
 
     Args:
-        link: the wire to the other tower, or None where this process is alone.
+        mesh: the other processes, or None where this one is alone.
         notes: this process's.
         where: the step, for messages.
 
     Raises:
-        PeerError: the other tower is gone or has another batch.
+        PeerError: a process is gone, has another batch, or other gradients.
     """
-    flags, norms, plateaus = notes.flags, dict(notes.norms), notes.plateaus
-    if link:
-        theirs = link.control([notes.fingerprint, flags, _bits_of(norms[link.tower])])
+    flags, norms, loss = notes.flags, dict(notes.norms), notes.loss
+    if mesh:
+        link, norm = mesh.link, norms[mesh.link.tower]
+        theirs = link.control([notes.fingerprint, flags, _bits_of(norm)])
         if theirs[0] != notes.fingerprint:
             raise PeerError(f"{where}: the towers have different batches")
         norms[TOWERS[1 - TOWERS.index(link.tower)]] = _double_of(theirs[2])
-        plateaus = max(flags, theirs[1]) >> PLATEAUS_SHIFT
-        flags = (flags & theirs[1] & FINITE) | ((flags | theirs[1]) & STOP)
-    return Verdict(bool(flags & FINITE), bool(flags & STOP), plateaus, dict(sorted(norms.items())))
+        flags = _both(flags, theirs[1])
+        if mesh.replicas:
+            flags, loss = _agree_replicas(mesh.replicas, notes, (flags, norm), where)
+    finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
+    return Verdict(finite, stop, plateaus, dict(sorted(norms.items())), loss)
 
 
-def handshake(link: Link | None, facts: Mapping[str, Any]) -> None:
-    """Refuses to start where the processes would not do the same work.
+def _agree_replicas(replicas: Replicas, notes: Notes, mine: tuple[int, float], where: str) -> tuple[int, float]:
+    """The same between the replicas of a tower; ``mine``: flags and gradient norm. Returns flags and mean loss."""
+    flags, norm = mine
+    rows = replicas.gather([notes.fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
+    for number, row in enumerate(rows):
+        if row[0] != notes.fingerprint:
+            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different batches")
+        flags = _both(flags, row[1])
+    for number, row in enumerate(rows):
+        if flags & FINITE and not math.isclose(norm, _double_of(row[2]), rel_tol=NORM_TOLERANCE):
+            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different gradients")
+    return flags, math.fsum(_double_of(row[3]) for row in rows) / len(rows)
+
+
+def _both(mine: int, theirs: int) -> int:
+    """Two processes' flags as one: finite if both are, stop if either must, the larger count of plateaus."""
+    plateaus = max(mine, theirs) >> PLATEAUS_SHIFT
+    return mine & theirs & FINITE | (mine | theirs) & STOP | plateaus << PLATEAUS_SHIFT
+
+
+def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
+    """Refuses to start where the processes would not do the same work; warns where a pair is spread over two nodes.
 
     Raises:
-        PeerError: naming the first fact in which they differ.
+        PeerError: naming the first fact in which two differ.
     """
-    if link is None:
+    if mesh is None:
         return
-    everyone: list[Any] = [None, None]
-    dist.all_gather_object(everyone, facts, group=link.control_group)
-    for name in facts:
-        if everyone[0][name] != everyone[1][name]:
-            raise PeerError(f"the towers have different values of {name}: a {everyone[0][name]}, b {everyone[1][name]}")
+    everyone: list[Any] = [None] * mesh.place.world
+    dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
+    for name, expected in everyone[0][0].items():
+        for rank, (found, _) in enumerate(everyone):
+            if found[name] != expected:
+                raise PeerError(
+                    f"the processes have different values of {name}: rank 0 {expected}, rank {rank} {found[name]}"
+                )
+    for a, b in zip(everyone[::2], everyone[1::2], strict=True):
+        if a[1] != b[1] and mesh.place.rank == 0:
+            print(
+                f"warning: a pair of towers is spread over {a[1]} and {b[1]}, and every crossing leaves the node: "
+                "start an even number of processes on each",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def save_together(run: Path, step: int, writers: Sequence[Callable[[], None]], link: Link | None) -> None:
+def save_together(run: Path, step: int, writers: Sequence[Callable[[], None]], mesh: Mesh | None) -> None:
     """Runs the parts of saving a checkpoint one after the other; none begins before all processes did the one before.
 
     Raises:
@@ -102,14 +146,21 @@ def save_together(run: Path, step: int, writers: Sequence[Callable[[], None]], l
             write()
         except (OSError, SafetensorError) as error:
             problem = error
-        others = link.control([int(problem is None), 0, 0])[0] if link else 1
-        if problem is None and others:
+        if _all_could(problem is None, mesh):
             continue
         shutil.rmtree(checkpoint.unfinished(run, step), ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint of step {step} cannot be saved ({problem or 'the other tower could not'}); "
+            f"the checkpoint of step {step} cannot be saved ({problem or 'another process could not'}); "
             f"the one before is whole: make room in {run} and go on with --resume auto"
         )
+
+
+def _all_could(could: bool, mesh: Mesh | None) -> bool:
+    """Whether all processes could do what this one could, or could not."""
+    if mesh is None:
+        return could
+    could = bool(mesh.link.control([int(could), 0, 0])[0]) and could
+    return all(row[0] for row in mesh.replicas.gather([int(could)])) if mesh.replicas else could
 
 
 def _bits_of(number: float) -> int:

@@ -8,7 +8,8 @@ Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 something to fix (one line says what), "
-    "3 stopped by a signal (train), or some pictures could not be used (predict)"
+    "3 stopped by a signal (train), or some pictures could not be used (predict), "
+    "4 another process of the run was lost (train)"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
@@ -77,6 +78,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _positive_number(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return number
+
+
 def _folder(parser: argparse.ArgumentParser, name: str, text: str, *, required: bool = True) -> None:
     """An option that names a folder."""
     parser.add_argument(name, type=Path, required=required, metavar="DIR", help=text)
@@ -113,6 +122,9 @@ def _add_train(commands: Commands) -> None:
     _folder(train, "--run", "folder for metrics, checkpoints and report")
     train.add_argument(
         "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
+    )
+    train.add_argument(
+        "--replicas", type=_positive, default=1, metavar="R", help="pairs of towers that share each batch (default: 1)"
     )
     _device_option(train)
     train.add_argument(
@@ -208,6 +220,19 @@ def _add_describe(commands: Commands) -> None:
     )
     _recipe_options(describe)
     describe.add_argument("--json", action="store_true", help="JSON instead of tables")
+    describe.add_argument(
+        "--scale", action="store_true", help="what a step sends on 2, 4 ... 512 GPUs; with the options below, a model"
+    )
+    describe.add_argument(
+        "--per-pair", type=_positive, metavar="N", help="pictures a pair of towers takes in a step (default: the batch)"
+    )
+    for name, text in (
+        ("--bandwidth-gb-s", "of a GPU to other replicas, one way, 1e9 bytes/s"),
+        ("--pair-bandwidth-gb-s", "between the towers of a pair (default: the same)"),
+        ("--latency-us", "of a message, microseconds"),
+        ("--tflops", "what a GPU reaches in training, 1e12 operations/s"),
+    ):
+        describe.add_argument(name, type=_positive_number, metavar="X", help=f"for --scale: {text}")
     describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
 
 

@@ -229,6 +229,8 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training split.
         batch_size: pictures a step; both towers see all of them.
+        accumulate: pieces in which a process takes its pictures of a step, one after the other: the same step with less
+            memory. Must divide the pictures a replica.
         seed: of the weights, the order of pictures, the augmentation and the dropout masks.
         evaluate_every_epochs: epochs between evaluations on ``evaluate_split``; 0 for only at the end.
         evaluate_split: split of the data set that is held out.
@@ -244,6 +246,7 @@ class TrainConfig:
 
     epochs: int = 90
     batch_size: int = 128
+    accumulate: int = 1
     seed: int = 0
     evaluate_every_epochs: int = 1
     evaluate_split: str = "val"
@@ -257,10 +260,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        for field in ("epochs", "batch_size", "keep_checkpoints", "checkpoint_every_epochs"):
+        for field in ("epochs", "batch_size", "accumulate", "keep_checkpoints", "checkpoint_every_epochs"):
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
         for field in ("evaluate_every_epochs", "checkpoint_every_steps", "seed"):
             require(getattr(self, field) >= 0, f"train.{field}", getattr(self, field), "zero or more")
+        divides = self.batch_size % self.accumulate == 0
+        require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
         require(self.peer_timeout_s > 0, "train.peer_timeout_s", self.peer_timeout_s, "a positive number of seconds")
 
 

@@ -2,7 +2,9 @@
 
 
 class TrainerError(Exception):
-    """Root of every error the trainer raises on purpose; the command line prints it as one line and exits 2."""
+    """Root of every error the trainer raises on purpose; the command line prints one line and exits with ``status``."""
+
+    status = 2  # it would come again
 
 
 class ConfigError(TrainerError):
@@ -22,7 +24,13 @@ class DivergedError(TrainerError):
 
 
 class PeerError(TrainerError):
-    """The other tower is gone, or it is not doing the same work (batch, recipe, version)."""
+    """Another process has ended, or is not doing the same work (batch, recipe, version)."""
+
+
+class LostError(PeerError):
+    """Another process is gone, without a word: the run can be tried again from its last checkpoint."""
+
+    status = 4
 
 
 class ExportError(TrainerError):

@@ -7,15 +7,14 @@ passes between towers in a training step but ``control``: one small message on a
 """
 
 import dataclasses
-import datetime
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import PeerError
+from trainer.errors import LostError, PeerError
 from trainer.model import TOWERS
 
 WIRES = {"same": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of TrainConfig.wire
@@ -31,7 +30,7 @@ class LedgerRow:
             ``control``.
         name: the layer whose input crosses, or what the message is.
         phase: ``forward``, ``backward`` or ``step``.
-        direction: ``a->b`` or ``b->a``.
+        direction: ``a->b`` or ``b->a``; ``a->a`` and ``b->b`` between replicas.
         calls: messages.
         num_bytes: payload, bytes.
     """
@@ -71,6 +70,13 @@ class Ledger:
         return [LedgerRow(*key, calls, total) for key, (calls, total) in self._rows.items()]
 
 
+class Reports(Protocol):
+    """Where processes report failures (:class:`trainer.mesh.Board`)."""
+
+    def lost(self, text: str) -> PeerError:
+        """What to raise where another process is gone; ``text``: how that looks from here."""
+
+
 class Link:
     """The wire between this tower and its peer.
 
@@ -94,6 +100,7 @@ class Link:
         self.tower, self.peer, self.group, self.control_group = tower, peer, group, control
         self.wire_dtype: torch.dtype | None = None
         self.ledger = Ledger()
+        self.board: Reports | None = None
         self.last_crossing = "none yet"
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._outwards = "a->b" if tower == "a" else "b->a"
@@ -189,7 +196,8 @@ class Link:
         """What to say when the peer does not answer."""
         other = TOWERS[1 - TOWERS.index(self.tower)]
         reason = str(error).splitlines()[0][:160]
-        return PeerError(f"tower {other} (rank {self.peer}) is lost at {self.last_crossing}: {reason}")
+        text = f"tower {other} (rank {self.peer}) is lost at {self.last_crossing}: {reason}"
+        return self.board.lost(text) if self.board else LostError(text)
 
 
 def _from_wire(tensor: Tensor) -> Tensor:
@@ -262,27 +270,3 @@ class PairJoin:
         (own,) = halves
         end = _ReceiveOnA if self.link.tower == "a" else _SendToA
         return end.apply(own, self.link, layer)
-
-
-def connect(timeout_s: float, backend: str) -> Link:
-    """Joins the pair of processes that the environment describes (RANK 0 is tower a, RANK 1 is tower b).
-
-    Args:
-        timeout_s: seconds after which a silent peer counts as lost.
-        backend: ``nccl`` or ``gloo``.
-
-    Raises:
-        PeerError: the world is not two processes, or the peer does not come.
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    try:
-        dist.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        raise PeerError(f"the two towers cannot find each other: {str(error).splitlines()[0]}") from None
-    if dist.get_world_size() != 2:
-        raise PeerError(f"{dist.get_world_size()} processes were started: two towers need exactly 2")
-    rank = dist.get_rank()
-    world = dist.group.WORLD
-    assert world is not None
-    control = world if backend == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-    return Link(TOWERS[rank], 1 - rank, world, control)

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import RunError
-from trainer.exchange import Link, connect
+from trainer.mesh import Mesh, connect
 from trainer.model import TOWERS
 
-GRACE_S = 15.0  # between the end of one tower and the killing of the other
+GRACE_S = 15.0  # between the end of one tower and the killing of the others
 
 
 def choose_device(requested: str | None, rank: int = 0) -> str:
@@ -36,26 +36,28 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     return f"cuda:{rank % torch.cuda.device_count()}"
 
 
-def join_pair(device: str, timeout_s: float) -> Link:
-    """Connects this process to its pair as the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says.
+def join_mesh(device: str, timeout_s: float) -> Mesh:
+    """Connects this process to the others as the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says.
 
     NCCL needs a GPU a rank; towers on CPUs, or on one GPU together, talk through gloo.
     """
-    own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= 2
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
+    own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= here
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return connect(timeout_s, "nccl" if own_gpu else "gloo")
 
 
-def tower_environment(rank: int, port: int) -> dict[str, str]:
-    """The environment of one of two towers on this machine, whose store listens on ``port`` here, as torchrun's."""
+def tower_environment(rank: int, port: int, world: int = 2) -> dict[str, str]:
+    """As torchrun would set it for one of ``world`` towers, all here; the store listens on ``port`` of this machine."""
     return (
         {"GLOO_SOCKET_IFNAME": "lo"}
         | os.environ
         | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -63,23 +65,24 @@ def tower_environment(rank: int, port: int) -> dict[str, str]:
     )
 
 
-def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path | None = None) -> int:
-    """Runs both towers of an opened run to their end.
+def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path | None = None, replicas: int = 1) -> int:
+    """Runs the towers of an opened run, ``replicas`` pairs of them, to their end.
 
-    SIGTERM and SIGINT are passed on; each tower then finishes its step and saves. If one tower ends badly, the other
-    gets ``GRACE_S`` to notice it.
+    SIGTERM and SIGINT are passed on; each tower then finishes its step and saves. If one tower ends badly, the others
+    get ``GRACE_S`` to notice it.
 
     Returns:
         Exit status: 0, or that of the first tower that failed (128 + number where a signal ended it).
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    world = 2 * replicas
+    threads = max(1, len(os.sched_getaffinity(0)) // world)
     children = []
-    for rank in range(2):
+    for rank in range(world):
         command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
         command += ["--device", device] if device else []
         command += ["--skip-list", str(skip_list)] if skip_list else []
-        environment = tower_environment(rank, store.port)
+        environment = tower_environment(rank, store.port, world)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
     with _passing_signals(children):
@@ -104,7 +107,7 @@ def _passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for both towers; the first bad end starts the grace of the other."""
+    """Waits for all towers; the first bad end starts the grace of the others."""
     first_failure: int | None = None
     deadline = float("inf")
     while any(child.poll() is None for child in children):
@@ -125,7 +128,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
 def _status(rank: int, code: int) -> int:
     """Exit status of a tower that failed; says so where the tower could not say it itself."""
     if code < 0:
-        print(f"error: tower {TOWERS[rank]} (rank {rank}) was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        print(
+            f"error: tower {TOWERS[rank % 2]} (rank {rank}) was ended by {signal.Signals(-code).name}", file=sys.stderr
+        )
         return 128 - code
     return code
 

@@ -52,20 +52,26 @@ class LocalJoin:
 class DropoutDraws:
     """Which units are dropped: a pure function of these numbers, so every process and a resumed run draw the same mask.
 
+    The mask is that of the step's whole batch; a process that takes some rows at a time takes those rows of it.
+
     Attributes:
         seed: seed of the run.
         step: step of the run, from 0.
-        part: part of the batch: replica or accumulation step, from 0.
+        first: first row, of the whole batch, of the pictures at hand.
+        total: rows of the whole batch; 0: the pictures at hand are all.
     """
 
     seed: int
     step: int
-    part: int = 0
+    first: int = 0
+    total: int = 0
 
     def mask(self, tower: str, layer: str, like: Tensor, rate: float) -> Tensor:
         """0/1 mask with the shape, dtype and device of ``like``; 1 keeps a unit, with probability 1 - rate."""
-        generator = torch.Generator(like.device).manual_seed(stable_seed(self.seed, self.step, self.part, tower, layer))
-        return torch.empty_like(like).bernoulli_(1 - rate, generator=generator)
+        generator = torch.Generator(like.device).manual_seed(stable_seed(self.seed, self.step, tower, layer))
+        rows = self.total or len(like)
+        whole = like.new_empty((rows, *like.shape[1:])).bernoulli_(1 - rate, generator=generator)
+        return whole[self.first : self.first + len(like)]
 
 
 def stable_seed(*parts: object) -> int:

@@ -137,7 +137,27 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
         )
 
 
-def ensure_result(run: Path, status: int) -> None:
+def check_replicas(config: Config, replicas: int) -> None:
+    """Checks that a recipe's batch can be shared, before anything is started.
+
+    Raises:
+        ConfigError: naming the field and what would do.
+    """
+    train = config.train
+    pieces = replicas * train.accumulate
+    if train.batch_size % pieces:
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size} cannot be divided among {replicas} replicas x train.accumulate = "
+            f"{train.accumulate}: use a multiple of {pieces}"
+        )
+    if pieces > 1 and any("batch_norm" in text.split() for text in config.model.after):
+        raise ConfigError(
+            f"model.after has batch_norm, whose statistics are those of a whole batch: {replicas} replicas x "
+            f"train.accumulate = {train.accumulate} would each see a part; use one replica and train.accumulate = 1"
+        )
+
+
+def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
     """Writes a ``failed`` result where the towers ended without writing one (killed, for example)."""
     if status and not (run / RESULT_NAME).exists():
         rows = [row for row in read_metrics(run) if row["kind"] == "step"]
@@ -145,5 +165,18 @@ def ensure_result(run: Path, status: int) -> None:
         last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0, "images_per_s": 0.0}
         write_result(
             run,
-            Result("failed", reason, last["step"], last["epoch"], None, None, 0, 0.0, last["images_per_s"], 2, 0, []),
+            Result(
+                "failed",
+                reason,
+                last["step"],
+                last["epoch"],
+                None,
+                None,
+                0,
+                0.0,
+                last["images_per_s"],
+                processes,
+                0,
+                [],
+            ),
         )

@@ -1,6 +1,5 @@
 """The training loop. One process holds both towers, or two processes hold one each; the loop is the same."""
 
-import contextlib
 import math
 import signal
 import statistics
@@ -11,17 +10,19 @@ from typing import Any
 
 import torch
 
-from pipeline.loader import Batch, EvaluationLoader, SplitFeed, TrainingLoader
+from pipeline.loader import Batch, BatchShare, EvaluationLoader, SplitFeed, TrainingLoader
 from pipeline.manifest import read_manifest
 from trainer import checkpoint
 from trainer.agreement import Notes, Verdict, agree, handshake, save_together
 from trainer.config import Config
-from trainer.errors import DivergedError, RunError
+from trainer.errors import DivergedError, PeerError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import WIRES, Link, PairJoin
+from trainer.gradients import StepGradients
 from trainer.merged import MergedNet
+from trainer.mesh import Mesh, Place
 from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
-from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
+from trainer.model import TOWERS, TwoTowerNet
 from trainer.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.run import Result, write_result
 
@@ -33,7 +34,7 @@ class Trainer:
         config: the recipe.
         data: data set folder.
         run: run folder, already opened (:func:`trainer.run.open_run`).
-        link: the wire to the other tower, or None where this process holds both.
+        mesh: the other processes, or None where this one is alone and holds both towers.
         device: ``cpu`` or ``cuda:N``.
         skip_list: file with keys of samples to leave out, one a line.
     """
@@ -44,18 +45,21 @@ class Trainer:
         data: Path,
         run: Path,
         *,
-        link: Link | None = None,
+        mesh: Mesh | None = None,
         device: str = "cpu",
         skip_list: Path | None = None,
     ) -> None:
-        self.config, self.data, self.run, self.link, self.device = config, data, run, link, device
+        self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
+        self.link = mesh.link if mesh else None
+        self.place = mesh.place if mesh else Place(0, 2)
         self.skip_list = skip_list
         self.started = time.perf_counter()
         self.stop_signal: str | None = None
-        self.leads = link is None or link.tower == "a"
+        self.leads = self.place.rank == 0
         train = config.train
-        self.net = make_net(config, link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = make_net(config, self.link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
+        self.gradients = StepGradients(self.net, train, mesh=mesh, device=device)
         self.step = 0
         state = self._resume()
         self.loader = self._open_loader(state)
@@ -79,7 +83,8 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(TOWERS.index(link.tower), 2, link.swap_input) if link else None,
+            split_feed=SplitFeed(self.place.rank, self.place.world, link.swap_input) if link else None,
+            share=BatchShare(self.place.replica, self.place.replicas),
         )
 
     def _resume(self) -> dict[str, Any] | None:
@@ -109,7 +114,7 @@ class Trainer:
             "torch version": torch.__version__,
             "step to start from": self.step,
         }
-        handshake(self.link, facts)
+        handshake(self.mesh, facts)
 
     def request_stop(self, number: int, _frame: object = None) -> None:
         """Signal handler: finish the step, save, end."""
@@ -135,6 +140,8 @@ class Trainer:
             raise RunError(sentence) from None
         except Exception as error:
             sentence = f"{type(error).__name__}: {error}"
+            if self.mesh and not isinstance(error, PeerError):
+                self.mesh.board.ended(self.place.rank, error)
             raise
         finally:
             result = self._result(reason, sentence)
@@ -169,11 +176,12 @@ class Trainer:
                 self._evaluate()
             if last or stop or self._checkpoint_is_due(ended_epochs):
                 self._save()
-        return (self.stop_signal or "the other tower") if stop and self.step < self.total_steps else None
+        return (self.stop_signal or "another process") if stop and self.step < self.total_steps else None
 
     def _opening_line(self) -> str:
         """What the run is about to do."""
         towers = "two processes, one a tower" if self.link else "one process"
+        towers = f"{self.place.replicas} replicas of {towers}" if self.place.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
             f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
@@ -193,7 +201,7 @@ class Trainer:
             self.link.ledger.clear()
         batch = self.loader.next()
         waited_s = time.perf_counter() - begin
-        loss = self._forward_backward(batch)
+        loss = self.gradients(batch.images, batch.labels, self.step)
         verdict = self._agree(batch, loss)
         epoch = self.step / self.steps_per_epoch
         rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus)
@@ -209,7 +217,7 @@ class Trainer:
                 "kind": "step",
                 "step": self.step,
                 "epoch": batch.epoch,
-                "loss": loss,
+                "loss": verdict.loss,
                 "learning_rate": rates.weights,
                 "images_per_s": self.rates[-1],
                 "data_wait_share": waited_s / elapsed_s,
@@ -220,22 +228,6 @@ class Trainer:
             self.progress.step(row)
         return verdict
 
-    def _forward_backward(self, batch: Batch) -> float:
-        """Gradients of every parameter; returns the loss (nan on tower b, which does not know it)."""
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        draws = DropoutDraws(self.config.train.seed, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._precision():
-            loss = self.net.loss(images, batch.labels, draws)
-        loss.backward()
-        return loss.item() if self.leads else math.nan
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 matrix products where the recipe asks for them."""
-        if self.config.train.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
-
     def _agree(self, batch: Batch, loss: float) -> Verdict:
         """Compares notes with the other processes before the update.
 
@@ -243,15 +235,16 @@ class Trainer:
             DivergedError: loss or gradient not finite anywhere.
         """
         norms = {name: self._gradient_norm(name) for name in self.net.held}
-        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or not self.leads)
+        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.held)
         plateaus = count_plateaus(self.held_out_errors, self.config.optimizer)
-        notes = Notes(batch.fingerprint, finite, self.stop_signal is not None, plateaus, norms)
-        verdict = agree(self.link, notes, f"step {self.step} (first key here {batch.keys[0]})")
+        notes = Notes(batch.fingerprint, finite, self.stop_signal is not None, plateaus, norms, loss)
+        verdict = agree(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
         if not verdict.finite:
             shown = ", ".join(f"{name} {value:.3g}" for name, value in verdict.norms.items())
             raise DivergedError(
-                f"step {self.step}: not finite (loss {loss:.4g}, gradient norms {shown}); the update was not applied; "
-                f"batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these pictures"
+                f"step {self.step}: not finite (loss {verdict.loss:.4g}, gradient norms {shown}); the update was not "
+                f"applied; batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these "
+                "pictures"
             )
         return verdict
 
@@ -294,10 +287,10 @@ class Trainer:
         """
         folder = checkpoint.unfinished(self.run, self.step)
         writers = [
-            lambda: checkpoint.save_towers(folder, self.net, self.optimizer),
+            lambda: checkpoint.save_towers(folder, self.net, self.optimizer) if self.place.replica == 0 else None,
             self._commit if self.leads else lambda: None,
         ]
-        save_together(self.run, self.step, writers, self.link)
+        save_together(self.run, self.step, writers, self.mesh)
 
     def _commit(self) -> None:
         """Makes the checkpoint visible, and removes those that are not kept."""
@@ -323,7 +316,7 @@ class Trainer:
             num_samples=evaluation.num_samples if evaluation else 0,
             elapsed_s=time.perf_counter() - self.started,
             images_per_s=statistics.median(self.rates or [0.0]),
-            processes=2 if self.link else 1,
+            processes=self.place.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,
         )

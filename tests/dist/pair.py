@@ -1,4 +1,4 @@
-"""Runs a function in two gloo processes, rank 0 as tower a and rank 1 as tower b, and brings back what they return."""
+"""Runs a function in gloo processes, a tower each (rank = 2 x replica + tower), and brings back what they return."""
 
 import datetime
 import pickle
@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.launch import tower_environment
+from trainer.mesh import Mesh
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,6 +22,18 @@ def run_pair(function: Callable[..., Any], *arguments: Any, timeout_s: float = 2
 
     ``function`` must be a module-level function, so that it can be named across processes.
     """
+    first, second = run_mesh(call_with_link, function, *arguments, replicas=1, timeout_s=timeout_s)
+    return first, second
+
+
+def call_with_link(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> Any:
+    """For functions that know of one pair only."""
+    return function(mesh.link, *arguments)
+
+
+def run_mesh(function: Callable[..., Any], *arguments: Any, replicas: int, timeout_s: float = 200) -> list[Any]:
+    """Calls ``function(mesh, *arguments)`` in 2 x ``replicas`` processes; what they return, by rank."""
+    world = 2 * replicas
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
@@ -28,8 +41,8 @@ def run_pair(function: Callable[..., Any], *arguments: Any, timeout_s: float = 2
         job = Path(folder) / "job"
         job.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
         children = []
-        for rank in range(2):
-            environment = tower_environment(rank, store.port) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for rank in range(world):
+            environment = tower_environment(rank, store.port, world) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             out = (Path(folder) / f"log-{rank}").open("wb")
             command = [sys.executable, "-m", "tests.dist.pair", str(job), f"{folder}/result-{rank}"]
             children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
@@ -42,19 +55,18 @@ def run_pair(function: Callable[..., Any], *arguments: Any, timeout_s: float = 2
         for rank, child in enumerate(children):
             log = (Path(folder) / f"log-{rank}").read_text()
             assert child.returncode == 0, f"rank {rank} ended with {child.returncode}:\n{log}"
-        first, second = (pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(2))
-    return first, second
+        return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world)]
 
 
 def _child() -> None:
     """One tower."""
     import importlib
 
-    from trainer.exchange import connect
+    from trainer.mesh import connect
 
     module, name, arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
-    link = connect(150.0, "gloo")
-    result = getattr(importlib.import_module(module), name)(link, *arguments)
+    mesh = connect(150.0, "gloo")
+    result = getattr(importlib.import_module(module), name)(mesh, *arguments)
     Path(sys.argv[2]).write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """What the two towers do in the tests of this folder; module-level, so that both processes find it by name."""
 
 import collections
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.loader import BatchShare
+from trainer.agreement import Notes, agree
 from trainer.config import Config, load_config
+from trainer.errors import PeerError
 from trainer.exchange import Link, PairJoin
+from trainer.gradients import StepGradients
+from trainer.mesh import Mesh, Place
 from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
 from trainer.optimizer import PaperSGD
 
@@ -82,6 +88,71 @@ def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     config = recipe(name)
     torch.set_num_threads(1)
     return train_steps(make_net(config, None), config, batch_size, steps)
+
+
+def train_rows(mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1) -> dict[str, Any]:
+    """:func:`train_steps` with the trainer's own step, on this replica's rows of the same batches."""
+    torch.set_num_threads(1)
+    config = recipe(name)
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
+    place = mesh.place if mesh else Place(0, 2)
+    net = make_net(config, mesh.link if mesh else None)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    gradients = StepGradients(net, train, mesh=mesh)
+    rows = BatchShare(place.replica, place.replicas).rows(batch_size)
+    facts: dict[str, Any] = {"losses": []}
+    for step in range(steps):
+        images, labels = a_batch(config, step, batch_size)
+        loss = gradients(images[rows], labels[rows], step)
+        norms = {tower: 1.0 for tower in net.held}
+        facts["losses"].append(agree(mesh, Notes(1, True, False, 0, norms, loss), "a test").loss)
+        if step == 0:
+            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+    return facts | {"weights": {name: p.detach().clone() for name, p in net.named_parameters()}}
+
+
+def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) -> dict[str, Any]:
+    """Every c10d call of one training step of a replica, as the dispatcher sees it, and the ledger beside it."""
+    config = recipe(name)
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate)
+    net = make_net(config, mesh.link)
+    gradients = StepGradients(net, train, mesh=mesh)
+    images, labels = a_batch(config, 0, batch_size)
+    rows = BatchShare(mesh.place.replica, mesh.place.replicas).rows(batch_size)
+    mesh.link.ledger.clear()
+    with CallCounter() as counter:
+        gradients(images[rows], labels[rows], 0)
+    ledger = [row.to_dict() for row in mesh.link.ledger.rows()]
+    return {"calls": counter.calls, "ledger": ledger, "parameters": sum(p.numel() for p in net.parameters())}
+
+
+def disagree(mesh: Mesh, what: str) -> str:
+    """The last rank (of the batch: the last replica) tells something else than the others; what each is told."""
+    odd = mesh.place.replica == mesh.place.replicas - 1 and (mesh.place.tower == "b" or what == "batch")
+    notes = Notes(
+        fingerprint=2 if odd and what == "batch" else 1,
+        finite=not (odd and what == "finite"),
+        stop=odd and what == "stop",
+        plateaus=3 if odd and what == "plateaus" else 1,
+        norms={mesh.place.tower: 2.0 if odd and what == "gradients" else 1.0},
+        loss=float(mesh.place.replica),
+    )
+    try:
+        verdict = agree(mesh, notes, "step 7")
+    except PeerError as error:
+        return str(error)
+    return f"finite {verdict.finite}, stop {verdict.stop}, plateaus {verdict.plateaus}"
+
+
+def replica_facts(mesh: Mesh) -> dict[str, Any]:
+    """All that the tests of replicas look at, in one start of four processes."""
+    cases = ("finite", "stop", "plateaus", "gradients", "batch")
+    return {
+        "trained": {pieces: train_rows(mesh, "digits", 16, 5, pieces) for pieces in (1, 2)},
+        "counted": {pieces: count_replica_step(mesh, "digits", 8, pieces) for pieces in (1, 2)},
+        "told": {what: disagree(mesh, what) for what in cases},
+    }
 
 
 def count_one_step(link: Link, name: str, batch_size: int) -> dict[str, Any]:

@@ -147,6 +147,24 @@ def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights
     add_node(machine)
 
 
+def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_path):
+    """Each pair in one bundle, the pairs on different nodes; a killed tower of the second pair brings all four back."""
+    direct, run = tmp_path / "direct", tmp_path / "run"
+    command = [sys.executable, *train_command(data, direct)[1:], "--processes", "2", "--replicas", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint")
+    towers = towers_of(run)
+    nodes = [os.getsid(towers[rank]) for rank in range(4)]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    os.kill(towers[3], signal.SIGKILL)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("restart: going on from the last checkpoint") == 1
+    assert "2 replicas of two processes" in done.stdout
+    assert final_weights(run) == final_weights(direct)
+
+
 def node_id_of(node: local.LocalNode) -> str:
     """Ray's id of a node, from the command line of its raylet."""
     for pid in local.session_members(node.pid):

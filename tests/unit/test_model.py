@@ -115,7 +115,7 @@ def test_dropout_masks_are_pure_and_differ() -> None:
     for other in (
         DropoutDraws(1, 8).mask("a", "fc6", like, 0.5),
         DropoutDraws(2, 7).mask("a", "fc6", like, 0.5),
-        DropoutDraws(1, 7, 1).mask("a", "fc6", like, 0.5),
+        DropoutDraws(1, 7, first=1, total=len(like) + 1).mask("a", "fc6", like, 0.5),
         DropoutDraws(1, 7).mask("b", "fc6", like, 0.5),
         DropoutDraws(1, 7).mask("a", "fc7", like, 0.5),
     ):
