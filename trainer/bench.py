@@ -24,7 +24,7 @@ from trainer.bench_stages import BenchOptions, Part, measure
 from trainer.config import Config
 from trainer.describe import count_crossings, count_layers
 from trainer.errors import BenchError
-from trainer.launch import choose_device, die_with_parent, join_pair, tower_environment
+from trainer.launch import choose_device, die_with_parent, join_mesh, tower_environment
 from trainer.metrics import describe_environment
 
 Say = Callable[[str], None]
@@ -99,7 +99,7 @@ def measure_parts(config: Config, options: BenchOptions, *, processes: int, devi
     """The parts of all processes, tower a's first."""
     with tempfile.TemporaryDirectory(prefix="twotower-bench-") as folder:
         if processes == 1:
-            return [measure(config, options, link=None, device=choose_device(device), scratch=Path(folder), say=say)]
+            return [measure(config, options, mesh=None, device=choose_device(device), scratch=Path(folder), say=say)]
         job = Path(folder) / "job"
         job.write_bytes(pickle.dumps(Job(config, options, device, Path(folder) / "part")))
         _run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", str(job)])
@@ -111,11 +111,11 @@ def run_tower(job: Path) -> None:
     die_with_parent()
     task: Job = pickle.loads(job.read_bytes())
     device = choose_device(task.device, int(os.environ.get("LOCAL_RANK", "0")))
-    link = join_pair(device, task.config.train.peer_timeout_s)
-    say = print_line if link.tower == "a" else lambda _: None
-    part = measure(task.config, task.options, link=link, device=device, scratch=job.parent, say=say)
-    Path(f"{task.output}-{link.tower}").write_bytes(pickle.dumps(part))
-    dist.barrier(group=link.control_group)
+    mesh = join_mesh(device, task.config.train.peer_timeout_s)
+    say = print_line if mesh.link.tower == "a" else lambda _: None
+    part = measure(task.config, task.options, mesh=mesh, device=device, scratch=job.parent, say=say)
+    Path(f"{task.output}-{mesh.link.tower}").write_bytes(pickle.dumps(part))
+    dist.barrier(group=mesh.control)
     dist.destroy_process_group()
 
 

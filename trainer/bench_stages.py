@@ -18,6 +18,7 @@ from trainer.bench_record import Ceiling, Span
 from trainer.bench_timing import Slot, TimedTrainer, middle_step
 from trainer.config import Config
 from trainer.exchange import Link
+from trainer.mesh import Mesh
 
 ROUNDS = 5
 CHECKPOINTS = 3
@@ -74,7 +75,7 @@ def measure(
     config: Config,
     options: BenchOptions,
     *,
-    link: Link | None,
+    mesh: Mesh | None,
     device: str,
     scratch: Path,
     attach: Callable[[TimedTrainer], None] | None = None,
@@ -85,19 +86,20 @@ def measure(
     Args:
         config: the recipe.
         options: what to measure.
-        link: the wire, or None where this process holds both towers.
+        mesh: the pair of processes, or None where this one holds both towers.
         device: ``cpu`` or ``cuda:N``.
         scratch: folder for what training writes, the same for both towers.
         attach: called with every trainer before it runs; tests slow it down there.
         say: gets a line when something new begins.
     """
+    link = mesh.link if mesh else None
     part = Part(link.tower if link else "both")
     run = scratch / f"batch-{config.train.batch_size}"
     run.mkdir(parents=True, exist_ok=True)
     if options.stages:
         say("ceilings of this machine")
         part.ceilings = _ceilings(options, link, device, run)
-    trainer = TimedTrainer(config, options.data, run, link=link, device=device)
+    trainer = TimedTrainer(config, options.data, run, mesh=mesh, device=device)
     try:
         if attach:
             attach(trainer)
@@ -112,7 +114,7 @@ def measure(
     for size in options.batch_sizes:
         say(f"batch size {size}")
         resized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-        found = measure(resized, only, link=link, device=device, scratch=scratch / "sweep", attach=attach)
+        found = measure(resized, only, mesh=mesh, device=device, scratch=scratch / "sweep", attach=attach)
         name = "end to end" if options.data is not None else "synthetic"
         part.sweep[size] = [wall / count for count, wall, _ in found.slots[name]]
     return part

@@ -18,7 +18,7 @@ import torch
 from pipeline.loader import Batch, QueueFill, TrainingLoader
 from trainer.bench_record import Span
 from trainer.config import Config
-from trainer.exchange import Link
+from trainer.mesh import Mesh
 from trainer.metrics import MetricsLog, TrainingProgress
 from trainer.train import Trainer, Verdict
 
@@ -107,7 +107,7 @@ class TimedTrainer(Trainer):
         config: the recipe.
         data: data set folder, or None for synthetic pictures only.
         run: empty folder for metrics and checkpoints.
-        link: the wire, or None.
+        mesh: the pair of processes, or None where this one holds both towers.
         device: ``cpu`` or ``cuda:N``.
         metrics: write metrics as training does.
 
@@ -122,7 +122,7 @@ class TimedTrainer(Trainer):
         data: Path | None,
         run: Path,
         *,
-        link: Link | None,
+        mesh: Mesh | None,
         device: str,
         metrics: bool = True,
     ) -> None:
@@ -135,12 +135,12 @@ class TimedTrainer(Trainer):
         )
         self.sources: dict[str, Any] = {"synthetic": SyntheticLoader(config, device)}
         config = dataclasses.replace(config, optimizer=rate)
-        super().__init__(config, data or run, run, link=link, device=device)
+        super().__init__(config, data or run, run, mesh=mesh, device=device)
         self.log = MetricsLog(run, 0) if metrics and self.leads else None
         self.progress = TrainingProgress(1, done=0, quiet=True)
         self._time("forward", self.net, "loss", after=self._open_backward)
         self._time("optimizer", self.optimizer, "step")
-        self._crossings = ("swap", "send", "receive") if link else ()
+        self._crossings = ("swap", "send", "receive") if mesh else ()
         for method in self._crossings:
             self._time_crossing(method)
 

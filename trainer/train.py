@@ -201,7 +201,7 @@ class Trainer:
             self.link.ledger.clear()
         batch = self.loader.next()
         waited_s = time.perf_counter() - begin
-        loss = self.gradients(batch.images, batch.labels, self.step)
+        loss = self._forward_backward(batch)
         verdict = self._agree(batch, loss)
         epoch = self.step / self.steps_per_epoch
         rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus)
@@ -227,6 +227,10 @@ class Trainer:
             self.log.write(row)
             self.progress.step(row)
         return verdict
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Gradients of every parameter; returns the loss of the pictures here (nan on tower b)."""
+        return self.gradients(batch.images, batch.labels, self.step)
 
     def _agree(self, batch: Batch, loss: float) -> Verdict:
         """Compares notes with the other processes before the update.
