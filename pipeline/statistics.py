@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.products import CENTRE, centred_products
+
 FOLD_EVERY = 257  # 257 * 255 is the last sum that fits 16 bits
+COLLECT_BYTES = 2**20  # pixels of five pictures of 256x256, collected for one matrix product
 MAX_POSITIONS = 2**20  # above a million pixels a picture, sums per position would cost more memory than they are worth
-CENTRE = 128
-ROW_PIXELS = 4
-GRAM_ROWS = 1024
-CHUNK_BLOCKS = 4  # 200 kB of float32 at a time stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Accumulator:
     """Sums pictures one by one, exactly.
 
     Pictures of one size are summed per position in 16 bits and folded into 64 bits before those can overflow.
-    Products are summed of values minus 128, which float32 can hold; :meth:`totals` moves them back.
+    Products are summed of values minus 128, small enough for fast exact sums; :meth:`totals` moves them back.
 
     Args:
         channels: C of every picture.
@@ -95,6 +94,8 @@ class Accumulator:
         self._position_sum: np.ndarray | None = None
         self._pending_sum = np.zeros(0, np.uint16)
         self._pending = 0
+        self._collected = np.zeros(0, np.uint8)
+        self._num_collected = 0
 
     def add(self, pixels: np.ndarray) -> None:
         """Adds one picture, uint8 (H, W, C)."""
@@ -104,7 +105,7 @@ class Accumulator:
         self._num_pictures += 1
         self._num_pixels += shape[0] * shape[1]
         values = pixels.reshape(-1)
-        self._centred_products += centred_products(values, self._channels)
+        self._collect(values)
         if shape != self._shape and self._shape is not None:
             self._forget_positions()
         if self._position_sum is None:
@@ -118,6 +119,7 @@ class Accumulator:
     def totals(self) -> Totals:
         """The sums so far."""
         self._fold()
+        self._multiply()
         sums = self._channel_sum.copy()
         if self._position_sum is not None:
             sums += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
@@ -130,6 +132,23 @@ class Accumulator:
             shape=self._shape,
             position_sum=None if self._position_sum is None else self._position_sum.reshape(self._shape or ()).copy(),
         )
+
+    def _collect(self, values: np.ndarray) -> None:
+        """Keeps values until there are enough for a matrix product: one for several pictures costs less each."""
+        if self._num_collected + len(values) > COLLECT_BYTES:
+            self._multiply()
+        if len(values) > COLLECT_BYTES:
+            self._centred_products += centred_products(values, self._channels)
+            return
+        if not len(self._collected):
+            self._collected = np.empty(COLLECT_BYTES, np.uint8)
+        self._collected[self._num_collected : self._num_collected + len(values)] = values
+        self._num_collected += len(values)
+
+    def _multiply(self) -> None:
+        """Adds the products of what was collected."""
+        self._centred_products += centred_products(self._collected[: self._num_collected], self._channels)
+        self._num_collected = 0
 
     def _start(self, shape: tuple[int, int, int]) -> None:
         self._shape = shape
@@ -150,38 +169,6 @@ class Accumulator:
         if self._position_sum is not None:
             self._channel_sum += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
         self._shape = self._position_sum = None
-
-
-def centred_products(values: np.ndarray, channels: int) -> np.ndarray:
-    """Sums of products of channels over a picture, of values minus 128, exactly.
-
-    Four pixels make a row, so that one matrix product sums four pixels at a time; the blocks on its diagonal are
-    added up.
-    float32 is exact because 128 * 128 * 1,024 rows = 2^24.
-
-    Args:
-        values: (H * W * C,) uint8.
-        channels: C.
-
-    Returns:
-        int64 (C, C).
-    """
-    row = ROW_PIXELS * channels
-    block = GRAM_ROWS * row
-    products = np.zeros((row, row), np.float64)
-    even = len(values) // block * block
-    signed, centred = np.empty(CHUNK_BLOCKS * block, np.uint8), np.empty(CHUNK_BLOCKS * block, np.float32)
-    for start in range(0, even, CHUNK_BLOCKS * block):
-        chunk = values[start : min(start + CHUNK_BLOCKS * block, even)]
-        size = len(chunk)
-        np.bitwise_xor(chunk, CENTRE, out=signed[:size])
-        centred[:size] = signed[:size].view(np.int8)
-        blocks = centred[:size].reshape(-1, GRAM_ROWS, row)
-        for rows in blocks:
-            products += rows.T @ rows
-    rest = values[even:].reshape(-1, channels).astype(np.float64) - CENTRE  # fewer than 4,096 pixels
-    diagonal = np.einsum("iaib->ab", products.reshape(ROW_PIXELS, channels, ROW_PIXELS, channels))
-    return (diagonal + rest.T @ rest).astype(np.int64)
 
 
 def summarise(totals: Totals) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from pipeline.config import PictureSettings
 from pipeline.decoder_check import dali_accepts
 from pipeline.errors import PictureError
-from pipeline.picture import decode, encode, make_picture, resize
+from pipeline.picture import decode, encode, make_picture, make_pictures, resize
 
 KEEP = PictureSettings(resize_px=None, encoding="png")
 
@@ -172,3 +172,28 @@ def test_pixels_stay_as_they_are() -> None:
     digit = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     made = make_picture(digit, PictureSettings(resize_px=None, encoding="png", channels=1))
     np.testing.assert_array_equal(pixels_of(made.data), digit[..., 0])
+
+
+def test_pictures_made_together_equal_those_made_alone_in_their_order(
+    photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.picture.BATCH_PICTURES", 3)
+    settings = PictureSettings(resize_px=32)
+    payloads: list = [saved(Image.fromarray(photo[:, :width]), "JPEG") for width in (50, 60, 70, 80, 90, 100)]
+    payloads[2:2] = [b"text", photo, PictureError("cannot be read"), b""]
+    made = list(make_pictures(payloads, settings))
+    assert [str(row) if isinstance(row, PictureError) else "" for row in made] == [
+        *("", "", "not a picture: neither JPEG nor PNG by its content", ""),
+        *("cannot be read", "empty file", "", "", "", ""),
+    ]
+    for payload, row in zip(payloads, made, strict=True):
+        if not isinstance(row, PictureError):
+            assert row.data == make_picture(payload, settings).data
+
+
+def test_a_batch_of_large_pictures_ends_early(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.picture.BATCH_BYTES", 2 * photo.nbytes)
+    asked = []
+    payloads = (asked.append(number) or photo for number in range(9))
+    next(make_pictures(payloads, PictureSettings()))
+    assert len(asked) == 2

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline import statistics
+from pipeline import products, statistics
 from pipeline.statistics import Accumulator, Totals, eigen, summarise, to_npz, totals_from_json
 
 
@@ -93,7 +93,8 @@ def test_json_round_trip() -> None:
 
 def test_the_fold_comes_before_the_overflow() -> None:
     assert statistics.FOLD_EVERY * 255 < 2**16
-    assert 128 * 128 * statistics.GRAM_ROWS <= 2**24
+    assert 128 * 128 * products.FLOAT_ROWS <= 2**24
+    assert 128 * 128 * products.INT8_ROWS < 2**31
 
 
 @pytest.mark.parametrize("value", [0, 127, 255])
@@ -109,3 +110,40 @@ def test_large_noise_is_summed_exactly() -> None:
     flat = noise.reshape(-1, 3).astype(np.int64)
     assert totals([noise]).product_sum == tuple(map(tuple, (flat.T @ flat).tolist()))
     assert totals([noise]).position_sum is None  # above MAX_POSITIONS
+
+
+@pytest.mark.parametrize("size", [0, 1, 47, 16 * 5, 4096, 70_000])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_products_of_floats_and_of_bytes_equal_those_of_wide_integers(
+    size: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(products, "INT8_ROWS", 1000)  # several pieces
+    noise = np.random.default_rng(size).choice(np.array([0, 1, 127, 128, 255], np.uint8), size * channels)
+    centred = noise.reshape(-1, channels).astype(np.int64) - 128
+    np.testing.assert_array_equal(products.float_products(noise, channels), centred.T @ centred)
+    if products.multiplies_bytes(torch):
+        np.testing.assert_array_equal(products.int8_products(noise, channels, torch), centred.T @ centred)
+
+
+def test_a_cpu_whose_byte_products_saturate_is_not_asked() -> None:
+    import torch
+
+    class Saturating:
+        """torch on a CPU that adds pairs of unsigned times signed bytes in 16 bits."""
+
+        from_numpy = staticmethod(torch.from_numpy)
+
+        class cpu:
+            @staticmethod
+            def get_capabilities() -> dict[str, bool]:
+                return {"avx512_vnni": True}
+
+        @staticmethod
+        def _int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            pairs = ((left.int() + 128)[:, :, None] * right.int()[None]).view(len(left), -1, 2, right.shape[1])
+            clipped = pairs.sum(2).clamp(-(2**15), 2**15 - 1).sum(1)
+            return (clipped - 128 * right.int().sum(0)).int()
+
+    assert not products.multiplies_bytes(Saturating)
