@@ -13,7 +13,11 @@ POINTS = (
     "tar-half",  # worker: half of the samples written
     "tar-written",  # worker: tar whole under its temporary name
     "tar-renamed",  # worker: tar under its final name, no index yet
+    "index-written",  # worker: index whole under its temporary name
     "index-renamed",  # worker: index in place, no record yet
+    "sums-written",  # worker: sums per position whole under their temporary name
+    "sums-renamed",  # worker: sums in place, no record yet
+    "record-written",  # worker: record whole under its temporary name
     "record-renamed",  # worker: record in place, driver not told yet
     "driver-shard-done",  # driver: told of a finished shard
     "manifest-before",  # driver: every other file in place, no manifest

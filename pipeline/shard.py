@@ -133,10 +133,8 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
     if writer.num_samples:
         _rename(temporary, final)
         faults.reach("tar-renamed", task.stem)
-        _commit(temporary, final.with_suffix(".idx"), index)
-        faults.reach("index-renamed", task.stem)
+        _commit(temporary, final.with_suffix(".idx"), index, point="index")
     _commit_record(work, temporary, task.stem, result)
-    faults.reach("record-renamed", task.stem)
     return dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None))
 
 
@@ -261,7 +259,7 @@ def _commit_record(work: Path, temporary: Path, stem: str, result: ShardResult) 
     sums = result.totals.position_sum
     data = b"" if sums is None else sums.astype("<u4").tobytes()  # 255 * MAX_SHARD_SIZE fits
     if data:
-        _commit(temporary, work / "records" / f"{stem}.sums", data)
+        _commit(temporary, work / "records" / f"{stem}.sums", data, point="sums")
     raw = {
         "shard": dataclasses.asdict(result.shard),
         "split": result.split,
@@ -271,15 +269,18 @@ def _commit_record(work: Path, temporary: Path, stem: str, result: ShardResult) 
         "totals": result.totals.to_json(),
         "positions_sha256": hashlib.sha256(data).hexdigest() if data else None,
     }
-    _commit(temporary, work / "records" / f"{stem}.json", json.dumps(raw).encode())
+    _commit(temporary, work / "records" / f"{stem}.json", json.dumps(raw).encode(), point="record")
 
 
-def _commit(temporary: Path, final: Path, data: bytes) -> None:
+def _commit(temporary: Path, final: Path, data: bytes, *, point: str) -> None:
+    """Writes a whole file under its final name; tests kill the process before and after the rename."""
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    faults.reach(f"{point}-written", final.stem)
     _rename(temporary, final)
+    faults.reach(f"{point}-renamed", final.stem)
 
 
 def _rename(temporary: Path, final: Path) -> None:

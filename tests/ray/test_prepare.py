@@ -17,9 +17,12 @@ from tests.ray.preparing import run, tree
 Arguments = tuple[object, ...]
 
 
-def test_three_workers_make_the_same_bytes_as_one(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
-    run(*arguments, "--workers", 3, "--output", tmp_path / "data")
-    assert tree(tmp_path / "data") == tree(undisturbed)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_more_workers_make_the_same_bytes_as_one(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path, workers: int
+) -> None:
+    run(*arguments, "--workers", workers, "--output", tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(undisturbed)  # the manifest among them
 
 
 def test_every_picture_is_there_once(undisturbed: Path) -> None:
