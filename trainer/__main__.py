@@ -126,7 +126,9 @@ def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
 
     device = choose_device(arguments.device)
     run = arguments.run if arguments.resume == "auto" else None
-    print_plan(plan_run(config, arguments.data, run=run, processes=arguments.processes, device=device))
+    processes, replicas = arguments.processes, arguments.replicas
+    plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
+    print_plan(plan)
     return 0
 
 
@@ -208,7 +210,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
     from trainer.errors import ConfigError
-    from trainer.scale import Wires, scale_table
+    from trainer.scale import WORLDS, Wires, scale_table
     from trainer.scale_output import print_scale
 
     if config.model.towers == 1:
@@ -218,7 +220,7 @@ def _scale(arguments: argparse.Namespace, config: "Config") -> int:
         raise ConfigError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
     wires = Wires(*given, arguments.pair_bandwidth_gb_s or given[0]) if all(given) else None
     pictures = arguments.per_pair or config.train.batch_size
-    table = scale_table(config, pictures=pictures, wires=wires)
+    table = scale_table(config, WORLDS, pictures=pictures, wires=wires)
     if arguments.json:
         print(json.dumps(table, indent=1))
     else:

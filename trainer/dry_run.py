@@ -82,6 +82,7 @@ class RunPlan:
         crossings: what would cross in a step; empty in one process.
         step_s: median time of a step, s; None where it was not measured.
         measured: what was timed, in words, or why nothing was.
+        replicas: pairs of processes; memory and crossings are one pair's, time is for its share of the batch.
     """
 
     config: Config
@@ -94,6 +95,12 @@ class RunPlan:
     crossings: tuple[CrossingRow, ...]
     step_s: float | None
     measured: str
+    replicas: int = 1
+
+    @property
+    def pictures(self) -> int:
+        """Pictures that a process takes in a step."""
+        return self.config.train.batch_size // self.replicas
 
     @property
     def steps(self) -> int:
@@ -108,13 +115,13 @@ class RunPlan:
     @property
     def shares_memory(self) -> bool:
         """Whether all processes draw on the same memory."""
-        return not _own_devices(self.device, self.processes)
+        return not _own_devices(self.device, self.processes * self.replicas)
 
     @property
     def needed_bytes(self) -> int:
         """Most that one device has to hold."""
         totals = [row.total for row in self.memory]
-        return sum(totals) if self.shares_memory else max(totals)
+        return sum(totals) * self.replicas if self.shares_memory else max(totals)
 
 
 class EchoJoin:
@@ -144,6 +151,7 @@ def plan_run(
     *,
     run: Path | None = None,
     processes: int = 1,
+    replicas: int = 1,
     device: str = "cpu",
     measure: bool = True,
 ) -> RunPlan:
@@ -154,12 +162,13 @@ def plan_run(
         data: data set folder.
         run: run folder to go on from, or None for a new run.
         processes: 1 or 2.
+        replicas: pairs of processes.
         device: ``cpu`` or ``cuda:N``.
         measure: time steps of the whole batch; left out where they would not fit into memory.
     """
     samples = read_manifest(data).splits["train"].num_samples
     newest = choose(run) if run is not None else None
-    memory, crossings = _count(config, processes)
+    memory, crossings = _count(config, processes, config.train.batch_size // replicas)
     plan = RunPlan(
         config=config,
         device=device,
@@ -171,24 +180,24 @@ def plan_run(
         crossings=crossings,
         step_s=None,
         measured="not measured",
+        replicas=replicas,
     )
     if plan.available_bytes is not None and plan.needed_bytes > plan.available_bytes:
         return dataclasses.replace(plan, measured="not measured: it does not fit into memory")
     return _measure(plan) if measure else plan
 
 
-def _count(config: Config, processes: int) -> tuple[tuple[Memory, ...], tuple[CrossingRow, ...]]:
-    """Memory of each process, and what crosses between two."""
+def _count(config: Config, processes: int, batch: int) -> tuple[tuple[Memory, ...], tuple[CrossingRow, ...]]:
+    """Memory of each process of a pair that takes ``batch`` pictures a step, and what crosses between them."""
     if processes == 1:
         holder = "both towers" if config.model.towers == 2 else "the tower"
-        return (_memory(config, make_net(config, None), holder),), ()
+        return (_memory(config, make_net(config, None), holder, batch),), ()
     memory, crossed = [], {}
     for tower in TOWERS:
         join = EchoJoin()
         net = TwoTowerNet(config.model, held=(tower,), join=join, compiled=False)
-        memory.append(_memory(config, net, f"tower {tower}"))
+        memory.append(_memory(config, net, f"tower {tower}", batch))
         crossed = join.crossed
-    batch = config.train.batch_size
     return tuple(memory), tuple(_crossing_rows({layer: size // 2 * batch for layer, size in crossed.items()}))
 
 
@@ -204,7 +213,7 @@ def _crossing_rows(crossed: dict[str, int]) -> list[CrossingRow]:
     return rows + [CrossingRow("control", "step", way, 8 * CONTROL_WORDS) for way in ("a->b", "b->a")]
 
 
-def _memory(config: Config, net: TwoTowerNet, holder: str) -> Memory:
+def _memory(config: Config, net: TwoTowerNet, holder: str, batch: int) -> Memory:
     """Memory of the process that trains ``net``."""
     one, two = (_kept_bytes(config, net, count) for count in (1, 2))
     model, train = config.model, config.train
@@ -212,8 +221,8 @@ def _memory(config: Config, net: TwoTowerNet, holder: str) -> Memory:
     return Memory(
         holder=holder,
         parameters=sum(parameter.nbytes for parameter in net.parameters()),
-        kept=2 * one - two + train.batch_size * (two - one),
-        batches=(config.data.prefetch + 1) * train.batch_size * image,
+        kept=2 * one - two + batch // train.accumulate * (two - one),
+        batches=(config.data.prefetch + 1) * batch * image,
     )
 
 
@@ -252,8 +261,8 @@ def _precision(config: Config, device: str) -> contextlib.AbstractContextManager
 
 
 def _own_devices(device: str, processes: int) -> bool:
-    """Whether each tower would have a GPU of its own."""
-    return processes == 2 and device.startswith("cuda") and torch.cuda.device_count() >= 2
+    """Whether each of all processes would have a GPU of its own."""
+    return processes >= 2 and device.startswith("cuda") and torch.cuda.device_count() >= processes
 
 
 def _available_bytes(device: str) -> int | None:
@@ -270,21 +279,22 @@ def _available_bytes(device: str) -> int | None:
 def _measure(plan: RunPlan) -> RunPlan:
     """Times steps of the whole batch: tower a alone where it would have its own GPU, else both towers here."""
     config, device = plan.config, plan.device
-    alone = _own_devices(device, plan.processes)
+    alone = _own_devices(device, plan.processes * plan.replicas)
     if alone:
         net = TwoTowerNet(config.model, held=("a",), join=EchoJoin(), compiled=config.train.compile)
     else:
         net = make_net(config, None)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    images, labels = _made_up_batch(config, config.train.batch_size, device)
+    images, labels = _made_up_batch(config, plan.pictures, device)
     times: list[float] = []
     busy = "" if device.startswith("cuda") else _busy()
     while len(times) < 2 or (sum(times[1:]) < MEASURE_S and len(times) <= MOST_STEPS):
         times.append(_time_step(config, net, optimizer, (images, labels), device))
     holder = "tower a alone" if alone else "both towers in this process" if config.model.towers == 2 else "the tower"
     steps = "one step" if len(times) == 2 else f"median of {len(times) - 1} steps"
-    words = f"{steps} of {holder} on made-up pictures, without loading and crossing{busy}"
+    share = f", {plan.pictures} pictures of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
+    words = f"{steps} of {holder}{share} on made-up pictures, without loading and crossing{busy}"
     return dataclasses.replace(plan, step_s=statistics.median(times[1:]), measured=words)
 
 
@@ -300,9 +310,10 @@ def _time_step(
     """Wall time of one step, s."""
     begin = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
-    with _precision(config, device):
-        loss = net.loss(*batch, DropoutDraws(0, 0))
-    loss.backward()
+    for images, labels in zip(*(part.chunk(config.train.accumulate) for part in batch), strict=True):
+        with _precision(config, device):
+            loss = net.loss(images, labels, DropoutDraws(0, 0))
+        loss.backward()
     optimizer.step()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

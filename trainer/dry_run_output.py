@@ -14,6 +14,7 @@ def print_plan(plan: RunPlan) -> None:
     train = plan.config.train
     more = f", {plan.done:,} of them done" if plan.done else ""
     towers = "one process" if plan.processes == 1 else "two processes, one a tower"
+    towers = f"{plan.replicas} replicas of {towers}" if plan.replicas > 1 else towers
     console.print(f"{towers}, {plan.device}, {train.precision}, batch {train.batch_size}")
     console.print(
         f"{train.epochs} epochs of {plan.steps_per_epoch:,} steps: {plan.steps:,} steps{more}", soft_wrap=True

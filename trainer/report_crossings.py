@@ -21,7 +21,8 @@ def towers(run: RunRecord) -> str:
             "What crosses between the towers", html.missing("No drawing: the run folder has no config.toml.")
         )
     model, ledger = run.config.model, run.result.get("ledger") or []
-    batch, rows = run.config.train.batch_size, layer_rows(model)
+    pairs = max(1, run.result.get("processes", 0) // 2)  # the ledger is that of the first pair
+    batch, rows = run.config.train.batch_size // pairs, layer_rows(model)
     measured = _crossings_in(ledger, batch, crossings_of(model))
     crossings, note = (
         (
@@ -75,8 +76,12 @@ def _ledger(ledger: Sequence[dict[str, Any]], batch: int) -> str:
     table: dict[tuple[str, str, str], dict[str, int]] = {}
     totals: dict[str, int] = {}
     for row in ledger:
-        cell = table.setdefault((row["kind"], row["name"], row["phase"]), {})
-        cell[row["direction"]] = cell.get(row["direction"], 0) + row["bytes"]
+        way = row["direction"]
+        name = row["name"]
+        if way[0] == way[-1]:  # a->a: what tower a sends to itself in other replicas
+            name, way = f"{name}, between replicas", {"a": "a->b", "b": "b->a"}[way[0]]
+        cell = table.setdefault((row["kind"], name, row["phase"]), {})
+        cell[way] = cell.get(way, 0) + row["bytes"]
         totals[row["kind"]] = totals.get(row["kind"], 0) + row["bytes"]
     rows = [
         [name, phase, *(f"{cell[way]:,}" if way in cell else "\u2013" for way in ("a->b", "b->a"))]
@@ -84,8 +89,10 @@ def _ledger(ledger: Sequence[dict[str, Any]], batch: int) -> str:
     ]
     sums = range(len(rows), len(rows) + len(totals))
     rows += [[f"all {kind}", "", "", f"{total:,}"] for kind, total in totals.items()]
-    head = ["what", "phase", "a \u2192 b", "b \u2192 a"]
-    caption = html.paragraph(f"The ledger of one training step of {batch} pictures, in bytes:")
+    replicas = any(row["kind"] == "replica" for row in ledger)
+    head = ["what", "phase", *(("sent by a", "sent by b") if replicas else ("a \u2192 b", "b \u2192 a"))]
+    whose = "of the first pair of towers, " if replicas else ""
+    caption = html.paragraph(f"The ledger of one training step of {batch} pictures, {whose}in bytes:")
     return caption + html.table(head, rows, numbers=(2, 3), sums=tuple(sums))
 
 

@@ -34,8 +34,9 @@ def _lede(run: RunRecord) -> str:
         return "No step has finished yet."
     reason = result.get("exit_reason")
     done = f"{run.last_step:,} steps" + (f" of batch {result['batch_size']}" if result.get("batch_size") else "")
+    processes = result.get("processes", 0)
     where = {1: " with both towers in one process", 2: " with one tower in each of two processes"}.get(
-        result.get("processes", 0), ""
+        processes, f" by {processes // 2} pairs of towers, a process each" if processes > 2 else ""
     )
     ending = {
         None: "The run has not ended: this is how far it has come.",

@@ -157,9 +157,7 @@ def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pi
     )
 
 
-def scale_table(
-    config: Config, *, pictures: int, wires: Wires | None, worlds: Sequence[int] = WORLDS
-) -> list[dict[str, Any]]:
+def scale_table(config: Config, worlds: Sequence[int], *, pictures: int, wires: Wires | None) -> list[dict[str, Any]]:
     """A row for every number of GPUs: the count of the busier tower and, where ``wires`` are given, the model."""
     table = []
     for world in worlds:

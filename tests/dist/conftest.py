@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.commands import run
+from tests.dist.commands import run, train_words
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +25,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--output",
         folder,
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process."""
+    folder = tmp_path_factory.mktemp("serial") / "run"
+    run(*train_words(digits, folder, "--processes", 1))
     return folder

@@ -27,14 +27,6 @@ def four(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in one process."""
-    folder = tmp_path_factory.mktemp("serial") / "run"
-    run(*train_words(digits, folder))
-    return folder
-
-
 def cut(folder: Path, new: Path, step: int) -> Path:
     """A copy of a run as a kill after a checkpoint leaves it."""
     shutil.copytree(folder, new)

@@ -23,14 +23,6 @@ STEPS = 1437 // 128
 
 
 @pytest.fixture(scope="module")
-def serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process."""
-    folder = tmp_path_factory.mktemp("serial") / "run"
-    run(*train_words(digits, folder, "--processes", 1))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pair(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, one process a tower."""
     folder = tmp_path_factory.mktemp("pair") / "run"

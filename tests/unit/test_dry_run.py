@@ -1,5 +1,7 @@
 """Plans of runs: memory counted by hand, crossings against the ledger, and nothing started or written."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -62,6 +64,21 @@ def test_plan_of_two_processes(data):
     assert plan.memory[0].total == 3 * plan.memory[0].parameters + plan.memory[0].kept + plan.memory[0].batches
     assert plan.needed_bytes == sum(row.total for row in plan.memory)  # the processes share the machine's memory
     assert plan.step_s is None and plan.remaining_s is None
+
+
+def test_plan_of_two_pairs_and_of_pieces(data):
+    """Each process takes its share; pieces halve what the forward keeps, and leave the rest."""
+    config = digits_config()
+    pair, pairs = (plan_run(config, data, processes=2, replicas=number, measure=False) for number in (1, 2))
+    assert pairs.pictures == config.train.batch_size // 2 and pairs.steps == pair.steps
+    for row, whole in zip(pairs.crossings, pair.crossings, strict=True):
+        assert row.num_bytes == (whole.num_bytes if row.name == "control" else whole.num_bytes // 2)
+    assert pairs.needed_bytes == 2 * sum(row.total for row in pairs.memory)  # on one machine
+    pieces = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
+    half = plan_run(pieces, data, processes=2, measure=False)
+    for row, whole, share in zip(half.memory, pair.memory, pairs.memory, strict=True):
+        assert (row.kept, row.batches) == (share.kept, whole.batches)
+        assert row.kept < whole.kept
 
 
 def test_crossings_are_those_of_the_ledger(data):

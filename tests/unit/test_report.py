@@ -90,6 +90,20 @@ def test_ledger_totals_are_the_sum_of_the_rows(run: Path) -> None:
     assert f"{both:,} parameters" in text
 
 
+def test_several_pairs_have_the_ledger_of_the_first(run: Path) -> None:
+    """Its bytes an image are those of the net; what goes to other replicas is told apart."""
+    record = read_run(run)
+    halved = [row | {"bytes": row["bytes"] // 2} for row in record.result["ledger"] if row["kind"] == "crossing"]
+    sums = {"kind": "replica", "name": "gradients", "phase": "backward", "direction": "a->a", "calls": 1, "bytes": 4321}
+    result = record.result | {"processes": 4, "ledger": [*halved, sums]}
+    text = parse(render_report(Report(dataclasses.replace(record, result=result)))).text.replace("\n", "")
+    whole = parse(render_report(Report(record))).text.replace("\n", "")
+    an_image = re.findall(r"[0-9,.]+ [kM]?B", whole.split("Bytes an image")[0])
+    assert an_image and an_image == re.findall(r"[0-9,.]+ [kM]?B", text.split("Bytes an image")[0])
+    assert "2 pairs of towers" in text
+    assert "gradients, between replicas" in text and "all replica4,321" in text
+
+
 def test_every_link_leads_to_a_file_of_the_run(run: Path) -> None:
     page = write_report(run).read_text()
     paths = re.findall(r'<a href="([^"]+)"', page)

@@ -64,6 +64,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     table = json.loads(capsys.readouterr().out)
     assert [row["gpus"] for row in table] == [2, 4, 8, 16, 32, 64, 128, 256, 512]
     assert all(row["model"]["step_s"] > 0 for row in table)
+    monkeypatch.setattr("trainer.scale.WORLDS", (2, 8))
     monkeypatch.setattr(sys, "argv", [*words, *numbers])
     assert main() == 0
     assert "MODEL, not measured" in capsys.readouterr().out
