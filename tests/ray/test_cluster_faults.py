@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from cluster import local
+from tests.ray.disk import enlarge, small_disk
 from tests.ray.machine import ROOT, Machine, started, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -109,6 +110,18 @@ def test_prepare_equals_a_direct_run(machine, data, tmp_path):
     done = machine.run("submit", "--", *command, expect=0)
     assert "1,797 pictures" in done.stdout
     assert manifest(tmp_path / "d") == manifest(data)
+
+
+def test_a_full_disk_is_one_line_and_is_continued(machine, data, tmp_path):
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        words = ("submit", "--", "python", *PREPARE, "--shard-size", "128", "--output", str(disk / "digits"))
+        done = machine.run(*words)
+        assert done.returncode == 2
+        errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in done.stdout
+        enlarge(disk, "30m")
+        machine.run(*words, expect=0)
+        assert manifest(disk / "digits") == manifest(data)
 
 
 def test_prepare_survives_a_killed_node(machine, tmp_path):
