@@ -3,22 +3,18 @@
 import dataclasses
 import math
 import platform
-import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from trainer import checkpoint
-from trainer.errors import CheckpointError, PeerError
+from trainer.errors import PeerError
 from trainer.mesh import Mesh, Replicas
 from trainer.model import TOWERS
 
-FINITE, STOP = 1, 2  # flag bits of the control message; above them, tower a's count of plateaus
+FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
 PLATEAUS_SHIFT = 8
 REPLICA_WORDS = 4  # int64 a replica and step
 NORM_TOLERANCE = 1e-5  # machines of several kinds may add up the same gradients in another order
@@ -35,6 +31,8 @@ class Notes:
         plateaus: plateaus of the held-out error so far; 0 where it is not known.
         norms: Euclidean norm of all gradients, by tower held here.
         loss: of the pictures of this replica; nan on tower b, which does not know it.
+        written: this process's part of the checkpoint under way is on the disk.
+        unsaved: it could not be written.
     """
 
     fingerprint: int
@@ -43,22 +41,30 @@ class Notes:
     plateaus: int
     norms: Mapping[str, float]
     loss: float
+    written: bool = False
+    unsaved: bool = False
 
     @property
     def flags(self) -> int:
         """Flags and plateaus as one word."""
-        return FINITE * self.finite | STOP * self.stop | self.plateaus << PLATEAUS_SHIFT
+        saving = WRITTEN * self.written | FAILED * self.unsaved
+        return FINITE * self.finite | STOP * self.stop | saving | self.plateaus << PLATEAUS_SHIFT
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What all processes know after the control messages of a step: as :class:`Notes`, for all of them together."""
+    """What all processes know after the control messages of a step: as :class:`Notes`, for all of them together.
+
+    Every process is finite and has written; at least one must stop, or could not save.
+    """
 
     finite: bool
     stop: bool
     plateaus: int
     norms: dict[str, float]
     loss: float
+    written: bool
+    unsaved: bool
 
 
 def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
@@ -85,7 +91,8 @@ def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
         if mesh.replicas:
             flags, loss = _agree_replicas(mesh.replicas, notes, (flags, norm), where)
     finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
-    return Verdict(finite, stop, plateaus, dict(sorted(norms.items())), loss)
+    written, unsaved = bool(flags & WRITTEN), bool(flags & FAILED)
+    return Verdict(finite, stop, plateaus, dict(sorted(norms.items())), loss, written, unsaved)
 
 
 def _agree_replicas(replicas: Replicas, notes: Notes, mine: tuple[int, float], where: str) -> tuple[int, float]:
@@ -103,9 +110,9 @@ def _agree_replicas(replicas: Replicas, notes: Notes, mine: tuple[int, float], w
 
 
 def _both(mine: int, theirs: int) -> int:
-    """Two processes' flags as one: finite if both are, stop if either must, the larger count of plateaus."""
+    """Two processes' flags as one, see :class:`Verdict`; the larger count of plateaus."""
     plateaus = max(mine, theirs) >> PLATEAUS_SHIFT
-    return mine & theirs & FINITE | (mine | theirs) & STOP | plateaus << PLATEAUS_SHIFT
+    return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
 
 
 def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
@@ -134,29 +141,8 @@ def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
             )
 
 
-def save_together(run: Path, step: int, writers: Sequence[Callable[[], None]], mesh: Mesh | None) -> None:
-    """Runs the parts of saving a checkpoint one after the other; none begins before all processes did the one before.
-
-    Raises:
-        CheckpointError: it cannot be written (a full disk, for example); all stop, the checkpoint before stays.
-    """
-    for write in writers:
-        problem = None
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            problem = error
-        if _all_could(problem is None, mesh):
-            continue
-        shutil.rmtree(checkpoint.unfinished(run, step), ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be saved ({problem or 'another process could not'}); "
-            f"the one before is whole: make room in {run} and go on with --resume auto"
-        )
-
-
-def _all_could(could: bool, mesh: Mesh | None) -> bool:
-    """Whether all processes could do what this one could, or could not."""
+def all_could(could: bool, mesh: Mesh | None) -> bool:
+    """Whether all processes could do what this one could, or could not; all must call it."""
     if mesh is None:
         return could
     could = bool(mesh.link.control([int(could), 0, 0])[0]) and could

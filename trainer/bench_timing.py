@@ -220,9 +220,10 @@ class TimedTrainer(Trainer):
         return slot
 
     def save(self) -> float:
-        """Seconds of a checkpoint."""
+        """Seconds of a checkpoint, until it is visible."""
         begin = time.perf_counter()
         self._save()
+        self.saver.finish()
         return time.perf_counter() - begin
 
     def end(self) -> None:

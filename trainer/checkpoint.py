@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.manifest import sync_folder, write_atomic
 from trainer.errors import CheckpointError
@@ -52,20 +54,33 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
-    """Writes the towers that this process holds into an unfinished folder (see :func:`unfinished`)."""
-    folder.mkdir(parents=True, exist_ok=True)
+def snapshot(net: TwoTowerNet, optimizer: PaperSGD) -> dict[str, dict[str, Tensor]]:
+    """A copy of the towers that this process holds, as they are written: ``{tower: {name: tensor on the CPU}}``."""
+    towers = {}
     for name in net.held:
         tower = net.tower(name)
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tower.named_parameters()}
-        tensors |= {
-            f"velocity/{key}": optimizer.velocity(value).cpu().contiguous() for key, value in tower.named_parameters()
+        tensors = {key: value.detach() for key, value in tower.named_parameters()}
+        tensors |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
+        tensors |= dict(tower.named_buffers())
+        towers[name] = {
+            key: value.to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in tensors.items()
         }
-        tensors |= {key: value.cpu() for key, value in tower.named_buffers()}
+    return towers
+
+
+def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
+    """Writes a :func:`snapshot` into an unfinished folder (see :func:`unfinished`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in towers.items():
         path = folder / f"tower-{name}.safetensors"
         save_file(tensors, path)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
+
+
+def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
+    """Writes the towers that this process holds into an unfinished folder."""
+    write_towers(folder, snapshot(net, optimizer))
 
 
 def unfinished(run: Path, step: int) -> Path:

@@ -13,7 +13,7 @@ import torch
 from pipeline.loader import Batch, BatchShare, EvaluationLoader, SplitFeed, TrainingLoader
 from pipeline.manifest import read_manifest
 from trainer import checkpoint
-from trainer.agreement import Notes, Verdict, agree, handshake, save_together
+from trainer.agreement import Notes, Verdict, agree, handshake
 from trainer.config import Config
 from trainer.errors import DivergedError, PeerError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
@@ -22,9 +22,10 @@ from trainer.gradients import StepGradients
 from trainer.merged import MergedNet
 from trainer.mesh import Mesh, Place
 from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
-from trainer.model import TOWERS, TwoTowerNet
+from trainer.model import TwoTowerNet
 from trainer.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.run import Result, write_result
+from trainer.saving import Draft, Saver
 
 
 class Trainer:
@@ -59,6 +60,7 @@ class Trainer:
         train = config.train
         self.net = make_net(config, self.link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
+        self.saver = Saver(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
         self.gradients = StepGradients(self.net, train, mesh=mesh, device=device)
         self.step = 0
         state = self._resume()
@@ -176,6 +178,7 @@ class Trainer:
                 self._evaluate()
             if last or stop or self._checkpoint_is_due(ended_epochs):
                 self._save()
+        self.saver.finish()
         return (self.stop_signal or "another process") if stop and self.step < self.total_steps else None
 
     def _opening_line(self) -> str:
@@ -240,10 +243,20 @@ class Trainer:
         """
         norms = {name: self._gradient_norm(name) for name in self.net.held}
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.held)
-        plateaus = count_plateaus(self.held_out_errors, self.config.optimizer)
-        notes = Notes(batch.fingerprint, finite, self.stop_signal is not None, plateaus, norms, loss)
+        notes = Notes(
+            fingerprint=batch.fingerprint,
+            finite=finite,
+            stop=self.stop_signal is not None,
+            plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
+            norms=norms,
+            loss=loss,
+            written=self.saver.written,
+            unsaved=self.saver.failed,
+        )
         verdict = agree(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
+        self.saver.advance(verdict)
         if not verdict.finite:
+            self.saver.finish()
             shown = ", ".join(f"{name} {value:.3g}" for name, value in verdict.norms.items())
             raise DivergedError(
                 f"step {self.step}: not finite (loss {verdict.loss:.4g}, gradient norms {shown}); the update was not "
@@ -284,26 +297,16 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint: every process its towers, then one makes it visible.
+        """Begins a checkpoint; it is written beside the steps that follow.
 
         Raises:
-            CheckpointError: it cannot be written (a full disk, for example); both towers stop, the one before stays.
+            CheckpointError: the one before could not be written (a full disk, for example).
         """
-        folder = checkpoint.unfinished(self.run, self.step)
-        writers = [
-            lambda: checkpoint.save_towers(folder, self.net, self.optimizer) if self.place.replica == 0 else None,
-            self._commit if self.leads else lambda: None,
-        ]
-        save_together(self.run, self.step, writers, self.mesh)
-
-    def _commit(self) -> None:
-        """Makes the checkpoint visible, and removes those that are not kept."""
-        towers = TOWERS[: self.config.model.towers]
-        fingerprint, state = self.config.fingerprint, self.loader.state()
+        self.saver.finish()
         evaluation = self.last_evaluation if self.evaluated_step == self.step else None
-        top1 = evaluation.top1 if evaluation else None
-        checkpoint.commit(self.run, self.step, config=fingerprint, loader=state, towers=towers, top1=top1)
-        checkpoint.keep_newest(self.run, self.config.train.keep_checkpoints)
+        self.saver.begin(
+            Draft(self.step, self.config.fingerprint, self.loader.state(), evaluation.top1 if evaluation else None)
+        )
         if self.log:
             self.log.flush()
 
