@@ -16,6 +16,9 @@ if typing.TYPE_CHECKING:
     from trainer.mesh import Mesh
 
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+
+
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
@@ -69,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         skip_list=arguments.skip_list,
         replicas=arguments.replicas,
+        profile_steps=arguments.profile,
     )
     run.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
@@ -111,7 +115,15 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.train import Trainer
 
-    trainer = Trainer(config, arguments.data, arguments.run, mesh=mesh, device=device, skip_list=arguments.skip_list)
+    trainer = Trainer(
+        config,
+        arguments.data,
+        arguments.run,
+        mesh=mesh,
+        device=device,
+        skip_list=arguments.skip_list,
+        profile_steps=arguments.profile,
+    )
     result = trainer.train()
     if trainer.leads:
         print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)

@@ -101,6 +101,18 @@ def _skip_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _profile_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        type=_positive,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="N",
+        help="record N steps (default: 5) of every process into RUN/profile: a trace and a table of operators",
+    )
+
+
 def _views_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--views", choices=("centre", "ten"), default="centre", help="ten: corners, centre, mirrored (paper 4.1)"
@@ -131,6 +143,7 @@ def _add_train(commands: Commands) -> None:
         "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
     )
     _skip_option(train)
+    _profile_option(train)
     train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
@@ -139,6 +152,7 @@ def _add_train(commands: Commands) -> None:
     _folder(tower, "--data", "")
     _folder(tower, "--run", "")
     tower.add_argument("--device")
+    _profile_option(tower)
     _skip_option(tower)
 
 

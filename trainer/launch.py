@@ -65,7 +65,15 @@ def tower_environment(rank: int, port: int, world: int = 2) -> dict[str, str]:
     )
 
 
-def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path | None = None, replicas: int = 1) -> int:
+def start_towers(
+    run: Path,
+    data: Path,
+    *,
+    device: str | None,
+    skip_list: Path | None = None,
+    replicas: int = 1,
+    profile_steps: int = 0,
+) -> int:
     """Runs the towers of an opened run, ``replicas`` pairs of them, to their end.
 
     SIGTERM and SIGINT are passed on; each tower then finishes its step and saves. If one tower ends badly, the others
@@ -82,6 +90,7 @@ def start_towers(run: Path, data: Path, *, device: str | None, skip_list: Path |
         command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
         command += ["--device", device] if device else []
         command += ["--skip-list", str(skip_list)] if skip_list else []
+        command += ["--profile", str(profile_steps)] if profile_steps else []
         environment = tower_environment(rank, store.port, world)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))

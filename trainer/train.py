@@ -24,6 +24,7 @@ from trainer.mesh import Mesh, Place
 from trainer.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.model import TwoTowerNet
 from trainer.optimizer import PaperSGD, count_plateaus, rates_at
+from trainer.profiling import StepProfiler
 from trainer.run import Result, write_result
 from trainer.saving import Draft, Saver
 
@@ -38,6 +39,7 @@ class Trainer:
         mesh: the other processes, or None where this one is alone and holds both towers.
         device: ``cpu`` or ``cuda:N``.
         skip_list: file with keys of samples to leave out, one a line.
+        profile_steps: steps to record, see :class:`trainer.profiling.StepProfiler`.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class Trainer:
         mesh: Mesh | None = None,
         device: str = "cpu",
         skip_list: Path | None = None,
+        profile_steps: int = 0,
     ) -> None:
         self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
         self.link = mesh.link if mesh else None
         self.place = mesh.place if mesh else Place(0, 2)
-        self.skip_list = skip_list
+        self.skip_list, self.profile_steps = skip_list, profile_steps
         self.started = time.perf_counter()
         self.stop_signal: str | None = None
         self.leads = self.place.rank == 0
@@ -166,11 +169,14 @@ class Trainer:
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
         self.progress.say(self._opening_line())
+        name = "".join(self.net.held) + (str(self.place.replica) if self.place.replicas > 1 else "")
+        profiler = StepProfiler(self.run, name, steps=self.profile_steps, device=self.device)
         stop = False
         if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
             self._evaluate()
         while self.step < self.total_steps and not stop:
             stop = self._one_step().stop
+            profiler.step()
             ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
             last = self.step == self.total_steps
             every = self.config.train.evaluate_every_epochs
@@ -179,6 +185,7 @@ class Trainer:
             if last or stop or self._checkpoint_is_due(ended_epochs):
                 self._save()
         self.saver.finish()
+        profiler.close()
         return (self.stop_signal or "another process") if stop and self.step < self.total_steps else None
 
     def _opening_line(self) -> str:

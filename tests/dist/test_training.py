@@ -95,13 +95,17 @@ def test_result_holds_the_ledger(pair: Path) -> None:
 def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -> None:
     """Half the bytes on every crossing, nothing else changed; the first losses are those of full precision, nearly."""
     folder = tmp_path / "run"
-    run(*train_words(digits, folder, "--processes", 2, overrides=("train.wire=fp16",)))
+    run(*train_words(digits, folder, "--processes", 2, "--profile", 2, overrides=("train.wire=fp16",)))
     full, half = (json.loads((path / "result.json").read_text())["ledger"] for path in (pair, folder))
     for before, after in zip(full, half, strict=True):
         assert after["bytes"] == before["bytes"] // (2 if before["kind"] == "crossing" else 1), before
     losses = [[row["loss"] for row in rows(path, "step")[:4]] for path in (pair, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert losses[1] != losses[0]
+    for tower in "ab":  # and --profile has recorded both
+        events = json.loads((folder / "profile" / f"trace-{tower}.json").read_text())["traceEvents"]
+        assert {"aten::conv2d", "ConvolutionBackward0"} <= {event["name"] for event in events}, tower
+        assert "aten::" in (folder / "profile" / f"operators-{tower}.txt").read_text()
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
