@@ -178,6 +178,23 @@ def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_pa
     assert final_weights(run) == final_weights(direct)
 
 
+def test_an_elastic_run_goes_on_with_fewer_replicas(machine, data, tmp_path):
+    """Two pairs; a node is killed and not replaced: one pair goes on from the checkpoint, with the same batches."""
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "1:2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
+    host = os.getsid(towers_of(run)[3])
+    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    done = machine.run("logs", "--follow", job)
+    add_node(machine)
+    assert done.returncode == 0, done.stdout
+    assert "2 replicas of two processes" in done.stdout
+    again = done.stdout.partition("restart: going on from the last checkpoint")[2]
+    assert "replicas of two processes" not in again and "two processes, one a tower, cpu, from step" in again
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 2)
+
+
 def node_id_of(node: local.LocalNode) -> str:
     """Ray's id of a node, from the command line of its raylet."""
     for pid in local.session_members(node.pid):

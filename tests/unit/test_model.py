@@ -124,6 +124,15 @@ def test_dropout_masks_are_pure_and_differ() -> None:
     assert 0.49 < mask.mean() < 0.51
 
 
+def test_a_piece_of_a_batch_has_its_rows_of_the_mask() -> None:
+    """However a batch of 12 is shared, the pieces' masks are the whole's."""
+    whole = DropoutDraws(1, 7).mask("b", "fc7", torch.empty(12, 50), 0.5)
+    for size in (2, 3, 12):
+        like = torch.empty(size, 50)
+        pieces = [DropoutDraws(1, 7, first, 12).mask("b", "fc7", like, 0.5) for first in range(0, 12, size)]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
 @pytest.mark.parametrize("kind", ["original", "inverted"])
 def test_expected_output_of_dropout_is_the_tested_one(kind: str) -> None:
     """Averaged over many masks, fc7's input in training equals the one in testing, for both kinds."""
