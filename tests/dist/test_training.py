@@ -272,7 +272,7 @@ def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path, processes: int, 
     assert process.returncode == 3, output + errors
     result = json.loads((folder / "result.json").read_text())
     assert result["exit_reason"] == "stopped"
-    assert number.name in result["reason"] or "other tower" in result["reason"]
+    assert number.name in result["reason"] or "another process" in result["reason"]
     assert checkpoints(folder)[-1] == folder_of(folder, result["step"])
 
 
