@@ -1,5 +1,6 @@
 """DALI's index of a tar, v1.2: read it, or make it for tars that others wrote."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,22 @@ def make_index(tar: Path) -> list[tuple[Component, ...]]:
 def write_index(tar: Path) -> int:
     """Writes ``NAME.idx`` beside a tar; returns the number of samples."""
     samples = make_index(tar)
-    lines = [" ".join(" ".join(map(str, component)) for component in sample) for sample in samples]
-    text = "\n".join([f"{INDEX_VERSION} {len(samples)}", *lines, ""])
-    write_atomic(tar.with_suffix(".idx"), os.fsencode(text))
+    write_atomic(tar.with_suffix(".idx"), _to_bytes(samples))
     return len(samples)
+
+
+def restore_index(tar: Path, sha256: str) -> bool:
+    """Writes the index of a tar again if it comes out with this sha256; tells whether it did."""
+    try:
+        data = _to_bytes(make_index(tar))
+    except SourceError:
+        return False
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return False
+    write_atomic(tar.with_suffix(".idx"), data)
+    return True
+
+
+def _to_bytes(samples: list[tuple[Component, ...]]) -> bytes:
+    lines = [" ".join(" ".join(map(str, component)) for component in sample) for sample in samples]
+    return os.fsencode("\n".join([f"{INDEX_VERSION} {len(samples)}", *lines, ""]))

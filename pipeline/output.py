@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline import faults
 from pipeline.errors import DatasetError, OutputError
+from pipeline.index import restore_index
 from pipeline.manifest import (
     FORMAT,
     INFO_NAME,
@@ -225,6 +226,16 @@ def sound_shards(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         problems = pool.map(functools.partial(shard_damage, output), shards)
     return {shard.name for shard, problem in zip(shards, problems, strict=True) if not problem}
+
+
+def restore_indexes(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
+    """Writes damaged indexes again from their tars, where those are sound; names of the shards that are sound then."""
+    return {
+        shard.name
+        for shard in shards
+        if shard_damage(output, shard).keys() == {shard.index_name}
+        and restore_index(output / shard.name, shard.index_sha256)
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,11 +49,13 @@ class Summary:
         manifest: the whole data set.
         num_done: pictures this run worked on; 0 if the data set was whole already.
         elapsed_s: seconds spent on shards, without starting Ray.
+        num_indexes: indexes made again from their sound tars.
     """
 
     manifest: Manifest
     num_done: int
     elapsed_s: float
+    num_indexes: int = 0
 
     @property
     def num_left_out(self) -> int:
@@ -145,6 +147,9 @@ class _Run:
             return None  # statistics and quarantine list come from all shards
         recorded = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
         sound = output.sound_shards(self._folder, recorded.values())
+        unsound = [shard for name, shard in recorded.items() if name not in sound]
+        restored = output.restore_indexes(self._folder, unsound)
+        sound |= restored
         damaged = [shard for shard in self._plan if shard.name in recorded.keys() - sound]
         elapsed_s = 0.0
         if damaged:
@@ -154,7 +159,7 @@ class _Run:
         if damaged_files:
             output.write_info(self._folder, manifest)
         output.clear_work(self._folder)
-        return Summary(manifest, sum(len(shard.rows) for shard in damaged), elapsed_s)
+        return Summary(manifest, sum(len(shard.rows) for shard in damaged), elapsed_s, len(restored))
 
     def _totals(self) -> dict[str, int]:
         totals: dict[str, int] = {}

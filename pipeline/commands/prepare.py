@@ -175,7 +175,9 @@ def _run_to_folder(options: PrepareOptions) -> int:
 def print_summary(folder: Path, summary: "Summary") -> None:
     """Counts, shards, bytes and rate, in a few lines."""
     manifest = summary.manifest
-    if not summary.num_done:
+    if summary.num_indexes:
+        print(f"{folder}: {summary.num_indexes:,} damaged indexes made again from their tars")
+    elif not summary.num_done:
         print(f"{folder} is whole already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,18 @@ def assert_one_line(text: str, *words: str) -> None:
     assert text.count("\n") == 1, text
     for word in words:
         assert word in text, text
+
+
+def test_a_damaged_index_is_made_again_without_its_pictures(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(undisturbed, data)
+    (data / "train/train-000001.idx").write_text("v1.2 0\n")
+    (data / "train/train-000003.idx").unlink()
+    before = {path: path.stat().st_ino for path in data.rglob("*.tar")}
+    done = run(*arguments, "--output", data)
+    assert "2 damaged indexes made again" in done.stdout
+    assert "images/s" not in done.stdout
+    assert {path: path.stat().st_ino for path in data.rglob("*.tar")} == before
+    assert tree(data) == tree(undisturbed)
