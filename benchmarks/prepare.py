@@ -1,6 +1,6 @@
 """How fast does ``prepare`` turn ILSVRC archives into shards, beside the codec itself and beside its peers?
 
-    python benchmarks/prepare.py --work /tmp/prepare-bench            about 20 minutes on 2 cores, 6 GB of disk
+    python benchmarks/prepare.py --work /tmp/prepare-bench            about 12 minutes on 2 cores, 4 GB of disk
     python benchmarks/prepare.py --work /tmp/prepare-bench --pictures 3000 --rounds 1 --parts floor,prepare       a try
 
 Pictures: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an archive like the official one. Parts:
@@ -13,10 +13,13 @@ Pictures: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an
     memory     peak resident memory of a worker for 1,000 and for 20,000 pictures
     plan       planning 1,281,167 entries of synthetic headers: seconds and peak memory
 
-Rounds alternate between contestants; medians and ranges. Results: benchmarks/results/DATE_HARDWARE_prepare.json.
+Rounds alternate between contestants; medians and ranges. Floor and prepare also give processor time a picture: the two
+kinds of ratio agree on a machine where nothing else runs, and only there. Results:
+benchmarks/results/DATE_HARDWARE_prepare.json.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import io
@@ -29,7 +32,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,26 +39,35 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from photos import crops
 from PIL import Image
+from prepare_input import UNIQUE, extracted, unique_pictures, write_archives, write_headers
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("floor", "prepare", "peers", "memory", "plan")
-UNIQUE = 2000  # different pictures; larger archives repeat them
-QUALITY = 98  # of the sources: gives about 100 kB, near the 110 kB of ImageNet
-CLASSES = 10
 SHARD_SIZE = 250
 STORED_QUALITY = 90
 FLOOR_S = 10.0
-IMAGENET_TRAIN = 1_281_167
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One measurement.
+
+    Attributes:
+        rate: images/s by the clock on the wall.
+        cpu_ms: processor time a picture in ms, of the processes that make pictures; None where it is not known.
+    """
+
+    rate: float
+    cpu_ms: float | None = None
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for archives and outputs; archives are kept")
-    parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/...)")
     args = parser.parse_args()
@@ -79,7 +90,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, archives: Path, parts: list[str]) -> dict[str, dict[str, Any]]:
     """Every contestant once a round, in turns."""
-    contestants: dict[str, Callable[[], float]] = {}
+    contestants: dict[str, Callable[[], float | Measured]] = {}
     if "floor" in parts:
         pictures = unique_pictures(args.work)[:300]
         contestants["floor, 1 process"] = lambda: floor(pictures, 1)
@@ -91,15 +102,24 @@ def measure(args: argparse.Namespace, archives: Path, parts: list[str]) -> dict[
         folder = extracted(args.work, min(args.pictures, UNIQUE))
         contestants["webdataset ShardWriter + Pillow, 1 process"] = lambda: shard_writer(args.work, folder)
         contestants["Ray Data write_webdataset + Pillow, 2 cores"] = lambda: ray_data(args.work, folder)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    found: dict[str, list[Measured]] = {name: [] for name in contestants}
     for number in range(args.rounds):
         for name, run in contestants.items():
-            rates[name].append(run())
-            print(f"round {number + 1}: {name}: {rates[name][-1]:,.0f} images/s", flush=True)
-    return {
-        name: {"median": statistics.median(row), "min": min(row), "max": max(row), "n": len(row)}
-        for name, row in rates.items()
-    }
+            row = run()
+            row = row if isinstance(row, Measured) else Measured(row)
+            found[name].append(row)
+            cpu = f", {row.cpu_ms:.3f} ms of processor a picture" if row.cpu_ms else ""
+            print(f"round {number + 1}: {name}: {row.rate:,.0f} images/s{cpu}", flush=True)
+    return {name: summary(rows) for name, rows in found.items()}
+
+
+def summary(rows: list[Measured]) -> dict[str, Any]:
+    """Median and range of the rates; median of the processor times."""
+    rates = [row.rate for row in rows]
+    cpu = [row.cpu_ms for row in rows if row.cpu_ms]
+    times = {"cpu_ms_per_picture": round(statistics.median(cpu), 4), "all_cpu_ms": cpu} if cpu else {}
+    spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "n": len(rates), "all": rates}
+    return spread | times
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -114,67 +134,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         ),
         "prepare 2 workers / Ray Data": ("prepare, 2 worker(s)", "Ray Data write_webdataset + Pillow, 2 cores"),
     }
-    return {
-        name: round(rows[top]["median"] / rows[bottom]["median"], 3)
-        for name, (top, bottom) in names.items()
-        if top in rows and bottom in rows
-    }
-
-
-def unique_pictures(work: Path) -> list[bytes]:
-    """The sources as JPEG bytes; made once."""
-    path = work / "unique.npz"
-    if not path.exists():
-        buffers = []
-        for picture in crops(UNIQUE, 500, 375):
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
-            buffers.append(np.frombuffer(buffer.getvalue(), np.uint8))
-        np.savez(work / "unfinished.npz", data=np.concatenate(buffers), sizes=[len(row) for row in buffers])
-        (work / "unfinished.npz").rename(path)
-    with np.load(path) as file:
-        ends = np.cumsum(file["sizes"])
-        data = file["data"].tobytes()
-    return [data[end - size : end] for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
-
-
-def write_archives(work: Path, count: int) -> Path:
-    """ILSVRC2012_img_train.tar with its inner tars, as the official one; made once a count."""
-    folder = work / f"archives-{count}"
-    if folder.exists():
-        return folder
-    pictures = unique_pictures(work)
-    draft = work / "unfinished"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    with tarfile.open(draft / "ILSVRC2012_img_train.tar", "w", format=tarfile.GNU_FORMAT) as outer:
-        for label in range(CLASSES):
-            name = f"n{label:08d}"
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                for number in range(label, count, CLASSES):
-                    add(tar, f"{name}_{number}.JPEG", pictures[number % len(pictures)])
-            add(outer, f"{name}.tar", inner.getvalue())
-    draft.rename(folder)
-    return folder
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Appends one member."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def extracted(work: Path, count: int) -> Path:
-    """The same pictures as class folders, for the peers."""
-    folder = work / f"extracted-{count}"
-    if not folder.exists():
-        for number, data in enumerate(unique_pictures(work)[:count]):
-            path = folder / f"n{number % CLASSES:08d}" / f"{number}.JPEG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    return folder
+    present = {name: pair for name, pair in names.items() if rows.keys() >= set(pair)}
+    found = {name: round(rows[top]["median"] / rows[bottom]["median"], 3) for name, (top, bottom) in present.items()}
+    key = "cpu_ms_per_picture"
+    for name, (top, bottom) in present.items():
+        if key in rows[top] and key in rows[bottom] and "floor" in name:
+            found[f"{name}, by processor time"] = round(rows[bottom][key] / rows[top][key], 3)
+    return found
 
 
 def mean_size(archives: Path) -> int:
@@ -183,24 +149,25 @@ def mean_size(archives: Path) -> int:
     return (archives / "ILSVRC2012_img_train.tar").stat().st_size // count
 
 
-def floor(pictures: list[bytes], processes: int) -> float:
-    """Images/s of decode + encode by libjpeg-turbo in some processes at once."""
+def floor(pictures: list[bytes], processes: int) -> Measured:
+    """decode + encode by libjpeg-turbo in some processes at once."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(codec_rate, [(pictures[:20], 0.5)] * processes)  # warm-up
-        return sum(pool.map(codec_rate, [(pictures, FLOOR_S)] * processes, chunksize=1))
+        rows = pool.map(codec_rate, [(pictures, FLOOR_S)] * processes, chunksize=1)
+    return Measured(sum(rate for rate, _ in rows), statistics.mean(cpu_ms for _, cpu_ms in rows))
 
 
-def codec_rate(task: tuple[list[bytes], float]) -> float:
-    """Images/s of one process."""
+def codec_rate(task: tuple[list[bytes], float]) -> tuple[float, float]:
+    """Images/s and processor time a picture in ms of one process."""
     pictures, seconds = task
     stored = [stored_pixels(data) for data in pictures]
-    start_s, count = time.perf_counter(), 0
+    start_s, start_cpu_s, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start_s < seconds:
         for data, pixels in zip(pictures, stored, strict=True):
             simplejpeg.decode_jpeg(data)
             simplejpeg.encode_jpeg(pixels, quality=STORED_QUALITY, colorsubsampling="420")
         count += len(pictures)
-    return count / (time.perf_counter() - start_s)
+    return count / (time.perf_counter() - start_s), 1000 * (time.process_time() - start_cpu_s) / count
 
 
 def stored_pixels(data: bytes) -> np.ndarray:
@@ -211,8 +178,8 @@ def stored_pixels(data: bytes) -> np.ndarray:
     return np.array(image.resize((256, 256), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
 
 
-def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] | None = None) -> float:
-    """Images/s of our command between the first and the last finished shard."""
+def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] | None = None) -> Measured:
+    """Our command between the first and the last finished shard, and its workers' processor time over the same span."""
     output = work / "prepared"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "pipeline", "prepare", "--source", "imagenet", "--input", archives]
@@ -220,9 +187,12 @@ def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] 
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    rate = 0.0
+    rate, seen = 0.0, [(0, workers_cpu_s())]  # shards finished, processor seconds of each process of Ray's
     while process.poll() is None:
         rate = finished_rate(output, workers) or rate
+        done = len(list(output.glob(".work/records/*.json")))
+        if done > seen[-1][0]:
+            seen.append((done, workers_cpu_s()))
         if probe:
             probe()
         time.sleep(0.05)
@@ -230,7 +200,17 @@ def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] 
     if process.returncode:
         raise SystemExit(f"prepare failed: {stderr}")
     print("   ", re.findall(r"prepared .*", stdout)[0], flush=True)
-    return rate
+    return Measured(rate, cpu_ms_per_picture(seen, workers))
+
+
+def cpu_ms_per_picture(seen: list[tuple[int, dict[str, float]]], workers: int) -> float | None:
+    """Processor time of the busiest processes since every worker had finished a shard; None for too few shards."""
+    seen = [row for row in seen if row[0] >= workers]
+    if len(seen) < 2:
+        return None
+    (first, before), (last, after) = seen[0], seen[-1]
+    used = sorted(after[pid] - before.get(pid, 0.0) for pid in after)
+    return 1000 * sum(used[-workers:]) / (SHARD_SIZE * (last - first))
 
 
 def finished_rate(output: Path, workers: int) -> float | None:
@@ -309,15 +289,26 @@ def memory(work: Path) -> dict[str, float]:
 
 def worker_peak_mib() -> float:
     """The largest VmHWM of the Ray workers that run build_shard now."""
-    peak = 0.0
+    peaks = [re.search(r"VmHWM:\s+(\d+) kB", text) for text in of_workers("status", b"ray::build_shard").values()]
+    return max((int(peak.group(1)) / 1024 for peak in peaks if peak), default=0.0)
+
+
+def workers_cpu_s() -> dict[str, float]:
+    """Processor seconds, of user and system, that each Ray worker has used; between two shards it is called idle."""
+    fields = {pid: text.rpartition(")")[2].split() for pid, text in of_workers("stat", b"ray::").items()}
+    return {pid: (int(row[11]) + int(row[12])) / os.sysconf("SC_CLK_TCK") for pid, row in fields.items()}
+
+
+def of_workers(name: str, title: bytes) -> dict[str, str]:
+    """One file of /proc of every Ray worker of this title, by process id."""
+    texts = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::build_shard" in (path / "cmdline").read_bytes():
-                found = re.search(r"VmHWM:\s+(\d+) kB", (path / "status").read_text())
-                peak = max(peak, int(found.group(1)) / 1024 if found else 0.0)
+            if (path / "cmdline").read_bytes().startswith(title):
+                texts[path.name] = (path / name).read_text()
         except OSError:
             continue  # it has just ended
-    return peak
+    return texts
 
 
 PLAN_SCRIPT = """
@@ -346,22 +337,6 @@ def planning(work: Path) -> dict[str, float]:
     )
     entries, shards, seconds, peak = done.stdout.split()
     return {"entries": int(entries), "shards": int(shards), "seconds": float(seconds), "peak_mib": float(peak)}
-
-
-def write_headers(folder: Path) -> None:
-    """1,000 inner tars with 1,281,167 tiny members in all."""
-    folder.mkdir()
-    counts = np.full(1000, IMAGENET_TRAIN // 1000)
-    counts[: IMAGENET_TRAIN % 1000] += 1
-    with tarfile.open(folder / "unfinished", "w", format=tarfile.GNU_FORMAT) as outer:
-        for label, count in enumerate(counts):
-            name = f"n{label:08d}"
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                for number in range(count):
-                    add(tar, f"{name}_{number}.JPEG", bytes(100))
-            add(outer, f"{name}.tar", inner.getvalue())
-    (folder / "unfinished").rename(folder / "ILSVRC2012_img_train.tar")
 
 
 def hardware() -> str:
