@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import PictureError, SourceError
+from pipeline.place import Place, UrlPath
 
 BLOCK = 512
 KINDS = {b"1": "a hard link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a named pipe", b"S": "sparse"}
@@ -75,14 +76,14 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[ArchiveMe
     raise SourceError(f"{where}: torn: it ends without its end blocks")
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
+def read_range(path: Place, offset: int, size: int) -> bytes:
     """Reads exactly ``size`` bytes at ``offset``; files stay open, so that a picture costs one system call.
 
     Raises:
         SourceError: the file is gone or shorter than it was when it was listed.
     """
     try:
-        data = os.pread(_handle(path), size, offset)
+        data = path.read_range(offset, size) if isinstance(path, UrlPath) else os.pread(_handle(path), size, offset)
     except FileNotFoundError:
         raise SourceError(f"{path}: is gone, or not on this machine") from None
     except OSError as error:
@@ -101,8 +102,8 @@ def _handle(path: Path) -> int:
     return _handles[path]
 
 
-def reader(path: Path) -> Read:
-    """A ``read`` for :func:`walk_tar` on a local file."""
+def reader(path: Place) -> Read:
+    """A ``read`` for :func:`walk_tar`."""
     return functools.partial(read_range, path)
 
 

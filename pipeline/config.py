@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.place import Place
 
 ENCODINGS = ("jpeg", "png", "raw", "original")
 MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32
@@ -46,7 +47,7 @@ class PrepareOptions:
     Attributes:
         source: name of the source, see :data:`pipeline.sources.SOURCES`.
         output: folder of the data set.
-        input: folder or file of the source; None where the source brings its own pictures.
+        input: folder of the source, or its URL; None where the source brings its own pictures.
         workers: shards in work at once; 0 means every core (on a cluster: every CPU of it).
         seed: seed of the split and of the global shuffle.
         shard_size: most samples in one tar, 1 to 10,000,000; the shards of a split differ by at most one sample.
@@ -67,7 +68,7 @@ class PrepareOptions:
 
     source: str
     output: Path
-    input: Path | None = None
+    input: Place | None = None
     workers: int = 0
     seed: int = 0
     shard_size: int = 2048

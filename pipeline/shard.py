@@ -16,6 +16,7 @@ from pipeline.config import PictureSettings
 from pipeline.errors import OutputError, PictureError
 from pipeline.manifest import PictureFormat, ShardRecord, sync_folder
 from pipeline.picture import Payload, Picture, make_pictures
+from pipeline.place import UrlPath, ahead
 from pipeline.plan import key_of
 from pipeline.sources import Item, Source, printable
 from pipeline.statistics import Accumulator, Totals, totals_from_json
@@ -119,7 +120,8 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
     with temporary.open("wb", buffering=BUFFER_BYTES) as file:
         writer = TarWriter(file)
         filler = _Filler(job, task, writer)
-        made = make_pictures(map(filler.read, task.items), job.picture)
+        read = ahead if isinstance(getattr(job.source, "root", None), UrlPath) else map
+        made = make_pictures(read(filler.read, task.items), job.picture)
         for position, (item, picture) in enumerate(zip(task.items, made, strict=True)):
             if position == len(task.items) // 2:
                 faults.reach("tar-half", task.stem)

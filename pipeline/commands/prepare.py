@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, ON_ERROR, PrepareOptions
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
+from pipeline.place import place
 from pipeline.publish import is_url, staging_folder
 from pipeline.sources import SOURCES
 
@@ -26,6 +27,7 @@ examples:
   python -m pipeline prepare --source digits --output data/digits
   python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
   python -m pipeline prepare --source imagenet --input archives --output data/imagenet --dry-run
+  python -m pipeline prepare --source imagenet --input s3://bucket/archives --output data/imagenet
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
   0 whole; 3 whole, but some pictures were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
@@ -51,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
-    group.add_argument("--input", type=Path, metavar="PATH", help="what the source reads")
+    group.add_argument("--input", type=place, metavar="PATH|URL", help="what the source reads")
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(

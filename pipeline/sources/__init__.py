@@ -7,8 +7,7 @@ A new source is one file with a frozen (picklable) dataclass that follows :class
 import dataclasses
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place, UrlPath
 
 # Name -> module, imported only when asked for, so that one source's packages are not needed by another.
 SOURCES = {
@@ -27,6 +27,7 @@ SOURCES = {
     "digits": "pipeline.sources.digits",
     "webdataset": "pipeline.sources.webdataset",
 }
+AT_URLS = ("imagenet", "folder", "webdataset")  # the others are small enough to be copied first
 
 
 class Item(NamedTuple):
@@ -135,7 +136,7 @@ class Source(Protocol):
         """
         ...
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> Mapping[Place, str]:
         """The published md5 of the input files that have one.
 
         Raises:
@@ -161,6 +162,8 @@ def open_source(options: PrepareOptions) -> Source:
     """
     if options.source not in SOURCES:
         raise ConfigError(f"--source {options.source}: expected one of {', '.join(SOURCES)}")
+    if isinstance(options.input, UrlPath) and options.source not in AT_URLS:
+        raise ConfigError(f"--input {options.input}: source {options.source} reads local folders; copy its files first")
     module = importlib.import_module(SOURCES[options.source])
     return module.from_options(options)
 

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place, local
 from pipeline.sources import Item, Listing, SplitListing
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
@@ -51,7 +52,7 @@ class Cifar10Source:
         planes = np.frombuffer(data, np.uint8, PIXEL_BYTES, item.offset).reshape(3, 32, 32)
         return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """The published md5 of the archive."""
         if not (self.root / ARCHIVE_NAME).is_file():
             raise SourceError(f"{self.root}: only {ARCHIVE_NAME} has a published checksum, and it is not here")
@@ -103,7 +104,7 @@ def from_options(options: PrepareOptions) -> Cifar10Source:
     """
     if options.input is None:
         raise ConfigError(f"--source cifar10 needs --input FOLDER with {ARCHIVE_NAME} or its files")
-    return Cifar10Source(root=options.input.absolute())
+    return Cifar10Source(root=local(options.input))
 
 
 @functools.lru_cache(maxsize=6)

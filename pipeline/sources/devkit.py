@@ -3,11 +3,11 @@
 import dataclasses
 import io
 import tarfile
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import SourceError
+from pipeline.place import Place
 
 ARCHIVE_NAME = "ILSVRC2012_devkit_t12.tar.gz"
 META_NAME = "data/meta.mat"
@@ -30,7 +30,7 @@ class Devkit:
     val_ids: tuple[int, ...]
 
 
-def find_devkit(root: Path) -> Devkit | None:
+def find_devkit(root: Place) -> Devkit | None:
     """Reads the kit below ``root``, as the archive or extracted; None if there is none.
 
     Raises:
@@ -46,11 +46,11 @@ def find_devkit(root: Path) -> Devkit | None:
     return None
 
 
-def _from_archive(archive: Path) -> tuple[bytes, bytes]:
+def _from_archive(archive: Place) -> tuple[bytes, bytes]:
     """The two files that matter, read as a stream: nothing is extracted."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r|gz") as tar:
+        with archive.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|gz") as tar:
             for member in tar:
                 for name in (META_NAME, TRUTH_NAME):
                     if member.isreg() and member.name.endswith(name):
@@ -63,7 +63,7 @@ def _from_archive(archive: Path) -> tuple[bytes, bytes]:
     return found[META_NAME], found[TRUTH_NAME]
 
 
-def _parse(meta: bytes, truth: bytes, where: Path) -> Devkit:
+def _parse(meta: bytes, truth: bytes, where: Place) -> Devkit:
     import scipy.io  # only for this one small file
 
     try:

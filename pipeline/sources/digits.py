@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place
 from pipeline.plan import shuffled
 from pipeline.sources import Item, Listing, SplitListing
 
@@ -38,7 +38,7 @@ class DigitsSource:
             channels=1,
         )
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """There are none."""
         raise SourceError("--verify-source: source digits has no published checksums")
 

@@ -6,14 +6,14 @@ file that is not hidden counts as a picture: what it is, its content tells, not 
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PictureError, SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place, UrlEntry, UrlPath
 from pipeline.plan import stratified
 from pipeline.sources import Item, Listing, SplitListing, printable
 
@@ -30,7 +30,7 @@ class FolderSource:
         seed: seed of that split.
     """
 
-    root: Path
+    root: Place
     val_fraction: float
     seed: int
 
@@ -55,7 +55,7 @@ class FolderSource:
             channels=3,
         )
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """There are none."""
         raise SourceError("--verify-source: source folder has no published checksums")
 
@@ -92,7 +92,7 @@ def from_options(options: PrepareOptions) -> FolderSource:
     return FolderSource(root=options.input.absolute(), val_fraction=options.val_fraction, seed=options.seed)
 
 
-def _files(root: Path, folder: str) -> Iterator[tuple[str, str, int]]:
+def _files(root: Place, folder: str) -> Iterator[tuple[str, str, int]]:
     """Yields (class, path relative to root, size in bytes); hidden files and folders are passed over."""
     for entry in scan(root / folder):
         if entry.is_dir():
@@ -101,7 +101,7 @@ def _files(root: Path, folder: str) -> Iterator[tuple[str, str, int]]:
                 yield entry.name, path, size
 
 
-def _walk(root: Path, relative: str) -> Iterator[tuple[str, int]]:
+def _walk(root: Place, relative: str) -> Iterator[tuple[str, int]]:
     for entry in scan(root / relative):
         path = f"{relative}/{entry.name}"
         if entry.is_dir():
@@ -112,7 +112,7 @@ def _walk(root: Path, relative: str) -> Iterator[tuple[str, int]]:
             yield path, 0
 
 
-def read_file(root: Path, name: str) -> bytes:
+def read_file(root: Place, name: str) -> bytes:
     """Reads a picture that is a file of its own.
 
     Raises:
@@ -127,13 +127,15 @@ def read_file(root: Path, name: str) -> bytes:
         raise PictureError(f"cannot be read: {error.strerror}") from None
 
 
-def scan(folder: Path) -> list[os.DirEntry]:
+def scan(folder: Place) -> Sequence[os.DirEntry | UrlEntry]:
     """The entries of a folder, hidden ones left out.
 
     Raises:
         SourceError: it cannot be listed.
     """
     try:
+        if isinstance(folder, UrlPath):
+            return [entry for entry in folder.entries() if not entry.name.startswith(".")]
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:

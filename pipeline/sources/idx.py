@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place, local
 from pipeline.sources import Item, Listing, SplitListing
 
 PREFIXES = {"train": "train", "val": "t10k"}
@@ -68,9 +69,10 @@ class IdxSource:
         start = item.offset - HEADER_BYTES
         return np.frombuffer(data, np.uint8, item.size, start).reshape(shape[1], shape[2], 1)
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """The published md5 of the .gz files that are there."""
-        found = {self.root / name: md5 for name, md5 in MD5[self.name].items() if (self.root / name).is_file()}
+        published: dict[Place, str] = {self.root / name: md5 for name, md5 in MD5[self.name].items()}
+        found = {path: md5 for path, md5 in published.items() if path.is_file()}
         if not found:
             raise SourceError(f"{self.root}: no .gz files, and only those have published checksums")
         return found
@@ -111,7 +113,7 @@ def from_options(options: PrepareOptions) -> IdxSource:
     """
     if options.input is None:
         raise ConfigError(f"--source {options.source} needs --input FOLDER with the four IDX files")
-    return IdxSource(name=options.source, root=options.input.absolute())
+    return IdxSource(name=options.source, root=local(options.input))
 
 
 @functools.lru_cache(maxsize=4)

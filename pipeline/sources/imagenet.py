@@ -8,6 +8,7 @@
 
 import csv
 import dataclasses
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from pipeline.archive import ArchiveMember, read_range, reader, walk_tar
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.place import Place, UrlPath
 from pipeline.sources import Item, Listing, SplitListing
 from pipeline.sources.devkit import ARCHIVE_NAME, Devkit, find_devkit
 from pipeline.sources.folder import read_file, scan
@@ -33,6 +35,7 @@ MD5 = {
 }
 WORDNET_ID = re.compile(r"n\d{8}")
 SCAN_THREADS = 8  # headers are 100 kB apart: the disk's latency decides, not the CPU
+URL_THREADS = 64  # the same for a store, which answers later
 KAGGLE_FOLDERS = ("", "ILSVRC")
 
 Row = tuple[str, str, str, int, int]  # WordNet id ("" = by position), name, file, offset, size
@@ -47,7 +50,7 @@ class ImagenetSource:
         label_order: ``alphabetical`` (by WordNet id, as torchvision, timm and the Hub) or ``ilsvrc`` (the devkit's).
     """
 
-    root: Path
+    root: Place
     label_order: str
 
     def listing(self) -> Listing:
@@ -82,7 +85,7 @@ class ImagenetSource:
             return read_range(self.root / item.file, item.offset, item.size)
         return read_file(self.root, item.file)
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """The official md5 of every archive that is there."""
         found = {self.root / name: md5 for name, md5 in MD5.items() if (self.root / name).is_file()}
         if not found:
@@ -139,7 +142,7 @@ class ImagenetSource:
             records = [ClassRecord(name, titles.get(name, name)) for name in sorted(present | titles.keys())]
         return tuple(records if self.label_order == "ilsvrc" else sorted(records, key=lambda record: record.name))
 
-    def _kaggle_file(self, name: str) -> Path | None:
+    def _kaggle_file(self, name: str) -> Place | None:
         paths = (self.root / base / name for base in KAGGLE_FOLDERS)
         return next((path for path in paths if path.is_file()), None)
 
@@ -156,23 +159,23 @@ def from_options(options: PrepareOptions) -> ImagenetSource:
     return ImagenetSource(root=options.input.absolute(), label_order=order)
 
 
-def _outer_tar(path: Path) -> list[Row]:
+def _outer_tar(path: Place) -> list[Row]:
     """Every picture of the inner tars, by its place in the outer one."""
     inner = list(walk_tar(reader(path), 0, path.stat().st_size, str(path)))
     for member in inner:
         if not WORDNET_ID.fullmatch(_base(member.name).removesuffix(".tar")):
             raise SourceError(f"{path}: {member.name} is not an inner tar named by a WordNet id")
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+    with ThreadPoolExecutor(URL_THREADS if isinstance(path, UrlPath) else SCAN_THREADS) as pool:
         return [row for rows in pool.map(lambda member: _inner_tar(path, member), inner) for row in rows]
 
 
-def _inner_tar(path: Path, inner: ArchiveMember) -> list[Row]:
+def _inner_tar(path: Place, inner: ArchiveMember) -> list[Row]:
     name = _base(inner.name).removesuffix(".tar")
     members = walk_tar(reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
     return [(name, f"{name}/{_base(m.name)}", path.name, m.offset, m.size) for m in members]
 
 
-def _class_folders(root: Path, folder: str | None) -> list[Row]:
+def _class_folders(root: Place, folder: str | None) -> list[Row]:
     if folder is None:
         return []
     return [
@@ -184,16 +187,16 @@ def _class_folders(root: Path, folder: str | None) -> list[Row]:
     ]
 
 
-def _flat_folder(root: Path, folder: str | None) -> list[Row]:
+def _flat_folder(root: Place, folder: str | None) -> list[Row]:
     if folder is None:
         return []
     entries = (entry for entry in scan(root / folder) if entry.is_file() and entry.name.lower().endswith(".jpeg"))
     return [("", entry.name, f"{folder}/{entry.name}", 0, entry.stat().st_size) for entry in entries]
 
 
-def _kaggle_labels(path: Path, rows: list[Row]) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as file:
-        label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+def _kaggle_labels(path: Place, rows: list[Row]) -> list[str]:
+    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
+    label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in table}
     missing = [row[1] for row in rows if Path(row[1]).stem not in label_of]
     if missing:
         raise SourceError(f"{path}: no label for {missing[0]} ({len(missing):,} such pictures)")

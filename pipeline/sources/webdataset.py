@@ -6,17 +6,16 @@ Nothing else in the tars is read: no pickles, no ``pipe:`` addresses.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.archive import ArchiveMember, read_range, reader, walk_tar
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, DatasetError, SourceError
-from pipeline.manifest import MANIFEST_NAME, ClassRecord, read_manifest
+from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
+from pipeline.place import Place, below, tars
 from pipeline.plan import stratified
 from pipeline.sources import Item, Listing, SplitListing
 from pipeline.sources.folder import SPLIT_FOLDERS
@@ -38,7 +37,7 @@ class WebdatasetSource:
         seed: seed of that split.
     """
 
-    root: Path
+    root: Place
     val_fraction: float
     seed: int
 
@@ -59,7 +58,7 @@ class WebdatasetSource:
             splits = {split: splits["all"].take(part) for split, part in parts.items() if len(part)}
         return Listing(self._classes(max(labels) + 1), "source", splits, encoded=True, channels=3)
 
-    def checksums(self) -> dict[Path, str]:
+    def checksums(self) -> dict[Place, str]:
         """There are none."""
         raise SourceError("--verify-source: source webdataset has no published checksums")
 
@@ -67,16 +66,16 @@ class WebdatasetSource:
         """The picture's bytes."""
         return read_range(self.root / item.file, item.offset, item.size)
 
-    def _tars(self) -> list[Path]:
+    def _tars(self) -> list[Place]:
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
-        tars = sorted(self.root.rglob("*.tar"), key=lambda path: os.fsencode(path))
-        if not tars:
+        found = tars(self.root)
+        if not found:
             raise SourceError(f"{self.root}: no .tar files here")
-        return tars
+        return found
 
-    def _split_of(self, path: Path) -> str:
-        for part in reversed(path.relative_to(self.root).parts):
+    def _split_of(self, path: Place) -> str:
+        for part in reversed(below(self.root, path).parts):
             found = SPLIT_WORD.search(part.lower())
             if found:
                 return SPLIT_FOLDERS[found.group(1)]
@@ -86,7 +85,7 @@ class WebdatasetSource:
         """The class table: one of ours, a file of names, or the numbers."""
         if (self.root / MANIFEST_NAME).is_file():
             try:
-                return read_manifest(self.root).classes
+                return from_json((self.root / MANIFEST_NAME).read_text(encoding="utf-8")).classes
             except DatasetError as error:
                 raise SourceError(f"{self.root}: {error}") from None
         for name in CLASS_FILES:
@@ -109,7 +108,7 @@ def from_options(options: PrepareOptions) -> WebdatasetSource:
     return WebdatasetSource(root=options.input.absolute(), val_fraction=options.val_fraction, seed=options.seed)
 
 
-def _rows(root: Path, path: Path) -> Iterator[Row]:
+def _rows(root: Place, path: Place) -> Iterator[Row]:
     for key, members in _samples(path):
         picture = next((members[name] for name in PICTURES if name in members), None)
         if picture is None or "cls" not in members:
@@ -117,11 +116,11 @@ def _rows(root: Path, path: Path) -> Iterator[Row]:
         text = read_range(path, members["cls"].offset, min(members["cls"].size, 32)).strip()
         if not text.isdigit() or len(text) > 9:
             raise SourceError(f"{path}: sample {key}: its cls is {text[:20]!r} instead of a label number")
-        name = path.relative_to(root).as_posix()
+        name = below(root, path).as_posix()
         yield int(text), f"{name}/{picture.name}", name, picture.offset, picture.size
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, ArchiveMember]]]:
+def _samples(path: Place) -> Iterator[tuple[str, dict[str, ArchiveMember]]]:
     """Groups members by key: the name up to the first dot of its last part."""
     key, members = None, {}
     for member in walk_tar(reader(path), 0, path.stat().st_size, str(path)):

@@ -26,6 +26,14 @@ def test_more_workers_make_the_same_bytes_as_one(
     assert tree(tmp_path / "data") == tree(undisturbed)  # the manifest among them
 
 
+def test_input_at_a_url_gives_the_same_bytes_as_in_a_folder(
+    pictures: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
+    at_url = [f"file://{pictures}" if argument == pictures else argument for argument in arguments]
+    run(*at_url, "--workers", 2, "--output", tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(undisturbed)
+
+
 def test_every_picture_is_there_once(undisturbed: Path) -> None:
     manifest = read_manifest(undisturbed)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 54, "val": 6}

@@ -103,6 +103,17 @@ def test_the_data_set_arrives_whole_and_again_does_nothing(
     assert tree(tmp_path / "again") == tree(undisturbed)
 
 
+def test_input_in_a_bucket_gives_the_same_bytes(
+    s3: dict[str, str], pictures: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(anon=True, endpoint_url=s3["url"]).put(f"{pictures}/", "bucket/input/", recursive=True)
+    at_url = ["s3://bucket/input" if argument == pictures else argument for argument in arguments]
+    prepare(s3, tmp_path, *at_url, "--workers", 2, "--output", tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(undisturbed)
+
+
 def test_a_bucket_that_is_not_there_is_one_line(s3: dict[str, str], arguments: Arguments, tmp_path: Path) -> None:
     wrong = s3 | {"FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     done = prepare(wrong, tmp_path, *arguments, "--output", "s3://bucket/data", expect=2)
