@@ -79,10 +79,15 @@ def run_bench(
         found = measure_parts(config, only, processes=count, device=device, say=lambda _: None)
         points.append(_scaling_point(found, count, config.train.batch_size))
     setting = describe_setting(config, options, recipe=recipe, processes=processes, device=device, parts=parts)
+    return make_record(config, setting, parts, scaling=tuple(points))
+
+
+def make_record(config: Config, setting: Setting, parts: list[Part], *, scaling: tuple[Point, ...] = ()) -> BenchRecord:
+    """The record of what was measured, with what is known of this machine."""
     environment = describe_environment(["python", "-m", "trainer", *sys.argv[1:]])
     environment["host"] = os.uname().nodename
     environment["seconds_taken"] = round(time.monotonic() - _STARTED, 1)
-    return merge(parts, setting, config.model, environment, scaling=tuple(points))
+    return merge(parts, setting, config.model, environment, scaling=scaling)
 
 
 _STARTED = time.monotonic()

@@ -33,7 +33,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BenchError(f"--seconds is {arguments.seconds:g}: expected more than 0")
     if arguments.project is not None and (arguments.project < 1 or (arguments.project > 2 and arguments.project % 2)):
         raise BenchError(f"--project is {arguments.project}: expected 1, or an even number (a tower is a process)")
-    for path in (arguments.json,):
+    for path in (arguments.json, arguments.html):
         if path and not path.parent.exists():
             raise BenchError(f"{path} cannot be written: there is no folder {path.parent}")
 
@@ -84,6 +84,11 @@ def _conclude(record: BenchRecord, arguments: argparse.Namespace) -> None:
     }
     if arguments.json:
         write_record(named_for_node(arguments.json), to_json(record, **concluded))
+    if arguments.html:
+        from trainer.bench_page import render
+
+        write_record(named_for_node(arguments.html), render(record, verdict, projections))
+        print(named_for_node(arguments.html))
 
 
 def named_for_node(path: Path) -> Path:

@@ -39,7 +39,7 @@ def _print_ceilings(console: Console, record: BenchRecord) -> None:
     table = Table("ceiling", "half of the measurements", "", "n", "how", box=None, pad_edge=False)
     for ceiling in record.ceilings:
         figure = ceiling.figure
-        table.add_row(ceiling.name, _spread(figure), ceiling.unit, str(figure.n), ceiling.note)
+        table.add_row(ceiling.name, half_within(figure), ceiling.unit, str(figure.n), ceiling.note)
     console.print(table, "")
 
 
@@ -61,7 +61,7 @@ def stage_cells(stage: Stage) -> list[str]:
     return [
         indent + stage.name,
         number(stage.ms.median),
-        f"{number(stage.ms.low)}..{number(stage.ms.high)}",
+        half_within(stage.ms),
         str(stage.ms.n),
         number(stage.cpu_ms) if stage.cpu_ms is not None else "",
         f"{stage.images_per_s:,.0f}" if stage.ms.median > 0 else "",
@@ -74,7 +74,7 @@ def _print_wholes(console: Console, record: BenchRecord) -> None:
     for name, whole in wholes(record):
         console.print(
             f"{name:20} {whole.images_per_s:9,.1f} images/s  {number(whole.ms.median)} ms a batch "
-            f"({_spread(whole.ms)}, n {whole.ms.n}), {number(whole.cpu_ms)} ms of processor time"
+            f"({half_within(whole.ms)}, n {whole.ms.n}), {number(whole.cpu_ms)} ms of processor time"
         )
     if record.whole is None:
         return
@@ -150,8 +150,9 @@ def _side(figure: Figure | None) -> str:
     return f"{number(figure.median)} ±{number(figure.noise)}" if figure else ""
 
 
-def _spread(figure: Figure) -> str:
-    return f"{number(figure.low)}..{number(figure.high)}"
+def half_within(figure: Figure) -> str:
+    """The quartiles, between which half of the measurements lie."""
+    return f"{number(figure.low)}–{number(figure.high)}"
 
 
 def number(value: float) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from trainer.bench_ceilings import disk_ceilings, measure_ceilings, wire_ceilings, write_ceiling
 from trainer.bench_record import Ceiling, Span
-from trainer.bench_timing import Slot, TimedTrainer, middle_step
+from trainer.bench_timing import Slot, TimedTrainer, middle_step, timeline
 from trainer.config import Config
 from trainer.exchange import Link
 from trainer.mesh import Mesh
@@ -123,17 +123,21 @@ def measure(
 def _ceilings(options: BenchOptions, link: Link | None, device: str, scratch: Path) -> list[Ceiling]:
     """All ceilings; those of the disk only where something is read."""
     found = measure_ceilings(device, min(1.0, options.seconds / 5))
-    if options.data is None:
-        found.append(write_ceiling(scratch))
-    else:
-        from pipeline.loader_stages import describe_pictures
-
-        if link is None or link.tower == "a":  # the files are shared: one reads, the other waits
-            found += disk_ceilings(describe_pictures(options.data).tars, scratch)
+    if link is None or link.tower == "a":  # the disk is shared: one measures, the other waits
+        found += _disk(options, scratch)
     if link:
         link.control([0, 0, 0])
         found += wire_ceilings(link, device, options.seconds / 5)
     return found
+
+
+def _disk(options: BenchOptions, scratch: Path) -> list[Ceiling]:
+    """Reading where something is read, and writing."""
+    if options.data is None:
+        return [write_ceiling(scratch)]
+    from pipeline.loader_stages import describe_pictures
+
+    return disk_ceilings(describe_pictures(options.data).tars, scratch)
 
 
 def _checkpoint_bytes(run: Path, tower: str) -> int:
@@ -151,12 +155,14 @@ class Contestant:
         run: takes a number of batches; a slot with spans for steps, None otherwise.
         settle: batches that only empty or fill queues, before each slot.
         count: batches a slot.
+        refill_s: after a slot, how long its loader works on filling its queue again: the next one waits for that.
     """
 
     name: str
     run: Callable[[int], Slot | None]
     settle: int
     count: int = 0
+    refill_s: float = 0.0
 
 
 def _contestants(config: Config, options: BenchOptions, trainer: TimedTrainer, device: str) -> list[Contestant]:
@@ -234,6 +240,7 @@ def _rounds(
         _wait(trainer)
         batch_s = (time.perf_counter() - begin) / 2
         contestant.count = _agreed(trainer, max(1, round(slot_s / batch_s)))
+        contestant.refill_s = min(max(slot_s, 1.0), batch_s * (contestant.settle - 1))
         contestant.settle = _agreed(trainer, contestant.settle if contestant.settle * batch_s < slot_s else 1)
     if options.data is not None:
         part.cached = _cached(options.data)
@@ -244,9 +251,12 @@ def _rounds(
             _agreed(trainer, 0)  # both towers begin together
             contestant.run(contestant.settle)
             _take_slot(contestant, part, kept, trainer)
+            time.sleep(contestant.refill_s)
     for name, slots in kept.items():
         part.steps[name] = [step for slot in slots for step in slot.by_step()]
-    part.timeline = middle_step(kept["end to end" if "end to end" in kept else "synthetic"], part.tower)
+    shown = kept["end to end" if "end to end" in kept else "synthetic"]
+    step = _agreed(trainer, 0 if part.tower == "b" else middle_step(shown))  # both show the same step: tower a's choice
+    part.timeline = timeline(shown, step, part.tower)
 
 
 def _take_slot(contestant: Contestant, part: Part, kept: dict[str, list[Slot]], trainer: TimedTrainer) -> None:

@@ -276,17 +276,22 @@ class Slot:
         return steps
 
 
-def middle_step(slots: Sequence[Slot], tower: str) -> list[Span]:
-    """The spans of the step whose length is the median, begun at 0."""
-    steps: list[tuple[float, list[tuple[str, float, float]]]] = []
-    for slot in slots:
-        current: list[tuple[str, float, float]] = []
-        for name, begin, end in slot.spans:
-            if name == "step":
-                steps.append((end - begin, [*current, (name, begin, end)]))
-                current = []
-            else:
-                current.append((name, begin, end))
-    length = statistics.median_low([duration for duration, _ in steps])
-    chosen = next(spans for duration, spans in steps if duration == length)
-    return [Span(tower, name, begin * 1e3, end * 1e3) for name, begin, end in chosen]
+def steps_of(slots: Sequence[Slot]) -> list[list[tuple[str, float, float]]]:
+    """The spans of every step, in order; the last of each is the whole ``step``."""
+    steps: list[list[tuple[str, float, float]]] = [[]]
+    for span in (span for slot in slots for span in slot.spans):
+        steps[-1].append(span)
+        if span[0] == "step":
+            steps.append([])
+    return steps[:-1]
+
+
+def middle_step(slots: Sequence[Slot]) -> int:
+    """Number of the step whose length is the median."""
+    lengths = [spans[-1][2] - spans[-1][1] for spans in steps_of(slots)]
+    return lengths.index(statistics.median_low(lengths))
+
+
+def timeline(slots: Sequence[Slot], step: int, tower: str) -> list[Span]:
+    """One step's spans, in milliseconds of this machine's clock."""
+    return [Span(tower, name, begin * 1e3, end * 1e3) for name, begin, end in steps_of(slots)[step]]

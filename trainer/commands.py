@@ -160,7 +160,7 @@ def _add_bench(commands: Commands) -> None:
     bench = commands.add(
         "bench",
         "measure every stage from disk to gradient, and name the limit",
-        "bench --config configs/digits.toml --data demo/digits --json demo/bench.json",
+        "bench --config configs/digits.toml --data demo/digits --json demo/bench.json --html demo/bench.html",
     )
     _recipe_options(bench)
     _folder(bench, "--data", "data set to read and train on", required=False)
@@ -176,6 +176,7 @@ def _add_bench(commands: Commands) -> None:
         "--batch-sizes", type=_sizes, default=(), metavar="N,N", help="batch sizes to try besides the recipe's"
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result; {node} becomes the machine's name")
+    bench.add_argument("--html", type=Path, metavar="FILE", help="write a page about it; {node} as in --json")
     bench.add_argument("--project", type=int, metavar="N", help="a model's rate for up to N processes, a GPU each")
     bench.add_argument("--tower-link", type=float, metavar="GB/S", help="of --project: bandwidth between two towers")
     bench.add_argument("--replica-link", type=float, metavar="GB/S", help="of --project: bandwidth between pairs")

@@ -8,12 +8,12 @@ CODE = ("Commit", "Command")  # facts set as code
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document that asks for nothing outside itself."""
+def page(title: str, body: Iterable[str], *, style: str = "") -> str:
+    """A whole document that asks for nothing outside itself; ``style`` is CSS besides the report's."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n'
         f"<body><main>\n{chr(10).join(part for part in body if part)}\n</main></body></html>\n"
     )
 
