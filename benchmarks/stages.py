@@ -98,7 +98,7 @@ def metrics_cost() -> dict[str, Any]:
         trainers = {}
         for metrics in (True, False):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            trainers[metrics] = TimedTrainer(config, None, folder, link=None, device="cpu", metrics=metrics)
+            trainers[metrics] = TimedTrainer(config, None, folder, mesh=None, device="cpu", metrics=metrics)
             stack.callback(trainers[metrics].end)
         for number in range(METRICS_ROUNDS + 1):
             for metrics in (True, False) if number % 2 else (False, True):

@@ -38,7 +38,7 @@ class Job:
         config: the recipe.
         options: what to measure.
         device: as asked for on the command line.
-        output: where the part goes, ``-a`` or ``-b`` behind it.
+        output: where the part goes, the rank behind it.
     """
 
     config: Config
@@ -76,8 +76,10 @@ def run_bench(
     for count in scaling:
         say(f"{count} process{'es' if count > 1 else ''}, synthetic")
         only = dataclasses.replace(options, data=None, stages=False, batch_sizes=())
-        found = measure_parts(config, only, processes=count, device=device, say=lambda _: None)
-        points.append(_scaling_point(found, count, config.train.batch_size))
+        batch = config.train.batch_size * max(1, count // 2)  # every pair takes the recipe's batch
+        grown = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
+        found = measure_parts(grown, only, processes=count, device=device, say=lambda _: None)
+        points.append(_scaling_point(found, count, batch))
     setting = describe_setting(config, options, recipe=recipe, processes=processes, device=device, parts=parts)
     return make_record(config, setting, parts, scaling=tuple(points))
 
@@ -107,19 +109,20 @@ def measure_parts(config: Config, options: BenchOptions, *, processes: int, devi
             return [measure(config, options, mesh=None, device=choose_device(device), scratch=Path(folder), say=say)]
         job = Path(folder) / "job"
         job.write_bytes(pickle.dumps(Job(config, options, device, Path(folder) / "part")))
-        _run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", str(job)])
-        return [pickle.loads((Path(folder) / f"part-{tower}").read_bytes()) for tower in "ab"]
+        _run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", str(job)], processes)
+        return [pickle.loads((Path(folder) / f"part-{rank}").read_bytes()) for rank in range(processes)]
 
 
 def run_tower(job: Path) -> None:
-    """One of two measuring processes, as :func:`measure_parts` starts them."""
+    """One of several measuring processes, as :func:`measure_parts` starts them."""
     die_with_parent()
     task: Job = pickle.loads(job.read_bytes())
     device = choose_device(task.device, int(os.environ.get("LOCAL_RANK", "0")))
     mesh = join_mesh(device, task.config.train.peer_timeout_s)
-    say = print_line if mesh.link.tower == "a" else lambda _: None
+    quiet = mesh.place.rank or not task.options.stages
+    say = (lambda _: None) if quiet else print_line
     part = measure(task.config, task.options, mesh=mesh, device=device, scratch=job.parent, say=say)
-    Path(f"{task.output}-{mesh.link.tower}").write_bytes(pickle.dumps(part))
+    Path(f"{task.output}-{mesh.place.rank}").write_bytes(pickle.dumps(part))
     dist.barrier(group=mesh.control)
     dist.destroy_process_group()
 
@@ -129,16 +132,18 @@ def print_line(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def _run_towers(command: list[str]) -> None:
-    """Runs a command as both towers of this machine, to the end of both."""
+def _run_towers(command: list[str], world: int) -> None:
+    """Runs a command as ``world`` towers on this machine, to the end of all."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
-    children = [subprocess.Popen(command, env=threads | tower_environment(rank, store.port)) for rank in range(2)]
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world))}
+    children = [
+        subprocess.Popen(command, env=threads | tower_environment(rank, store.port, world)) for rank in range(world)
+    ]
     try:
         while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
             time.sleep(0.05)
         if any(child.poll() for child in children):
-            time.sleep(1.0)  # the other notices that its peer is gone, and says so
+            time.sleep(1.0)  # the others notice that a peer is gone, and say so
     finally:
         for child in children:
             if child.poll() is None:

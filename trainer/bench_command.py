@@ -51,7 +51,8 @@ def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
     if config.model.towers == 1 and arguments.processes == 2:
         raise BenchError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     options = bench.BenchOptions(arguments.data, arguments.seconds, tuple(arguments.batch_sizes))
-    scaling = (1, 2) if arguments.project and config.model.towers == 2 else ()
+    most = arguments.project or 0
+    scaling = tuple(count for count in (1, 2, 4) if count <= most) if config.model.towers == 2 else ()
     return bench.run_bench(
         config,
         options,

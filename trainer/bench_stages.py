@@ -22,6 +22,7 @@ from trainer.mesh import Mesh
 
 ROUNDS = 5
 CHECKPOINTS = 3
+MOST_REFILL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,7 @@ def _rounds(
         _wait(trainer)
         batch_s = (time.perf_counter() - begin) / 2
         contestant.count = _agreed(trainer, max(1, round(slot_s / batch_s)))
-        contestant.refill_s = min(max(slot_s, 1.0), batch_s * (contestant.settle - 1))
+        contestant.refill_s = min(MOST_REFILL_S, batch_s * (contestant.settle - 1))
         contestant.settle = _agreed(trainer, contestant.settle if contestant.settle * batch_s < slot_s else 1)
     if options.data is not None:
         part.cached = _cached(options.data)
@@ -278,5 +279,10 @@ def _wait(trainer: TimedTrainer) -> None:
 
 
 def _agreed(trainer: TimedTrainer, number: int) -> int:
-    """The larger of both towers' numbers."""
-    return max(number, trainer.link.control([number, 0, 0])[0]) if trainer.link else number
+    """The largest of all towers' numbers."""
+    if trainer.mesh is None:
+        return number
+    number = max(number, trainer.mesh.link.control([number, 0, 0])[0])
+    if trainer.mesh.replicas:
+        number = max(row[0] for row in trainer.mesh.replicas.gather([number]))
+    return number

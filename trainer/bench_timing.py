@@ -74,10 +74,16 @@ class Clock:
 
 
 class SyntheticLoader:
-    """One batch that is always ready: pixels on the recipe's scale, labels, nothing read."""
+    """One batch that is always ready: pixels on the recipe's scale, labels, nothing read.
 
-    def __init__(self, config: Config, device: str) -> None:
-        model, size = config.model, config.train.batch_size
+    Args:
+        config: the recipe.
+        device: ``cpu`` or ``cuda:N``.
+        replicas: that share a batch; each gets its part of the rows.
+    """
+
+    def __init__(self, config: Config, device: str, replicas: int = 1) -> None:
+        model, size = config.model, config.train.batch_size // replicas
         generator = torch.Generator().manual_seed(config.train.seed)
         scale = 60.0 if config.data.scale == "255" else 1.0
         images = torch.randn((size, model.channels, model.image_px, model.image_px), generator=generator) * scale
@@ -133,7 +139,9 @@ class TimedTrainer(Trainer):
             learning_rate=config.optimizer.learning_rate * RATE_FACTOR,
             bias_learning_rate=config.optimizer.bias_learning_rate * RATE_FACTOR,
         )
-        self.sources: dict[str, Any] = {"synthetic": SyntheticLoader(config, device)}
+        self.sources: dict[str, Any] = {
+            "synthetic": SyntheticLoader(config, device, mesh.place.replicas if mesh else 1)
+        }
         config = dataclasses.replace(config, optimizer=rate)
         super().__init__(config, data or run, run, mesh=mesh, device=device)
         self.log = MetricsLog(run, 0) if metrics and self.leads else None
