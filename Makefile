@@ -41,10 +41,13 @@ test: lint  ## lint and the fast tests
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
 
-bench: setup  ## measure everything on this machine (about 40 minutes, 6 GB under $(BENCH))
+bench: setup  ## measure everything on this machine and print the table (about 50 minutes, 6 GB under $(BENCH))
 	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
 	$(PY) benchmarks/loader.py --work $(BENCH)/loader
 	$(PY) benchmarks/trainer.py
+	$(PY) benchmarks/stages.py --work $(BENCH)/stages
+	$(PY) benchmarks/cluster.py --work $(BENCH)/cluster
+	@$(PY) benchmarks/table.py
 
 clean:  ## remove what demo and tests made (not .venv)
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache *.egg-info

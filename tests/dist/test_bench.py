@@ -20,7 +20,7 @@ from trainer.bench_verdict import judge
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large PNGs, of which the net sees 28 px: decoding is most of the work."""
-    return make_data_set(tmp_path_factory.mktemp("photos"), encoding="png", train=16, size=(600, 600), shard_size=16)
+    return make_data_set(tmp_path_factory.mktemp("photos"), encoding="png", train=16, size=(400, 400), shard_size=16)
 
 
 @pytest.fixture(scope="module")
