@@ -15,7 +15,7 @@ from pipeline.manifest import read_manifest
 from trainer import checkpoint
 from trainer.agreement import Notes, Verdict, agree, handshake
 from trainer.config import Config
-from trainer.errors import DivergedError, PeerError, RunError
+from trainer.errors import DivergedError, LostError, RunError
 from trainer.evaluate import Evaluation, evaluate_net
 from trainer.exchange import WIRES, Link, PairJoin
 from trainer.gradients import StepGradients
@@ -145,7 +145,7 @@ class Trainer:
             raise RunError(sentence) from None
         except Exception as error:
             sentence = f"{type(error).__name__}: {error}"
-            if self.mesh and not isinstance(error, PeerError):
+            if self.mesh and not isinstance(error, LostError):
                 self.mesh.board.ended(self.place.rank, error)
             raise
         finally:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from trainer.errors import PeerError
-from trainer.mesh import Place, check_world
+from trainer.errors import CheckpointError, LostError, PeerError
+from trainer.mesh import Board, Place, check_world
 from trainer.replicas import fill_buckets
 
 
@@ -30,6 +31,24 @@ def test_pairs_are_neighbours_and_groups_cover_the_world() -> None:
 def test_a_world_without_pairs_is_refused(world: int) -> None:
     with pytest.raises(PeerError, match=f"{world} processes were started"):
         check_world(world)
+
+
+def test_the_first_report_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was killed says nothing, and whoever sees it first names it: worth another try."""
+    monkeypatch.setattr("trainer.mesh.REPORT_WAIT_S", 0.0)
+    store = dist.HashStore()
+    first = Board(store).lost("tower b (rank 1) is lost at conv3")
+    assert isinstance(first, LostError) and first.status == 4
+    for vague in (False, True):
+        assert str(Board(store).lost("tower a (one of ranks 0, 4) is lost", vague=vague)) == str(first)
+
+
+def test_an_error_of_its_own_is_the_cause_and_would_come_again() -> None:
+    store = dist.HashStore()
+    Board(store).ended(3, CheckpointError("no room"))
+    found = Board(store).lost("tower b (rank 3) is lost at control")
+    assert str(found) == "rank 3 ended: CheckpointError: no room"
+    assert isinstance(found, PeerError) and not isinstance(found, LostError) and found.status == 2
 
 
 def test_buckets_keep_the_order_and_the_limit() -> None:
