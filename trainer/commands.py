@@ -236,7 +236,10 @@ def _add_describe(commands: Commands) -> None:
     _recipe_options(describe)
     describe.add_argument("--json", action="store_true", help="JSON instead of tables")
     describe.add_argument(
-        "--scale", action="store_true", help="what a step sends on 2, 4 ... 512 GPUs; with the options below, a model"
+        "--scale",
+        action="store_true",
+        help="what a step sends on 2, 4 ... 512 GPUs; with the options below, a MODEL of its time: "
+        "compute + crossing + max(0, sum - 2/3 compute) + control, each term's formula printed below the table",
     )
     describe.add_argument(
         "--per-pair", type=_positive, metavar="N", help="pictures a pair of towers takes in a step (default: the batch)"
