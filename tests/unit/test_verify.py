@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import Manifest
+from pipeline.output import file_damage
 from pipeline.tar import BLOCK
 from pipeline.verify import check_dataset
 from tests.unit.shard_data import make_dataset
@@ -58,6 +59,18 @@ def test_a_flip_at_any_place_of_an_index_is_found(tmp_path: Path, manifest: Mani
         flipped[position] ^= 1
         path.write_bytes(flipped)
         assert any(line.startswith(INDEX) for line in problems(tmp_path, manifest, "fast"))
+
+
+@pytest.mark.parametrize("name", ["statistics.npz", "_info.json"])
+def test_a_flip_at_any_place_of_the_other_files_is_found(tmp_path: Path, manifest: Manifest, name: str) -> None:
+    path = tmp_path / name
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 13):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        assert file_damage(tmp_path, manifest) == {name: "its sha256 differs"}, position
+    assert f"{name}: its sha256 differs" in problems(tmp_path, manifest, "full")
 
 
 @pytest.mark.parametrize("name", [TAR, INDEX, "statistics.npz", "_info.json", "quarantine.jsonl", "val/val-000001.tar"])
