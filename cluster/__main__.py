@@ -103,6 +103,9 @@ def _add_job_commands(add: Add) -> None:
     submit.add_argument(
         "--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)"
     )
+    submit.add_argument(
+        "--every-node", action="store_true", help="run it on every node at once, for example a benchmark"
+    )
     submit.add_argument("--print", action="store_true", help="only print the equal `ray job submit` command")
     training.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
     submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")

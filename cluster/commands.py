@@ -66,8 +66,13 @@ def submit(arguments: argparse.Namespace) -> int:
     if not words:
         raise ClusterError("submit: no command; expected: python -m cluster submit -- python -m pipeline prepare ...")
     address = dashboard_address(arguments.address)
+    command = training.entrypoint(arguments, jobs.absolute_paths(words, address))
+    if arguments.every_node:
+        if arguments.towers or arguments.replicas:
+            raise ClusterError("--every-node runs a command of its own on each node: leave --towers and --replicas out")
+        command = ("python", "-m", "cluster.every_node", "--", *command)
     request = jobs.JobRequest(
-        command=training.entrypoint(arguments, jobs.absolute_paths(words, address)),
+        command=command,
         job_id=arguments.id or jobs.new_job_id(words),
         environment=_commit() | _environment(arguments.env),
         python=arguments.python,

@@ -24,7 +24,7 @@ POLL_S = 0.5
 LOST_CONTACT_S = 120.0
 EXIT_LOST = 70  # the job ended without telling how: its node died, or it was killed together with its wrapper
 ROOT = Path(__file__).resolve().parent.parent
-PATH_OPTIONS = ("--output", "--input", "--data", "--run")
+PATH_OPTIONS = ("--output", "--input", "--data", "--run", "--json", "--html")  # the last two are also flags
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def stage_of(command: Sequence[str]) -> str:
 
 
 def absolute_paths(command: Sequence[str], address: str) -> tuple[str, ...]:
-    """Make the values of --output, --input, --data and --run absolute.
+    """Make the values of --output, --input, --data, --run, --json and --html absolute.
 
     A job runs in a copy of the working tree that Ray deletes: a result written to a relative path would be lost. On a
     cluster of this machine such a path means the same as without a cluster; elsewhere it is refused.
@@ -103,7 +103,7 @@ def absolute_paths(command: Sequence[str], address: str) -> tuple[str, ...]:
         if option not in PATH_OPTIONS or (not inline and position + 1 >= len(words)):
             continue
         value = inline or words[position + 1]
-        if "://" in value or Path(value).is_absolute():
+        if value.startswith("-") or "://" in value or Path(value).is_absolute():
             continue
         if not is_loopback(address):
             raise ClusterError(f"{option} {value}: give an absolute path or URL that every node of {address} can reach")
