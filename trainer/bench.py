@@ -87,7 +87,7 @@ def run_bench(
 def make_record(config: Config, setting: Setting, parts: list[Part], *, scaling: tuple[Point, ...] = ()) -> BenchRecord:
     """The record of what was measured, with what is known of this machine."""
     environment = describe_environment(["python", "-m", "trainer", *sys.argv[1:]])
-    environment["host"] = os.uname().nodename
+    environment["host"] = os.environ.get("TWOTOWER_NODE") or os.uname().nodename
     environment["seconds_taken"] = round(time.monotonic() - _STARTED, 1)
     return merge(parts, setting, config.model, environment, scaling=scaling)
 

@@ -93,8 +93,8 @@ def _conclude(record: BenchRecord, arguments: argparse.Namespace) -> None:
 
 
 def named_for_node(path: Path) -> Path:
-    """The path with ``{node}`` in its name replaced by this machine's name, so that nodes write a file each."""
-    return path.with_name(path.name.replace("{node}", os.uname().nodename))
+    """The path with ``{node}`` in its name replaced by this node's name, so that nodes write a file each."""
+    return path.with_name(path.name.replace("{node}", os.environ.get("TWOTOWER_NODE") or os.uname().nodename))
 
 
 def _compare(first: Path, second: Path) -> int:
