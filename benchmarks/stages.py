@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the data sets are made and kept")
     parser.add_argument("--count", type=int, default=1024, help="pictures")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement of a case")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_stages.json")
     args = parser.parse_args()
     load = os.getloadavg()[0]
@@ -124,6 +125,8 @@ def main() -> None:
     for net, config in recipes().items():
         for encoding, folder in folders.items():
             name = f"{net}, {encoding}"
+            if args.only not in name:
+                continue
             records[name] = run_case(name, config, folder, args.seconds)
             cases[name] = facts_of(records[name])
             measured, predicted = cases[name]["measured_images_per_s"], cases[name]["predicted_images_per_s"]

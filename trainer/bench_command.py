@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ def run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Conf
     _check(arguments)
     if arguments.compare:
         return _compare(*arguments.compare)
-    record = read_record(arguments.read) if arguments.read else _measure(arguments, load(arguments))
+    if arguments.read and len(arguments.read) > 1:
+        return _gather([read_record(path) for path in arguments.read], arguments)
+    record = read_record(arguments.read[0]) if arguments.read else _measure(arguments, load(arguments))
     _conclude(record, arguments)
     return 0
 
@@ -95,6 +98,20 @@ def _conclude(record: BenchRecord, arguments: argparse.Namespace) -> None:
 def named_for_node(path: Path) -> Path:
     """The path with ``{node}`` in its name replaced by this node's name, so that nodes write a file each."""
     return path.with_name(path.name.replace("{node}", os.environ.get("TWOTOWER_NODE") or os.uname().nodename))
+
+
+def _gather(records: list[BenchRecord], arguments: argparse.Namespace) -> int:
+    """One result for all nodes: prints a line a node, and writes them together."""
+    from trainer.bench_output import node_rows, print_nodes
+
+    if arguments.html or arguments.project:
+        raise BenchError("--html and --project are about one result: give --read one file")
+    rows = node_rows(records)
+    print_nodes(rows)
+    if arguments.json:
+        together = {"nodes": [dataclasses.asdict(row) for row in rows]}
+        write_record(arguments.json, json.dumps(together, indent=1) + "\n")
+    return 0
 
 
 def _compare(first: Path, second: Path) -> int:

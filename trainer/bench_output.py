@@ -1,5 +1,6 @@
 """A benchmark's result on the terminal: tables and sentences."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.table import Table
 from trainer.bench_compare import Difference
 from trainer.bench_model import Projection, costs_of, predict_rate
 from trainer.bench_record import BenchRecord, Figure, Stage, Whole
-from trainer.bench_verdict import Verdict
+from trainer.bench_verdict import Verdict, judge
 
 
 def print_record(record: BenchRecord, verdict: Verdict, projections: Sequence[Projection] = ()) -> None:
@@ -121,6 +122,58 @@ def _print_projections(console: Console, record: BenchRecord, projections: Seque
             f"model, {name}: {row.images_per_s:,.1f} images/s{check} (computation {parts[0]}, crossings {parts[1]}, "
             f"averaging {parts[2]}, loader {parts[3]} ms)"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeRow:
+    """One node of several.
+
+    Attributes:
+        node: its name.
+        loader, synthetic, end_to_end: images a second; None where it was not measured.
+        share: of the fastest node's rate (end to end, or synthetic without data), 0..1.
+        limit: the stage that limits it.
+    """
+
+    node: str
+    loader: float | None
+    synthetic: float
+    end_to_end: float | None
+    share: float
+    limit: str
+
+
+def node_rows(records: Sequence[BenchRecord]) -> list[NodeRow]:
+    """Results of several nodes, the slowest first: a run on all of them goes at its pace."""
+    rates = [(record.whole or record.synthetic).images_per_s for record in records]
+    rows = [
+        NodeRow(
+            node=str(record.environment.get("host", "")),
+            loader=record.loader.images_per_s if record.loader else None,
+            synthetic=record.synthetic.images_per_s,
+            end_to_end=record.whole.images_per_s if record.whole else None,
+            share=rate / max(rates),
+            limit=judge(record).limit,
+        )
+        for record, rate in zip(records, rates, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row.share)
+
+
+def print_nodes(rows: Sequence[NodeRow]) -> None:
+    """Prints nodes side by side."""
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("node, images/s")
+    for name in ("end to end", "loader", "synthetic", "of the fastest"):
+        table.add_column(name, justify="right")
+    table.add_column("limit")
+    for row in rows:
+        cells = ["" if rate is None else f"{rate:,.0f}" for rate in (row.end_to_end, row.loader, row.synthetic)]
+        table.add_row(row.node, *cells, f"{row.share:.0%}", row.limit)
+    console.print(table)
+    slowest = rows[0]
+    console.print(f"A run on all of them goes at the pace of {slowest.node}: {slowest.share:.0%} of the fastest.")
 
 
 def print_comparison(rows: Sequence[Difference], settings: Sequence[tuple[str, str, str]]) -> None:

@@ -93,6 +93,8 @@ def measure(
         attach: called with every trainer before it runs; tests slow it down there.
         say: gets a line when something new begins.
     """
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # events are recorded on the current device
     link = mesh.link if mesh else None
     part = Part(link.tower if link else "both")
     run = scratch / f"batch-{config.train.batch_size}"

@@ -180,7 +180,9 @@ def _add_bench(commands: Commands) -> None:
     bench.add_argument("--project", type=int, metavar="N", help="a model's rate for up to N processes, a GPU each")
     bench.add_argument("--tower-link", type=float, metavar="GB/S", help="of --project: bandwidth between two towers")
     bench.add_argument("--replica-link", type=float, metavar="GB/S", help="of --project: bandwidth between pairs")
-    bench.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: look at a result of --json again")
+    bench.add_argument(
+        "--read", type=Path, nargs="+", metavar="FILE", help="measure nothing: a result of --json again, or all nodes'"
+    )
     bench.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="two results of --json side by side")
     tower = commands.add_hidden("bench-tower")
     tower.add_argument("--job", type=Path, required=True)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from trainer.__main__ import main
 from trainer.bench_compare import compare, differ, differing_settings
 from trainer.bench_merge import count_work
 from trainer.bench_model import Links, costs_of, links_of, predict_rate, project, without
+from trainer.bench_output import node_rows
 from trainer.bench_record import (
     BenchRecord,
     Ceiling,
@@ -204,3 +206,18 @@ def test_a_record_survives_its_file_and_damage_is_one_line(tmp_path: Path):
         read_record(path)
     with pytest.raises(BenchError, match="cannot be read"):
         read_record(tmp_path / "nothing.json")
+
+
+def test_nodes_stand_side_by_side_the_slowest_first(tmp_path, monkeypatch, capsys):
+    fast, slow = a_record(), a_record(loader=(1.0, 30.0, 3.0))
+    fast, slow = (dataclasses.replace(r, environment={"host": name}) for r, name in ((fast, "one"), (slow, "two")))
+    rows = node_rows([fast, slow])
+    assert [(row.node, row.limit) for row in rows] == [("two", "decode"), ("one", "decode")]
+    assert [row.share for row in rows] == [pytest.approx(10 / 34), 1.0]
+    for name, record in (("a", fast), ("b", slow)):
+        (tmp_path / f"{name}.json").write_text(to_json(record))
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    monkeypatch.setattr("sys.argv", ["trainer", "bench", "--read", *files, "--json", str(tmp_path / "all.json")])
+    assert main() == 0
+    assert "at the pace of two: 29% of the fastest" in capsys.readouterr().out
+    assert [row["node"] for row in json.loads((tmp_path / "all.json").read_text())["nodes"]] == ["two", "one"]

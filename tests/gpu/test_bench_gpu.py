@@ -1,0 +1,38 @@
+"""``python -m trainer bench`` on a GPU: stages by CUDA events, which must account for the steps they are part of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.bench import describe_setting, make_record
+from trainer.bench_record import BenchRecord
+from trainer.bench_stages import BenchOptions, measure
+from trainer.bench_verdict import judge
+from trainer.config import load_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "digits.toml"
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def record(request, tmp_path_factory) -> BenchRecord:
+    config = load_config(CONFIG, [f"train.precision='{request.param}'"])
+    options = BenchOptions(seconds=0.5)
+    scratch = tmp_path_factory.mktemp("bench")
+    part = measure(config, options, mesh=None, device="cuda:0", scratch=scratch)
+    setting = describe_setting(config, options, recipe="digits.toml", processes=1, device="cuda:0", parts=[part])
+    return make_record(config, setting, [part])
+
+
+def test_ceilings_of_the_gpu_are_measured(record):
+    names = {ceiling.name for ceiling in record.ceilings}
+    assert {"memory copy", "host to device", "matrix fp32", "matrix tf32", "matrix bf16"} <= names
+    assert all(ceiling.figure.median > 0 for ceiling in record.ceilings)
+
+
+def test_the_stages_of_a_step_fill_it(record):
+    stages = {stage.name: stage.ms.median for stage in record.stages if stage.group == "net"}
+    assert stages["forward"] > 0 and stages["backward"] > 0 and stages["optimizer"] > 0
+    assert 0.5 < sum(stages.values()) / record.synthetic.ms.median < 1.5
+    assert judge(record).side == "net"
