@@ -19,7 +19,7 @@ def centred_products(values: np.ndarray, channels: int) -> np.ndarray:
 
     Several pixels make a row, so that one matrix product of the rows with themselves sums several pixels at a time;
     the blocks on its diagonal are added up. Where torch is loaded already (it resizes RGB pictures) and the CPU
-    multiplies bytes exactly, the product is of int8, in under half of float32's time; both are exact, so they are equal.
+    multiplies bytes exactly, the product is of int8, in under half of float32's time; both are exact, so equal.
 
     Args:
         values: (H * W * C,) uint8.
