@@ -25,7 +25,7 @@ def latest_step(path: Path) -> dict[str, float] | None:
 
 
 class RunGauges:
-    """Gauges of one run: twotower_images_per_s, twotower_step_time_s, twotower_data_wait_share, twotower_step.
+    """Gauges of one run, all named twotower_...: images_per_s, step_time_s, data_wait_share, queue_ready_share, step.
 
     Args:
         run: the trainer's run folder.
@@ -40,6 +40,7 @@ class RunGauges:
             "images_per_s": "training rate, images/s",
             "step_time_s": "wall time between two updates, s",
             "data_wait_share": "share of a step spent waiting for pictures; near 1: the queue is empty",
+            "queue_ready_share": "share of batches that were ready when asked for, 0..1",
             "step": "finished updates",
         }
         self._gauges = {}
@@ -56,7 +57,7 @@ class RunGauges:
         record = latest_step(self._path)
         if record is None:
             return
-        for name in ("images_per_s", "data_wait_share", "step"):
+        for name in ("images_per_s", "data_wait_share", "queue_ready_share", "step"):
             if name in record:
                 self._gauges[name].set(record[name])
         now = time.monotonic()
