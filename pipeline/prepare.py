@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.metrics import Gauge
 
 from pipeline import faults, output
 from pipeline.config import PictureSettings, PrepareOptions
@@ -182,6 +183,7 @@ class _Run:
         done = total - sum(len(shard.rows) for shard in missing)
         with ray_session(self._options) as workers, ProgressLine(total, done) as progress:
             start_s = time.monotonic()
+            gauges = Gauges(self._folder.name, progress)
             left_out, most = 0, self._options.error_limit(total)
 
             def report(result: ShardResult) -> None:
@@ -198,7 +200,7 @@ class _Run:
                 progress.advance(result.num_planned)
                 faults.reach("driver-shard-done")
 
-            run_shards(job, self._tasks(missing), workers=workers, report=report, tick=progress.tick)
+            run_shards(job, self._tasks(missing), workers=workers, report=report, tick=gauges.update)
             return time.monotonic() - start_s
 
     def _tasks(self, missing: list[ShardPlan]) -> Iterator[ShardTask]:
@@ -224,6 +226,29 @@ class _Run:
                 totals = result.totals if totals is None else totals.merge(result.totals)
             results.append(dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None)))
         return results, totals
+
+
+class Gauges:
+    """How far a run is, on Ray's Prometheus endpoint: twotower_images_per_s and twotower_pictures, stage ``prepare``.
+
+    Args:
+        name: of the output folder, the label ``run``.
+        progress: what is counted.
+    """
+
+    def __init__(self, name: str, progress: ProgressLine) -> None:
+        self._progress = progress
+        texts = {"images_per_s": "pictures prepared a second", "pictures": "pictures prepared so far"}
+        self._gauges = {}
+        for key, text in texts.items():
+            self._gauges[key] = Gauge(f"twotower_{key}", description=text, tag_keys=("run", "stage"))
+            self._gauges[key].set_default_tags({"run": name, "stage": "prepare"})
+
+    def update(self) -> None:
+        """Publishes, and prints the plain line when it is time to; to be called at least every second."""
+        self._gauges["images_per_s"].set(self._progress.rate())
+        self._gauges["pictures"].set(self._progress.done)
+        self._progress.tick()
 
 
 @contextlib.contextmanager

@@ -69,6 +69,11 @@ class ProgressLine:
                 flush=True,
             )
 
+    @property
+    def done(self) -> int:
+        """Pictures that are finished, those that were there already included."""
+        return self._done
+
     def rate(self) -> float:
         """Pictures a second since the start of this run."""
         return (self._done - self._start_done) / max(time.monotonic() - self._start_s, 1e-9)
