@@ -109,7 +109,8 @@ def train_rows(mesh: Mesh | None, name: str, batch_size: int, steps: int, accumu
         if step == 0:
             facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
         optimizer.step()
-    return facts | {"weights": {name: p.detach().clone() for name, p in net.named_parameters()}}
+    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return facts | {"velocities": {name: optimizer.velocity(p).clone() for name, p in net.named_parameters()}}
 
 
 def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) -> dict[str, Any]:
