@@ -174,6 +174,8 @@ def _bounded(stage: Stage, setting: Setting, ceilings: dict[str, Ceiling], work:
     products = {"forward": work.forward_flop, "backward": work.backward_flop}
     if stage.name in copied and "memory copy" in ceilings:
         least = copied[stage.name] / ceilings["memory copy"].figure.median / 1e6
+        if stage.name == "transfer" and stage.ms.median < least / 2:
+            return dataclasses.replace(stage, note="nothing to copy: the layout was right")
         return dataclasses.replace(stage, ceiling="memory copy", ceiling_ms=least)
     kind = f"matrix {setting.precision}"
     if setting.precision == "fp32" and "matrix tf32" in ceilings:

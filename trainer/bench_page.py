@@ -186,7 +186,8 @@ def _lane(spans: Iterable[Span], begin: float, end: float) -> str:
     for span in sorted(spans, key=lambda span: " " in span.name):
         share = (span.end_ms - span.begin_ms) / length
         css = "ink" if " " in span.name else CSS_OF.get(span.name, "soft")
-        label = escape(span.name.split(" ")[0]) if share > LABEL_SHARE else ""
+        named = share > LABEL_SHARE and span.name not in COMPUTATION  # those are cut up by crossings, and in the legend
+        label = escape(span.name.split(" ")[0]) if named else ""
         parts.append(
             f'<span class="{css}" style="left:{100 * (span.begin_ms - begin) / length:.3f}%;width:{100 * share:.3f}%" '
             f'title="{escape(span.name)}, {number(span.end_ms - span.begin_ms)} ms">{label}</span>'
