@@ -274,4 +274,6 @@ class TwoTowerNet(nn.Module):
     def loss(self, images: Tensor, labels: Tensor, draws: DropoutDraws | None = None) -> Tensor:
         """Mean cross entropy of a batch, a scalar; labels (N,) int64. Tower b: the scalar to run backward from."""
         output = self(images, draws)
-        return functional.cross_entropy(output.float(), labels) if "a" in self.held else output
+        if "a" not in self.held:
+            return output
+        return functional.cross_entropy(output.to(torch.promote_types(output.dtype, torch.float32)), labels)

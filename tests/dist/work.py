@@ -90,20 +90,22 @@ def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
     return train_steps(make_net(config, None), config, batch_size, steps)
 
 
-def train_rows(mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1) -> dict[str, Any]:
+def train_rows(
+    mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """:func:`train_steps` with the trainer's own step, on this replica's rows of the same batches."""
     torch.set_num_threads(1)
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
     place = mesh.place if mesh else Place(0, 2)
-    net = make_net(config, mesh.link if mesh else None)
+    net = make_net(config, mesh.link if mesh else None).to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     gradients = StepGradients(net, train, mesh=mesh)
     rows = BatchShare(place.replica, place.replicas).rows(batch_size)
     facts: dict[str, Any] = {"losses": []}
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
-        loss = gradients(images[rows], labels[rows], step)
+        loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = {tower: 1.0 for tower in net.held}
         facts["losses"].append(agree(mesh, Notes(1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
