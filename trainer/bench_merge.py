@@ -97,7 +97,8 @@ def _whole(parts: list["Part"], name: str, batch: int) -> Whole | None:
         return None
     walls = [max(row[1] / row[0] for row in rows) for rows in zip(*(part.slots[name] for part in parts), strict=True)]
     ms = Figure.of([1e3 * wall for wall in walls])
-    return Whole(ms, sum(_cpu_ms(part, name) for part in parts), 1e3 * batch / ms.median)
+    own_ms = max(1e3 * sum(r[3] for r in p.slots[name]) / sum(r[0] for r in p.slots[name]) for p in parts)
+    return Whole(ms, sum(_cpu_ms(part, name) for part in parts), 1e3 * batch / ms.median, own_ms)
 
 
 def _cpu_ms(part: "Part", name: str) -> float:

@@ -93,11 +93,12 @@ def prediction_sentence(record: BenchRecord) -> str:
     """The rate that the stages predict beside the measured one."""
     assert record.whole is not None
     predicted, costs = predict_rate(record), costs_of(record)
-    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.processor_ms)]
+    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.own_ms, costs.processor_ms)]
     return (
         f"predicted from the stages: {predicted:,.1f} images/s, "
         f"measured {record.whole.images_per_s / predicted:.2f} of it (the longest of loader {terms[0]}, "
-        f"training {terms[1]}, processor time over {costs.cores} cores {terms[2]} ms)"
+        f"training {terms[1]} and {terms[2]} of loading in its thread, processor time over {costs.cores} cores "
+        f"{terms[3]} ms)"
     )
 
 

@@ -104,11 +104,14 @@ class Whole:
         ms: wall time a batch.
         cpu_ms: processor time a batch of all processes.
         images_per_s: batch / median wall time.
+        own_ms: processor time a batch of the training thread alone (loader: draws, mean image, keys: work that no
+            other thread does meanwhile); the slower process.
     """
 
     ms: Figure
     cpu_ms: float
     images_per_s: float
+    own_ms: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

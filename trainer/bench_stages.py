@@ -51,8 +51,8 @@ class Part:
     Attributes:
         tower: ``a``, ``b`` or ``both``.
         ceilings: of this process, while the other measures too.
-        slots: of ``read``, ``decode``, ``loader``: (batches, wall, processor time) of each slot; ``synthetic``,
-            ``end to end``: the same with steps.
+        slots: of ``read``, ``decode``, ``loader``: (batches, wall, processor time, that of this thread) of each;
+            ``synthetic``, ``end to end``: the same with steps.
         steps: of ``synthetic`` and ``end to end``: seconds of each stage in each step.
         timeline: a step of the largest whole there is.
         checkpoints: of each checkpoint.
@@ -63,7 +63,7 @@ class Part:
 
     tower: str
     ceilings: list[Ceiling] = dataclasses.field(default_factory=list)
-    slots: dict[str, list[tuple[int, float, float]]] = dataclasses.field(default_factory=dict)
+    slots: dict[str, list[tuple[int, float, float, float]]] = dataclasses.field(default_factory=dict)
     steps: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     timeline: list[Span] = dataclasses.field(default_factory=list)
     checkpoints: list[float] = dataclasses.field(default_factory=list)
@@ -119,7 +119,7 @@ def measure(
         resized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
         found = measure(resized, only, mesh=mesh, device=device, scratch=scratch / "sweep", attach=attach)
         name = "end to end" if options.data is not None else "synthetic"
-        part.sweep[size] = [wall / count for count, wall, _ in found.slots[name]]
+        part.sweep[size] = [wall / count for count, wall, *_ in found.slots[name]]
     return part
 
 
@@ -265,13 +265,13 @@ def _rounds(
 def _take_slot(contestant: Contestant, part: Part, kept: dict[str, list[Slot]], trainer: TimedTrainer) -> None:
     """One slot of one contestant."""
     _wait(trainer)
-    begin_cpu, begin = time.process_time(), time.perf_counter()
+    begin_cpu, begin_own, begin = time.process_time(), time.thread_time(), time.perf_counter()
     slot = contestant.run(contestant.count)
     _wait(trainer)
-    wall, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    wall, cpu, own = time.perf_counter() - begin, time.process_time() - begin_cpu, time.thread_time() - begin_own
     if slot:
         kept.setdefault(contestant.name, []).append(slot)
-    part.slots.setdefault(contestant.name, []).append((contestant.count, wall, cpu))
+    part.slots.setdefault(contestant.name, []).append((contestant.count, wall, cpu, own))
 
 
 def _wait(trainer: TimedTrainer) -> None:

@@ -17,6 +17,7 @@ WORDS = {
     "computation": "computation (forward and backward)",
     "exchange": "the exchange between the towers",
     "waiting": "waiting for the other tower",
+    "handover": "the loader's work in the training thread (draws, mean image, keys)",
     "check": "the check before the update (gradient norms, control message)",
     "optimizer": "the optimizer",
     "rest": "what surrounds the step (metrics, Python)",
@@ -100,6 +101,7 @@ def _limit(record: BenchRecord, costs: Costs) -> tuple[str, str, float]:
         name = max(net, key=lambda key: net[key])
         return "net", name, net[name] / sum(net.values())
     spent = {name: (stage.cpu_ms or 0.0) * record.setting.processes for name, stage in loader.items()}
+    net.pop("handover", None)  # is part of the loader's processor time already
     spent |= {name: ms * costs.net_cpu_ms / costs.net_ms for name, ms in net.items()}
     name = max(spent, key=lambda key: spent[key])
     return "processor", name, spent[name] / sum(spent.values())
@@ -112,11 +114,15 @@ def _net_ms(record: BenchRecord) -> dict[str, float]:
         if stage.group == "net":
             name = "computation" if stage.name in COMPUTATION else stage.name
             found[name] = found.get(name, 0.0) + stage.ms.median
+    if record.loader and record.loader.own_ms:
+        found["handover"] = record.loader.own_ms
     return found
 
 
 def _lifted(record: BenchRecord, limit: str) -> Costs:
     """The costs without a limit."""
+    if limit == "handover":
+        return dataclasses.replace(costs_of(record), own_ms=0.0)
     return _combined(record, COMPUTATION if limit == "computation" else (limit,))
 
 

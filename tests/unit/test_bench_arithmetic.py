@@ -221,3 +221,12 @@ def test_nodes_stand_side_by_side_the_slowest_first(tmp_path, monkeypatch, capsy
     assert main() == 0
     assert "at the pace of two: 29% of the fastest" in capsys.readouterr().out
     assert [row["node"] for row in json.loads((tmp_path / "all.json").read_text())["nodes"]] == ["two", "one"]
+
+
+def test_what_the_loader_does_in_the_training_thread_is_added_to_the_step():
+    record = a_record(loader=(1.0, 6.0, 3.0), net={"forward": 2.0, "backward": 4.0})
+    assert record.loader is not None
+    record = dataclasses.replace(record, loader=dataclasses.replace(record.loader, own_ms=8.0))
+    assert predict_rate(record) == pytest.approx(1e3 * BATCH / 14.0)
+    verdict = judge(record)
+    assert (verdict.side, verdict.limit) == ("net", "handover") and "1.40 times" in verdict.sentence
