@@ -133,6 +133,7 @@ def test_files_are_found_in_order_hidden_ones_not(pictures):
 
 
 def predict(monkeypatch, *words) -> int:
+    monkeypatch.setenv("COLUMNS", "400")  # no name is broken over two lines, however long the path is
     monkeypatch.setattr("sys.argv", ["trainer", "predict", "--device", "cpu", *map(str, words)])
     return main()
 
