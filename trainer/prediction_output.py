@@ -33,8 +33,8 @@ def print_table(results: Sequence[Prediction]) -> None:
         first, *others = result.classes
         then = ", ".join(f"{share.title} {_percent(share.probability)}" for share in others[:SHOWN_IN_TABLE])
         table.add_row(plain(str(result.path)), plain(first.title), _percent(first.probability), plain(then))
-    if table.row_count:
-        Console(width=None if Console().is_terminal else 110).print(table)
+    if table.row_count:  # in a file or a pipe no row is broken, so that grep finds a name
+        Console(width=None if Console().is_terminal else 10_000).print(table)
 
 
 def print_json(result: Prediction) -> None:

@@ -133,7 +133,6 @@ def test_files_are_found_in_order_hidden_ones_not(pictures):
 
 
 def predict(monkeypatch, *words) -> int:
-    monkeypatch.setenv("COLUMNS", "400")  # no name is broken over two lines, however long the path is
     monkeypatch.setattr("sys.argv", ["trainer", "predict", "--device", "cpu", *map(str, words)])
     return main()
 
@@ -159,7 +158,7 @@ def test_table_and_page(run_and_data, pictures, tmp_path, monkeypatch, capsys):
     assert predict(monkeypatch, *good, "--run", run_and_data[0], "--html", html) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    assert "photo-1002.png" in output.out.replace("\n", "")
+    assert "photo-1002.png" in output.out
     page = html.read_text()
     assert page.count("data:image/png") == 2
     assert "photo-1002.png" in page and "Not used" not in page
@@ -180,7 +179,7 @@ def test_names_are_not_markup(run_and_data, tmp_path, monkeypatch, capsys):
     odd = file.rename(tmp_path / "[red]<b>x.png")
     html = tmp_path / "page.html"
     assert predict(monkeypatch, odd, "--run", run_and_data[0], "--html", html) == 0
-    assert "[red]<b>x.png" in capsys.readouterr().out.replace("│\n│", "").replace(" ", "").replace("\n", "")
+    assert "[red]<b>x.png" in capsys.readouterr().out
     assert "<b>x" not in html.read_text()
 
 
