@@ -7,6 +7,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
 BENCH  ?= data/bench
+FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
@@ -41,12 +42,13 @@ test: lint  ## lint and the fast tests
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
 
-bench: setup  ## measure everything on this machine and print the table (about 50 minutes, 6 GB under $(BENCH))
+bench: setup  ## measure everything on this machine and print the table (about 90 minutes, 6 GB under $(BENCH))
 	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
 	$(PY) benchmarks/loader.py --work $(BENCH)/loader
 	$(PY) benchmarks/trainer.py
 	$(PY) benchmarks/stages.py --work $(BENCH)/stages
 	$(PY) benchmarks/cluster.py --work $(BENCH)/cluster
+	@if [ -d $(FASHION) ]; then $(PY) benchmarks/fashion.py --work $(BENCH)/fashion --input $(FASHION); else echo "no Fashion-MNIST in FASHION=$(FASHION) (Debian: dataset-fashion-mnist): left out"; fi
 	@$(PY) benchmarks/table.py
 
 clean:  ## remove what demo and tests made (not .venv)

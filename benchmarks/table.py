@@ -55,6 +55,13 @@ def cluster(table: dict[str, Any]) -> Iterator[Row]:
     yield "submit to the first line of the log", f"{wait:.2f} s"
 
 
+def fashion(table: dict[str, Any]) -> Iterator[Row]:
+    """Accuracy by seed."""
+    seeds = ", ".join(f"{run['top1']:.4f}" for run in table["runs"])
+    most = table["minutes"]["max"]
+    yield "Fashion-MNIST, top-1 of the test pictures by seed (wanted 0.92)", f"{seeds}; at most {most:.0f} min"
+
+
 def demo(table: dict[str, Any]) -> Iterator[Row]:
     """The demo."""
     yield "make demo", f"top-1 {table['result']['top1']:.3f}, {table['make_demo_wall_s']:.0f} s"
@@ -65,7 +72,8 @@ def _text(value: Any) -> str:
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
-    "prepare": prepare, "loader": loader, "trainer": trainer, "stages": stages, "cluster": cluster, "demo": demo
+    "prepare": prepare, "loader": loader, "trainer": trainer, "stages": stages, "cluster": cluster, "fashion": fashion,
+    "demo": demo
 }  # fmt: skip
 
 
