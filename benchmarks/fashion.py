@@ -4,9 +4,9 @@
     python benchmarks/fashion.py --work /tmp/fashion --input FOLDER --seeds 0 --epochs 1    a try
 
 FOLDER holds the four IDX files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist). Prepares
-the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the centre crop and with
-ten views. A run that is finished already is not repeated: its figures are read from its folder, with what it says
-about its commit and machine.
+the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the centre
+crop and with ten views. A run that is finished already is not repeated: its figures are read from its folder, with what
+it says about its commit and machine.
 Results: benchmarks/results/DATE_HARDWARE_fashion.json, and the curves beside it as .png.
 """
 
