@@ -187,12 +187,12 @@ def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] 
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    rate, seen = 0.0, [(0, workers_cpu_s())]  # shards finished, processor seconds of each process of Ray's
+    times: list[float] = []
+    seen = [(0, workers_cpu_s())]  # shards finished, processor seconds of each process of Ray's
     while process.poll() is None:
-        rate = finished_rate(output, workers) or rate
-        done = len(list(output.glob(".work/records/*.json")))
-        if done > seen[-1][0]:
-            seen.append((done, workers_cpu_s()))
+        times = max(times, finished(output), key=len)  # the last look may meet a folder that is half removed
+        if len(times) > seen[-1][0]:
+            seen.append((len(times), workers_cpu_s()))
         if probe:
             probe()
         time.sleep(0.05)
@@ -200,7 +200,7 @@ def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] 
     if process.returncode:
         raise SystemExit(f"prepare failed: {stderr}")
     print("   ", re.findall(r"prepared .*", stdout)[0], flush=True)
-    return Measured(rate, cpu_ms_per_picture(seen, workers))
+    return Measured(finished_rate(times, workers), cpu_ms_per_picture(seen, workers))
 
 
 def cpu_ms_per_picture(seen: list[tuple[int, dict[str, float]]], workers: int) -> float | None:
@@ -213,15 +213,16 @@ def cpu_ms_per_picture(seen: list[tuple[int, dict[str, float]]], workers: int) -
     return 1000 * sum(used[-workers:]) / (SHARD_SIZE * (last - first))
 
 
-def finished_rate(output: Path, workers: int) -> float | None:
-    """Images/s from when every worker has finished its first shard to the last shard, by the records' times."""
-    records = output / ".work" / "records"
+def finished(output: Path) -> list[float]:
+    """When each shard was finished, by the times of their records, sorted."""
     try:
-        times = sorted(path.stat().st_mtime for path in records.glob("*.json"))
+        return sorted(path.stat().st_mtime for path in (output / ".work" / "records").glob("*.json"))
     except FileNotFoundError:
-        return None  # the work folder was just removed
-    if len(times) < workers + 2:
-        return None
+        return []  # the work folder was just removed
+
+
+def finished_rate(times: list[float], workers: int) -> float:
+    """Images/s from when every worker has finished its first shard to the last shard."""
     return SHARD_SIZE * (len(times) - workers) / (times[-1] - times[workers - 1])
 
 
