@@ -110,6 +110,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.plot(epochs, top1, marker="o", markersize=3, color=colour, label=f"seed {run['seed']}: {run['top1']:.4f}")
     axes.axhline(WANTED_TOP1, color="#a0aec0", linestyle="--", linewidth=1)
     axes.set(xlabel="epoch", ylabel="top-1 on the 10,000 test pictures", title="Fashion-MNIST, two towers, 2 CPU cores")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

@@ -11,6 +11,8 @@ Contestants, batch 128, synthetic pictures, each in a process of its own (so tha
     one-bf16     the same with bfloat16 matrix products
     two          one process a tower, one thread each, gloo, float32
     two-bf16     the same with bfloat16 matrix products
+    one-compiled, one-bf16-compiled, norm-compiled
+                 with train.compile = true (needs a C++ compiler): the response normalisation by torch.compile
     norm-plain   nn.LocalResponseNorm(5) forward and backward, (128, 48, 55, 55) float32
     norm         trainer.normalization on the same, channels_last
 
@@ -35,7 +37,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-CONTESTANTS = ("plain", "one", "one-bf16", "two", "two-bf16", "norm-plain", "norm")
+CONTESTANTS = ("plain", "one", "one-bf16", "one-compiled", "one-bf16-compiled", "two", "two-bf16")
+CONTESTANTS += ("norm-plain", "norm", "norm-compiled")
 WARM_UP = 2
 
 
@@ -119,7 +122,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     labels = torch.randint(1000, (batch,), generator=generator)
     if name == "plain":
         return plain_step(images, labels)
-    config = load_config(ROOT / "configs" / "paper.toml")
+    config = load_config(ROOT / "configs" / "paper.toml", ["train.compile=true"] if "compiled" in name else [])
     link = connect(300.0, "gloo").link if name.startswith("two") else None
     net = make_net(config, link).to(memory_format=torch.channels_last)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
@@ -127,7 +130,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
 
     def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        narrow = torch.autocast("cpu", torch.bfloat16) if name.endswith("bf16") else contextlib.nullcontext()
+        narrow = torch.autocast("cpu", torch.bfloat16) if "bf16" in name else contextlib.nullcontext()
         with narrow:
             loss = net.loss(images, labels, DropoutDraws(0, number))
         loss.backward()
@@ -188,11 +191,15 @@ def norm_step(name: str, batch: int) -> Callable[[int], None]:
     layout = torch.contiguous_format if name == "norm-plain" else torch.channels_last
     x = (torch.randn(batch, 48, 55, 55) * 30).contiguous(memory_format=layout).requires_grad_()
     gradient = torch.randn(batch, 48, 55, 55).contiguous(memory_format=layout)
+    compiled = name == "norm-compiled"
     module = torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0, compiled=compiled)
 
     def step(_: int) -> None:
         x.grad = None
-        y = module(x) if name == "norm-plain" else response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+        y = module(x) if name == "norm-plain" else ours(x)
         y.backward(gradient)
 
     return step
