@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from photos import write_class_folders
+from photos import prepare_shards
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,20 +55,6 @@ CROP = 224
 EMPTY_THE_QUEUE = 6  # batches a slot begins with, not timed: more than any contestant has prepared while it waited
 PAPER = LoaderConfig(crop_px=CROP, mean="pixel", colour="eigenvalue")
 CHANNEL = dataclasses.replace(PAPER, mean="channel")
-
-
-def prepare(work: Path, count: int) -> dict[str, Path]:
-    """Real photos, 256x256, as JPEG (quality 90) and raw shards, made by our own prepare; kept for the next run."""
-    source = work / f"photos-{count}"
-    if not source.exists():
-        write_class_folders(work / "unfinished", count, width_px=256, height_px=256, quality=97)
-        (work / "unfinished").rename(source)
-    folders = {encoding: work / f"{encoding}-{count}" for encoding in ("jpeg", "raw")}
-    for encoding, folder in folders.items():
-        command = [sys.executable, "-m", "pipeline", "prepare", "--source", "folder", "--input", str(source)]
-        command += ["--output", str(folder), "--resize", "256", "--encoding", encoding, "--val-fraction", "0"]
-        subprocess.run([*command, "--shard-size", "256", "--workers", "2"], check=True, cwd=ROOT)
-    return folders
 
 
 def ours(folder: Path, config: LoaderConfig) -> Iterator[torch.Tensor]:
@@ -339,7 +325,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_loader.json")
     args = parser.parse_args()
     facts = environment()
-    folders = prepare(args.work, args.count)
+    folders = prepare_shards(args.work, args.count, val_fraction=0)
     memory = memory_by_epoch(folders["jpeg"])
     rates = race(folders, args.rounds, args.seconds)
     stages = {

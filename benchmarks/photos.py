@@ -7,6 +7,8 @@ one of them, resized, so detail, contrast and compressed size vary as in a colle
 """
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import skimage
 import sklearn
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
 SKIMAGE_NAMES = (
@@ -52,6 +55,21 @@ def write_class_folders(
         folder = output / f"class-{number % classes:02d}"
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{number:06d}.jpg", "JPEG", quality=quality, subsampling="4:2:0")
+
+
+def prepare_shards(work: Path, count: int, *, val_fraction: float) -> dict[str, Path]:
+    """Photos, 256x256, as JPEG (quality 90) and raw shards, made by our own prepare; kept for the next run."""
+    source = work / f"photos-{count}"
+    if not source.exists():
+        write_class_folders(work / "unfinished", count, width_px=256, height_px=256, quality=97)
+        (work / "unfinished").rename(source)
+    folders = {encoding: work / f"{encoding}-{count}" for encoding in ("jpeg", "raw")}
+    for encoding, folder in folders.items():
+        command = [sys.executable, "-m", "pipeline", "prepare", "--source", "folder", "--input", str(source)]
+        command += ["--output", str(folder), "--resize", "256", "--encoding", encoding]
+        command += ["--val-fraction", str(val_fraction), "--shard-size", "256", "--workers", "2"]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return folders
 
 
 def main() -> None:

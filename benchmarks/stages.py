@@ -19,13 +19,12 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from photos import write_class_folders
+from photos import prepare_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,20 +49,6 @@ SMALL_NET = (
 )
 PAPER_NET = ("model.classes=10", "train.batch_size=64", "optimizer.schedule='steps'")
 METRICS_ROUNDS, METRICS_STEPS = 11, 20
-
-
-def prepare(work: Path, count: int) -> dict[str, Path]:
-    """Real photos, 256x256, as JPEG (quality 90) and raw shards, made by our own prepare; kept for the next run."""
-    source = work / f"photos-{count}"
-    if not source.exists():
-        write_class_folders(work / "unfinished", count, width_px=256, height_px=256, quality=97)
-        (work / "unfinished").rename(source)
-    folders = {encoding: work / f"{encoding}-{count}" for encoding in ("jpeg", "raw")}
-    for encoding, folder in folders.items():
-        command = [sys.executable, "-m", "pipeline", "prepare", "--source", "folder", "--input", str(source)]
-        command += ["--output", str(folder), "--resize", "256", "--encoding", encoding, "--val-fraction", "0.05"]
-        subprocess.run([*command, "--shard-size", "256", "--workers", "2"], check=True, cwd=ROOT)
-    return folders
 
 
 def recipes() -> dict[str, Config]:
@@ -129,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_stages.json")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    folders = prepare(args.work, args.count)
+    folders = prepare_shards(args.work, args.count, val_fraction=0.05)
     cases, records = {}, {}
     for net, config in recipes().items():
         for encoding, folder in folders.items():

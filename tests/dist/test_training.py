@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist.commands import CONFIG, ROOT, command, environment, run, train_words
+from tests.small_disk import small_disk
 from trainer.__main__ import main
 from trainer.checkpoint import checkpoints, folder_of
 
@@ -175,11 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over(digits: Path, serial: Path, tmp_pat
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int) -> None:
     """Room for some checkpoints only: one line, exit code 2, the last whole checkpoint is there and evaluates."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]).returncode:
-        pytest.skip("needs root to mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk", "4m") as disk:
         words = train_words(
             digits, disk / "run", "--processes", processes, overrides=("train.checkpoint_every_steps=1",)
         )
@@ -189,8 +186,6 @@ def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int)
         assert "Traceback" not in done.stderr
         assert checkpoints(disk / "run")
         run("trainer", "evaluate", "--run", disk / "run", "--data", digits)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow

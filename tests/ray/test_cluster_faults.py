@@ -12,8 +12,8 @@ import pytest
 import requests
 
 from cluster import local
-from tests.ray.disk import enlarge, small_disk
 from tests.ray.machine import ROOT, Machine, started, wait_until
+from tests.small_disk import remount, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line_and_is_continued(machine, data, tmp_path):
         assert done.returncode == 2
         errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in done.stdout
-        enlarge(disk, "30m")
+        remount(disk, "size=30m")
         machine.run(*words, expect=0)
         assert manifest(disk / "digits") == manifest(data)
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import faults
 from tests.ray.preparing import command, environment, make_pictures, run, start, tree
+from tests.small_disk import remount, small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -118,34 +119,27 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 300 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", "300k") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_one_line_and_is_continued(arguments: Arguments, undisturbed: Path, small_disk: Path) -> None:
-    filler = small_disk / "data" / ".work"
+def test_a_full_disk_is_one_line_and_is_continued(arguments: Arguments, undisturbed: Path, disk: Path) -> None:
+    filler = disk / "data" / ".work"
     filler.mkdir(parents=True)
     (filler / "filler").write_bytes(bytes(200_000))
-    done = run(*arguments, "--workers", 2, "--output", small_disk / "data", expect=2)
+    done = run(*arguments, "--workers", 2, "--output", disk / "data", expect=2)
     assert_one_error(done.stderr, "No space left on device")
-    assert final(small_disk / "data").items() <= tree(undisturbed).items()
-    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
-    run(*arguments, "--workers", 2, "--output", small_disk / "data")
-    assert tree(small_disk / "data") == tree(undisturbed)
+    assert final(disk / "data").items() <= tree(undisturbed).items()
+    remount(disk, "size=20m")
+    run(*arguments, "--workers", 2, "--output", disk / "data")
+    assert tree(disk / "data") == tree(undisturbed)
 
 
-def test_an_output_that_is_read_only_is_one_line(arguments: Arguments, small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    done = run(*arguments, "--output", small_disk / "data", expect=2)
+def test_an_output_that_is_read_only_is_one_line(arguments: Arguments, disk: Path) -> None:
+    remount(disk, "ro")
+    done = run(*arguments, "--output", disk / "data", expect=2)
     assert_one_error(done.stderr, "Read-only file system")
 
 

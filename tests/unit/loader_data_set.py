@@ -171,3 +171,11 @@ def load_reference(folder: Path, split: str = "train") -> dict[str, tuple[np.nda
     """Key -> (picture, label) of a whole split."""
     manifest = read_manifest(folder)
     return reference_pictures(folder, manifest.splits[split], manifest.picture)
+
+
+def make_encodings(folder: Path, *encodings: str) -> dict[str, Path]:
+    """The same small data set in several encodings: 20 training pictures, 18x16."""
+    return {
+        encoding: make_data_set(folder / encoding, encoding=encoding, size=(18, 16), train=20, val=2)
+        for encoding in encodings
+    }

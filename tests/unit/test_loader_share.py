@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.loader import Batch, BatchShare, LoaderConfig, SplitFeed, TrainingLoader
-from tests.unit.loader_data_set import make_data_set
+from tests.unit.loader_data_set import make_encodings
 
 CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")
 BATCH = 6
@@ -17,11 +17,7 @@ BATCH = 6
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("share")
-    return {
-        encoding: make_data_set(folder / encoding, encoding=encoding, size=(18, 16), train=20, val=2)
-        for encoding in ("jpeg", "raw")
-    }
+    return make_encodings(tmp_path_factory.mktemp("share"), "jpeg", "raw")
 
 
 def assert_rows(whole: Batch, parts: list[Batch]) -> None:

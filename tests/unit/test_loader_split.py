@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.loader import Batch, LoaderConfig, SplitFeed, TrainingLoader
-from tests.unit.loader_data_set import make_data_set
+from tests.unit.loader_data_set import make_encodings
 
 CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")
 BATCH = 6
@@ -18,11 +18,7 @@ BATCH = 6
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("split")
-    return {
-        encoding: make_data_set(folder / encoding, encoding=encoding, size=(18, 16), train=20, val=2)
-        for encoding in ("jpeg", "png", "raw")
-    }
+    return make_encodings(tmp_path_factory.mktemp("split"), "jpeg", "png", "raw")
 
 
 class Meeting:

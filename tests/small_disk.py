@@ -23,6 +23,6 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def enlarge(folder: Path, size: str) -> None:
-    """Gives a small disk another size."""
-    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+def remount(folder: Path, options: str) -> None:
+    """Gives a small disk other options, such as ``size=20m`` or ``ro``."""
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
