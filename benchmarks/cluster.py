@@ -1,6 +1,6 @@
 """What does the way through the cluster cost? prepare as a Ray job beside the same prepare run directly, in turns.
 
-    python benchmarks/cluster.py --work /tmp/cluster-bench            about 15 minutes on 2 cores
+    python benchmarks/cluster.py --work /tmp/cluster-bench            about 8 minutes on 2 cores
     python benchmarks/cluster.py --work /tmp/cluster-bench --pictures 400 --rounds 1      a smoke test
 
 Both make the same data set from 500x375 photos (JPEG, quality 95) on the same cores; a local cluster of one node runs
