@@ -185,4 +185,5 @@ def describe_setting(
         raw_bytes=float(stored.height_px * stored.width_px * stored.channels) if stored else 0.0,
         sample_bytes=stored.sample_bytes if stored else 0.0,
         cached=parts[0].cached,
+        net_threads=parts[0].threads,
     )

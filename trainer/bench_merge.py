@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from trainer.bench_record import BenchRecord, Ceiling, Figure, Point, Setting, Stage, Whole
+from trainer.bench_record import FEWER, BenchRecord, Ceiling, Figure, Point, Setting, Stage, Whole
 from trainer.config import ModelConfig
 from trainer.describe import count_layers
 
@@ -79,6 +79,11 @@ def merge(
         loader=wholes["loader"],
         synthetic=synthetic,
         whole=wholes["end to end"],
+        fewer={
+            int(name.removeprefix(FEWER)): whole
+            for name in first.slots
+            if name.startswith(FEWER) and (whole := _whole(parts, name, setting.batch_size))
+        },
         timeline=timeline,
         sweep=tuple(_point(size, times, size) for size, times in first.sweep.items()),
         scaling=scaling,

@@ -20,6 +20,8 @@ class Costs:
         loader_cpu_ms, net_cpu_ms: processor time of each, all processes.
         cores: processor cores that they share.
         own_ms: the loader's work in the training thread, which the net waits for.
+        stall_share: milliseconds that the net stands still for a millisecond of the loader's processor time, see
+            :func:`stall_share`.
     """
 
     loader_ms: float
@@ -28,6 +30,7 @@ class Costs:
     net_cpu_ms: float
     cores: int
     own_ms: float = 0.0
+    stall_share: float = 0.0
 
     @property
     def processor_ms(self) -> float:
@@ -35,27 +38,66 @@ class Costs:
         return (self.loader_cpu_ms + self.net_cpu_ms) / self.cores
 
     @property
+    def stall_ms(self) -> float:
+        """How long the net stands still because the loader has a core that one of its threads needs."""
+        return self.stall_share * self.loader_cpu_ms
+
+    @property
     def step_ms(self) -> float:
         """Predicted wall time: loading and training overlap, but cores cannot be in two places."""
-        return max(self.loader_ms, self.net_ms + self.own_ms, self.processor_ms)
+        return max(self.loader_ms, self.net_ms + self.own_ms + self.stall_ms, self.processor_ms)
 
     @property
     def limit(self) -> str:
-        """Which of the three it is: ``data``, ``net`` or ``processor`` (both together)."""
+        """Which it is: ``data``, ``net``, or ``processor`` where both together want more than the cores have."""
         terms = {"data": self.loader_ms, "net": self.net_ms + self.own_ms, "processor": self.processor_ms}
         return max(terms, key=lambda name: terms[name])
 
 
+def stall_share(net_threads: int, loader_threads: int, cores: int) -> float:
+    """How long a net of several threads stands still for the loader, of the loader's processor time.
+
+    The net's threads work in step, and each waits (actively) for all: it goes on only while it has all its cores.
+    Loader threads that find no other core take one of the net's. If k of them work at once, they stop the net for 1/k
+    of their processor time; every k from 1 to all is taken as equally likely.
+
+    Args:
+        net_threads, loader_threads: of all processes on this machine.
+        cores: of this machine.
+    """
+    crowded = min(loader_threads - max(0, cores - net_threads), net_threads)
+    if net_threads < 2 or crowded <= 0:
+        return 0.0
+    return crowded / loader_threads * sum(1 / k for k in range(1, crowded + 1)) / crowded
+
+
 def costs_of(record: BenchRecord) -> Costs:
     """The costs that a result measured; without data, the net's alone."""
-    loader = record.loader
+    loader, setting = record.loader, record.setting
     return Costs(
         loader_ms=loader.ms.median if loader else 0.0,
         net_ms=record.synthetic.ms.median,
         loader_cpu_ms=loader.cpu_ms if loader else 0.0,
         net_cpu_ms=record.synthetic.cpu_ms,
-        cores=record.setting.cores,
+        cores=setting.cores,
         own_ms=loader.own_ms if loader else 0.0,
+        stall_share=_stall_share(record, setting.net_threads),
+    )
+
+
+def _stall_share(record: BenchRecord, net_threads: int) -> float:
+    """:func:`stall_share` of a result, its net with so many threads a process."""
+    setting = record.setting
+    if record.loader is None or setting.device != "cpu":
+        return 0.0
+    return stall_share(net_threads * setting.processes, setting.threads * setting.processes, setting.cores)
+
+
+def with_threads(record: BenchRecord, net_threads: int) -> Costs:
+    """The costs with fewer threads for the net, which :attr:`BenchRecord.fewer` measured."""
+    net = record.fewer[net_threads]
+    return dataclasses.replace(
+        costs_of(record), net_ms=net.ms.median, net_cpu_ms=net.cpu_ms, stall_share=_stall_share(record, net_threads)
     )
 
 

@@ -93,11 +93,12 @@ def prediction_sentence(record: BenchRecord) -> str:
     """The rate that the stages predict beside the measured one."""
     assert record.whole is not None
     predicted, costs = predict_rate(record), costs_of(record)
-    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.own_ms, costs.processor_ms)]
+    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.own_ms, costs.processor_ms, costs.stall_ms)]
+    stall = f" and {terms[4]} of standing still for the loader" if costs.stall_ms else ""
     return (
         f"predicted from the stages: {predicted:,.1f} images/s, "
         f"measured {record.whole.images_per_s / predicted:.2f} of it (the longest of loader {terms[0]}, "
-        f"training {terms[1]} and {terms[2]} of loading in its thread, processor time over {costs.cores} cores "
+        f"training {terms[1]} and {terms[2]} of loading in its thread{stall}, processor time over {costs.cores} cores "
         f"{terms[3]} ms)"
     )
 

@@ -13,6 +13,7 @@ from trainer.errors import BenchError
 
 FORMAT = 1
 LOADER_STAGES = ("read", "decode", "augment")
+FEWER = "synthetic, threads: "  # what synthetic training with fewer threads is called, before their number
 NET_STAGES = ("transfer", "forward", "exchange", "backward", "check", "optimizer", "rest")
 
 
@@ -145,6 +146,7 @@ class Setting:
         precision: fp32 or bf16.
         cores: processor cores that all processes share.
         threads: decoding threads a loader.
+        net_threads: of a process's computation on a CPU.
         feed: each or split.
         rounds: measurements of each whole; ``seconds``: their length together, s.
         seconds: see above.
@@ -173,6 +175,7 @@ class Setting:
     raw_bytes: float
     sample_bytes: float
     cached: float | None
+    net_threads: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +206,7 @@ class BenchRecord:
         loader: the loader alone; None where the data were synthetic.
         synthetic: training alone, on a batch that is always ready.
         whole: end to end; None where the data were synthetic.
+        fewer: synthetic training with fewer threads a process, by their number; where loader and net share a CPU.
         timeline: one step.
         sweep: rates by batch size, if asked for.
         scaling: rates by number of processes, if asked for.
@@ -215,6 +219,7 @@ class BenchRecord:
     loader: Whole | None
     synthetic: Whole
     whole: Whole | None
+    fewer: dict[int, Whole] = dataclasses.field(default_factory=dict)
     timeline: tuple[Span, ...] = ()
     sweep: tuple[Point, ...] = ()
     scaling: tuple[Point, ...] = ()
@@ -280,6 +285,7 @@ def from_dict(table: dict[str, Any]) -> BenchRecord:
         loader=whole(table["loader"]),
         synthetic=synthetic,
         whole=whole(table["whole"]),
+        fewer={int(threads): one for threads, row in table.get("fewer", {}).items() if (one := whole(row))},
         timeline=tuple(Span(**row) for row in table["timeline"]),
         sweep=tuple(Point(**row) for row in table["sweep"]),
         scaling=tuple(Point(**row) for row in table["scaling"]),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainer.bench_ceilings import disk_ceilings, measure_ceilings, wire_ceilings, write_ceiling
-from trainer.bench_record import Ceiling, Span
+from trainer.bench_record import FEWER, Ceiling, Span
 from trainer.bench_timing import Slot, TimedTrainer, middle_step, timeline
 from trainer.config import Config
 from trainer.exchange import Link
@@ -50,9 +50,10 @@ class Part:
 
     Attributes:
         tower: ``a``, ``b`` or ``both``.
+        threads: of this process's computation on a CPU.
         ceilings: of this process, while the other measures too.
         slots: of ``read``, ``decode``, ``loader``: (batches, wall, processor time, that of this thread) of each;
-            ``synthetic``, ``end to end``: the same with steps.
+            ``synthetic``, ``synthetic, N threads``, ``end to end``: the same with steps.
         steps: of ``synthetic`` and ``end to end``: seconds of each stage in each step.
         timeline: a step of the largest whole there is.
         checkpoints: of each checkpoint.
@@ -62,6 +63,7 @@ class Part:
     """
 
     tower: str
+    threads: int = 1
     ceilings: list[Ceiling] = dataclasses.field(default_factory=list)
     slots: dict[str, list[tuple[int, float, float, float]]] = dataclasses.field(default_factory=dict)
     steps: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
@@ -104,6 +106,7 @@ def measure(
         part.ceilings = _ceilings(options, link, device, run)
     trainer = TimedTrainer(config, options.data, run, mesh=mesh, device=device)
     try:
+        part.threads = torch.get_num_threads()
         if attach:
             attach(trainer)
         _rounds(_contestants(config, options, trainer, device), options, trainer, part, say)
@@ -181,9 +184,23 @@ def _contestants(config: Config, options: BenchOptions, trainer: TimedTrainer, d
         loader = trainer.sources["data"]
         found.append(Contestant("loader", _taking(_batches_of(loader)), ahead))
     found.append(Contestant("synthetic", lambda count: trainer.run_steps("synthetic", count), 1))
+    threads = torch.get_num_threads()
+    if options.data is not None and options.stages and device == "cpu" and threads > 1:
+        fewer = threads // 2
+        found.append(Contestant(f"{FEWER}{fewer}", lambda count: _with_threads(trainer, count, fewer), 1))
     if options.data is not None:
         found.append(Contestant("end to end", lambda count: trainer.run_steps("data", count), ahead))
     return found
+
+
+def _with_threads(trainer: TimedTrainer, count: int, threads: int) -> Slot:
+    """Synthetic steps with another number of threads; nothing but the computation has them."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return trainer.run_steps("synthetic", count)
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _cached(data: Path) -> float | None:

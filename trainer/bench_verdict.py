@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from trainer.bench_model import Costs, Links, costs_of, project, rate, without
+from trainer.bench_model import Costs, Links, costs_of, project, rate, with_threads, without
 from trainer.bench_record import BenchRecord, Stage
 
 WORTH = 1.03  # a suggestion must promise at least this factor
@@ -148,6 +148,12 @@ def _suggest(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Suggesti
     loader = {stage.name: stage for stage in record.stages if stage.group == "loader"}
     if loader:
         yield from _suggest_loader(record, loader, promise)
+    for threads in record.fewer:
+        yield promise(
+            f"train.threads = {threads}",
+            with_threads(record, threads),
+            f"training alone measured with {threads}; the loader then takes fewer cores from under it",
+        )
     yield from _suggest_net(record, limit, promise)
     best = max(record.sweep, key=lambda point: point.images_per_s, default=None)
     measured = record.whole or record.synthetic

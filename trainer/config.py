@@ -241,6 +241,9 @@ class TrainConfig:
         wire: number format in which maps and their gradients cross between towers: same (as computed: fp32, or bf16
             where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37) or bf16.
         compile: compile the response normalisation with torch.compile (needs a C++ compiler on a CPU).
+        threads: threads of a process's computation on a CPU; 0: its share of the cores. They wait for each other
+            actively: where the loader needs much of a core, the two are faster together with a core each
+            (``trainer bench`` says so).
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
 
@@ -256,13 +259,14 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     wire: Literal["same", "fp16", "bf16"] = "same"
     compile: bool = False
+    threads: int = 0
     peer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         for field in ("epochs", "batch_size", "accumulate", "keep_checkpoints", "checkpoint_every_epochs"):
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
-        for field in ("evaluate_every_epochs", "checkpoint_every_steps", "seed"):
+        for field in ("evaluate_every_epochs", "checkpoint_every_steps", "seed", "threads"):
             require(getattr(self, field) >= 0, f"train.{field}", getattr(self, field), "zero or more")
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")

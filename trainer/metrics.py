@@ -64,7 +64,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from trainer.board import Board
 
         path = run / "metrics.jsonl"
         if path.exists():
@@ -72,18 +72,13 @@ class MetricsLog:
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._epochs = EpochTable(run, read_metrics(run))
-        self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
+        self._board = Board(run / "tensorboard", from_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; ``row["kind"]`` is ``step`` or ``evaluation``."""
         self._file.write(json.dumps(row) + "\n")
         self._epochs.add(row)
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
-            elif isinstance(value, dict):
-                for tower, number in value.items():
-                    self._board.add_scalar(f"{row['kind']}/{key}_{tower}", number, row["step"])
+        self._board.add(row)
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""

@@ -61,6 +61,8 @@ class Trainer:
         self.stop_signal: str | None = None
         self.leads = self.place.rank == 0
         train = config.train
+        if train.threads:
+            torch.set_num_threads(train.threads)
         self.net = make_net(config, self.link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.saver = Saver(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)

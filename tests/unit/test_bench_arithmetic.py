@@ -9,7 +9,7 @@ import pytest
 from trainer.__main__ import main
 from trainer.bench_compare import compare, differ, differing_settings
 from trainer.bench_merge import count_work
-from trainer.bench_model import Links, costs_of, links_of, predict_rate, project, without
+from trainer.bench_model import Links, costs_of, links_of, predict_rate, project, stall_share, with_threads, without
 from trainer.bench_output import node_rows
 from trainer.bench_record import (
     BenchRecord,
@@ -88,6 +88,36 @@ def test_the_prediction_is_the_longest_of_loader_net_and_processor_time():
     few_cores = a_record(cores=2)  # 16 ms of the loader's and 7 ms of the net's processor time on 2 cores
     assert predict_rate(few_cores) == pytest.approx(1e3 * BATCH / 11.5)
     assert [costs_of(r).limit for r in (record, slow_net, few_cores)] == ["data", "net", "processor"]
+
+
+@pytest.mark.parametrize(
+    ("net", "loader", "cores", "share"),
+    [
+        (2, 2, 2, (1 + 1 / 2) / 2),  # one or two at once stop both of the net's threads
+        (2, 1, 2, 1.0),  # one loader thread stops both
+        (2, 2, 4, 0.0),  # a core for everybody
+        (4, 2, 4, (1 + 1 / 2) / 2),
+        (2, 2, 3, 1 / 2),  # one of the two finds a free core, the other stops the net
+        (1, 2, 2, 0.0),  # a single thread waits for nobody
+        (2, 8, 2, (1 + 1 / 2) / 2 * 2 / 8),  # two at most are in the net's way at a time
+    ],
+)
+def test_a_net_in_step_stands_still_for_loader_threads_that_have_no_core_of_their_own(net, loader, cores, share):
+    assert stall_share(net, loader, cores) == pytest.approx(share)
+
+
+def test_standing_still_is_predicted_and_fewer_threads_are_suggested_where_they_pay():
+    crowded = a_record(cores=2, threads=2, net_threads=2)  # net 7 ms, loader 10 ms and 16 ms of processor time
+    assert predict_rate(crowded) == pytest.approx(1e3 * BATCH / (7.0 + 0.75 * 16.0))
+    assert costs_of(crowded).limit == "processor"
+    record = dataclasses.replace(crowded, fewer={1: whole(12.0, 12.0)})
+    assert with_threads(record, 1).step_ms == pytest.approx((16.0 + 12.0) / 2)
+    (found,) = [s for s in judge(record).suggestions if s.change == "train.threads = 1"]
+    assert found.images_per_s == pytest.approx(1e3 * BATCH / 14.0)
+    assert found.factor == pytest.approx(19.0 / 14.0)
+    slow = dataclasses.replace(crowded, fewer={1: whole(40.0, 40.0)})
+    assert not [s for s in judge(slow).suggestions if s.change.startswith("train.threads")]
+    assert from_dict(json.loads(to_json(record))) == record
 
 
 def test_without_a_stage_its_time_and_its_processor_time_are_gone():
