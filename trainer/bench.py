@@ -8,7 +8,6 @@ follows from it), ``bench_page`` (the report).
 import dataclasses
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from trainer.bench_stages import BenchOptions, Part, measure
 from trainer.config import Config
 from trainer.describe import count_crossings, count_layers
 from trainer.errors import BenchError
-from trainer.launch import choose_device, die_with_parent, join_mesh, tower_environment
+from trainer.launch import choose_device, die_with_parent, join_mesh, run_towers
 from trainer.metrics import describe_environment
 
 Say = Callable[[str], None]
@@ -109,7 +108,11 @@ def measure_parts(config: Config, options: BenchOptions, *, processes: int, devi
             return [measure(config, options, mesh=None, device=choose_device(device), scratch=Path(folder), say=say)]
         job = Path(folder) / "job"
         job.write_bytes(pickle.dumps(Job(config, options, device, Path(folder) / "part")))
-        _run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", str(job)], processes)
+        status = run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", str(job)], processes)
+        if status > 128:  # by a signal; the tower or the launcher has said so
+            raise SystemExit(status)
+        if status:
+            raise BenchError(f"a measuring process ended with status {status}: see above")
         return [pickle.loads((Path(folder) / f"part-{rank}").read_bytes()) for rank in range(processes)]
 
 
@@ -130,27 +133,6 @@ def run_tower(job: Path) -> None:
 def print_line(text: str) -> None:
     """Progress, on stderr: stdout is for the result."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def _run_towers(command: list[str], world: int) -> None:
-    """Runs a command as ``world`` towers on this machine, to the end of all."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world))}
-    children = [
-        subprocess.Popen(command, env=threads | tower_environment(rank, store.port, world)) for rank in range(world)
-    ]
-    try:
-        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
-            time.sleep(0.05)
-        if any(child.poll() for child in children):
-            time.sleep(1.0)  # the others notice that a peer is gone, and say so
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-        codes = [child.wait() for child in children]
-    if any(codes):
-        raise BenchError(f"a measuring process ended with status {next(code for code in codes if code)}: see above")
 
 
 def describe_setting(

@@ -74,23 +74,27 @@ def start_towers(
     replicas: int = 1,
     profile_steps: int = 0,
 ) -> int:
-    """Runs the towers of an opened run, ``replicas`` pairs of them, to their end.
+    """Runs the towers of an opened run, ``replicas`` pairs of them, to their end; see :func:`run_towers`."""
+    command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
+    command += ["--device", device] if device else []
+    command += ["--skip-list", str(skip_list)] if skip_list else []
+    command += ["--profile", str(profile_steps)] if profile_steps else []
+    return run_towers(command, 2 * replicas)
 
-    SIGTERM and SIGINT are passed on; each tower then finishes its step and saves. If one tower ends badly, the others
-    get ``GRACE_S`` to notice it.
+
+def run_towers(command: Sequence[str], world: int) -> int:
+    """Runs a command as ``world`` towers on this machine, each with its share of the cores, to the end of all.
+
+    SIGTERM and SIGINT are passed on; in training each tower then finishes its step and saves. If one tower ends badly,
+    the others get ``GRACE_S`` to notice it.
 
     Returns:
         Exit status: 0, or that of the first tower that failed (128 + number where a signal ended it).
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    world = 2 * replicas
     threads = max(1, len(os.sched_getaffinity(0)) // world)
     children = []
     for rank in range(world):
-        command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
-        command += ["--device", device] if device else []
-        command += ["--skip-list", str(skip_list)] if skip_list else []
-        command += ["--profile", str(profile_steps)] if profile_steps else []
         environment = tower_environment(rank, store.port, world)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
