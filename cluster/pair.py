@@ -25,6 +25,7 @@ AGREE_EVERY_S = 1.0
 STOPPED = 3  # the trainer's status after it was asked to stop and has saved
 LOST = 4  # the trainer's status where another tower is gone without a word
 PREEMPTED = 75  # ours: the same because a node is going away; the driver starts the run again
+RESIZE, ENDED = "resize", "ended"  # files: another number of pairs fits, save (cluster/resize.py); all have ended
 
 
 class TowerLost(Exception):
@@ -135,7 +136,7 @@ class Watch:
         self._folder, self._run = Path(pair.folder), pair.run
         self._replica, self._replicas = replica, replicas
         self._children, self._attempt = children, attempt
-        self._stopping = self._preempted = False
+        self._stopping = self._preempted = self._resizing = False
 
     def to_the_end(self) -> int:
         """Wait for the agreed end, passing on stop requests and preemption notices.
@@ -187,7 +188,13 @@ class Watch:
             self._preempted = True
             say("this node is going away: saving")
             self._signal(signal.SIGTERM)
+        if (self._folder / RESIZE).exists() and not self._resizing:
+            self._resizing = True
+            say("the cluster holds another number of pairs: saving")
+            self._signal(signal.SIGTERM)
         ended = agreed_end(self._folder, self._attempt, self._replicas) if self._replica == 0 else None
+        if ended is not None:
+            (self._folder / ENDED).touch()
         answer: int | None = broadcast_from_rank_zero({"status": ended})["status"]
         return answer
 

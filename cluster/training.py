@@ -58,22 +58,40 @@ def choose_gpus(nodes: Sequence[dict[str, float]], towers: int, replicas: int) -
 
 
 def wait_for_room(need: Need, timeout_s: float) -> None:
-    """Wait until the cluster can hold the pairs.
+    """Wait until the cluster can hold the pairs; an autoscaler is asked for nodes.
 
     Raises:
         ClusterError: it cannot after `timeout_s`; Ray Train itself would wait for ever.
     """
-    deadline = time.monotonic() + timeout_s
-    while (found := fitting_pairs(_nodes(), need)) < need.replicas:
-        wants = f"{need.replicas} x {need.cpus} CPUs" + (f" and {need.gpus} GPUs" if need.gpus else "")
-        shows = ", ".join(f"{node.get('CPU', 0):g} CPUs {node.get('GPU', 0):g} GPUs" for node in _nodes())
-        if time.monotonic() >= deadline:
-            raise ClusterError(
-                f"missing resources: the towers need {wants}, each on one node; the nodes have: {shows}; "
-                "add nodes, or lower --replicas or --cpus-per-pair"
-            )
-        print(f"waiting for resources: {found}/{need.replicas} pairs fit (nodes: {shows})", flush=True)
-        time.sleep(min(WAIT_LINE_S, max(0.1, deadline - time.monotonic())))
+    deadline, asked = time.monotonic() + timeout_s, False
+    try:
+        while (found := fitting_pairs(_nodes(), need)) < need.replicas:
+            shows = ", ".join(f"{node.get('CPU', 0):g} CPUs {node.get('GPU', 0):g} GPUs" for node in _nodes())
+            if time.monotonic() >= deadline:
+                raise ClusterError(_missing(need, shows))
+            print(f"waiting for resources: {found}/{need.replicas} pairs fit (nodes: {shows})", flush=True)
+            if not asked:
+                _ask_autoscaler([{"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})] * need.replicas)
+                asked = True
+            time.sleep(min(WAIT_LINE_S, max(0.1, deadline - time.monotonic())))
+    finally:
+        if asked:
+            _ask_autoscaler([])  # a request stands until the next one, and would keep idle nodes for ever
+
+
+def _missing(need: Need, shows: str) -> str:
+    wants = f"{need.replicas} x {need.cpus} CPUs" + (f" and {need.gpus} GPUs" if need.gpus else "")
+    return (
+        f"missing resources: the towers need {wants}, each on one node; the nodes have: {shows}; "
+        "add nodes, or lower --replicas or --cpus-per-pair"
+    )
+
+
+def _ask_autoscaler(bundles: list[dict[str, int]]) -> None:
+    """Say which bundles the cluster should be able to hold; nobody listens where there is no autoscaler."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=list(bundles))
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -145,12 +163,18 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, atte
     if need.gpus:
         resources["GPU"] = float(need.gpus)
     workers: Any = most if least == most else (least, most)
+    callbacks: list[Any] = []
+    if least < most:
+        from cluster.resize import SaveBeforeResize
+
+        callbacks.append(SaveBeforeResize(settings.folder))
     name = f"{Path(settings.folder).name}-{attempt}"  # never used before: Ray Train resumes a run by its name, silently
     run_config: Any = RunConfig(
         name=name,
         storage_path=str(Path(settings.folder).parent),
         failure_config=FailureConfig(max_failures=arguments.max_failures),
         logging_config=LoggingConfig(log_level="WARNING"),
+        callbacks=callbacks,
     )
     trainer = DataParallelTrainer(
         run_pair,
@@ -160,6 +184,7 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, atte
             use_gpu=need.gpus > 0,
             resources_per_worker=resources,
             placement_strategy="SPREAD",
+            elastic_resize_monitor_interval_s=arguments.resize_every,
         ),
         run_config=run_config,
     )
@@ -214,6 +239,13 @@ def add_options(parser: "argparse._ActionsContainer") -> None:
         "--max-failures", type=int, default=3, metavar="N", help="restarts after lost workers (default: 3)"
     )
     parser.add_argument(
+        "--resize-every",
+        type=float,
+        default=60,
+        metavar="S",
+        help="with LEAST:MOST: seconds between two looks for room for more pairs (default: 60)",
+    )
+    parser.add_argument(
         "--wait", type=float, default=60, metavar="S", help="seconds to wait for resources (default: 60)"
     )
 
@@ -233,7 +265,7 @@ def entrypoint(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[s
         f"{least}:{most}",
     ]
     words += ["--cpus-per-pair", str(arguments.cpus_per_pair), "--max-failures", str(arguments.max_failures)]
-    words += ["--wait", f"{arguments.wait:g}"]
+    words += ["--wait", f"{arguments.wait:g}", "--resize-every", f"{arguments.resize_every:g}"]
     if arguments.gpus_per_pair is not None:
         words += ["--gpus-per-pair", str(arguments.gpus_per_pair)]
     return (*words, "--", *command)

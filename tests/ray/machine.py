@@ -32,6 +32,11 @@ class Machine:
         assert cluster is not None
         return cluster
 
+    @property
+    def logs(self) -> Path:
+        """Where Ray writes on this machine."""
+        return self.folder / "c" / "ray" / "session_latest" / "logs"
+
     def run(self, *arguments: str, expect: int | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python -m cluster ARGUMENTS` and check its exit code if one is expected."""
         done = subprocess.run(

@@ -1,6 +1,5 @@
 """The real commands on a cluster of two nodes: equal to direct runs, also when workers and nodes are killed."""
 
-import hashlib
 import json
 import os
 import signal
@@ -12,14 +11,12 @@ import pytest
 import requests
 
 from cluster import local
-from tests.ray.machine import ROOT, Machine, started, wait_until
+from cluster.gauges import latest_step
+from tests.ray.digits import PREPARE, STEPS, final_weights, manifest, prepare_directly, train_command, train_directly
+from tests.ray.machine import Machine, started, wait_until
 from tests.small_disk import remount, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-PREPARE = ("-m", "pipeline", "prepare", "--source", "digits", "--resize", "32")
-SMALL = ("--set", "train.epochs=12", "--set", "train.batch_size=64", "--set", "train.checkpoint_every_steps=10")
-STEPS = 12 * 22
 
 
 @pytest.fixture(scope="module")
@@ -52,33 +49,13 @@ def living(cluster: local.LocalCluster) -> list[local.LocalNode]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The data set of a direct run."""
-    folder = tmp_path_factory.mktemp("direct") / "digits"
-    command = [sys.executable, *PREPARE, "--shard-size", "128", "--workers", "2", "--output", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return folder
+    return prepare_directly(tmp_path_factory.mktemp("direct") / "digits")
 
 
 @pytest.fixture(scope="module")
 def weights(data, tmp_path_factory):
     """The final weights of a direct run with two processes."""
-    run = tmp_path_factory.mktemp("direct") / "run"
-    command = [sys.executable, *train_command(data, run)[1:], "--processes", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
-    return final_weights(run)
-
-
-def train_command(data: Path, run: Path) -> tuple[str, ...]:
-    recipe = ("--config", "configs/digits.toml", *SMALL)
-    return ("python", "-m", "trainer", "train", *recipe, "--data", str(data), "--run", str(run))
-
-
-def final_weights(run: Path) -> dict[str, str]:
-    folder = run / "checkpoints" / f"step-{STEPS:08d}"
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def manifest(folder: Path) -> str:
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    return final_weights(train_directly(data, tmp_path_factory.mktemp("direct") / "run"))
 
 
 def towers_of(run: Path) -> dict[int, int]:
@@ -107,9 +84,11 @@ def parent_of(pid: int) -> int:
 
 def test_prepare_equals_a_direct_run(machine, data, tmp_path):
     command = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
-    done = machine.run("submit", "--", *command, expect=0)
+    done = machine.run("submit", "--id", "digits", "--", *command, expect=0)
     assert "1,797 pictures" in done.stdout
     assert manifest(tmp_path / "d") == manifest(data)
+    result = json.loads((machine.logs / "job-result-digits.json").read_text())
+    assert (result["outcome"], result["exit_code"]) == ("succeeded", 0) and result["elapsed_s"] > 0
 
 
 def test_a_full_disk_is_one_line_and_is_continued(machine, data, tmp_path):
@@ -126,11 +105,11 @@ def test_a_full_disk_is_one_line_and_is_continued(machine, data, tmp_path):
 
 def test_prepare_survives_a_killed_node(machine, tmp_path):
     options = ("--shard-size", "4")
-    direct = [sys.executable, *PREPARE, *options, "--workers", "2", "--output", str(tmp_path / "direct")]
-    subprocess.run(direct, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    prepare_directly(tmp_path / "direct", *options)
     output = tmp_path / "d"
     job = machine.submit("python", *PREPARE, *options, "--output", str(output), "--address", "auto")
     wait_until(lambda: len(list(output.glob("train/*.tar"))) >= 20, "a few shards")
+    wait_until(lambda: f'run="{output.name}",stage="prepare"' in metrics(machine), "the run's gauges")
     assert not (output / "manifest.json").exists(), "the node must be killed in the middle"
     local.stop_node(living(machine.cluster)[-1], kill=True)
     assert machine.run("logs", "--follow", job).returncode == 0
@@ -162,9 +141,7 @@ def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights
 
 def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_path):
     """Each pair in one bundle, the pairs on different nodes; a killed tower of the second pair brings all four back."""
-    direct, run = tmp_path / "direct", tmp_path / "run"
-    command = [sys.executable, *train_command(data, direct)[1:], "--processes", "2", "--replicas", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    run, direct = tmp_path / "run", train_directly(data, tmp_path / "direct", "--replicas", "2")
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "2"))
     wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint")
     towers = towers_of(run)
@@ -193,6 +170,40 @@ def test_an_elastic_run_goes_on_with_fewer_replicas(machine, data, tmp_path):
     assert "replicas of two processes" not in again and "two processes, one a tower, cpu, from step" in again
     result = json.loads((run / "result.json").read_text())
     assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 2)
+
+
+def test_an_elastic_run_grows_back(machine, data, tmp_path):
+    """Two pairs, then one after a lost node, then two again when a node joins; growing costs not one step."""
+    run = tmp_path / "run"
+    options = ("--towers", "2", "--replicas", "1:2", "--resize-every", "1", "--max-failures", "1")
+    job = machine.submit(*train_command(data, run), options=options)
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
+    host = os.getsid(towers_of(run)[3])
+    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    wait_until(lambda: "restart: " in machine.run("logs", job).stdout, "the restart")
+    step = last_step(run)
+    wait_until(lambda: last_step(run) > step, "a step of one pair")
+    alone = towers_of(run)
+    assert sorted(alone) == [0, 1]
+    for pid in alone.values():
+        os.kill(pid, signal.SIGSTOP)  # so that the run is not over before the node has come
+    add_node(machine)
+    wait_until(lambda: list(tmp_path.glob(".run.ray/*/resize")), "Ray Train's look for room")
+    for pid in alone.values():
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: len(towers_of(run)) == 4, "two pairs again")
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    _, _, grown = done.stdout.partition("the cluster holds another number of pairs: saving")
+    saved = int(grown.partition("stopped at step ")[2].split(":")[0])
+    again = grown.partition("restart: going on from the last checkpoint")[2]
+    assert "2 replicas of two processes" in again and f"from step {saved}" in again, "not one step may be lost"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 4)
+
+
+def last_step(run: Path) -> int:
+    return int((latest_step(run / "metrics.jsonl") or {"step": 0})["step"])
 
 
 def node_id_of(node: local.LocalNode) -> str:
