@@ -1,7 +1,7 @@
 """For plain `ray submit`, which copies one script to the head of a `ray up` cluster and runs it there.
 
 Example:
-    ray submit my.yaml cluster/run_command.py python -m pipeline prepare --source digits --output /shared/digits
+    ray submit my.yaml cluster/run_command.py -- python -m pipeline prepare --source digits --output /shared/digits
 
 The project must lie in ~/twotower on the head, where cluster/ray-cluster.yaml puts it (or in TWOTOWER_ROOT). The
 command's output comes back over SSH, and its exit code is the script's. `python -m cluster submit` needs none of this.
@@ -17,7 +17,9 @@ def main(arguments: list[str]) -> None:
     command = arguments[1:] if arguments[:1] == ["--"] else arguments
     root = Path(os.environ.get("TWOTOWER_ROOT", "~/twotower")).expanduser()
     if not command:
-        sys.exit("error: no command; expected: ray submit CLUSTER.yaml cluster/run_command.py python -m pipeline ...")
+        sys.exit(
+            "error: no command; expected: ray submit CLUSTER.yaml cluster/run_command.py -- python -m ..."
+        )
     if not (root / "cluster" / "entry.py").is_file():
         sys.exit(f"error: the project is not in {root}; ray-cluster.yaml puts it there, or set TWOTOWER_ROOT")
     python = root / ".venv" / "bin" / "python"

@@ -1,7 +1,8 @@
-"""The files for `ray up`, KubeRay, Slurm and `ray submit`, against the real schema or parser where there is one."""
+"""The files for `ray up`, Slurm and `ray submit`, against the real schema or parser; KubeRay's is in test_rayjob.py."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "cluster"
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 
 
 @pytest.fixture(scope="module")
@@ -42,72 +44,6 @@ def test_ray_up_commands_are_options_of_ray_start(ray_up):
     for kind in ("head", "worker"):
         command = ray_up[f"{kind}_start_ray_commands"][-1].partition("ray start ")[2].split()
         start.make_context("start", [word.replace("~", "/root") for word in command])  # raises on an unknown option
-
-
-# Fields of ray.io/v1 that the file may use, from KubeRay's API reference (docs.ray.io, KubeRay 1.6): a typing error in
-# a name would be dropped by the API server without a word.
-RAYJOB = {
-    "submissionMode", "entrypoint", "activeDeadlineSeconds", "backoffLimit", "shutdownAfterJobFinishes",
-    "ttlSecondsAfterFinished", "rayClusterSpec", "runtimeEnvYAML", "jobId", "metadata", "suspend", "clusterSelector",
-    "submitterPodTemplate", "submitterConfig", "entrypointNumCpus", "entrypointNumGpus", "entrypointResources",
-}  # fmt: skip
-RAYCLUSTER = {
-    "rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions",
-    "suspend", "headServiceAnnotations",
-}  # fmt: skip
-HEAD = {"rayStartParams", "template", "serviceType", "headService", "enableIngress"}
-WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template"}
-POD = {"terminationGracePeriodSeconds", "containers", "volumes", "nodeSelector", "tolerations", "serviceAccountName"}
-CONTAINER = {"name", "image", "workingDir", "env", "resources", "volumeMounts", "ports", "securityContext"}
-
-
-@pytest.fixture(scope="module")
-def rayjob():
-    return yaml.safe_load((FILES / "rayjob.yaml").read_text())
-
-
-def pods(rayjob):
-    cluster = rayjob["spec"]["rayClusterSpec"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [(group, group["template"]["spec"]) for group in groups]
-
-
-def test_rayjob_uses_only_known_fields(rayjob):
-    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
-    assert rayjob["spec"].keys() <= RAYJOB
-    assert rayjob["spec"]["rayClusterSpec"].keys() <= RAYCLUSTER
-    assert rayjob["spec"]["rayClusterSpec"]["headGroupSpec"].keys() <= HEAD
-    for group, pod in pods(rayjob):
-        assert group.keys() <= HEAD | WORKERS
-        assert pod.keys() <= POD
-        assert all(container.keys() <= CONTAINER for container in pod["containers"])
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-
-
-def test_rayjob_is_safe_and_bounded(rayjob):
-    spec = rayjob["spec"]
-    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    assert spec["activeDeadlineSeconds"] > 0 and spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"]
-    assert "generateName" in rayjob["metadata"], "a name that is never reused"
-    for _, pod in pods(rayjob):
-        (container,) = pod["containers"]
-        wait_s = {entry["name"]: int(entry["value"]) for entry in container["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
-        assert wait_s < pod["terminationGracePeriodSeconds"], "Kubernetes must not kill before Ray does"
-        mounts = {mount["name"] for mount in container["volumeMounts"]}
-        assert mounts == {volume["name"] for volume in pod["volumes"]}
-
-
-def test_rayjob_runs_the_pinned_ray_and_our_commands(rayjob):
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert rayjob["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
-    words = rayjob["spec"]["entrypoint"].split()
-    assert words[:4] == ["exec", "python", "-m", "cluster.entry"]
-    training = words[words.index("cluster.training") + 1 :]
-    from cluster.training import parse
-
-    options, command = parse(training)
-    assert options.replicas == (1, 1) and command[:4] == ["python", "-m", "trainer", "train"]
-    assert (ROOT / command[command.index("--config") + 1]).is_file()
 
 
 @pytest.fixture
@@ -174,8 +110,30 @@ def test_slurm_script_without_a_command(slurm):
     assert done.returncode == 2 and done.stderr.startswith("error: no command")
 
 
-def test_slurm_directives_come_before_the_first_command():
+def test_slurm_script_is_sound_shell():
+    subprocess.run(["bash", "-n", str(FILES / "slurm.sh")], check=True, timeout=60)
+    done = subprocess.run([SHELLCHECK, str(FILES / "slurm.sh")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+SBATCH = {  # long options of sbatch that the script uses, and what their values look like
+    "--job-name": r"\w+",
+    "--nodes": r"\d+(-\d+)?",
+    "--ntasks-per-node": r"\d+",
+    "--cpus-per-task": r"\d+",
+    "--time": r"(\d+-)?\d+:\d\d:\d\d",
+    "--signal": r"(B:)?[A-Z]+@\d+",
+    "--requeue": "",
+    "--output": r"[\w%.-]+",
+}
+
+
+def test_slurm_directives_come_before_the_first_command_and_are_spelt_right():
     lines = (FILES / "slurm.sh").read_text().splitlines()
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            option, _, value = line.split(maxsplit=1)[1].partition("=")
+            assert re.fullmatch(SBATCH[option], value), line
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
     assert directives and max(directives) < first, "sbatch ignores what follows a command"
@@ -190,6 +148,19 @@ def test_script_for_ray_submit_runs_the_command_in_the_project(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (7, str(ROOT))
     assert json.loads((tmp_path / "result.json").read_text())["outcome"] == "failed"
+
+
+def test_ray_submit_takes_the_line_that_the_script_documents():
+    from ray.scripts.scripts import submit
+
+    (line,) = (
+        line for line in (FILES / "run_command.py").read_text().splitlines() if line.startswith("    ray submit")
+    )
+    context = submit.make_context("submit", line.split()[2:])
+    assert context.params["script"] == "cluster/run_command.py"
+    command = "python -m pipeline prepare --source digits --output /shared/digits"
+    assert " ".join(context.params["script_args"]) == command
+    assert not context.params["stop"] and not context.params["port_forward"], "none of the words is Ray's"
 
 
 def test_script_for_ray_submit_says_what_is_missing(tmp_path):
