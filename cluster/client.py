@@ -88,13 +88,34 @@ class Client:
             )
         return f"{self.address} refuses the token in {token_path()}; it belongs to another cluster: copy the right one"
 
+    def read(self, path: str, **options: Any) -> Any:
+        """The JSON that a GET gives.
+
+        Raises:
+            ClusterError: see `call`; or the answer is not JSON, so it is no Ray that answers.
+        """
+        try:
+            return self.call("GET", path, **options).json()
+        except ValueError:
+            raise self._no_ray() from None
+
+    def _no_ray(self) -> ClusterError:
+        return ClusterError(f"{self.address} is not a Ray dashboard (another program answers there); mind the port")
+
     def version(self) -> str:
-        """The cluster's Ray version."""
-        return str(self.call("GET", "/api/version").json()["ray_version"])
+        """The cluster's Ray version.
+
+        Raises:
+            ClusterError: see `read`.
+        """
+        record = self.read("/api/version")
+        if not isinstance(record, dict) or "ray_version" not in record:
+            raise self._no_ray()
+        return str(record["ray_version"])
 
     def jobs(self) -> list[dict[str, Any]]:
         """All submitted jobs, oldest first."""
-        jobs = [job for job in self.call("GET", "/api/jobs/").json() if job.get("submission_id")]
+        jobs = [job for job in self.read("/api/jobs/") if job.get("submission_id")]
         return sorted(jobs, key=lambda job: job.get("start_time") or 0)
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -104,7 +125,7 @@ class Client:
             ClusterError: there is no such job.
         """
         try:
-            return dict(self.call("GET", f"/api/jobs/{job_id}").json())
+            return dict(self.read(f"/api/jobs/{job_id}"))
         except ServerError as error:
             if error.status == 404:
                 raise ClusterError(f"no job {job_id!r} on {self.address}; see `python -m cluster status`") from None
@@ -116,7 +137,7 @@ class Client:
 
     def log(self, job_id: str) -> bytes:
         """All that a job has written so far."""
-        return str(self.call("GET", f"/api/jobs/{job_id}/logs").json().get("logs", "")).encode()
+        return str(self.read(f"/api/jobs/{job_id}/logs").get("logs", "")).encode()
 
     def log_file(self, node_id: str, name: str, lines: int = -1) -> bytes:
         """A file of a node's log folder, whole (-1) or its last lines.
@@ -145,7 +166,7 @@ class Client:
 
     def nodes(self) -> list[dict[str, Any]]:
         """The summary of every node that the cluster has or had."""
-        return list(self.call("GET", "/nodes", params={"view": "summary"}).json()["data"]["summary"])
+        return list(self.read("/nodes", params={"view": "summary"})["data"]["summary"])
 
 
 class ServerError(ClusterError):

@@ -1,10 +1,12 @@
 """The command line and its parts, without a cluster."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
+import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from cluster import jobs, local
+from cluster import client, jobs, local
 from cluster.__main__ import main
 from cluster.auth import ensure_token, mode_too_wide, read_token
 from cluster.bar import BarStream
@@ -188,18 +190,16 @@ def test_ending_without_a_result_file(job, outcome, code):
     assert (end.outcome, end.exit_code) == (outcome, code)
 
 
-Dashboard = namedtuple("Dashboard", "address handler")
+Server = namedtuple("Server", "address handler")
 
 
-@pytest.fixture
-def open_dashboard():
-    """A dashboard that asks nobody for a token."""
+@contextlib.contextmanager
+def serving(answer):
+    """A server on loopback; `answer(handler)` gives the body of every GET, and the handler's class takes settings."""
 
     class Handler(BaseHTTPRequestHandler):
-        ray_version = "2.40.0"
-
         def do_GET(self):
-            body = json.dumps([] if "jobs" in self.path else {"ray_version": self.ray_version}).encode()
+            body = answer(self)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -210,9 +210,17 @@ def open_dashboard():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Dashboard(f"http://127.0.0.1:{server.server_port}", Handler)
+    yield Server(f"http://127.0.0.1:{server.server_port}", Handler)
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def open_dashboard():
+    """A dashboard that asks nobody for a token."""
+    with serving(lambda h: json.dumps([] if "jobs" in h.path else {"ray_version": h.ray_version}).encode()) as server:
+        server.handler.ray_version = "2.40.0"
+        yield server
 
 
 def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard):
@@ -230,6 +238,38 @@ def test_submit_refuses_another_ray(open_dashboard, capsys, version, words):
     assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "body"),
+    [
+        (["submit", "--", "true"], b"<html>a page</html>"),
+        (["submit", "--", "true"], b'{"status": "ok"}'),
+        (["status"], b"<html>a page</html>"),
+    ],
+)
+def test_another_program_at_the_address_is_one_line(words, body, capsys):
+    with serving(lambda handler: body) as server:
+        assert main([words[0], "--address", server.address, *words[1:]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "is not a Ray dashboard" in lines[0]
+
+
+def test_a_server_that_never_answers_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert main(["status", "--address", f"127.0.0.1:{silent.getsockname()[1]}"]) == 2
+    assert "(no answer in time)" in capsys.readouterr().err
+
+
+def test_contact_that_is_lost_ends_the_wait(monkeypatch):
+    """A cluster that goes away while a job is followed; nothing answers at its address any more."""
+    monkeypatch.setattr(jobs, "LOST_CONTACT_S", 0.1)
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    with pytest.raises(ClusterError, match="lost contact with the cluster while waiting for job-7: no Ray cluster at"):
+        jobs.wait(Client(NOBODY), "job-7", None)
 
 
 def test_local_folder_too_long_for_sockets(tmp_path):

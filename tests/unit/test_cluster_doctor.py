@@ -2,11 +2,14 @@
 
 import os
 import socket
+import subprocess
+import sys
 from collections import namedtuple
+from importlib.metadata import version
 
 import pytest
 
-from cluster import doctor, machine
+from cluster import doctor, local, machine
 from cluster.findings import Finding
 
 SMI = "| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: {} |"
@@ -84,9 +87,9 @@ def test_dali_of_this_installation_is_found():
     assert levels(machine.check_dali()) == ["ok"]
 
 
-@pytest.mark.parametrize(("version", "level"), [("2.54.1", "bad"), ("2.60.0", "ok"), ("3.0.0", "ok")])
-def test_ray_with_known_holes(monkeypatch, version, level):
-    monkeypatch.setattr(doctor, "version", lambda name: version)
+@pytest.mark.parametrize(("ours", "level"), [("2.54.1", "bad"), ("2.60.0", "ok"), ("3.0.0", "ok")])
+def test_ray_with_known_holes(monkeypatch, ours, level):
+    monkeypatch.setattr(doctor, "version", lambda name: ours)
     assert levels(doctor.check_ray()) == [level]
 
 
@@ -106,6 +109,39 @@ def test_ports_that_listen_on_all_interfaces():
         assert everywhere.getsockname()[1] in ports
         assert loopback.getsockname()[1] not in ports
         assert everywhere.getsockname()[1] not in machine.listening({1})
+
+
+@pytest.mark.parametrize(("host", "wanted"), [("0.0.0.0", ["bad", "note"]), ("127.0.0.1", ["ok"])])
+def test_dashboard_that_listens_on_all_interfaces(tmp_path, host, wanted):
+    """A process in a session of its own stands for a node; the socket is real."""
+    code = f"import socket, time\ns = socket.create_server(({host!r}, 0))\n"
+    code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            address = f"http://127.0.0.1:{int(process.stdout.readline())}"
+            node = local.LocalNode(process.pid, local._start_time(process.pid), head=True)
+            local.save(tmp_path, local.LocalCluster(address, "127.0.0.1:1", (node,)))
+            assert levels(doctor.check_binding(address, tmp_path)) == wanted
+            assert levels(doctor.check_binding("http://127.0.0.1:1", tmp_path)) == [], "another cluster"
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("theirs", "level"), [("2.54.0", "bad"), ("2.999.0", "bad"), (version("ray"), "ok")])
+def test_ray_of_the_cluster(theirs, level):
+    (finding,) = doctor._check_version(theirs)
+    assert finding.level == level and theirs in finding.seen
+
+
+def test_token_that_crosses_a_network_in_clear_text(monkeypatch):
+    """Only the finding about the way is looked at: nothing of a network is touched."""
+    monkeypatch.setattr(doctor, "_status_without_token", lambda address: 401)
+    monkeypatch.setattr(doctor.Client, "version", lambda self: version("ray"))
+    monkeypatch.setattr(doctor.Client, "nodes", lambda self: [])
+    found = {address: list(doctor.check_cluster(address)) for address in ("http://10.0.0.7:1", "https://10.0.0.7:1")}
+    assert "not encrypted" in found["http://10.0.0.7:1"][-1].seen and found["http://10.0.0.7:1"][-1].level == "bad"
+    assert "bad" not in levels(found["https://10.0.0.7:1"])
 
 
 def test_port_taken_by_another_program():
