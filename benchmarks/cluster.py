@@ -1,12 +1,13 @@
 """What does the way through the cluster cost? prepare as a Ray job beside the same prepare run directly, in turns.
 
-    python benchmarks/cluster.py --work /tmp/cluster-bench            about 8 minutes on 2 cores
+    python benchmarks/cluster.py --work /tmp/cluster-bench            about 10 minutes on 2 cores, 3 GB
     python benchmarks/cluster.py --work /tmp/cluster-bench --pictures 400 --rounds 1      a smoke test
 
 Both make the same data set from 500x375 photos (JPEG, quality 95) on the same cores; a local cluster of one node runs
 throughout. `images/s` is what prepare itself reports, without the start of Ray; `wall_s` is the whole command as a user
-waits for it; `first_line_s` the time from submit to the first line of the job's log. The order of the two alternates
-from round to round. The results go to benchmarks/results/DATE_HARDWARE_cluster.json.
+waits for it; `first_line_s` the time from submit to the first line of the job's log; `processor_s` what every kind of
+process used, from before the command to its end (for a direct run, two Rays: its own, and the cluster that idles). The
+order of the two alternates from round to round. The results go to benchmarks/results/DATE_HARDWARE_cluster.json.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,13 @@ from photos import write_class_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 1000  # different pictures; the rest are hard links to them
+TICKS = os.sysconf("SC_CLK_TCK")
+KINDS = {  # of processes, by the first pattern that their command line matches
+    "Ray": r"ray::(Dashboard|RuntimeEnv|Job)|ray-dashboard|gcs_server|raylet/raylet|dashboard/|log_monitor|monitor\.py",
+    "workers": r"ray::|default_worker\.py|setup_worker\.py",
+    "submit": r" -m cluster submit",
+    "driver": r" -m (cluster\.entry|pipeline prepare)",
+}
 
 
 def make_pictures(work: Path, count: int) -> Path:
@@ -56,6 +65,51 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
     return done.stdout + done.stderr, time.monotonic() - begin
 
 
+class ProcessorTime(threading.Thread):
+    """Seconds of processor time by kind of process while this is open, from /proc, read every second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._before = self._read()
+        self._last: dict[tuple[str, str], tuple[str, float]] = {}
+        self._over = threading.Event()
+
+    def __enter__(self) -> "ProcessorTime":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Until it is closed; a process counts as it was when last seen."""
+        while not self._over.wait(1.0):
+            self._last |= self._read()
+
+    def seconds(self) -> dict[str, float]:
+        """The sum of each kind."""
+        sums = dict.fromkeys(KINDS, 0.0)
+        for process, (kind, used_s) in self._last.items():
+            sums[kind] += used_s - self._before.get(process, ("", 0.0))[1]
+        return {kind: round(used_s, 1) for kind, used_s in sums.items()}
+
+    @staticmethod
+    def _read() -> dict[tuple[str, str], tuple[str, float]]:
+        """Kind and seconds of every process, by id and start time."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            try:
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # not a process, or it has ended
+                continue
+            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, words)), None)
+            if kind:
+                found[folder.name, fields[19]] = (kind, (int(fields[11]) + int(fields[12])) / TICKS)
+        return found
+
+
 def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_cluster: bool) -> dict[str, Any]:
     """One run, from an empty folder."""
     output = work / "output"
@@ -66,7 +120,8 @@ def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_
         words = [sys.executable, "-m", "cluster", "submit", "--", "python", *command, "--address", "auto"]
     else:
         words = [sys.executable, *command]
-    text, wall_s = run(words, environment)
+    with ProcessorTime() as processor:
+        text, wall_s = run(words, environment)
     found = re.search(r"prepared [\d,]+ pictures in ([\d.]+) s, ([\d,]+) images/s", text)
     first = re.search(r"first log line ([\d.]+) s", text)
     assert found, text
@@ -75,6 +130,7 @@ def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_
         "prepare_s": float(found[1]),
         "wall_s": round(wall_s, 2),
         "first_line_s": float(first[1]) if first else None,
+        "processor_s": processor.seconds(),
         "manifest_sha256": hashlib.sha256((output / "manifest.json").read_bytes()).hexdigest(),
         "load_before": os.getloadavg()[0],
     }
@@ -105,8 +161,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and outputs; pictures are kept")
-    parser.add_argument("--pictures", type=int, default=40000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=80000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/...)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -125,11 +181,19 @@ def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     rates = {kind: [row["images_per_s"] for row in row_list] for kind, row_list in rows.items()}
     pairs = [ours / direct for ours, direct in zip(rates["cluster"], rates["direct"], strict=True)]
     waits = [row["first_line_s"] for row in rows["cluster"]]
+    used = {kind: statistics.median(sum(row["processor_s"].values()) for row in rows[kind]) for kind in rows}
     return {
         "cluster / direct, images/s": {
             "of medians": round(statistics.median(rates["cluster"]) / statistics.median(rates["direct"]), 3),
             "each round": [round(pair, 3) for pair in pairs],
         },
+        "direct / cluster, wall time of the whole command": round(
+            statistics.median(row["wall_s"] for row in rows["direct"])
+            / statistics.median(row["wall_s"] for row in rows["cluster"]),
+            3,
+        ),
+        "shortest job, s": min(row["prepare_s"] for row_list in rows.values() for row in row_list),
+        "cluster / direct, processor time of all processes": round(used["cluster"] / used["direct"], 3),
         "submit to first log line, s": {"median": statistics.median(waits), "min": min(waits), "max": max(waits)},
         "same manifest": len({row["manifest_sha256"] for row_list in rows.values() for row in row_list}) == 1,
     }
