@@ -17,9 +17,7 @@ def main(arguments: list[str]) -> None:
     command = arguments[1:] if arguments[:1] == ["--"] else arguments
     root = Path(os.environ.get("TWOTOWER_ROOT", "~/twotower")).expanduser()
     if not command:
-        sys.exit(
-            "error: no command; expected: ray submit CLUSTER.yaml cluster/run_command.py -- python -m ..."
-        )
+        sys.exit("error: no command; expected: ray submit CLUSTER.yaml cluster/run_command.py -- python -m ...")
     if not (root / "cluster" / "entry.py").is_file():
         sys.exit(f"error: the project is not in {root}; ray-cluster.yaml puts it there, or set TWOTOWER_ROOT")
     python = root / ".venv" / "bin" / "python"
