@@ -18,6 +18,7 @@ import torch
 from pipeline.loader import Batch, QueueFill, TrainingLoader
 from trainer.bench_record import Span
 from trainer.config import Config
+from trainer.exchange import Crossing
 from trainer.mesh import Mesh
 from trainer.metrics import MetricsLog, TrainingProgress
 from trainer.train import Trainer, Verdict
@@ -148,7 +149,7 @@ class TimedTrainer(Trainer):
         self.progress = TrainingProgress(1, done=0, quiet=True)
         self._time("forward", self.net, "loss", after=self._open_backward)
         self._time("optimizer", self.optimizer, "step")
-        self._crossings = ("swap", "send", "receive") if mesh else ()
+        self._crossings = ("swap", "send", "receive", "wait") if mesh else ()
         for method in self._crossings:
             self._time_crossing(method)
 
@@ -177,12 +178,15 @@ class TimedTrainer(Trainer):
         setattr(owner, method, timed)
 
     def _time_crossing(self, method: str) -> None:
-        """Puts a span, named by layer and phase, around one way to cross."""
+        """Puts a span, named by layer and phase, around one way to begin to cross, or around waiting for its end.
+
+        What a tower computes while a crossing is under way is not in it: only what the crossing holds it up.
+        """
         inner = getattr(self.link, method)
 
-        def timed(layer: str, phase: str, *args: Any) -> Any:
-            with self.clock.span(f"{layer} {phase}"):
-                return inner(layer, phase, *args)
+        def timed(crossing: str | Crossing, *args: Any) -> Any:
+            with self.clock.span(crossing.name if isinstance(crossing, Crossing) else f"{crossing} {args[0]}"):
+                return inner(crossing, *args)
 
         setattr(self.link, method, timed)
 

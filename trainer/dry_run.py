@@ -20,7 +20,7 @@ from pipeline.manifest import read_manifest
 from trainer.checkpoint import choose
 from trainer.config import Config
 from trainer.exchange import CONTROL_WORDS
-from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
+from trainer.model import TOWERS, DropoutDraws, Summing, TwoTowerNet
 from trainer.optimizer import PaperSGD
 from trainer.train import make_net
 
@@ -134,15 +134,16 @@ class EchoJoin:
     def __init__(self) -> None:
         self.crossed: dict[str, int] = {}
 
-    def both(self, layer: str, halves: Sequence[Tensor]) -> list[Tensor]:
+    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
         """See :class:`trainer.model.Join`."""
         (own,) = halves
         self.crossed[layer] = own.nbytes
-        return [torch.cat((own, own.detach()), dim=1)]
+        joined = torch.cat((own, own.detach()), dim=1)
+        return [module.sums(joined) for module in modules]
 
-    def onto_a(self, layer: str, halves: Sequence[Tensor]) -> Tensor:
+    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
         """See :class:`trainer.model.Join`."""
-        return self.both(layer, halves)[0]
+        return next(iter(self.both(layer, halves, modules)), halves[0].sum())
 
 
 def plan_run(

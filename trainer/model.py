@@ -3,8 +3,9 @@
 Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012,
 section 3.5 and figure 2; the authors' layer file ``layers-145.cfg``. Shapes in comments: the paper's, a tower.
 
-This file knows no processes. A tower hands its half of the maps to a :class:`Join`, and gets both halves back: from
-this process (:class:`LocalJoin`) or from another one (``trainer.exchange``).
+This file knows no processes. Where a layer sees both towers, a tower hands its half of the maps and the layer to a
+:class:`Join`, and gets the layer's sums over both halves back. The other half is in this process (:class:`LocalJoin`)
+or comes from another one (``trainer.exchange``), which computes the own half's part of the sums meanwhile.
 """
 
 import dataclasses
@@ -28,24 +29,25 @@ BATCH_NORM_EPSILON = 1e-5  # of Ioffe and Szegedy 2015
 class Join(Protocol):
     """Where the towers meet. ``halves`` holds the maps of the towers of this process, in tower order."""
 
-    def both(self, layer: str, halves: Sequence[Tensor]) -> list[Tensor]:
-        """Tower a's maps followed by tower b's along dimension 1, for every tower of this process."""
+    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence["Summing"]) -> list[Tensor]:
+        """The sums of every tower's ``layer`` (``modules``) over a's maps followed by b's along dimension 1."""
 
-    def onto_a(self, layer: str, halves: Sequence[Tensor]) -> Tensor:
-        """The same, for tower a only. Where a is elsewhere: a scalar zero to run backward from."""
+    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence["Summing"]) -> Tensor:
+        """The same on tower a only. Where a is elsewhere ``modules`` is empty: a scalar to run backward from."""
 
 
 class LocalJoin:
     """Both towers in this process."""
 
-    def both(self, layer: str, halves: Sequence[Tensor]) -> list[Tensor]:
+    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence["Summing"]) -> list[Tensor]:
         """See :class:`Join`."""
         joined = torch.cat(tuple(halves), dim=1)
-        return [joined] * len(halves)
+        return [module.sums(joined) for module in modules]
 
-    def onto_a(self, layer: str, halves: Sequence[Tensor]) -> Tensor:
+    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence["Summing"]) -> Tensor:
         """See :class:`Join`."""
-        return torch.cat(tuple(halves), dim=1)
+        (module,) = modules
+        return module.sums(torch.cat(tuple(halves), dim=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,18 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class Convolution(nn.Module):
+class Summing(nn.Module):
+    """A layer with weight (outputs, inputs, ...) and bias (outputs,): weighted sums first, then what bends them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The weighted sums, linear in x (N, inputs, ...): what it makes of two halves is what it makes of each."""
+        raise NotImplementedError
+
+
+class Convolution(Summing):
     """A convolution and what follows it: weight (maps, inputs, k, k), bias (maps,).
 
     A batch normalisation adds scale and shift (maps,), and the running statistics that testing uses.
@@ -100,7 +113,11 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, maps, H', W')."""
-        return self.follow(self.convolve(x, self.weight, self.bias))
+        return self.follow(self.sums(x))
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, maps, H', W')."""
+        return self.convolve(x, self.weight, self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
         """The convolution alone, with this layer's stride and zeros."""
@@ -137,7 +154,7 @@ class Convolution(nn.Module):
         return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta, compiled=self.compiled)
 
 
-class FullyConnected(nn.Module):
+class FullyConnected(Summing):
     """A fully connected layer: weight (units, inputs), bias (units,); activation and dropout except in fc8."""
 
     def __init__(self, config: ModelConfig, layer: str, tower: str, inputs: int, outputs: int) -> None:
@@ -148,9 +165,14 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: Tensor, draws: DropoutDraws | None) -> Tensor:
         """(N, inputs) -> (N, units). Without ``draws`` the net is being tested and nothing is dropped."""
-        x = functional.linear(x, self.weight, self.bias)
-        if self.layer == "fc8":
-            return x
+        return self.follow(self.sums(x), draws)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(N, inputs) -> (N, units)."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def follow(self, x: Tensor, draws: DropoutDraws | None) -> Tensor:
+        """Activation and dropout of the sums (N, units)."""
         x = x.relu_() if self.config.activation == "relu" else x.tanh_()
         return self._dropout(x, draws)
 
@@ -200,9 +222,9 @@ class Tower(nn.Module):
         x = self.conv1(images)  # (N, 48, 27, 27)
         return self.conv2(x)  # (N, 128, 13, 13)
 
-    def recognise(self, maps: Tensor) -> Tensor:
-        """conv3, conv4, conv5: (N, 256, 13, 13) -> (N, 4608)."""
-        x = self.conv3(maps)  # (N, 192, 13, 13)
+    def recognise(self, sums: Tensor) -> Tensor:
+        """The rest of conv3, conv4, conv5: conv3's sums (N, 192, 13, 13) -> (N, 4608)."""
+        x = self.conv3.follow(sums)  # (N, 192, 13, 13)
         x = self.conv4(x)  # (N, 192, 13, 13)
         x = self.conv5(x)  # (N, 128, 6, 6)
         return x.flatten(1)  # (N, 4608), map by map
@@ -247,29 +269,32 @@ class TwoTowerNet(nn.Module):
         self.train(draws is not None)  # what batch normalisation goes by
         towers = [self.tower(name) for name in self.held]
         units = self.convolutions(images)  # (N, 4608)
-        units = self._meet("fc6", units)  # (N, 9216): a's maps, then b's
-        units = [tower.fc6(x, draws) for tower, x in zip(towers, units, strict=True)]  # (N, 2048)
-        units = self._meet("fc7", units)  # (N, 4096)
-        units = [tower.fc7(x, draws) for tower, x in zip(towers, units, strict=True)]  # (N, 2048)
-        seen = units[0] if self.config.towers == 1 else self.join.onto_a("fc8", units)  # (N, 4096) on tower a
-        return self.tower("a").fc8(seen, draws) if "a" in self.held else seen  # (N, 1000)
+        sums = self._meet("fc6", units)  # (N, 2048): over the 9216 units of both
+        units = [tower.fc6.follow(x, draws) for tower, x in zip(towers, sums, strict=True)]  # (N, 2048)
+        sums = self._meet("fc7", units)  # (N, 2048): over the 4096 units of both
+        units = [tower.fc7.follow(x, draws) for tower, x in zip(towers, sums, strict=True)]  # (N, 2048)
+        if self.config.towers == 1:
+            return towers[0].fc8.sums(units[0])  # (N, 1000)
+        fc8 = [self.tower("a").fc8] if "a" in self.held else []
+        return self.join.onto_a("fc8", units, fc8)  # (N, 1000) on tower a
 
     def convolutions(self, images: Tensor) -> list[Tensor]:
         """conv1 to conv5 of every tower held: (N, 3, 224, 224) -> (N, 4608) each."""
         towers = [self.tower(name) for name in self.held]
         maps = [tower.see(images) for tower in towers]  # (N, 128, 13, 13)
-        maps = self._meet("conv3", maps)  # (N, 256, 13, 13)
-        return [tower.recognise(x) for tower, x in zip(towers, maps, strict=True)]  # (N, 4608)
+        sums = self._meet("conv3", maps)  # (N, 192, 13, 13): over the 256 maps of both
+        return [tower.recognise(x) for tower, x in zip(towers, sums, strict=True)]  # (N, 4608)
 
     def tower(self, name: str) -> Tower:
         """A tower that this process holds."""
         return cast(Tower, self.towers[name])
 
     def _meet(self, layer: str, halves: list[Tensor]) -> list[Tensor]:
-        """The input of ``layer``: both towers' maps where the towers cross, the tower's own where they do not."""
+        """The sums of ``layer``: over both towers' maps where the towers cross, over its own where they do not."""
+        modules: list[Summing] = [getattr(self.tower(name), layer) for name in self.held]
         if self.config.towers == 1 or layer not in self.config.crossings:
-            return halves
-        return self.join.both(layer, halves)
+            return [module.sums(half) for module, half in zip(modules, halves, strict=True)]
+        return self.join.both(layer, halves, modules)
 
     def loss(self, images: Tensor, labels: Tensor, draws: DropoutDraws | None = None) -> Tensor:
         """Mean cross entropy of a batch, a scalar; labels (N,) int64. Tower b: the scalar to run backward from."""

@@ -2,21 +2,24 @@
 
 import collections
 import dataclasses
+import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.loader import BatchShare
 from trainer.agreement import Notes, agree
 from trainer.config import Config, load_config
 from trainer.errors import PeerError
-from trainer.exchange import Link, PairJoin
+from trainer.exchange import WIRES, Crossing, Link, PairJoin
 from trainer.gradients import StepGradients
 from trainer.mesh import Mesh, Place
-from trainer.model import TOWERS, DropoutDraws, TwoTowerNet
+from trainer.model import TOWERS, Convolution, DropoutDraws, FullyConnected, LocalJoin, Summing, TwoTowerNet
 from trainer.optimizer import PaperSGD
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -53,10 +56,52 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_net(config: Config, link: Link | None) -> TwoTowerNet:
-    """One tower of two, or both side by side; in the memory format of the trainer."""
+class HalvesJoin(LocalJoin):
+    """Both towers here; a layer adds up the halves as a tower beside another process does: its own first.
+
+    The same numbers in another order round differently, and this net's ReLU and pooling make a millionth into a
+    thousandth in five steps. Plain operations: their gradients are autograd's own.
+
+    Args:
+        wire: dtype in which the other's half, and its gradient, would have travelled.
+    """
+
+    def __init__(self, wire: torch.dtype | None = None) -> None:
+        self._wire = wire
+
+    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
+        """See :class:`trainer.model.Join`."""
+        return [self._sums(module, halves, own) for own, module in enumerate(modules)]
+
+    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
+        """See :class:`trainer.model.Join`."""
+        return self._sums(modules[0], halves, 0)
+
+    def _sums(self, module: Summing, halves: Sequence[Tensor], own: int) -> Tensor:
+        """The own half's part and the bias, then the other half's."""
+        parts = module.weight.chunk(2, dim=1)
+        theirs = halves[1 - own]
+        theirs = theirs.to(self._wire).to(theirs.dtype) if self._wire else theirs
+        if isinstance(module, FullyConnected):
+            sums = functional.linear(halves[own], parts[own], module.bias)
+            return torch.addmm(sums, theirs, parts[1 - own].t())
+        assert isinstance(module, Convolution)
+        zeros = torch.zeros_like(module.bias)
+        sums = module.convolve(halves[own], parts[own], module.bias)
+        return sums + module.convolve(theirs, parts[1 - own], zeros)
+
+
+def make_net(config: Config, link: Link | None, *, joined: bool = False) -> TwoTowerNet:
+    """One tower of two, or both side by side; in the memory format of the trainer.
+
+    Args:
+        config: the recipe.
+        link: to the other tower, or None for both here.
+        joined: both here as in training: each layer sees the halves as one.
+    """
     held = TOWERS if link is None else (link.tower,)
-    net = TwoTowerNet(config.model, held=held, join=PairJoin(link) if link else None, seed=SEED)
+    join = PairJoin(link) if link else LocalJoin() if joined else HalvesJoin()
+    net = TwoTowerNet(config.model, held=held, join=join, seed=SEED)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -98,7 +143,7 @@ def train_rows(
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
     place = mesh.place if mesh else Place(0, 2)
-    net = make_net(config, mesh.link if mesh else None).to(dtype)
+    net = make_net(config, mesh.link if mesh else None, joined=True).to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     gradients = StepGradients(net, train, mesh=mesh)
     rows = BatchShare(place.replica, place.replicas).rows(batch_size)
@@ -174,3 +219,69 @@ def count_one_step(link: Link, name: str, batch_size: int) -> dict[str, Any]:
         optimizer.step()
     ledger = [row.to_dict() for row in link.ledger.rows()]
     return {"forward": forward.calls, "backward": backward.calls, "rest": rest.calls, "ledger": ledger}
+
+
+PRODUCTS = ("convolution", "convolution_backward", "addmm", "addmm_", "mm")
+
+
+class EventLog(TorchDispatchMode):
+    """Messages, matrix products and convolutions in their order, as the dispatcher sees them; the link's waits between.
+
+    Attributes:
+        events: ``send 512``, ``recv_ 512`` (bytes), ``wait conv3 forward``, names of operations.
+    """
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        inner = link.wait
+
+        def wait(crossing: Crossing) -> Tensor:
+            self.events.append(f"wait {crossing.name}")
+            return inner(crossing)
+
+        link.wait = wait  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "c10d":
+            self.events.append(f"{name} {args[0][0].nbytes}")
+        elif name in PRODUCTS:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def events_of_one_step(link: Link, batch_size: int) -> tuple[list[str], list[str]]:
+    """Of the digits' net: forward, backward."""
+    config = recipe("digits")
+    net = make_net(config, link)
+    images, labels = a_batch(config, 0, batch_size)
+    with EventLog(link) as forward:
+        loss = net.loss(images, labels, DropoutDraws(SEED, 0))
+    del link.wait  # the class's own again
+    with EventLog(link) as backward:
+        loss.backward()
+    del link.wait
+    return forward.events, backward.events
+
+
+def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """Loss and gradients of one step of the digits' net as the trainer takes it: one tower of two, or both here."""
+    torch.set_num_threads(1)
+    config = load_config(CONFIGS / "digits.toml", [*overrides, f"train.batch_size={batch_size}"])
+    net, wire = make_net(config, link), WIRES[config.train.wire]
+    if link:
+        link.wire_dtype = wire
+    else:
+        net.join = HalvesJoin(wire)
+    mesh = cast(Mesh, types.SimpleNamespace(place=Place(TOWERS.index(link.tower), 2), replicas=None)) if link else None
+    loss = StepGradients(net, config.train, mesh=mesh)(*a_batch(config, 0, batch_size), 0)
+    return {"loss": loss} | {key: parameter.grad for key, parameter in net.named_parameters()}
+
+
+def overlap_facts(link: Link, variants: Sequence[Sequence[str]], batch_size: int) -> dict[str, Any]:
+    """All that the tests of overlapped crossings look at, in one start of two processes."""
+    return {
+        "events": events_of_one_step(link, batch_size),
+        "gradients": [first_gradients(link, overrides, batch_size) for overrides in variants],
+    }
