@@ -5,6 +5,7 @@ signal that killed the command, goes to a small JSON file. It lies beside the jo
 to anyone with the token; no shared file system is needed. Standard library only: it starts in milliseconds.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -54,17 +55,28 @@ def child_environment() -> dict[str, str]:
 class Stopped:
     """Remembers that the job was asked to stop.
 
-    The signal is not passed on: Ray sends it to every process of the job itself, and a command that gets it twice may
-    take the second as "at once".
+    In a Ray job the signal is not passed on: Ray sends it to every process of the job itself, and a command that gets
+    it twice may take the second as "at once". Elsewhere (Slurm) SIGTERM comes to this process only and is passed on.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._pass_on = not job_settings()
+        self._child: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if self._child and self._pass_on and number == signal.SIGTERM:
+            self._child.terminate()
+
+    def wait_for(self, child: "subprocess.Popen[bytes]") -> int:
+        """The status of the command, which may have been asked to stop before it was known here."""
+        self._child = child
+        if self.asked and self._pass_on:
+            child.terminate()
+        return child.wait()
 
 
 def run(command: list[str]) -> dict[str, Any]:
@@ -82,7 +94,10 @@ def run(command: list[str]) -> dict[str, Any]:
     started = time.time()
     status, error = CANNOT_START, None
     try:
-        status = -signal.SIGTERM if stopped.asked else subprocess.Popen(program, env=child_environment()).wait()
+        if stopped.asked:
+            status = -signal.SIGTERM
+        else:
+            status = stopped.wait_for(subprocess.Popen(program, env=child_environment()))
     except OSError as failure:
         error = f"cannot start {command[0]!r}: {failure.strerror}"
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -126,6 +141,9 @@ def main(arguments: list[str]) -> int:
     if not command:
         print("error: cluster.entry: no command; expected: python -m cluster.entry -- COMMAND...", file=sys.stderr)
         return 2
+    if wanted := os.environ.get("TWOTOWER_PID"):  # who wants to stop us from outside Ray signals this process
+        with contextlib.suppress(OSError):  # a full disk must not keep the command from running
+            Path(wanted).write_text(str(os.getpid()))
     record = run(command)
     path = result_path(record["submission_id"])
     if path:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,56 +47,90 @@ def test_ray_up_commands_are_options_of_ray_start(ray_up):
         start.make_context("start", [word.replace("~", "/root") for word in command])  # raises on an unknown option
 
 
+SRUN = """\
+import json, os, pathlib, stat, sys
+token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+record = {"arguments": sys.argv[1:], "environment": dict(os.environ), "token": len(token.read_text()),
+          "mode": stat.S_IMODE(token.stat().st_mode)}
+pathlib.Path("srun.json").write_text(json.dumps(record))
+words = sys.argv[sys.argv.index("ray"):]
+os.execvp(words[0], words)
+"""
+RAY = """\
+import subprocess, sys
+sys.exit(subprocess.run(sys.argv[sys.argv.index("--") + 1:]).returncode)
+"""
+
+
 @pytest.fixture
 def slurm(tmp_path):
-    """Slurm's commands as stand-ins that write down how they were called, and what srun's environment was."""
+    """Starts the script with stand-ins: srun writes down its call and obeys, `ray symmetric-run` runs the command."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/sh\necho first-node\necho second-node\n")
-    (tools / "srun").write_text(
-        f"#!{sys.executable}\nimport json, os, pathlib, stat, sys\n"
-        "token = pathlib.Path(os.environ['RAY_AUTH_TOKEN_PATH'])\n"
-        "record = {'arguments': sys.argv[1:], 'environment': dict(os.environ), 'token': len(token.read_text()),\n"
-        "          'mode': stat.S_IMODE(token.stat().st_mode)}\n"
-        "pathlib.Path('srun.json').write_text(json.dumps(record))\nsys.exit(7)\n"
-    )
+    (tools / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
+    (tools / "ray").write_text(f"#!{sys.executable}\n{RAY}")
     for tool in tools.iterdir():
         tool.chmod(0o755)
 
-    def run(*command: str) -> subprocess.CompletedProcess:
-        environment = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
-        environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
+    def start(*command: str, job: str = "123456") -> subprocess.Popen:
+        environment = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
+        environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "8", "PYTHONPATH": str(ROOT)}
         environment["PATH"] = f"{tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         script = ["bash", str(FILES / "slurm.sh"), *command]
-        return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(script, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
-    return run
+    return start
 
 
 def test_slurm_script_starts_ray_once_a_node_with_a_private_token(slurm, tmp_path):
-    done = slurm("python", "-m", "pipeline", "prepare", "--output", "/shared/a b")
-    assert done.returncode == 7, done.stderr
+    command = ("python", "-c", "import sys; print(sys.argv[1:]); sys.exit(7)", "--output", "/shared/a b")
+    process = slurm(*command)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 7, stderr
+    assert stdout.strip() == "['--output', '/shared/a b']"
     record = json.loads((tmp_path / "srun.json").read_text())
     assert record["mode"] == 0o600 and record["token"] == 64
     assert record["environment"]["RAY_AUTH_MODE"] == "token"
     assert not Path(record["environment"]["RAY_AUTH_TOKEN_PATH"]).exists(), "the token must not outlive the job"
     words = record["arguments"]
     assert "--nodes=2" in words and "--ntasks=2" in words
-    assert words[words.index("cluster.entry") + 2 :] == [
-        "python",
-        "-m",
-        "pipeline",
-        "prepare",
-        "--output",
-        "/shared/a b",
-    ]
+    assert tuple(words[words.index("cluster.entry") + 2 :]) == command
+    assert json.loads((tmp_path / "job-result-123456.json").read_text())["outcome"] == "failed"
+
+
+def test_slurm_script_lets_the_command_save_when_its_time_is_up(slurm, tmp_path):
+    """As `--signal=B:TERM@120` does: the signal comes to the script alone."""
+    code = "import pathlib, signal, sys, time\ndef save(*_):\n    time.sleep(0.5)\n"
+    code += "    pathlib.Path('saved').touch()\n    sys.exit(3)\n"
+    code += "signal.signal(signal.SIGTERM, save); pathlib.Path('ready').touch(); time.sleep(600)"
+    process = slurm("python", "-c", code)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    assert (tmp_path / "saved").exists()
+    assert json.loads((tmp_path / "job-result-123456.json").read_text())["outcome"] == "stopped"
+    assert not list(tmp_path.glob(".*-123456")), "neither the token nor the process id may outlive the job"
+
+
+def test_slurm_script_fails_where_ray_does_not_start(slurm, tmp_path):
+    """`ray symmetric-run` itself exits 0 then; a result of an attempt before a requeue must not hide it."""
+    (tmp_path / "bin" / "ray").write_text("#!/bin/sh\necho 'Failed to start Ray' >&2\n")
+    (tmp_path / "job-result-123456.json").write_text("{}")
+    process = slurm("true")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 70 and stderr.splitlines()[-1].startswith("error: the command did not run")
 
 
 def test_slurm_script_calls_symmetric_run_as_ray_parses_it(slurm, tmp_path):
     from ray.scripts.scripts import start
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
 
-    slurm("python", "-m", "pipeline", "prepare")
+    slurm("true").communicate(timeout=60)
     words = json.loads((tmp_path / "srun.json").read_text())["arguments"]
     words = words[words.index("symmetric-run") + 1 :]
     ours = words[: words.index("--")]
@@ -106,8 +141,9 @@ def test_slurm_script_calls_symmetric_run_as_ray_parses_it(slurm, tmp_path):
 
 
 def test_slurm_script_without_a_command(slurm):
-    done = slurm()
-    assert done.returncode == 2 and done.stderr.startswith("error: no command")
+    process = slurm()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stderr.startswith("error: no command")
 
 
 def test_slurm_script_is_sound_shell():
@@ -124,6 +160,7 @@ SBATCH = {  # long options of sbatch that the script uses, and what their values
     "--time": r"(\d+-)?\d+:\d\d:\d\d",
     "--signal": r"(B:)?[A-Z]+@\d+",
     "--requeue": "",
+    "--exclusive": "",
     "--output": r"[\w%.-]+",
 }
 
