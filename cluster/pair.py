@@ -236,6 +236,18 @@ def agreed_end(folder: Path, attempt: str, replicas: int) -> int | None:
     return max(statuses) if len(statuses) == replicas else None
 
 
+def ask_to_save(folder: Path, timeout_s: float) -> bool:
+    """Ask all pairs, from outside, to save and end, and wait for it; whether they did in time."""
+    ended, resize = folder / ENDED, folder / RESIZE
+    ended.unlink(missing_ok=True)
+    resize.touch()
+    deadline = time.monotonic() + timeout_s
+    while not ended.exists() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    resize.unlink()
+    return ended.exists()
+
+
 def resumed(command: Sequence[str]) -> list[str]:
     """The command for every start but the first: go on from the last checkpoint, overwrite nothing."""
     return [word for word in command if word != "--overwrite"] + ["--resume", "auto"]

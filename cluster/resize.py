@@ -5,17 +5,15 @@ another number of them (`make_decision_for_running_worker_group` in ray/train/v2
 elastic.py; it learns of a new node within 20 s more). It then ends all workers without a word and starts anew.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
-from cluster.pair import ENDED, RESIZE
+from cluster.pair import ask_to_save
 
 SAVE_S = 120.0  # to finish a step and save; after that the run goes on from its checkpoint before
-POLL_S = 0.2
 
 
 class SaveBeforeResize(ControllerCallback):
@@ -32,15 +30,3 @@ class SaveBeforeResize(ControllerCallback):
         """Called at every change of state; only the one before a resize of living workers concerns us."""
         if isinstance(current_state, ResizingState):
             ask_to_save(self._folder, SAVE_S)
-
-
-def ask_to_save(folder: Path, timeout_s: float) -> bool:
-    """Ask the pairs to save and end, and wait for it; whether they did in time."""
-    ended, resize = folder / ENDED, folder / RESIZE
-    ended.unlink(missing_ok=True)
-    resize.touch()
-    deadline = time.monotonic() + timeout_s
-    while not ended.exists() and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    resize.unlink()
-    return ended.exists()

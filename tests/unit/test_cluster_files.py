@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from cluster import commands
+from cluster.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "cluster"
@@ -45,6 +49,26 @@ def test_ray_up_commands_are_options_of_ray_start(ray_up):
     for kind in ("head", "worker"):
         command = ray_up[f"{kind}_start_ray_commands"][-1].partition("ray start ")[2].split()
         start.make_context("start", [word.replace("~", "/root") for word in command])  # raises on an unknown option
+
+
+@pytest.mark.parametrize("verb", ["up", "down"])
+def test_up_and_down_hand_the_file_to_ray(verb, monkeypatch, tmp_path):
+    from ray.scripts import scripts
+
+    calls = []
+
+    def run(words, check):
+        calls.append(words)
+        return subprocess.CompletedProcess(words, 5)
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    assert main([verb, str(FILES / "ray-cluster.yaml")]) == 5
+    (words,) = calls
+    assert words[:4] == [sys.executable, "-m", "ray.scripts.scripts", verb]
+    context = getattr(scripts, verb).make_context(verb, words[4:])
+    assert context.params["yes"] and context.params["cluster_config_file"] == str(FILES / "ray-cluster.yaml")
+    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
 
 
 SRUN = """\

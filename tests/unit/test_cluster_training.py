@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,11 +116,27 @@ def test_a_preempted_pair_waits_for_the_others_to_save(tmp_path):
     assert pair.agreed_end(tmp_path, "7", replicas=2) == pair.PREEMPTED
 
 
+def test_pairs_are_asked_to_save_and_waited_for(tmp_path):
+    ended, resize = tmp_path / pair.ENDED, tmp_path / pair.RESIZE
+    ended.touch()  # of the resize before
+    assert not pair.ask_to_save(tmp_path, timeout_s=0.05) and not resize.exists()
+
+    def answer():
+        while not resize.exists():
+            time.sleep(0.01)
+        ended.touch()
+
+    pairs = threading.Thread(target=answer)
+    pairs.start()
+    assert pair.ask_to_save(tmp_path, timeout_s=60) and not resize.exists()
+    pairs.join()
+
+
 def test_submit_wraps_the_training_command(capsys):
     arguments = ["submit", "--print", "--replicas", "1:4", "--", "python", "-m", "trainer", "train", "--run", "/r"]
     assert main(arguments) == 0
     line = capsys.readouterr().out
-    assert "python -m cluster.training --towers 2 --replicas 1:4" in line
+    assert "python -m cluster.training --towers 2 --replicas 1:4" in line and " --resize-every 60 " in line
     assert line.rstrip().endswith("-- python -m trainer train --run /r")
     assert " --submission-id train-" in line
 
