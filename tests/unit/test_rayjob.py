@@ -2,6 +2,7 @@
 
 import copy
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,16 @@ def test_start_parameters_are_options_of_ray_start(rayjob):
         words = [f"--{name}={value}" for name, value in group["rayStartParams"].items() if value != "true"]
         words += [f"--{name}" for name, value in group["rayStartParams"].items() if value == "true"]
         start.make_context("start", ["--head", *words])  # raises on an unknown option
+
+
+def test_the_image_holds_what_the_pods_run(rayjob):
+    lines = (ROOT / "cluster" / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {package.partition(".")[0] for package in packages} | {"configs", "constraints.txt"} <= copied
+    (folder,) = (line.split()[1] for line in lines if line.startswith("WORKDIR "))
+    for group in groups(rayjob["spec"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["workingDir"] == folder
+    assert any("wget" in line for line in lines), "KubeRay's probes call it"
