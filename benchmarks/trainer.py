@@ -1,22 +1,25 @@
 """How fast is a training step of the paper's net beside the same net made of plain torch modules?
 
-    python benchmarks/trainer.py                               about 12 minutes on 2 cores
+    python benchmarks/trainer.py                               about 10 minutes on 2 cores
     python benchmarks/trainer.py --batch 16 --rounds 1         a try
 
 Contestants, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
 
     plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
                  eager float32
-    one          one process as the trainer runs it: merged convolutions, channels_last, blocked normalisation, float32
+    one          one process as the trainer runs it: merged convolutions, channels_last, compiled kernels
+                 (trainer/kernels.cpp) for the normalisation and the update, float32
     one-bf16     the same with bfloat16 matrix products
     two          one process a tower, one thread each, gloo, float32
     two-bf16     the same with bfloat16 matrix products
-    one-compiled, one-bf16-compiled, norm-compiled
-                 with train.compile = true (needs a C++ compiler): the response normalisation by torch.compile
+    one-torch    ``one`` with TWOTOWER_KERNELS=off: what a machine without a C++ compiler does
     norm-plain   nn.LocalResponseNorm(5) forward and backward, (128, 48, 55, 55) float32
     norm         trainer.normalization on the same, channels_last
+    norm-torch   the same with TWOTOWER_KERNELS=off
 
-Each process does two steps that are not counted, then several that are; the figure of a round is their median.
+The trainer asks for huge pages for large tensors (``trainer/__init__.py``); the plain contestants have what torch comes
+with, small ones. Each process does two steps that are not counted, then several that are; the figure of a round is
+their median.
 Results: benchmarks/results/DATE_HARDWARE_trainer.json.
 """
 
@@ -37,8 +40,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-CONTESTANTS = ("plain", "one", "one-bf16", "one-compiled", "one-bf16-compiled", "two", "two-bf16")
-CONTESTANTS += ("norm-plain", "norm", "norm-compiled")
+CONTESTANTS = ("plain", "one", "one-bf16", "one-torch", "two", "two-bf16", "norm-plain", "norm", "norm-torch")
 WARM_UP = 2
 
 
@@ -64,6 +66,8 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
     cores = len(os.sched_getaffinity(0))
     ranks = 2 if name.startswith("two") else 1
     threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    threads |= {"TWOTOWER_KERNELS": "off"} if name.endswith("-torch") else {}
+    threads |= {"THP_MEM_ALLOC_ENABLE": "0"} if name.endswith("plain") else {}
     command = [
         sys.executable,
         __file__,
@@ -122,7 +126,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     labels = torch.randint(1000, (batch,), generator=generator)
     if name == "plain":
         return plain_step(images, labels)
-    config = load_config(ROOT / "configs" / "paper.toml", ["train.compile=true"] if "compiled" in name else [])
+    config = load_config(ROOT / "configs" / "paper.toml")
     link = connect(300.0, "gloo").link if name.startswith("two") else None
     net = make_net(config, link).to(memory_format=torch.channels_last)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
@@ -191,11 +195,10 @@ def norm_step(name: str, batch: int) -> Callable[[int], None]:
     layout = torch.contiguous_format if name == "norm-plain" else torch.channels_last
     x = (torch.randn(batch, 48, 55, 55) * 30).contiguous(memory_format=layout).requires_grad_()
     gradient = torch.randn(batch, 48, 55, 55).contiguous(memory_format=layout)
-    compiled = name == "norm-compiled"
     module = torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
 
     def ours(x: torch.Tensor) -> torch.Tensor:
-        return response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0, compiled=compiled)
+        return response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
 
     def step(_: int) -> None:
         x.grad = None

@@ -240,7 +240,6 @@ class TrainConfig:
         precision: fp32, or bf16 (matrix products in bfloat16, weights and sums in float32).
         wire: number format in which maps and their gradients cross between towers: same (as computed: fp32, or bf16
             where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37) or bf16.
-        compile: compile the response normalisation with torch.compile (needs a C++ compiler on a CPU).
         threads: threads of a process's computation on a CPU; 0: its share of the cores. They wait for each other
             actively: where the loader needs much of a core, the two are faster together with a core each
             (``trainer bench`` says so).
@@ -258,7 +257,6 @@ class TrainConfig:
     keep_checkpoints: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     wire: Literal["same", "fp16", "bf16"] = "same"
-    compile: bool = False
     threads: int = 0
     peer_timeout_s: float = 60.0
 

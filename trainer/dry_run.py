@@ -196,7 +196,7 @@ def _count(config: Config, processes: int, batch: int) -> tuple[tuple[Memory, ..
     memory, crossed = [], {}
     for tower in TOWERS:
         join = EchoJoin()
-        net = TwoTowerNet(config.model, held=(tower,), join=join, compiled=False)
+        net = TwoTowerNet(config.model, held=(tower,), join=join)
         memory.append(_memory(config, net, f"tower {tower}", batch))
         crossed = join.crossed
     return tuple(memory), tuple(_crossing_rows({layer: size // 2 * batch for layer, size in crossed.items()}))
@@ -282,7 +282,7 @@ def _measure(plan: RunPlan) -> RunPlan:
     config, device = plan.config, plan.device
     alone = _own_devices(device, plan.processes * plan.replicas)
     if alone:
-        net = TwoTowerNet(config.model, held=("a",), join=EchoJoin(), compiled=config.train.compile)
+        net = TwoTowerNet(config.model, held=("a",), join=EchoJoin())
     else:
         net = make_net(config, None)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

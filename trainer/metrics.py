@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.manifest import write_atomic
+from trainer import kernels
 from trainer.epochs import EpochTable
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -29,6 +30,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "kernels": kernels.describe("cuda" if torch.cuda.is_available() else "cpu"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

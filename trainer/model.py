@@ -99,9 +99,9 @@ class Convolution(Summing):
     A batch normalisation adds scale and shift (maps,), and the running statistics that testing uses.
     """
 
-    def __init__(self, config: ModelConfig, index: int, inputs: int, *, compiled: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int, inputs: int) -> None:
         super().__init__()
-        self.config, self.index, self.compiled = config, index, compiled
+        self.config, self.index = config, index
         side = config.kernels[index]
         self.weight = nn.Parameter(torch.empty(config.maps[index], inputs, side, side))
         self.bias = nn.Parameter(torch.empty(config.maps[index]))
@@ -129,7 +129,7 @@ class Convolution(Summing):
 
     def follow(self, x: Tensor) -> Tensor:
         """What follows the convolution; x may hold one tower's maps or both towers'."""
-        for name in self.config.after[self.index].split():
+        for name in self.config.after[self.index].replace("relu norm", "relu+norm").split():
             x = self._then(name, x)
         return x
 
@@ -146,12 +146,12 @@ class Convolution(Summing):
             mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
             momentum, epsilon = BATCH_NORM_MOMENTUM, BATCH_NORM_EPSILON
             return functional.batch_norm(x, mean, variance, self.scale, self.shift, self.training, momentum, epsilon)
-        if name == "norm":
-            maps, compiled = config.maps[self.index], self.compiled
+        if name in ("norm", "relu+norm"):  # in one pass over memory
+            maps, rectify = config.maps[self.index], name == "relu+norm"
             return response_norm(
-                x, size=norm.size, alpha=norm.alpha, beta=norm.beta, k=norm.k, maps=maps, compiled=compiled
+                x, size=norm.size, alpha=norm.alpha, beta=norm.beta, k=norm.k, maps=maps, rectify=rectify
             )
-        return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta, compiled=self.compiled)
+        return spatial_norm(x, size=norm.spatial_size, alpha=norm.spatial_alpha, beta=norm.beta)
 
 
 class FullyConnected(Summing):
@@ -190,12 +190,12 @@ class FullyConnected(Summing):
 class Tower(nn.Module):
     """One tower: half of every layer, and tower a has all of fc8."""
 
-    def __init__(self, config: ModelConfig, name: str, *, seed: int, compiled: bool) -> None:
+    def __init__(self, config: ModelConfig, name: str, *, seed: int) -> None:
         super().__init__()
         self.name = name
         maps, towers = config.maps, config.towers
         seen = {layer: towers if layer in config.crossings else 1 for layer in LAYERS}  # towers whose maps a layer sees
-        convolution = functools.partial(Convolution, config, compiled=compiled)
+        convolution = functools.partial(Convolution, config)
         connected = functools.partial(FullyConnected, config)
         self.conv1 = convolution(0, config.channels)
         self.conv2 = convolution(1, maps[0])
@@ -238,7 +238,6 @@ class TwoTowerNet(nn.Module):
         held: towers of this process: ("a", "b"), ("a",) or ("b",).
         join: where the towers meet.
         seed: of the initial weights; a tower's do not depend on which process holds it.
-        compiled: compile the response normalisation.
     """
 
     def __init__(
@@ -248,13 +247,12 @@ class TwoTowerNet(nn.Module):
         held: Sequence[str] = TOWERS,
         join: Join | None = None,
         seed: int = 0,
-        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.held = tuple(name for name in held if name in TOWERS[: config.towers])
         self.join = join or LocalJoin()
-        self.towers = nn.ModuleDict({name: Tower(config, name, seed=seed, compiled=compiled) for name in self.held})
+        self.towers = nn.ModuleDict({name: Tower(config, name, seed=seed) for name in self.held})
 
     def forward(self, images: Tensor, draws: DropoutDraws | None = None) -> Tensor:
         """Runs the towers side by side.

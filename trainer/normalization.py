@@ -2,16 +2,19 @@
 
 Source: paper section 3.3; layers ``rnorm1`` and ``rnorm2`` of ``layers-145.cfg``. torch's ``nn.LocalResponseNorm``
 takes half of a plain training step, in ``pow`` and in many passes over memory. Here ``d^-0.75`` is
-``rsqrt(d) * sqrt(rsqrt(d))``, one tensor is saved, and on a CPU the passes run over blocks that stay in the cache.
+``rsqrt(d) * sqrt(rsqrt(d))``, one tensor is saved, and memory is passed over once: by ``kernels.cpp`` on a CPU, by
+``kernels_triton.py`` on a GPU. Where these cannot be had, torch operations do the same, on a CPU over blocks that stay
+in the cache.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from trainer import kernels
 
 BLOCK_ELEMENTS = 1 << 18  # elements a pass on a CPU: 1 MiB, so that the few scratch tensors stay in a core's cache
 
@@ -64,29 +67,38 @@ def _backward(x: Tensor, gradient: Tensor, window: _Sum, size: int, constants: _
     return (g * scale - (2 * alpha * beta) * wide * window(g * wide * scale / denominator, size)).to(x.dtype)
 
 
-@functools.cache
-def _kernels(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The forward and the backward, fused into one loop each where ``compiled``."""
-    if not compiled:
-        return _forward, _backward
-    return torch.compile(_forward, dynamic=False), torch.compile(_backward, dynamic=False)
-
-
 class _ResponseNorm(torch.autograd.Function):
     """The formulas above as they stand. Saves x only; the denominator is computed again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: _Sum, size: int, constants: _Constants, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: _Sum, size: int, constants: _Constants) -> Tensor:
         ctx.save_for_backward(x)
         ctx.arguments = (window, size, constants)
-        ctx.compiled = compiled
-        return _kernels(compiled)[0](x, window, size, constants)
+        return _forward(x, window, size, constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _kernels(ctx.compiled)[1](x, gradients[0], *ctx.arguments), None, None, None, None
+        return _backward(x, gradients[0], *ctx.arguments), None, None, None
+
+
+class _KernelResponseNorm(torch.autograd.Function):
+    """The same across maps, a ReLU before it where asked for, by compiled kernels. Saves x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: kernels.Norm, functions: kernels.Kernels) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.arguments = (norm, functions)
+        return functions.norm_forward(x, norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        norm, functions = ctx.arguments
+        gradient = torch.empty_like(x).copy_(gradients[0]) if gradients[0].stride() != x.stride() else gradients[0]
+        return functions.norm_backward(x, gradient, norm), None, None
 
 
 class _Rows:
@@ -200,35 +212,38 @@ def _rows(x: Tensor, maps: int) -> Tensor:
 
 
 def response_norm(
-    x: Tensor, *, size: int, alpha: float, beta: float, k: float, maps: int | None = None, compiled: bool = False
+    x: Tensor, *, size: int, alpha: float, beta: float, k: float, maps: int | None = None, rectify: bool = False
 ) -> Tensor:
     """Normalises across neighbouring maps of one tower.
 
     Args:
         x: (N, C, H, W), or (N, 2 C, H, W) with tower a's maps before tower b's; any memory format, channels_last is the
-            fast one on a CPU; bfloat16 is computed in float32.
+            fast one; bfloat16 is computed in float32.
         size: maps in the window, odd.
         alpha: factor on the *sum* of squares (torch's ``LocalResponseNorm(alpha=A)`` is ``alpha = A / size``).
-        beta: exponent.
+        beta: exponent; 0.75 is the fast one.
         k: offset.
         maps: C, maps of one tower; None where x has one tower's only.
-        compiled: run torch.compile'd kernels; without, the blocked ones on a CPU and plain ones on a GPU.
+        rectify: normalise ReLU(x); x may be overwritten with it.
 
     Returns:
         The shape, dtype and memory format of x.
     """
     maps = maps or x.shape[1]
-    if x.device.type == "cpu" and not compiled and x.is_contiguous(memory_format=torch.channels_last):
+    rows = x.is_contiguous(memory_format=torch.channels_last)
+    if rows and size in kernels.SIZES and beta == kernels.BETA and (functions := kernels.of(x)):
+        norm = kernels.Norm(x.numel() // maps, maps, size, alpha, k, rectify)
+        return _KernelResponseNorm.apply(x, norm, functions)
+    x = x.relu_() if rectify else x
+    if rows and x.device.type == "cpu":
         return _RowsResponseNorm.apply(x, maps, size, (alpha, beta, k))
-    towers = [
-        _ResponseNorm.apply(part, _across_maps, size, (alpha, beta, k), compiled) for part in x.split(maps, dim=1)
-    ]
+    towers = [_ResponseNorm.apply(part, _across_maps, size, (alpha, beta, k)) for part in x.split(maps, dim=1)]
     return towers[0] if len(towers) == 1 else torch.cat(towers, dim=1)
 
 
-def spatial_norm(x: Tensor, *, size: int, alpha: float, beta: float, compiled: bool = False) -> Tensor:
+def spatial_norm(x: Tensor, *, size: int, alpha: float, beta: float) -> Tensor:
     """Normalises within each map over a ``size`` x ``size`` px window: ``x * (1 + alpha * sum x^2)^-beta``.
 
     Source: layer ``rnorm2`` of ``layers-145.cfg``; not in the paper. Arguments as in :func:`response_norm`.
     """
-    return _ResponseNorm.apply(x, _across_pixels, size, (alpha, beta, 1.0), compiled)
+    return _ResponseNorm.apply(x, _across_pixels, size, (alpha, beta, 1.0))

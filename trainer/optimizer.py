@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trainer import kernels
 from trainer.config import OptimizerConfig
 
 
@@ -67,25 +68,51 @@ class PaperSGD(torch.optim.Optimizer):
             common = rates.weights if group["are_weights"] else rates.biases
             group["rate"] = rates.layers.get(group["layer"], common)
 
-    def velocity(self, parameter: nn.Parameter) -> Tensor:
+    def velocity(self, parameter: Tensor) -> Tensor:
         """The velocity of a parameter, same shape and dtype."""
         return self.state[parameter]["velocity"]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Applies the rule to every parameter; gradients must be there."""
+    def step(self, closure: Any = None, *, guard: Tensor | None = None) -> None:  # type: ignore[override]
+        """Applies the rule to every parameter; gradients must be there.
+
+        Args:
+            closure: not used; torch's interface has it.
+            guard: a scalar on the parameters' device; where it is 0, nothing changes. A GPU looks at it itself, so that
+                nobody waits for it (with Triton).
+        """
         for group in self.param_groups:
             weights: list[Tensor] = group["params"]
             rate = group["rate"]
             if not weights or rate == 0:
                 continue
-            gradients = [cast(Tensor, parameter.grad) for parameter in weights]
-            velocities = [self.state[parameter]["velocity"] for parameter in weights]
-            torch._foreach_mul_(velocities, group["momentum"])
-            if group["weight_decay"]:
-                torch._foreach_add_(velocities, weights, alpha=-rate * group["weight_decay"])
-            torch._foreach_add_(velocities, gradients, alpha=-rate)
-            torch._foreach_add_(weights, velocities)
+            factors = (group["momentum"], rate * group["weight_decay"], rate)
+            rest = [parameter for parameter in weights if not self._fused(parameter, factors, guard)]
+            if rest and (guard is None or guard):
+                self._foreach(rest, factors)
+
+    def _fused(self, parameter: Tensor, factors: kernels.Factors, guard: Tensor | None) -> bool:
+        """The rule in one pass over memory, where there is a kernel for it."""
+        velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
+        dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+        alike = parameter.stride() == velocity.stride() == gradient.stride()
+        functions = kernels.of(parameter) if dense and alike and parameter.dtype != torch.bfloat16 else None
+        if functions is None or not parameter.dtype == velocity.dtype == gradient.dtype:
+            return False
+        functions.update(parameter, velocity, gradient, factors, guard)
+        torch.autograd.graph.increment_version((parameter, velocity))
+        return True
+
+    def _foreach(self, weights: list[Tensor], factors: kernels.Factors) -> None:
+        """The rule in four passes, for any tensors."""
+        momentum, decay, rate = factors
+        velocities = [self.velocity(parameter) for parameter in weights]
+        torch._foreach_mul_(velocities, momentum)
+        if decay:
+            torch._foreach_add_(velocities, weights, alpha=-decay)
+        gradients = [cast(Tensor, parameter.grad) for parameter in weights]
+        torch._foreach_add_(velocities, gradients, alpha=-rate)
+        torch._foreach_add_(weights, velocities)
 
 
 def rates_at(config: OptimizerConfig, epoch: float, *, epochs: float, plateaus: int = 0) -> Rates:

@@ -93,7 +93,7 @@ def count_traffic(config: Config, world: int, pictures: int) -> list[Traffic]:
 def _count(config: Config, place: Place, pictures: int) -> Traffic:
     """One tower's count."""
     with _fake_world(place) as mesh:
-        net = TwoTowerNet(config.model, held=(place.tower,), join=PairJoin(mesh.link), compiled=False)
+        net = TwoTowerNet(config.model, held=(place.tower,), join=PairJoin(mesh.link))
         train = dataclasses.replace(config.train, batch_size=place.replicas, accumulate=1)
         side = config.model.image_px
         images = torch.zeros(1, config.model.channels, side, side)

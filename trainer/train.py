@@ -12,7 +12,7 @@ import torch
 
 from pipeline.loader import Batch, BatchShare, EvaluationLoader, SplitFeed, TrainingLoader
 from pipeline.manifest import read_manifest
-from trainer import checkpoint
+from trainer import checkpoint, kernels
 from trainer.agreement import Notes, Verdict, agree, handshake
 from trainer.config import Config
 from trainer.errors import DivergedError, LostError, RunError
@@ -120,6 +120,7 @@ class Trainer:
             "data set": read_manifest(self.data).fingerprint,
             "torch version": torch.__version__,
             "step to start from": self.step,
+            "kernels (see TWOTOWER_KERNELS in the README)": kernels.describe(self.device),
         }
         handshake(self.mesh, facts)
 
@@ -340,10 +341,9 @@ class Trainer:
 
 def make_net(config: Config, link: Link | None) -> TwoTowerNet:
     """The net as this process runs it: one tower, or both, merged where their operations allow it."""
-    seed, compiled = config.train.seed, config.train.compile
     if link is not None:
         link.wire_dtype = WIRES[config.train.wire]
-        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=seed, compiled=compiled)
+        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=config.train.seed)
     per_map = all("batch_norm" not in text.split() for text in config.model.after)
     merged = config.model.towers == 2 and per_map
-    return (MergedNet if merged else TwoTowerNet)(config.model, seed=seed, compiled=compiled)
+    return (MergedNet if merged else TwoTowerNet)(config.model, seed=config.train.seed)

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.dist.commands import CONFIG, ROOT, command, environment, run, train_words
 from tests.small_disk import small_disk
+from trainer import kernels
 from trainer.__main__ import main
 from trainer.checkpoint import checkpoints, folder_of
+from trainer.launch import tower_environment
 
 STEPS = 1437 // 128
 
@@ -65,7 +68,7 @@ def test_a_run_leaves_everything(serial: Path) -> None:
     assert rows(serial, "evaluation")[-1]["top1"] == result["top1"]
     assert [path.name for path in checkpoints(serial)] == ["step-00000004", "step-00000008", "step-00000011"]
     assert list((serial / "tensorboard").glob("events*"))
-    assert {"commit", "torch", "cores", "command"} <= json.loads((serial / "environment.json").read_text()).keys()
+    assert {"commit", "torch", "cores", "command", "kernels"} <= json.loads((serial / "environment.json").read_text()).keys()
 
 
 def test_two_processes_equal_one(serial: Path, pair: Path) -> None:
@@ -307,6 +310,23 @@ def test_not_finite_stops_before_the_update(digits: Path, tmp_path: Path) -> Non
     assert result["exit_reason"] == "failed"
     assert checkpoints(tmp_path / "run")[-1] == folder_of(tmp_path / "run", result["step"])
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run", result["step"]).values())
+
+
+def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path) -> None:
+    """One has a C++ compiler, the other has not, or was told to do without: their roundings would differ."""
+    if kernels.load() is None:
+        pytest.skip("no C++ compiler here")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = command(*train_words(digits, tmp_path / "run"))
+    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    towers = [
+        subprocess.Popen(words, env=environment() | tower_environment(rank, store.port) | switch, **start)
+        for rank, switch in enumerate(({}, {"TWOTOWER_KERNELS": "off"}))
+    ]
+    for tower in towers:
+        said = tower.communicate(timeout=200)[1]
+        assert tower.returncode == 2
+        assert "different values of kernels (see TWOTOWER_KERNELS in the README): rank 0 C++, rank 1 torch" in said
 
 
 def test_what_a_user_gets_wrong(

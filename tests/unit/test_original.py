@@ -215,7 +215,7 @@ def check(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
 def operator(after: str, **changes: object) -> Convolution:
     """A layer of six maps that sees six, 3x3, with one operation behind."""
     changes = {"after": ("", after, "", "", ""), **changes}
-    layer = Convolution(dataclasses.replace(TINY, **changes), 1, 6, compiled=False)
+    layer = Convolution(dataclasses.replace(TINY, **changes), 1, 6)
     generator = torch.Generator().manual_seed(4)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3, generator=generator)
@@ -264,7 +264,7 @@ def test_gradient_of_batch_norm(training: bool) -> None:
 def test_gradient_of_convolutions(index: int) -> None:
     """conv1 with its stride and zeros on two sides only, and one with zeros all around; input, weight and bias."""
     config = dataclasses.replace(TINY, after=("",) * 5)
-    layer = Convolution(config, index, 3, compiled=False)
+    layer = Convolution(config, index, 3)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0, 0.5, generator=torch.Generator().manual_seed(7))
     side = 9 if index == 0 else 5
