@@ -26,6 +26,10 @@ def run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Conf
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses options that contradict each other, before anything is measured."""
+    if arguments.compare and (arguments.read or arguments.json or arguments.html or arguments.project is not None):
+        raise BenchError("--compare prints a table and nothing else: leave --read, --json, --html and --project out")
+    _check_project(arguments)
+    _check_outputs(arguments)
     if arguments.compare or arguments.read:
         if arguments.data or arguments.synthetic:
             raise BenchError("--compare and --read look at old results: leave --data and --synthetic out")
@@ -34,10 +38,24 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BenchError("expected --data DIR for a prepared data set, or --synthetic for none, and not both")
     if arguments.seconds <= 0:
         raise BenchError(f"--seconds is {arguments.seconds:g}: expected more than 0")
-    if arguments.project is not None and (arguments.project < 1 or (arguments.project > 2 and arguments.project % 2)):
-        raise BenchError(f"--project is {arguments.project}: expected 1, or an even number (a tower is a process)")
+
+
+def _check_project(arguments: argparse.Namespace) -> None:
+    """What the model can count with."""
+    most = arguments.project
+    if most is not None and (most < 1 or (most > 2 and most % 2)):
+        raise BenchError(f"--project is {most}: expected 1, or an even number (a tower is a process)")
+    for name, link in (("--tower-link", arguments.tower_link), ("--replica-link", arguments.replica_link)):
+        if link is not None and most is None:
+            raise BenchError(f"{name} belongs to --project N: give both, or neither")
+        if link is not None and not link > 0:
+            raise BenchError(f"{name} is {link:g}: expected more than 0")
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Whether the files can be written at the end."""
     for path in (arguments.json, arguments.html):
-        if path and not path.parent.exists():
+        if path and not path.parent.is_dir():
             raise BenchError(f"{path} cannot be written: there is no folder {path.parent}")
 
 

@@ -259,8 +259,10 @@ def read_record(path: Path) -> BenchRecord:
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BenchError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BenchError(f"{path} cannot be read as JSON: {error}; is it damaged, or another file?") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise BenchError(f"{path} is no result of python -m trainer bench --json (format {FORMAT})")
     try:
@@ -273,15 +275,21 @@ def from_dict(table: dict[str, Any]) -> BenchRecord:
     """The inverse of :func:`to_json`, from a parsed object."""
 
     def whole(row: dict[str, Any] | None) -> Whole | None:
-        return None if row is None else Whole(**(row | {"ms": Figure(**row["ms"])}))
+        return None if row is None else Whole(**(row | {"ms": figure(row["ms"])}))
+
+    def figure(row: dict[str, Any]) -> Figure:
+        if not all(isinstance(value, int | float) for value in row.values()):
+            raise TypeError(f"{row} is no figure")
+        return Figure(**row)
 
     synthetic = whole(table["synthetic"])
-    assert synthetic is not None
+    if synthetic is None:
+        raise TypeError("synthetic is null")
     return BenchRecord(
         environment=table["environment"],
         setting=Setting(**table["setting"]),
-        ceilings=tuple(Ceiling(**(row | {"figure": Figure(**row["figure"])})) for row in table["ceilings"]),
-        stages=tuple(Stage(**(row | {"ms": Figure(**row["ms"])})) for row in table["stages"]),
+        ceilings=tuple(Ceiling(**(row | {"figure": figure(row["figure"])})) for row in table["ceilings"]),
+        stages=tuple(Stage(**(row | {"ms": figure(row["ms"])})) for row in table["stages"]),
         loader=whole(table["loader"]),
         synthetic=synthetic,
         whole=whole(table["whole"]),

@@ -170,14 +170,19 @@ def _add_bench(commands: Commands) -> None:
     )
     _device_option(bench)
     bench.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="length of each measurement, its rounds together"
+        "--seconds", type=float, default=5.0, metavar="S", help="length of each measurement, its rounds together (5)"
     )
     bench.add_argument(
         "--batch-sizes", type=_sizes, default=(), metavar="N,N", help="batch sizes to try besides the recipe's"
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result; {node} becomes the machine's name")
     bench.add_argument("--html", type=Path, metavar="FILE", help="write a page about it; {node} as in --json")
-    bench.add_argument("--project", type=int, metavar="N", help="a model's rate for up to N processes, a GPU each")
+    bench.add_argument(
+        "--project",
+        type=int,
+        metavar="N",
+        help="a model's rate for up to N processes: on this machine, or with --tower-link a GPU each",
+    )
     bench.add_argument("--tower-link", type=float, metavar="GB/S", help="of --project: bandwidth between two towers")
     bench.add_argument("--replica-link", type=float, metavar="GB/S", help="of --project: bandwidth between pairs")
     bench.add_argument(

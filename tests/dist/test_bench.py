@@ -104,7 +104,12 @@ def test_the_command_writes_json_and_a_page_that_can_be_read_and_compared(digits
         ([], "expected --data DIR for a prepared data set, or --synthetic for none"),
         (["--synthetic", "--seconds", "0"], "--seconds is 0: expected more than 0"),
         (["--synthetic", "--project", "3"], "--project is 3: expected 1, or an even number"),
-        (["--compare", "a.json", "b.json"], "a.json cannot be read"),
+        (["--compare", "a.json", "b.json"], "a.json cannot be read: No such file"),
+        (["--compare", "a.json", "b.json", "--html", "c.html"], "--compare prints a table and nothing else"),
+        (["--read", "a.json", "--project", "0"], "--project is 0: expected 1, or an even number"),
+        (["--read", "a.json", "--tower-link", "50"], "--tower-link belongs to --project N"),
+        (["--read", "a.json", "--project", "2", "--tower-link", "-1"], "--tower-link is -1: expected more than 0"),
+        (["--read", "a.json", "--html", "nowhere/c.html"], "nowhere/c.html cannot be written: there is no folder"),
     ],
 )
 def test_wrong_options_are_one_line(words, message, monkeypatch, capsys):

@@ -231,6 +231,10 @@ def test_a_record_survives_its_file_and_damage_is_one_line(tmp_path: Path):
     path.write_text('{"format": 1}')
     with pytest.raises(BenchError, match="is damaged: KeyError"):
         read_record(path)
+    for damage, words in ((None, "synthetic is null"), ({"ms": {"median": "fast"}}, "is no figure")):
+        path.write_text(json.dumps(json.loads(to_json(record)) | {"synthetic": damage}))
+        with pytest.raises(BenchError, match=f"is damaged: TypeError: .*{words}"):
+            read_record(path)
     path.write_text("[]")
     with pytest.raises(BenchError, match="is no result of python -m trainer bench"):
         read_record(path)
