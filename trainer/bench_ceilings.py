@@ -86,16 +86,15 @@ def matrix_ceilings(device: str, seconds: float) -> list[Ceiling]:
     side = 8192 if on_gpu else 1024
     kinds = [("fp32", torch.float32), ("bf16", torch.bfloat16)] + ([("tf32", torch.float32)] if on_gpu else [])
     found = []
-    before = torch.get_float32_matmul_precision()
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     for name, dtype in kinds:
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         times = time_repeats(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds, device)  # type: ignore[misc]
         figure = Figure.of([2 * side**3 / t / 1e9 for t in times])
-        found.append(
-            Ceiling(f"matrix {name}", figure, "GFLOP/s", f"{side} x {side}, {torch.get_num_threads()} threads")
-        )
+        note = f"{side} x {side}, {threads} thread{'s' if threads > 1 else ''}"
+        found.append(Ceiling(f"matrix {name}", figure, "GFLOP/s", note))
     torch.set_float32_matmul_precision(before)
     return found
 

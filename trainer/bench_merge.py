@@ -200,7 +200,8 @@ def _checkpoint(part: "Part", setting: Setting, ceilings: dict[str, Ceiling]) ->
     if not part.checkpoints:
         return []
     stage = _stage("checkpoint", "run", [1e3 * value for value in part.checkpoints], setting.batch_size)
-    note = f"{part.checkpoint_bytes / 1e6:.3g} MB of tower {part.tower}; not in every step"
+    whose = "both towers" if part.tower == "both" else f"tower {part.tower}"
+    note = f"{part.checkpoint_bytes / 1e6:.3g} MB of {whose}; not in every step"
     disk = ceilings.get("disk write")
     least = part.checkpoint_bytes / disk.figure.median / 1e3 if disk else None
     return [dataclasses.replace(stage, ceiling="disk write" if disk else "", ceiling_ms=least, note=note)]

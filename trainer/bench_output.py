@@ -11,6 +11,9 @@ from trainer.bench_model import Projection, costs_of, predict_rate
 from trainer.bench_record import BenchRecord, Figure, Stage, Whole
 from trainer.bench_verdict import Verdict, judge
 
+IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explains no more
+RESTLESS = 1.5  # upper quartile over lower
+
 
 def print_record(record: BenchRecord, verdict: Verdict, projections: Sequence[Projection] = ()) -> None:
     """Prints everything that was measured, and what follows from it."""
@@ -25,7 +28,11 @@ def print_record(record: BenchRecord, verdict: Verdict, projections: Sequence[Pr
     _print_wholes(console, record)
     for point in record.sweep:
         console.print(f"batch size {point.x}: {point.images_per_s:,.0f} images/s")
+    if doubt := doubt_sentence(record):
+        console.print(f"\n[bold red]{doubt}[/bold red]")
     console.print(f"\n[bold]{verdict.sentence}[/bold]")
+    if verdict.suggestions:
+        console.print(advice_sentence(record))
     for suggestion in verdict.suggestions:
         console.print(
             f"- {suggestion.change}: {suggestion.factor:.2f} times, {suggestion.images_per_s:,.0f} images/s "
@@ -66,7 +73,7 @@ def stage_cells(stage: Stage) -> list[str]:
         str(stage.ms.n),
         number(stage.cpu_ms) if stage.cpu_ms is not None else "",
         f"{stage.images_per_s:,.0f}" if stage.ms.median > 0 else "",
-        f"{share:.0%}" if share is not None else "",
+        percent(share) if share is not None else "",
         "; ".join(text for text in (stage.ceiling, stage.note) if text),
     ]
 
@@ -93,13 +100,14 @@ def prediction_sentence(record: BenchRecord) -> str:
     """The rate that the stages predict beside the measured one."""
     assert record.whole is not None
     predicted, costs = predict_rate(record), costs_of(record)
-    terms = [number(ms) for ms in (costs.loader_ms, costs.net_ms, costs.own_ms, costs.processor_ms, costs.stall_ms)]
-    stall = f" and {terms[4]} of standing still for the loader" if costs.stall_ms else ""
+    stall = f" + {number(costs.stall_ms)} of standing still for the loader's threads" if costs.stall_ms else ""
     return (
-        f"predicted from the stages: {predicted:,.1f} images/s, "
-        f"measured {record.whole.images_per_s / predicted:.2f} of it (the longest of loader {terms[0]}, "
-        f"training {terms[1]} and {terms[2]} of loading in its thread{stall}, processor time over {costs.cores} cores "
-        f"{terms[3]} ms)"
+        f"predicted from the stages: {predicted:,.1f} images/s; "
+        f"measured {record.whole.images_per_s / predicted:.2f} of it. The prediction is the longest of three: "
+        f"the loader alone {number(costs.loader_ms)} ms; training alone {number(costs.net_ms)} + "
+        f"{number(costs.own_ms)} of the loader's work in its thread{stall} = "
+        f"{number(costs.net_ms + costs.own_ms + costs.stall_ms)} ms; the processor time of both over {costs.cores} "
+        f"cores {number(costs.processor_ms)} ms (docs/bench.md)"
     )
 
 
@@ -108,9 +116,39 @@ def share_sentence(record: BenchRecord) -> str:
     assert record.whole is not None and record.loader is not None
     slower = min(record.loader.images_per_s, record.synthetic.images_per_s)
     shared = (
-        "" if record.setting.device.startswith("cuda") else "; on a CPU both share the cores, so 1 cannot be expected"
+        "" if record.setting.device.startswith("cuda") else "; on a CPU both share the cores, so less than 1 is normal"
     )
-    return f"end to end is {record.whole.images_per_s / slower:.2f} of min(loader, synthetic){shared}"
+    return f"end to end is {record.whole.images_per_s / slower:.2f} of the slower of loader and training alone{shared}"
+
+
+def doubt_sentence(record: BenchRecord) -> str:
+    """What makes a result doubtful: a rate that cannot be, or rounds that differ by much; empty where nothing does."""
+    again = "Something else probably used this machine: measure again when it is idle, or with a larger --seconds"
+    if record.whole and record.loader:
+        ratio = record.whole.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
+        if ratio > IMPOSSIBLE:
+            return (
+                "These figures contradict each other: end to end cannot be faster than the loader alone or training "
+                f"alone, and was {ratio:.2f} times as fast as the slower of them. {again}."
+            )
+    for name, whole in wholes(record):
+        if whole.ms.high > RESTLESS * whole.ms.low:
+            return f"The rounds differ by much: {name} took {half_within(whole.ms)} ms a batch. {again}."
+    return ""
+
+
+def advice_sentence(record: BenchRecord) -> str:
+    """What the factors of the suggestions are of, and how a suggestion is tried."""
+    rate, predicted = (record.whole or record.synthetic).images_per_s, predict_rate(record)
+    of = f"the {rate:,.0f} images/s measured"
+    if record.whole:
+        of = f"the {predicted:,.0f} images/s predicted"
+    if record.whole and record.sweep:
+        of += f" (another batch size: of the {rate:,.0f} measured)"
+    return (
+        f"What would help, each alone, in times of {of}; try a field of the recipe with --set, such as "
+        "--set train.precision=bf16:"
+    )
 
 
 def _print_projections(console: Console, record: BenchRecord, projections: Sequence[Projection]) -> None:
@@ -192,6 +230,10 @@ def print_comparison(rows: Sequence[Difference], settings: Sequence[tuple[str, s
     for row in rows:
         table.add_row(row.name, _side(row.a), _side(row.b), row.unit, outcome(row))
     console.print("", table)
+    console.print(
+        "\nMedians; less time, or a higher ceiling, wins. Less than 3 % apart, or their ± (1.57 IQR / sqrt(n)) "
+        "overlapping, is no difference."
+    )
 
 
 def outcome(row: Difference) -> str:
@@ -208,6 +250,11 @@ def _side(figure: Figure | None) -> str:
 def half_within(figure: Figure) -> str:
     """The quartiles, between which half of the measurements lie."""
     return f"{number(figure.low)}–{number(figure.high)}"
+
+
+def percent(share: float) -> str:
+    """Whole percents; what rounds to none is ``<1%``."""
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def number(value: float) -> str:

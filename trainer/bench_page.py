@@ -6,13 +6,38 @@ from pathlib import Path
 
 from trainer import report_page as html
 from trainer.bench_model import Projection, costs_of, predict_rate
-from trainer.bench_output import half_within, number, prediction_sentence, share_sentence, stage_cells, wholes
+from trainer.bench_output import (
+    advice_sentence,
+    doubt_sentence,
+    half_within,
+    number,
+    percent,
+    prediction_sentence,
+    share_sentence,
+    stage_cells,
+    wholes,
+)
 from trainer.bench_record import BenchRecord, Point, Span, Stage
 from trainer.bench_verdict import COMPUTATION, Verdict
 from trainer.report_charts import Axis, Line, line_chart
 
 STYLE = Path(__file__).with_name("bench.css").read_text(encoding="utf-8")
 LABEL_SHARE = 0.075  # of the timeline's length: shorter spans carry no name
+WHAT = {
+    "read": "stored bytes copied out of the files, shuffled as in training",
+    "decode": "pictures decoded, to the crops of training",
+    "augment": "crop, mirror, mean, colour, scale, labels",
+    "transfer": "the batch brought into the net's memory layout",
+    "forward": "from pictures to the loss, without the crossings",
+    "exchange": "bytes between the towers, at conv3, fc6, fc7 and fc8, forward and backward",
+    "waiting": "a tower that came to a crossing first waits for the other",
+    "backward": "from the loss to the gradients, without the crossings",
+    "check": "gradient norms, the control message before the update, and waiting for the slower tower there",
+    "optimizer": "the update of the weights",
+    "rest": "the loop around all that, with metrics",
+    "conv3 forward": "and the other crossings: the parts of exchange and waiting, layer by layer; not to be added",
+    "checkpoint": "one whole checkpoint written",
+}
 CSS_OF = {"forward": "a", "backward": "b", "wait": "soft", "check": "soft", "optimizer": "soft", "transfer": "soft"}
 
 
@@ -50,13 +75,14 @@ def _opening(record: BenchRecord, verdict: Verdict) -> str:
         f"<h1>{escape(setting.recipe.split(' (')[0])}: from disk to gradient</h1>",
         f'<p class="soft">{escape(about)}</p>',
         html.headline(figures),
+        f'<p class="doubt">{escape(doubt)}</p>' if (doubt := doubt_sentence(record)) else "",
         f'<p class="lede">{escape(verdict.sentence)}</p>',
-        _advice(verdict),
+        _advice(record, verdict),
     ]
     return "\n".join(parts)
 
 
-def _advice(verdict: Verdict) -> str:
+def _advice(record: BenchRecord, verdict: Verdict) -> str:
     """What would help, as a list."""
     if not verdict.suggestions:
         return html.paragraph("No change that this benchmark can compute promises 3 % or more.")
@@ -65,7 +91,7 @@ def _advice(verdict: Verdict) -> str:
         f"<small>({escape(row.basis)})</small></li>"
         for row in verdict.suggestions
     )
-    return f'<p>What would help:</p><ol class="advice">{items}</ol>'
+    return f'<p>{escape(advice_sentence(record))}</p><ol class="advice">{items}</ol>'
 
 
 def _is_limit(stage: Stage, verdict: Verdict) -> bool:
@@ -95,12 +121,16 @@ def _waterfall(record: BenchRecord, verdict: Verdict) -> str:
             bar = _bar(begin / longest, stage.ms.median / longest, colour)
             rows.append(_row(stage.name, bar + line, value, "limit" if colour == "limit" else ""))
             begin += stage.ms.median
-    what = "a step end to end" if record.whole else "a step on synthetic pictures"
+    scale = f'<div class="scale"><span>0 ms</span><span>{number(longest)} ms</span></div>'
+    rows.append(f"<div></div>{scale}<div></div>")
+    what = "a step end to end, loader and net at once" if record.whole else "a step on synthetic pictures"
+    colours = "Blue is the loader, ochre the net, red the limit" if record.loader else "Ochre is the net, red the limit"
     caption = (
-        f"From disk to gradient. Milliseconds a batch of {record.setting.batch_size}; each stage begins where the one "
-        f"before it ends. The dashed line is {what}, {number(whole.ms.median)} ms; red is the limit. "
-        "The loader prepares the next batch while the net trains, so the longer of the two sets the pace, or the "
-        "processor time of both where they share cores."
+        f"From disk to gradient. Milliseconds a batch of {record.setting.batch_size}, medians; each stage begins where "
+        f"the one before it ends. {colours}. Small: the rate if there were only this stage. "
+        f"The dashed line is {what}, {number(whole.ms.median)} ms; the stages are measured with loader and net each "
+        "alone, so they need not end there. The loader prepares the next batch while the net trains, so the longer of "
+        "the two sets the pace, or the processor time of both where they share cores."
     )
     sentences = (
         html.paragraph(f"{_upper(prediction_sentence(record))}. {_upper(share_sentence(record))}.")
@@ -140,14 +170,15 @@ def _ceilings(record: BenchRecord, verdict: Verdict) -> str:
         if share is None:
             continue
         css = "limit" if _is_limit(stage, verdict) else ""
-        value = f"{share:.0%} <small>of {escape(stage.ceiling)}</small>"
+        value = f"{percent(share)} <small>of {escape(stage.ceiling)}</small>"
         rows.append(_row(stage.name, _bar(0.0, share, css or "a"), value, css, full=True))
     if not rows:
         return ""
     caption = (
         "Stages against ceilings. The full width is what this machine can do at most at that kind of work, measured in "
         "the same run; what is far below its ceiling spends its time on something else: many small pieces, waiting, "
-        "Python. Above 100 % data that fit a processor's cache have beaten a ceiling measured without it."
+        "Python. Above 100 % data that fit a processor's cache have beaten a ceiling measured without it. Red is the "
+        "limit. Stages that no ceiling was found for have no bar; what each is held against is in docs/bench.md."
     )
     return html.section(
         "How near the machine's limits", html.figure(f'<div class="bars">{"".join(rows)}</div>', caption)
@@ -168,13 +199,15 @@ def _timeline(record: BenchRecord) -> str:
     crossing = '<span class="ink"><i></i>crossing, with waiting</span>' if record.setting.processes > 1 else ""
     legend = (
         '<div class="legend"><span class="a"><i></i>forward</span><span class="b"><i></i>backward</span>'
-        f'{crossing}<span class="soft"><i></i>batch, layout, check, optimizer</span></div>'
+        f'{crossing}<span class="soft"><i></i>waiting for the batch, transfer, check, optimizer</span></div>'
     )
     kind = "end to end" if record.whole else "on synthetic pictures"
     caption = (
-        f"One step {kind}, the one of median length of those measured, by the clock in the training loop. What a tower "
-        "spends in a crossing is the exchange and the waiting for the other tower."
+        f"One step {kind}, the one of median length of those measured, by the clock in the training loop. Point at "
+        "a part for its name and milliseconds."
     )
+    if record.setting.processes > 1:
+        caption += " What a tower spends in a crossing is the exchange and the waiting for the other tower."
     figure = html.figure(f'<div class="lanes">{"".join(lanes)}{scale}</div>{legend}', caption)
     return html.section("One step", figure)
 
@@ -203,8 +236,10 @@ def _curves(record: BenchRecord, projections: Sequence[Projection]) -> str:
         whole = record.whole or record.synthetic
         own = Point(record.setting.batch_size, whole.images_per_s, whole.images_per_s, whole.images_per_s)
         points = sorted({own.x: own, **{point.x: point for point in record.sweep}}.values(), key=lambda point: point.x)
-        line = Line("measured", [p.x for p in points], [p.images_per_s for p in points], "ink")
-        charts.append(html.figure(line_chart([line], axis, x_label="pictures a step"), "By batch size. Medians."))
+        line = Line("measured", [p.x for p in points], [p.images_per_s for p in points], "a")
+        kind = "End to end" if record.whole else "Training on synthetic pictures"
+        caption = f"By batch size. {kind}, medians."
+        charts.append(html.figure(line_chart([line], axis, x_label="pictures a step"), caption))
     lines = []
     if projections:
         lines.append(Line("model", [p.processes for p in projections], [p.images_per_s for p in projections], "soft"))
@@ -213,16 +248,25 @@ def _curves(record: BenchRecord, projections: Sequence[Projection]) -> str:
     if lines:
         caption = (
             "By processes. Grey is a model, no measurement: computation, crossings and the averaging of gradients, "
-            "added up from the measured parts and the given links; its formula is in docs/bench.md."
+            "added up from the measured parts; with --tower-link or --replica-link for a GPU each, without them for "
+            "processes that share this machine. Its formula is in docs/bench.md."
         )
+        if record.scaling:
+            caption += " Blue is training on synthetic pictures, measured here after all else."
         charts.append(html.figure(line_chart(lines, axis, x_label="processes"), caption))
     return html.section("More at a time", f'<div class="grid">{"".join(charts)}</div>') if charts else ""
 
 
 def _tables(record: BenchRecord) -> str:
     """Every figure, and where it was measured."""
-    head = ["stage", "ms a batch", "half of them within", "n", "processor ms", "images/s", "of its ceiling", ""]
+    head = ["stage", "ms a batch", "half within", "n", "processor ms", "images/s", "of its ceiling", ""]
     stages = html.table(head, [stage_cells(stage) for stage in record.stages], numbers=(1, 2, 3, 4, 5, 6))
+    names = {stage.name for stage in record.stages}
+    words = html.facts([(name, text) for name, text in WHAT.items() if name in names])
+    how = html.paragraph(
+        "Medians; half of the measurements lie within the quartiles given; n is how many there were, rounds or "
+        "steps. Processor time is that of all threads of a process. How each is measured is in docs/bench.md."
+    )
     rows = [
         [row.name, number(row.figure.median), half_within(row.figure), row.unit, str(row.figure.n), row.note]
         for row in record.ceilings
@@ -239,4 +283,4 @@ def _tables(record: BenchRecord) -> str:
         ("Versions", f"Python {environment.get('python', '')}, torch {environment.get('torch', '')}"),
         ("Measured", f"{setting.rounds} rounds in turns, {setting.seconds:g} s of each; warm-up not counted"),
     ]
-    return html.section("Every figure", stages, ceilings, html.facts(facts))
+    return html.section("Every figure", how, stages, words, ceilings, html.facts(facts))

@@ -86,8 +86,9 @@ def _sides(record: BenchRecord, costs: Costs) -> str:
     text = f"Alone, the loader gives {loader:,.0f} images/s and the net takes {net:,.0f}"
     if costs.limit == "processor":
         return f"{text}; together they need more processor time than {record.setting.cores} cores have."
-    faster, ratio = ("net", net / loader) if net > loader else ("loader", loader / net)
-    return f"{text}: the {faster} could go {ratio:.2f} times as fast as the other."
+    if net > loader:
+        return f"{text}: the net could take {net / loader:.2f} times what the loader gives."
+    return f"{text}: the loader could give {loader / net:.2f} times what the net takes."
 
 
 def _limit(record: BenchRecord, costs: Costs) -> tuple[str, str, float]:

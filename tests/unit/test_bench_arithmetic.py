@@ -10,7 +10,7 @@ from trainer.__main__ import main
 from trainer.bench_compare import compare, differ, differing_settings
 from trainer.bench_merge import count_work
 from trainer.bench_model import Links, costs_of, links_of, predict_rate, project, stall_share, with_threads, without
-from trainer.bench_output import node_rows
+from trainer.bench_output import doubt_sentence, node_rows
 from trainer.bench_record import (
     BenchRecord,
     Ceiling,
@@ -264,3 +264,13 @@ def test_what_the_loader_does_in_the_training_thread_is_added_to_the_step():
     assert predict_rate(record) == pytest.approx(1e3 * BATCH / 14.0)
     verdict = judge(record)
     assert (verdict.side, verdict.limit) == ("net", "handover") and "1.40 times" in verdict.sentence
+
+
+def test_a_result_that_cannot_be_is_doubted():
+    sound = a_record()
+    assert doubt_sentence(sound) == ""
+    slower = min(sound.loader.images_per_s, sound.synthetic.images_per_s)
+    impossible = dataclasses.replace(sound, whole=dataclasses.replace(sound.synthetic, images_per_s=2 * slower))
+    assert "2.00 times as fast as the slower" in doubt_sentence(impossible)
+    restless = dataclasses.replace(sound.synthetic, ms=Figure(10.0, 6.0, 14.0, 5))
+    assert "synthetic training took 6–14 ms" in doubt_sentence(dataclasses.replace(sound, synthetic=restless))
