@@ -1,7 +1,6 @@
 """Puts what the towers measured together into one record. Pure: no clock, no torch."""
 
 import dataclasses
-import statistics
 from typing import TYPE_CHECKING, Any
 
 from trainer.bench_record import FEWER, BenchRecord, Ceiling, Figure, Point, Setting, Stage, Whole
@@ -131,12 +130,12 @@ def _loader_stages(parts: list["Part"], setting: Setting, ceilings: dict[str, Ce
         stages.append(_stage(name, "loader", less, setting.batch_size, cpu_ms=cpu))
     single = first.slots.get("decode, 1 thread")
     if single:
-        alone_ms = 1e3 * statistics.median(row[1] / row[0] for row in single)
-        perfect = max(0.0, alone_ms / min(setting.threads, setting.cores) - stages[0].ms.median)
-        note = (
-            f"1 thread: {alone_ms:.3g} ms with reading; ceiling: {min(setting.threads, setting.cores)} times its rate"
-        )
-        stages[1] = dataclasses.replace(stages[1], ceiling="decoding thread", ceiling_ms=perfect or None, note=note)
+        threads = min(setting.threads, setting.cores)
+        alone = Figure.of([1e3 * row[1] / row[0] for row in single])
+        perfect = alone.median / threads - stages[0].ms.median
+        note = f"1 thread: {alone.median:.3g} ms with reading; ceiling: {threads} times its rate"
+        if perfect > alone.noise / threads + stages[0].ms.noise:  # else it drowns in what reading takes
+            stages[1] = dataclasses.replace(stages[1], ceiling="decoding thread", ceiling_ms=perfect, note=note)
     if setting.device == "cpu" and "memory copy" in ceilings:  # uint8 pixels in, float32 out, once
         least = 1.25 * work.pixel_bytes / ceilings["memory copy"].figure.median / 1e6
         stages[2] = dataclasses.replace(stages[2], ceiling="memory copy", ceiling_ms=least)

@@ -4,6 +4,7 @@ Pure functions; every formula stands in ``docs/bench.md``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from trainer.bench_record import BenchRecord
 
@@ -122,17 +123,27 @@ def without(record: BenchRecord, stage: str, share: float = 1.0) -> Costs:
     costs, found = costs_of(record), record.stage(stage)
     if found is None:
         return costs
-    saved_ms = share * found.ms.median
-    processes = record.setting.processes
-    if found.group == "loader":
-        saved_cpu = share * (found.cpu_ms or 0.0) * processes
-        return dataclasses.replace(
-            costs,
-            loader_ms=max(0.0, costs.loader_ms - saved_ms),
-            loader_cpu_ms=max(0.0, costs.loader_cpu_ms - saved_cpu),
-        )
-    saved_cpu = saved_ms * costs.net_cpu_ms / costs.net_ms  # a stage of the net takes its part of the net's processors
-    return dataclasses.replace(costs, net_ms=costs.net_ms - saved_ms, net_cpu_ms=costs.net_cpu_ms - saved_cpu)
+    if found.group != "loader":
+        return without_part_of_net(record, (stage,), share)
+    saved_cpu = share * (found.cpu_ms or 0.0) * record.setting.processes
+    return dataclasses.replace(
+        costs,
+        loader_ms=max(0.0, costs.loader_ms - share * found.ms.median),
+        loader_cpu_ms=max(0.0, costs.loader_cpu_ms - saved_cpu),
+    )
+
+
+def without_part_of_net(record: BenchRecord, stages: Sequence[str], share: float = 1.0) -> Costs:
+    """The costs if a share of some of the net's stages took no time.
+
+    Stages are medians over steps, the net's time is one over slots: what counts is their part of all stages. They take
+    the same part of the net's processor time.
+    """
+    costs = costs_of(record)
+    lengths = {stage.name: stage.ms.median for stage in record.stages if stage.group == "net"}
+    total = sum(lengths.values())
+    kept = 1.0 - share * sum(ms for name, ms in lengths.items() if name in stages) / total if total else 1.0
+    return dataclasses.replace(costs, net_ms=kept * costs.net_ms, net_cpu_ms=kept * costs.net_cpu_ms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +156,7 @@ class Links:
         replica_gb_per_s: between the pairs, one way.
         replica_us: latency of one message there.
         own_devices: every process has a device, and cores for its loader, of its own; False: they share this machine.
+        basis: where the figures are from, for people.
     """
 
     tower_gb_per_s: float
@@ -152,6 +164,7 @@ class Links:
     replica_gb_per_s: float
     replica_us: float
     own_devices: bool
+    basis: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +175,7 @@ class Projection:
         processes: 1: both towers on one device; 2: a tower each; 2 R: R pairs.
         images_per_s: of all pairs together.
         compute_ms, crossing_ms, reduce_ms, loader_ms: of one step.
+        basis: the links that it goes by, in words.
     """
 
     processes: int
@@ -170,6 +184,7 @@ class Projection:
     crossing_ms: float
     reduce_ms: float
     loader_ms: float
+    basis: str = ""
 
 
 MESSAGES = 7  # a step, as tower a waits for them: conv3, fc6, fc7, fc8 forward, then fc7, fc6, conv3 backward
@@ -181,7 +196,8 @@ def project(record: BenchRecord, processes: int, links: Links) -> Projection:
     One process computes c ms a step without crossings. Two towers on devices of their own take c / 2, and each step
     moves half of the crossing bytes each way: X / (2 B) + 7 latencies. R pairs average their gradients by a ring:
     2 (R - 1) / R * G / B' + 2 (R - 1) latencies, G the bytes of one tower's gradients; not overlapped, so this is the
-    slower end. Processes that share one machine share its cores: R pairs take R times the processor time.
+    slower end. Processes that share one machine share its cores: R pairs take R times the processor time, and the
+    loaders of all of them stand in their way as :attr:`Costs.step_ms` says.
     """
     setting, costs = record.setting, costs_of(record)
     pairs = max(1, processes // 2)
@@ -195,9 +211,20 @@ def project(record: BenchRecord, processes: int, links: Links) -> Projection:
         gradient_bytes = FLOAT_BYTES * setting.parameters / 2
         moved = 2 * (pairs - 1) / pairs * gradient_bytes
         reduce = moved / links.replica_gb_per_s / 1e6 + 2 * (pairs - 1) * links.replica_us / 1e3
-    loader = costs.loader_ms if links.own_devices else costs.loader_ms * processes / setting.processes
-    step = max(compute + crossing + reduce, loader)
-    return Projection(processes, rate(step, pairs * setting.batch_size), compute, crossing, reduce, loader)
+    more = 1.0 if links.own_devices else processes / setting.processes
+    loader = costs.loader_ms * more
+    step = max(compute + crossing + reduce + costs.own_ms, loader)
+    if not links.own_devices:
+        threads = max(processes, setting.net_threads * setting.processes)
+        step = dataclasses.replace(
+            costs,
+            loader_ms=loader,
+            net_ms=compute + crossing + reduce,
+            loader_cpu_ms=costs.loader_cpu_ms * more,
+            net_cpu_ms=costs.net_cpu_ms * pairs,
+            stall_share=stall_share(threads, setting.threads * processes, setting.cores) if costs.stall_share else 0.0,
+        ).step_ms
+    return Projection(processes, rate(step, pairs * setting.batch_size), compute, crossing, reduce, loader, links.basis)
 
 
 def links_of(
@@ -212,5 +239,12 @@ def links_of(
     measured = bandwidth.figure.median if bandwidth else 1.0
     latency_us = latency.figure.median if latency else 100.0
     own = tower_gb_per_s is not None or replica_gb_per_s is not None
-    tower = tower_gb_per_s or measured
-    return Links(tower, latency_us, replica_gb_per_s or tower, latency_us, own)
+    tower, replica = tower_gb_per_s or measured, replica_gb_per_s or tower_gb_per_s or measured
+    found = "measured" if bandwidth else "assumed"
+    said = "given" if tower_gb_per_s else found
+    basis = (
+        f"towers exchange {tower:.3g} GB/s ({said}), {latency_us:.3g} us a message ({found}); pairs {replica:.3g} GB/s"
+        + (" (given)" if replica_gb_per_s else "")
+        + ("; a device for each process" if own else "; all processes share this machine")
+    )
+    return Links(tower, latency_us, replica, latency_us, own, basis)

@@ -153,6 +153,8 @@ def advice_sentence(record: BenchRecord) -> str:
 
 def _print_projections(console: Console, record: BenchRecord, projections: Sequence[Projection]) -> None:
     measured = {point.x: point for point in record.scaling}
+    if projections:
+        console.print(f"model: {projections[0].basis}; measured: training on synthetic pictures")
     for row in projections:
         beside = measured.get(row.processes)
         check = f", measured here {beside.images_per_s:,.1f}" if beside else ""

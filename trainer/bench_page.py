@@ -248,8 +248,8 @@ def _curves(record: BenchRecord, projections: Sequence[Projection]) -> str:
     if lines:
         caption = (
             "By processes. Grey is a model, no measurement: computation, crossings and the averaging of gradients, "
-            "added up from the measured parts; with --tower-link or --replica-link for a GPU each, without them for "
-            "processes that share this machine. Its formula is in docs/bench.md."
+            f"added up from the measured parts ({projections[0].basis if projections else ''}); --tower-link and "
+            "--replica-link give every process a GPU of its own. Its formula is in docs/bench.md."
         )
         if record.scaling:
             caption += " Blue is training on synthetic pictures, measured here after all else."

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from trainer.bench_model import Costs, Links, costs_of, project, rate, with_threads, without
+from trainer.bench_model import Costs, Links, costs_of, project, rate, with_threads, without, without_part_of_net
 from trainer.bench_record import BenchRecord, Stage
 
 WORTH = 1.03  # a suggestion must promise at least this factor
@@ -124,18 +124,7 @@ def _lifted(record: BenchRecord, limit: str) -> Costs:
     """The costs without a limit."""
     if limit == "handover":
         return dataclasses.replace(costs_of(record), own_ms=0.0)
-    return _combined(record, COMPUTATION if limit == "computation" else (limit,))
-
-
-def _combined(record: BenchRecord, stages: tuple[str, ...], share: float = 1.0) -> Costs:
-    """The costs with several stages of the net shortened by a share, or with one of the loader."""
-    if len(stages) == 1:
-        return without(record, stages[0], share)
-    costs = costs_of(record)
-    saved = share * sum(stage.ms.median for stage in record.stages if stage.name in stages)
-    return dataclasses.replace(
-        costs, net_ms=costs.net_ms - saved, net_cpu_ms=costs.net_cpu_ms * (1 - saved / costs.net_ms)
-    )
+    return without_part_of_net(record, COMPUTATION) if limit == "computation" else without(record, limit)
 
 
 def _suggest(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Suggestion]:
@@ -221,7 +210,7 @@ def _suggest_net(record: BenchRecord, limit: str, promise) -> Iterator[Suggestio
     wide, narrow = record.ceiling("matrix tf32") or record.ceiling("matrix fp32"), record.ceiling("matrix bf16")
     if setting.precision == "fp32" and wide and narrow and narrow.figure.median > wide.figure.median:
         factor = narrow.figure.median / wide.figure.median
-        changed = _combined(record, COMPUTATION, 1 - 1 / factor)
+        changed = without_part_of_net(record, COMPUTATION, 1 - 1 / factor)
         basis = f"computed, at most: matrices are {factor:.2f} times as fast in bf16 here"
         yield promise("train.precision = 'bf16'", changed, basis)
     for name in ("optimizer", "exchange"):
@@ -246,7 +235,7 @@ def _suggest_net(record: BenchRecord, limit: str, promise) -> Iterator[Suggestio
     if setting.processes == 2 and limit in ("exchange", "waiting"):
         yield promise(
             "--processes 1: both towers in one process",
-            _combined(record, ("exchange", "waiting")),
+            without_part_of_net(record, ("exchange", "waiting")),
             "computed: no exchange, no waiting, the same computation on the same cores",
         )
 

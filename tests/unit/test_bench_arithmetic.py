@@ -154,6 +154,21 @@ def test_the_verdict_says_by_how_much():
     assert "2,941 images/s and the net takes 14,286" in verdict.sentence
 
 
+def test_shares_and_gains_agree_where_stages_and_steps_do_not_add_up():
+    """Stages are medians over steps, the whole is one over slots: on a restless machine they differ by much."""
+    record = a_record(net={"forward": 20.0, "backward": 70.0, "optimizer": 10.0})
+    restless = dataclasses.replace(record, synthetic=whole(250.0, 250.0))
+    verdict = judge(restless)
+    assert "90% of the step" in verdict.sentence and "10.00 times as fast" in verdict.sentence
+
+
+def test_the_projection_to_what_was_measured_is_the_prediction():
+    for record in (a_record(), a_record(cores=2, threads=2, net_threads=2), a_record(net={"forward": 50.0})):
+        assert project(record, 1, links_of(record)).images_per_s == pytest.approx(predict_rate(record))
+    assert "all processes share this machine" in links_of(record).basis
+    assert "50 GB/s (given), 100 us a message (assumed)" in links_of(record, tower_gb_per_s=50.0).basis
+
+
 def test_suggestions_promise_what_the_model_gives_and_only_what_is_worth_it():
     found = {s.change.split(" ")[0]: s for s in judge(a_record(loader=(1.0, 30.0, 3.0), threads=4)).suggestions}
     assert found["data.threads"].factor == pytest.approx(34 / 11.5)  # 16 threads instead of 4
