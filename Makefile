@@ -46,6 +46,7 @@ bench: setup  ## measure everything on this machine and print the table (about 9
 	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
 	$(PY) benchmarks/loader.py --work $(BENCH)/loader
 	$(PY) benchmarks/trainer.py
+	$(PY) benchmarks/overlap.py
 	$(PY) benchmarks/stages.py --work $(BENCH)/stages
 	$(PY) benchmarks/cluster.py --work $(BENCH)/cluster
 	@if [ -d $(FASHION) ]; then $(PY) benchmarks/fashion.py --work $(BENCH)/fashion --input $(FASHION); else echo "no Fashion-MNIST in FASHION=$(FASHION) (Debian: dataset-fashion-mnist): left out"; fi

@@ -33,6 +33,16 @@ def trainer(table: dict[str, Any]) -> Iterator[Row]:
         yield f"training step, {name}, batch {table['batch']}", f"{row['images_per_s']:,.1f} images/s{times}"
 
 
+def overlap(table: dict[str, Any]) -> Iterator[Row]:
+    """Computing while halves cross, beside waiting for them."""
+    for name, row in table["summary"].items():
+        if "together" in name or "again" in name:
+            yield f"two towers, {name} (over: in turns), time of a step", f"{row['of in turns']:.3f}"
+    slow = table["slow wire"]
+    name = f"two towers, hidden of {slow['s a step']:.2f} s a step on a wire of {slow['gbit_per_s']:g} Gbit/s"
+    yield name, f"{slow['share']:.2f}"
+
+
 def stages(table: dict[str, Any]) -> Iterator[Row]:
     """Predicted and measured rates, and the cost of metrics."""
     for name, case in table["cases"].items():
@@ -73,7 +83,7 @@ def _text(value: Any) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "prepare": prepare, "loader": loader, "trainer": trainer, "stages": stages, "cluster": cluster, "fashion": fashion,
-    "demo": demo
+    "demo": demo, "overlap": overlap
 }  # fmt: skip
 
 

@@ -136,7 +136,8 @@ def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pi
 
     - compute = operations of a picture on this tower x pictures / rate (2 a multiply-accumulate, forward once, backward
       twice, but nothing goes back through conv1);
-    - crossing = bytes / P + messages x L, nothing hidden;
+    - crossing = bytes / P + messages x L, counted whole: how much a tower hides behind its own half's products, if
+      any, depends on the wire;
     - sum = 2 (R - 1) / R x bytes / B + sums x 2 (R - 1) x L, a ring; hidden behind the backward (2/3 of compute);
     - control = L + (R - 1) x L;
     - step = compute + crossing + max(0, sum - backward) + control.
