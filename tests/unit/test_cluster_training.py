@@ -58,6 +58,20 @@ def test_missing_resources_end_in_one_line_instead_of_waiting_for_ever(monkeypat
         training.wait_for_room(Need(2, 0, 1), timeout_s=0.0)
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_autoscaler_is_asked_once_and_the_request_taken_back(monkeypatch, comes):
+    asked = []
+    monkeypatch.setattr(training, "_ask_autoscaler", asked.append)
+    monkeypatch.setattr(training, "_nodes", lambda: [node(4, 2)] if comes and asked else [node(1)])
+    monkeypatch.setattr(training, "WAIT_LINE_S", 0.0)
+    if comes:
+        training.wait_for_room(Need(2, 1, 2), timeout_s=60.0)
+    else:
+        with pytest.raises(ClusterError, match="missing resources: the towers need 2 x 2 CPUs and 1 GPUs"):
+            training.wait_for_room(Need(2, 1, 2), timeout_s=0.05)
+    assert asked == [[{"CPU": 2, "GPU": 1}] * 2, []]
+
+
 def settings(towers: int = 2) -> pair.PairSettings:
     return pair.PairSettings(("python", "x"), "/shared", towers, threads=1)
 
