@@ -169,6 +169,10 @@ class Watch:
 
     def _note_end(self, statuses: list[int]) -> None:
         """All towers of this pair have ended: raise if the run must begin again, else write down how."""
+        if (
+            self._stopping or self._preempted or self._resizing
+        ):  # our own signal may come before the trainer can catch it
+            statuses = [STOPPED if status == -signal.SIGTERM else status for status in statuses]
         status = verdict(statuses)
         if self._preempted and status == STOPPED and not self._stopping:
             status = PREEMPTED

@@ -118,6 +118,21 @@ def test_pairs_agree_on_the_end(tmp_path):
     assert pair.agreed_end(tmp_path, "7", replicas=2) == 3
 
 
+@pytest.mark.parametrize(
+    ("flag", "status"), [("_stopping", pair.STOPPED), ("_resizing", pair.STOPPED), ("_preempted", pair.PREEMPTED)]
+)
+def test_towers_that_our_own_signal_ended_are_not_lost(tmp_path, flag, status):
+    """It may come while they still import, before they can catch it."""
+    watch = pair.Watch(pair.PairSettings(("x",), str(tmp_path), 2, 1), 0, 1, (), "7")
+    with pytest.raises(pair.TowerLost):
+        watch._note_end([-signal.SIGTERM, 0])
+    setattr(watch, flag, True)
+    watch._note_end([-signal.SIGTERM, 0])
+    assert pair.agreed_end(tmp_path, "7", replicas=1) == status
+    with pytest.raises(pair.TowerLost, match="SIGKILL"):
+        watch._note_end([-signal.SIGKILL, 0])
+
+
 def test_one_refusal_ends_all_pairs(tmp_path):
     pair.write_mark(tmp_path / "done-7-1", {"status": 2})
     assert pair.agreed_end(tmp_path, "7", replicas=4) == 2
