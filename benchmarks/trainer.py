@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CONTESTANTS = ("plain", "one", "one-bf16", "one-torch", "two", "two-bf16", "norm-plain", "norm", "norm-torch")
 WARM_UP = 2
+NORM_STEPS = 8  # counted steps of the normalisation alone for one of the net: they are short
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a process")
     parser.add_argument("--only", default=",".join(CONTESTANTS))
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_trainer.json")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
@@ -97,7 +99,9 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def run_contestant(name: str, batch: int, steps: int) -> dict[str, float]:
     """Median seconds of a step and this process's peak memory."""
-    step = norm_step(name, batch) if name.startswith("norm") else net_step(name, batch)
+    alone = name.startswith("norm")
+    step = norm_step(name, batch) if alone else net_step(name, batch)
+    steps *= NORM_STEPS if alone else 1
     times = []
     for number in range(WARM_UP + steps):
         begin = time.perf_counter()
@@ -239,10 +243,9 @@ def report(rounds: list[dict[str, dict[str, float]]], names: list[str], options:
         "rounds": rounds,
         "summary": table,
     }
-    path = ROOT / "benchmarks" / "results" / f"{date}_cpu{cores}_trainer.json"
-    path.parent.mkdir(exist_ok=True)
+    path = options.output or ROOT / "benchmarks" / "results" / f"{date}_cpu{cores}_trainer.json"
     path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(path.relative_to(ROOT))
+    print(path)
 
 
 if __name__ == "__main__":
