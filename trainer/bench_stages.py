@@ -104,7 +104,8 @@ def measure(
     if options.stages:
         say("ceilings of this machine")
         part.ceilings = _ceilings(options, link, device, run)
-    trainer = TimedTrainer(config, options.data, run, mesh=mesh, device=device)
+    usual = torch.get_num_threads()
+    trainer = TimedTrainer(config, options.data, run, mesh=mesh, device=device)  # with train.threads, where given
     try:
         part.threads = torch.get_num_threads()
         if attach:
@@ -116,6 +117,7 @@ def measure(
             part.checkpoint_bytes = _checkpoint_bytes(run, part.tower)
     finally:
         trainer.end()
+        torch.set_num_threads(usual)
     only = dataclasses.replace(options, stages=False, batch_sizes=())
     for size in options.batch_sizes:
         say(f"batch size {size}")

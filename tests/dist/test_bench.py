@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.dist.benching import bench_pair, benched, recipe, record_of, slow_net
+from tests.dist.benching import bench_pair, benched, options, recipe, record_of, slow_net
 from tests.dist.commands import CONFIG, run
 from tests.dist.pair import run_mesh
 from tests.slow_disk import slow_disk
@@ -14,6 +15,7 @@ from tests.unit.loader_data_set import make_data_set
 from trainer.__main__ import main
 from trainer.bench_model import predict_rate
 from trainer.bench_page import render
+from trainer.bench_stages import measure
 from trainer.bench_verdict import judge
 
 
@@ -38,6 +40,14 @@ def test_one_decoding_thread_is_found(photos, tmp_path):
     cores = record.setting.cores
     threads = [s for s in verdict.suggestions if s.change == f"data.threads = {cores} instead of 1"]
     assert len(threads) == (cores > 1)
+
+
+def test_a_recipe_that_gives_the_net_fewer_threads_is_measured_with_them(raw, tmp_path):
+    before = torch.get_num_threads()
+    part = measure(recipe("train.threads=3"), options(raw), mesh=None, device="cpu", scratch=tmp_path)
+    assert part.threads == 3 and torch.get_num_threads() == before
+    record = record_of(recipe("train.threads=3"), raw, [part])
+    assert record.setting.net_threads == 3 and list(record.fewer) == [1]
 
 
 def test_a_slow_disk_is_found(raw, tmp_path):
