@@ -32,15 +32,20 @@ class Board:
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=from_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Writes every float of a row of metrics.jsonl as the scalar ``KIND/NAME``, of a tower ``KIND/NAME_TOWER``."""
+    def add(self, row: dict[str, Any], at_s: float | None = None) -> None:
+        """Writes every float of a row of metrics.jsonl as the scalar ``KIND/NAME``, of a tower ``KIND/NAME_TOWER``.
+
+        Args:
+            row: of one step.
+            at_s: when it was, in seconds of ``time.time``; None for now.
+        """
         kind, values = row["kind"], []
         for key, value in row.items():
             if isinstance(value, float):
                 values.append(Summary.Value(tag=f"{kind}/{key}", simple_value=value))
             elif isinstance(value, dict):
                 values += [Summary.Value(tag=f"{kind}/{key}_{name}", simple_value=each) for name, each in value.items()]
-        self._write(Event(step=row["step"], summary=Summary(value=values)))
+        self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
@@ -50,6 +55,6 @@ class Board:
         """Flushes and closes."""
         self._file.close()
 
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
+    def _write(self, event: Any, at_s: float | None = None) -> None:
+        event.wall_time = time.time() if at_s is None else at_s
         self._records.write(event.SerializeToString())
