@@ -1,6 +1,6 @@
 """How fast is a training step of the paper's net beside the same net made of plain torch modules?
 
-    python benchmarks/trainer.py                               about 8 minutes on 2 cores
+    python benchmarks/trainer.py                               about 12 minutes on 2 cores
     python benchmarks/trainer.py --batch 16 --rounds 1         a try
 
 Contestants, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
