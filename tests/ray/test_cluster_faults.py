@@ -230,18 +230,23 @@ def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_pat
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--max-failures", "0"))
     wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    towers = towers_of(run).values()
+    host = os.getsid(towers_of(run)[0])
+    for tower in towers:  # gauges take ten seconds to be exported; the run would be over
+        os.kill(tower, signal.SIGSTOP)
     wait_until(lambda: f'run="{run.name}"' in metrics(machine), "the run's gauges")
     assert "ray_twotower_images_per_s{" in metrics(machine)
-    host = os.getsid(towers_of(run)[0])
     node = next(node for node in living(machine.cluster) if node.pid == host)
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
     drain += ["--node-id", node_id_of(node), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     drain += ["--reason-message", "a test", "--deadline-remaining-seconds", "120"]
     environment = {**machine.environment, "RAY_AUTH_MODE": "token"}
     subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=120)
+    wait_until(lambda: "this node is going away: saving" in machine.run("logs", job).stdout, "the notice")
+    for tower in towers:
+        os.kill(tower, signal.SIGCONT)
     done = machine.run("logs", "--follow", job)
     assert done.returncode == 0, done.stdout
-    assert "this node is going away: saving" in done.stdout
     saved = int(done.stdout.partition("stopped at step ")[2].split(":")[0])
     assert f"from step {saved}" in done.stdout, "not one step may be lost"
     assert final_weights(run) == weights
