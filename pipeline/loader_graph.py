@@ -174,10 +174,13 @@ def decoded_graph(reader: Reader) -> tuple[Any, ...]:
 
 
 def cropped_graph(reader: Reader, feed: Any) -> tuple[Any, ...]:
-    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels."""
+    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw pictures the crops."""
     encoded = read_encoded(reader)[0]
     x, y = _draws(lambda info: feed(info)[1:3], 2)
-    return (decode(reader, encoded, _roi(reader, x, y)),)
+    pixels = decode(reader, encoded, _roi(reader, x, y))
+    if reader.split.manifest.picture.encoding == "raw":
+        pixels = _dali().fn.crop(pixels, crop=(reader.config.crop_px,) * 2, crop_pos_x=x, crop_pos_y=y)
+    return (pixels,)
 
 
 def _shuffling(reader: Reader) -> dict[str, Any]:

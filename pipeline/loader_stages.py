@@ -6,13 +6,14 @@ bench`` use these.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.loader import LoaderConfig, TrainingLoader
 from pipeline.loader_data import OpenSplit, open_split
-from pipeline.loader_graph import Reader, build_pipeline, cropped_graph, encoded_graph
+from pipeline.loader_graph import Reader, cropped_graph, encoded_graph
+from pipeline.loader_running import RunningPipeline
 
 STAGES = ("read", "decode", "whole")
 PAGE_BYTES = 4096
@@ -67,7 +68,7 @@ def sample_bytes(split: OpenSplit) -> float:
 
 
 class _Cropped(TrainingLoader):
-    """The loader up to the decoder: the crops that training uses, uint8 (raw shards: whole pictures)."""
+    """The loader up to the decoder: the crops that training uses, uint8."""
 
     def _graph(self) -> tuple[Any, ...]:
         return cropped_graph(self._reader, self._feed)
@@ -83,8 +84,9 @@ def open_stage(
     """Endless batches of the loader up to and with one stage.
 
     Args:
-        stage: one of :data:`STAGES`: ``read``: every encoded byte copied out of the files; ``decode``: and decoded;
-            ``whole``: what :class:`pipeline.loader.TrainingLoader` gives the trainer.
+        stage: one of :data:`STAGES`: ``read``: every encoded byte copied out of the files, of raw pictures in mapped
+            files the crops, for nothing else of them is ever touched; ``decode``: and decoded; ``whole``: what
+            :class:`pipeline.loader.TrainingLoader` gives the trainer.
         data: a prepared data set on this machine.
         config: the recipe.
         batch_size: samples a batch.
@@ -94,23 +96,26 @@ def open_stage(
     Raises:
         ConfigError, DatasetError: as the loader.
     """
-    if stage == "read":
+    split = open_split(data, "train")
+    loader: RunningPipeline | TrainingLoader
+    if stage == "read" and not (config.mmap and split.manifest.picture.encoding == "raw"):
         # Mapped files that nobody decodes are never read, so this stage reads them as files.
         copying = dataclasses.replace(config, mmap=False, hw_decoder_load=abs(config.hw_decoder_load))
-        reader = Reader(open_split(data, "train"), copying, batch_size, device, seed, True)
-        pipeline = build_pipeline(reader, lambda: encoded_graph(reader))
+        reader = Reader(split, copying, batch_size, device, seed, True)
+        loader = reading = RunningPipeline(reader, lambda: encoded_graph(reader))
+        take: Callable[[], Any] = reading.run
+    elif stage != "whole":
+        loader = cropped = _Cropped(data, config, batch_size=batch_size, seed=seed, device=device)
+        take = cropped.run
+    else:
+        loader = TrainingLoader(data, config, batch_size=batch_size, seed=seed, device=device)
+        take = loader.next
+    try:
         while True:
-            pipeline.run()
+            take()
             yield
-    if stage == "decode":
-        decoder = _Cropped(data, config, batch_size=batch_size, seed=seed, device=device)
-        while True:
-            decoder.run()
-            yield
-    loader = TrainingLoader(data, config, batch_size=batch_size, seed=seed, device=device)
-    while True:
-        loader.next()
-        yield
+    finally:
+        loader.close()
 
 
 def cached_share(paths: tuple[str, ...], samples_a_file: int = 64) -> float | None:

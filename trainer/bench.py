@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -25,6 +25,9 @@ from trainer.describe import count_crossings, count_layers
 from trainer.errors import BenchError
 from trainer.launch import choose_device, die_with_parent, join_mesh, run_towers
 from trainer.metrics import describe_environment
+
+if TYPE_CHECKING:
+    from pipeline.loader_stages import StoredPictures
 
 Say = Callable[[str], None]
 
@@ -168,4 +171,12 @@ def describe_setting(
         sample_bytes=stored.sample_bytes if stored else 0.0,
         cached=parts[0].cached,
         net_threads=parts[0].threads,
+        read_bytes=_read_bytes(stored, config) if stored else 0.0,
     )
+
+
+def _read_bytes(stored: "StoredPictures", config: Config) -> float:
+    """Bytes of one picture that the loader reads."""
+    if stored.encoding == "raw" and config.data.mmap:
+        return float(stored.channels * config.model.image_px**2)
+    return stored.sample_bytes

@@ -119,9 +119,7 @@ def _loader_stages(parts: list["Part"], setting: Setting, ceilings: dict[str, Ce
     walls = {name: [1e3 * row[1] / row[0] for row in first.slots[name]] for name in ("read", "decode", "loader")}
     cpus = {name: _cpu_ms(first, name) for name in ("read", "decode", "loader")}
     disk = "cached read" if (setting.cached or 0) > 0.9 else "disk read"
-    read_ms = (
-        setting.batch_size * setting.sample_bytes / 1e3 / ceilings[disk].figure.median if disk in ceilings else None
-    )
+    read_ms = setting.batch_size * setting.read_bytes / 1e3 / ceilings[disk].figure.median if disk in ceilings else None
     stages = [_stage("read", "loader", walls["read"], setting.batch_size, cpu_ms=cpus["read"])]
     stages[0] = dataclasses.replace(stages[0], ceiling=disk if read_ms else "", ceiling_ms=read_ms)
     for name, before, after in (("decode", "read", "decode"), ("augment", "decode", "loader")):

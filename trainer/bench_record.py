@@ -147,6 +147,7 @@ class Setting:
         cores: processor cores that all processes share.
         threads: decoding threads a loader.
         net_threads: of a process's computation on a CPU.
+        read_bytes: bytes of one picture that are read: all that is stored, of raw pictures in mapped files the crop.
         feed: each or split.
         rounds: measurements of each whole; ``seconds``: their length together, s.
         seconds: see above.
@@ -176,6 +177,7 @@ class Setting:
     sample_bytes: float
     cached: float | None
     net_threads: int = 1
+    read_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

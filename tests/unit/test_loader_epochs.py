@@ -252,3 +252,22 @@ def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
     (folder / MANIFEST_NAME).write_text(mixed.to_json())
     with pytest.raises(DatasetError, match="different sizes: prepare it with --resize"):
         open_training(folder)
+
+
+def held(data: Path) -> set[str]:
+    """The tars of a data set that this process has open or mapped."""
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    opened = {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    return {name for name in mapped | opened if name.startswith(str(data)) and name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_closed_loader_lets_go_of_its_files(data: Path, mmap: bool) -> None:
+    """At once, not when Python next looks for circles: the folder may have to be unmounted."""
+    loader = open_training(data, config=dataclasses.replace(CONFIG, mmap=mmap))
+    batch = loader.next()
+    pixels = batch.images.clone()
+    assert held(data)
+    loader.close()
+    assert not held(data)
+    assert batch.images.equal(pixels)
