@@ -42,7 +42,7 @@ test: lint  ## lint and the fast tests
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
 
-bench: setup  ## measure everything on this machine and print the table (about 90 minutes, 6 GB under $(BENCH))
+bench: setup  ## measure everything on this machine and print the table (about 100 minutes, 7 GB under $(BENCH))
 	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
 	$(PY) benchmarks/loader.py --work $(BENCH)/loader
 	$(PY) benchmarks/trainer.py
