@@ -8,10 +8,9 @@ Contestants, in turns within one pair of gloo processes with one thread each, th
     in turns            every crossing is waited for as soon as it has begun; the same products
     in turns, again     the null: what the ratio of two equal contestants looks like here
 each on this machine's own wire, and on a slow one: a message leaves so much later as it would take on a link of
-``--gbit`` Gbit/s, which needs no processor. On the slow wire the report also says how much of its time was hidden: what
-``together`` saves over ``in turns``, of all that a tower's messages took. Figures are the medians over the rounds of
-tower a's steps. For every crossing that tower a waits for, it also counts the processor time of what it computes
-meanwhile: a wire that is faster than that costs nothing, and other processes on the machine do not change the figure.
+``--gbit`` Gbit/s, which needs no processor. Figures are the medians over the rounds of tower a's steps. For every
+crossing that tower a waits for, it also counts the processor time of what it computes meanwhile: a wire that is faster
+than that costs nothing, and other processes on the machine do not change the figure.
 The results go to benchmarks/results/DATE_HARDWARE_overlap.json.
 """
 
@@ -229,12 +228,10 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> None:
             "of in turns, range": [min(ratios), max(ratios)],
         }
         print(f"{name:24} {summary[name]['step_s']:6.3f} s  {summary[name]['of in turns']:.3f} of in turns")
-    pairs = zip(rounds["slow, in turns"], rounds["slow, together"], strict=True)
-    saved = statistics.median(turns - together for turns, together in pairs)
     delayed = found["delayed_s"]
     for crossing, spent in found["meanwhile_ms"].items():
         print(f"{crossing:16} {spent:6.1f} ms of processor time meanwhile")
-    print(f"the slow wire takes {delayed:.3f} s a step; saved {saved:.3f} s, {saved / delayed:.2f} of it")
+    print(f"the slow wire delays what tower a sends by {delayed:.3f} s a step")
     cores, now = len(os.sched_getaffinity(0)), datetime.datetime.now(datetime.UTC)
     read: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True}
     facts = {
@@ -245,7 +242,7 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "batch": options.batch,
-        "slow wire": {"gbit_per_s": options.gbit, "s a step": delayed, "saved_s": saved, "share": saved / delayed},
+        "slow wire": {"gbit_per_s": options.gbit, "s a step": delayed},
         "meanwhile_ms": found["meanwhile_ms"],
         "summary": summary,
         "step_s": found["step_s"],

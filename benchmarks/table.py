@@ -29,6 +29,8 @@ def loader(table: dict[str, Any]) -> Iterator[Row]:
 def trainer(table: dict[str, Any]) -> Iterator[Row]:
     """Steps of the net beside plain torch modules."""
     for name, row in table["summary"].items():
+        if name in table.get("note", "").partition(":")[0].split(", "):  # measured again: the note says where
+            continue
         times = f", {row['times_plain']:.2f} times plain torch" if row["times_plain"] else ""
         yield f"training step, {name}, batch {table['batch']}", f"{row['images_per_s']:,.1f} images/s{times}"
 
@@ -38,9 +40,6 @@ def overlap(table: dict[str, Any]) -> Iterator[Row]:
     for name, row in table["summary"].items():
         if "together" in name or "again" in name:
             yield f"two towers, {name} (over: in turns), time of a step", f"{row['of in turns']:.3f}"
-    slow = table["slow wire"]
-    name = f"two towers, hidden of {slow['s a step']:.2f} s a step on a wire of {slow['gbit_per_s']:g} Gbit/s"
-    yield name, f"{slow['share']:.2f}"
 
 
 def stages(table: dict[str, Any]) -> Iterator[Row]:
@@ -82,8 +81,8 @@ def _text(value: Any) -> str:
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
-    "prepare": prepare, "loader": loader, "trainer": trainer, "stages": stages, "cluster": cluster, "fashion": fashion,
-    "demo": demo, "overlap": overlap
+    "prepare": prepare, "loader": loader, "trainer": trainer, "trainer-norm": trainer, "overlap": overlap,
+    "stages": stages, "cluster": cluster, "fashion": fashion, "demo": demo
 }  # fmt: skip
 
 
