@@ -82,7 +82,8 @@ def _text(value: Any) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "prepare": prepare, "loader": loader, "trainer": trainer, "trainer-norm": trainer, "overlap": overlap,
-    "stages": stages, "cluster": cluster, "fashion": fashion, "demo": demo
+    "stages": stages, "cluster": cluster, "fashion": fashion,
+    "fashion-kernels": fashion, "demo": demo
 }  # fmt: skip
 
 
