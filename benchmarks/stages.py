@@ -1,4 +1,4 @@
-"""Do the stages add up? The rate that ``python -m trainer bench`` predicts beside the measured one, in four cases.
+"""Do the stages add up? The rate that ``python -m trainer bench`` predicts beside the measured one, in six cases.
 
     python benchmarks/stages.py --work /tmp/stages-bench            about 17 minutes on 2 cores
     python benchmarks/stages.py --work /tmp/stages-bench --count 128 --seconds 1       a smoke test

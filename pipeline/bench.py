@@ -29,7 +29,7 @@ class StageResult:
             ``whole``: what :class:`pipeline.loader.TrainingLoader` gives the trainer.
         images_per_s: median over the repeats.
         images_per_s_min, images_per_s_max: slowest and fastest repeat.
-        mb_per_s: encoded megabytes (10**6) a second at the median.
+        mb_per_s: stored megabytes (10**6) a second at the median; of raw pictures in mapped files only crops are read.
         cores: processor seconds a second, over the repeats.
         cpu_us_per_image: processor microseconds an image: what is left to compare on a machine that others use too.
         first_batch_s: from opening to the first batch.

@@ -87,21 +87,20 @@ class MetricsLog:
         self._rows.append((now, row))
         if now - self._rows[0][0] >= WRITE_EVERY_S:
             self._write_out()
-            self._file.flush()
-            self._board.flush()
 
     def _write_out(self) -> None:
+        """Makes all rows so far visible to readers."""
         for at_s, row in self._rows:
             self._file.write(json.dumps(row) + "\n")
             self._epochs.add(row)
             self._board.add(row, at_s)
         self._rows.clear()
+        self._file.flush()
+        self._board.flush()
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
         self._write_out()
-        self._file.flush()
-        self._board.flush()
         self._epochs.write()
 
     def close(self) -> None:
