@@ -5,7 +5,7 @@
 
 Contestants, batch 128 of 224-px crops, float32:
 
-    whole           pipeline.loader.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
+    whole           pipeline.loader.batches.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
     bare            a hand-written DALI pipeline: the same reading, decoding, crop, mirror, mean image and colour with
                     DALI's operators and random numbers, and nothing else
     whole-channel   the same loader with a mean per channel instead of the mean image
@@ -46,9 +46,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.bench import BenchOptions, run_bench  # noqa: E402
-from pipeline.loader import LoaderConfig, SplitFeed, TrainingLoader  # noqa: E402
-from pipeline.loader_data import Statistics, open_split, read_statistics  # noqa: E402
+from pipeline.loader.batches import TrainingLoader  # noqa: E402
+from pipeline.loader.bench import BenchOptions, run_bench  # noqa: E402
+from pipeline.loader.config import LoaderConfig  # noqa: E402
+from pipeline.loader.open_split import Statistics, open_split, read_statistics  # noqa: E402
+from pipeline.loader.share import SplitFeed  # noqa: E402
 
 BATCH = 128
 CROP = 224
@@ -239,7 +241,7 @@ def first_batch(folder: Path) -> dict[str, float]:
         "import time; t = time.perf_counter()\n"
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "import nvidia.dali.fn, torch; from pathlib import Path\n"
-        "from pipeline.loader import LoaderConfig, TrainingLoader\n"
+        "from pipeline.loader.batches import LoaderConfig, TrainingLoader\n"
         "i = time.perf_counter()\n"
         f"config = LoaderConfig(crop_px={CROP}, mean='pixel', colour='eigenvalue')\n"
         f"TrainingLoader(Path(sys.argv[1]), config, batch_size={BATCH}, seed=0).next()\n"

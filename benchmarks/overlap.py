@@ -34,12 +34,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from trainer.config import load_config  # noqa: E402
-from trainer.exchange import Crossing, Link  # noqa: E402
-from trainer.launch import tower_environment  # noqa: E402
-from trainer.mesh import connect  # noqa: E402
-from trainer.model import DropoutDraws  # noqa: E402
-from trainer.optimizer import PaperSGD  # noqa: E402
-from trainer.train import make_net  # noqa: E402
+from trainer.model.alexnet import DropoutDraws  # noqa: E402
+from trainer.parallel.crossing import Crossing, Link  # noqa: E402
+from trainer.parallel.launch import tower_environment  # noqa: E402
+from trainer.parallel.mesh import connect  # noqa: E402
+from trainer.training.loop import make_net  # noqa: E402
+from trainer.training.optimizer import PaperSGD  # noqa: E402
 
 CONTESTANTS = ("together", "in turns", "in turns, again")
 WIRES = ("fast", "slow")

@@ -30,14 +30,14 @@ from photos import prepare_shards
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer.bench import describe_setting, make_record, measure_parts, print_line, run_bench  # noqa: E402
-from trainer.bench_model import costs_of, links_of, predict_rate, project  # noqa: E402
-from trainer.bench_record import BenchRecord  # noqa: E402
-from trainer.bench_stages import BenchOptions  # noqa: E402
-from trainer.bench_timing import TimedTrainer  # noqa: E402
-from trainer.bench_verdict import judge  # noqa: E402
+from trainer.bench.bottleneck import judge  # noqa: E402
+from trainer.bench.prediction import costs_of, links_of, predict_rate, project  # noqa: E402
+from trainer.bench.record import BenchRecord  # noqa: E402
+from trainer.bench.run import describe_setting, make_record, measure_parts, print_line, run_bench  # noqa: E402
+from trainer.bench.stages import BenchOptions  # noqa: E402
+from trainer.bench.timing import TimedTrainer  # noqa: E402
 from trainer.config import Config, load_config  # noqa: E402
-from trainer.metrics import describe_environment  # noqa: E402
+from trainer.training.metrics import describe_environment  # noqa: E402
 
 SMALL_NET = (
     "model.channels=3",

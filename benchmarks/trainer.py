@@ -8,13 +8,13 @@ Contestants, batch 128, synthetic pictures, each in a process of its own (so tha
     plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
                  eager float32
     one          one process as the trainer runs it: merged convolutions, channels_last, compiled kernels
-                 (trainer/kernels.cpp) for the normalisation and the update, float32
+                 (trainer/model/kernels/kernels.cpp) for the normalisation and the update, float32
     one-bf16     the same with bfloat16 matrix products
     two          one process a tower, one thread each, gloo, float32
     two-bf16     the same with bfloat16 matrix products
     one-torch    ``one`` with TWOTOWER_KERNELS=off: what a machine without a C++ compiler does
     norm-plain   nn.LocalResponseNorm(5) forward and backward, (128, 48, 55, 55) float32
-    norm         trainer.normalization on the same, channels_last
+    norm         trainer.model.response_norm on the same, channels_last
     norm-torch   the same with TWOTOWER_KERNELS=off
 
 The trainer asks for huge pages for large tensors (``trainer/__init__.py``); the plain contestants have what torch comes
@@ -86,7 +86,7 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
         )
     import torch.distributed as dist
 
-    from trainer.launch import tower_environment
+    from trainer.parallel.launch import tower_environment
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = [
@@ -120,10 +120,10 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     import torch
 
     from trainer.config import load_config
-    from trainer.mesh import connect
-    from trainer.model import DropoutDraws
-    from trainer.optimizer import PaperSGD
-    from trainer.train import make_net
+    from trainer.model.alexnet import DropoutDraws
+    from trainer.parallel.mesh import connect
+    from trainer.training.loop import make_net
+    from trainer.training.optimizer import PaperSGD
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 224, 224, generator=generator) * 50
@@ -194,7 +194,7 @@ def norm_step(name: str, batch: int) -> Callable[[int], None]:
     """Forward and backward of the response normalisation alone."""
     import torch
 
-    from trainer.normalization import response_norm
+    from trainer.model.response_norm import response_norm
 
     layout = torch.contiguous_format if name == "norm-plain" else torch.channels_last
     x = (torch.randn(batch, 48, 55, 55) * 30).contiguous(memory_format=layout).requires_grad_()

@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import commands, training
+from cluster import commands
 from cluster.errors import ClusterError
 from cluster.local import default_folder
+from cluster.training import ray_train as training
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -64,7 +65,7 @@ def _add_cluster_commands(add: Add) -> None:
         "start a cluster, with token authentication and the dashboard on loopback",
         "python -m cluster up --local",
         "python -m cluster up --local --nodes 2 --cpus 1",
-        "python -m cluster up cluster/ray-cluster.yaml",
+        "python -m cluster up cluster/deploy/ray-cluster.yaml",
     )
     down = add(commands.down, "end a cluster that `up` started", "python -m cluster down")
     for parser in (up, down):

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster import doctor as checks
-from cluster import jobs, local, training
+from cluster import local
 from cluster.auth import ensure_token
-from cluster.bar import BarStream
-from cluster.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
 from cluster.errors import ClusterError
-from cluster.progress import Progress, latest
+from cluster.jobs import submission as jobs
+from cluster.jobs.bar import BarStream
+from cluster.jobs.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
+from cluster.jobs.progress import Progress, latest
+from cluster.training import ray_train as training
 
 FULL_PERCENT = 95.0
 
@@ -51,7 +53,7 @@ def _config(arguments: argparse.Namespace) -> str:
     if arguments.local:
         raise ClusterError("give either --local or CLUSTER.yaml, not both")
     if not Path(arguments.config).is_file():
-        raise ClusterError(f"cluster file {arguments.config} does not exist; cluster/ray-cluster.yaml is an example")
+        raise ClusterError(f"no cluster file {arguments.config}; cluster/deploy/ray-cluster.yaml is an example")
     ensure_token()
     return str(arguments.config)
 
@@ -70,7 +72,7 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.every_node:
         if arguments.towers or arguments.replicas:
             raise ClusterError("--every-node runs a command of its own on each node: leave --towers and --replicas out")
-        command = ("python", "-m", "cluster.every_node", "--", *command)
+        command = ("python", "-m", "cluster.jobs.every_node", "--", *command)
     request = jobs.JobRequest(
         command=command,
         job_id=arguments.id or jobs.new_job_id(words),

@@ -9,10 +9,11 @@ from urllib.parse import urlparse
 
 import requests
 
-from cluster import local, machine
-from cluster.client import Client, is_loopback
+from cluster import host_checks as machine
+from cluster import local
 from cluster.errors import ClusterError
 from cluster.findings import Finding, bad, note, ok
+from cluster.jobs.client import Client, is_loopback
 
 CLOCK_TOLERANCE_S = 15.0  # a node's clock is reported every few seconds
 OLDEST_SAFE_RAY = (2, 55)

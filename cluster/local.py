@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.auth import ensure_token, token_path
-from cluster.client import Client, ServerError, Unreachable
 from cluster.errors import ClusterError
+from cluster.jobs.client import Client, ServerError, Unreachable
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0

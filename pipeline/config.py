@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.place import Place
+from pipeline.files import Place
 
 ENCODINGS = ("jpeg", "png", "raw", "original")
 MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32

@@ -1,4 +1,4 @@
-"""``python -m trainer COMMAND``: what each command does; the options are in ``trainer.commands``."""
+"""``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
 import argparse
 import json
@@ -8,12 +8,12 @@ import typing
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from trainer.commands import make_parser
+from trainer.cli import make_parser
 from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.mesh import Mesh
+    from trainer.parallel.mesh import Mesh
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
@@ -24,7 +24,7 @@ def main() -> int:
     arguments = make_parser(HANDLERS).parse_args()
     try:
         if getattr(arguments, "data", None) is not None:
-            from pipeline.loader import stage
+            from pipeline.loader.staging import stage
 
             arguments.data = stage(arguments.data)  # a URL becomes a local folder
         return arguments.command(arguments)
@@ -46,8 +46,9 @@ def _load(arguments: argparse.Namespace) -> "Config":
 def _train(arguments: argparse.Namespace) -> int:
     """Opens the run once, then starts the towers; under torchrun this process is one of them."""
     from pipeline.manifest import read_manifest
-    from trainer import launch, run
     from trainer.errors import ConfigError
+    from trainer.parallel import launch
+    from trainer.training import run_folder as run
 
     config = _load(arguments)
     run.check_fits(config, read_manifest(arguments.data), arguments.data)
@@ -84,7 +85,7 @@ def _replicas(arguments: argparse.Namespace) -> int:
     Raises:
         PeerError: torchrun started processes that make no pairs.
     """
-    from trainer.mesh import check_world
+    from trainer.parallel.mesh import check_world
 
     if "RANK" not in os.environ:
         return int(arguments.replicas)
@@ -95,8 +96,8 @@ def _replicas(arguments: argparse.Namespace) -> int:
 
 def _tower(arguments: argparse.Namespace) -> int:
     """One tower of a run that the launcher has opened."""
-    from trainer.launch import die_with_parent
-    from trainer.run import read_run_config
+    from trainer.parallel.launch import die_with_parent
+    from trainer.training.run_folder import read_run_config
 
     die_with_parent()
     return _join_and_train(arguments, read_run_config(arguments.run))
@@ -104,7 +105,7 @@ def _tower(arguments: argparse.Namespace) -> int:
 
 def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
     """Finds the other processes as the environment says, and trains."""
-    from trainer.launch import choose_device, join_mesh
+    from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     mesh = join_mesh(device, config.train.peer_timeout_s)
@@ -113,7 +114,7 @@ def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
 
 def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
-    from trainer.train import Trainer
+    from trainer.training.loop import Trainer
 
     trainer = Trainer(
         config,
@@ -132,9 +133,9 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
     """Says what training would take."""
-    from trainer.dry_run import plan_run
-    from trainer.dry_run_output import print_plan
-    from trainer.launch import choose_device
+    from trainer.parallel.launch import choose_device
+    from trainer.planning.dry_run import plan_run
+    from trainer.planning.dry_run_output import print_plan
 
     device = choose_device(arguments.device)
     run = arguments.run if arguments.resume == "auto" else None
@@ -147,9 +148,9 @@ def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
     from pipeline.manifest import read_manifest
-    from trainer import confusion
-    from trainer.evaluate import evaluate_run
-    from trainer.launch import choose_device
+    from trainer.inference import confusion
+    from trainer.parallel.launch import choose_device
+    from trainer.training.evaluate import evaluate_run
 
     device = choose_device(arguments.device)
     if arguments.confusion:
@@ -176,8 +177,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of pictures; status 3 where some could not be used."""
-    from trainer import predict, prediction_output
-    from trainer.launch import choose_device
+    from trainer.inference import output as prediction_output
+    from trainer.inference import predict
+    from trainer.parallel.launch import choose_device
 
     predictor = predict.Predictor(
         arguments.run,
@@ -202,13 +204,13 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _describe(arguments: argparse.Namespace) -> int:
     """Prints the net in numbers."""
-    from trainer.describe import print_tables, to_dict
+    from trainer.planning.describe import print_tables, to_dict
 
     config = _load(arguments)
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
-        from trainer.net_drawing import write_drawing
+        from trainer.report.net_drawing import write_drawing
 
         write_drawing(arguments.svg, config.model)
         print(arguments.svg)
@@ -222,8 +224,8 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
     from trainer.errors import ConfigError
-    from trainer.scale import WORLDS, Wires, scale_table
-    from trainer.scale_output import print_scale
+    from trainer.planning.scale import WORLDS, Wires, scale_table
+    from trainer.planning.scale_output import print_scale
 
     if config.model.towers == 1:
         raise ConfigError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
@@ -242,7 +244,7 @@ def _scale(arguments: argparse.Namespace, config: "Config") -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Writes the report and prints where it is."""
-    from trainer.report import write_report
+    from trainer.report.report import write_report
 
     print(write_report(arguments.run, arguments.data))
     return 0
@@ -250,7 +252,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     """Writes the weights and prints where they are."""
-    from trainer.export import export_run
+    from trainer.inference.export import export_run
 
     print(export_run(arguments.run, arguments.output, data=arguments.data, which=arguments.checkpoint))
     return 0
@@ -258,7 +260,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Makes a run out of weights and prints its checkpoint."""
-    from trainer.export import import_weights
+    from trainer.inference.export import import_weights
 
     print(import_weights(arguments.weights, _load(arguments), arguments.run))
     return 0
@@ -266,14 +268,14 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
-    from trainer.bench_command import run
+    from trainer.bench.command import run
 
     return run(arguments, _load)
 
 
 def _bench_tower(arguments: argparse.Namespace) -> int:
     """One of two measuring processes that the benchmark has started."""
-    from trainer.bench import run_tower
+    from trainer.bench.run import run_tower
 
     run_tower(arguments.job)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import PipelineError
-from pipeline.loader import LoaderConfig
+from pipeline.loader.config import LoaderConfig
 from trainer.config_toml import build, dump, override, require
 from trainer.errors import ConfigError
 

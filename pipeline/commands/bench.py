@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
     config = _config(args)  # before torch is loaded, which takes seconds
-    from pipeline.bench import BenchOptions, run_bench
+    from pipeline.loader.bench import BenchOptions, run_bench
 
     options = BenchOptions(args.device, args.batch_size, args.seconds, args.repeats, args.sweep, args.threads)
     result = run_bench(args.data, config, options)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Any:
     """The recipe's [data] table as a LoaderConfig, None for the default."""
-    from pipeline.loader_config import LoaderConfig
+    from pipeline.loader.config import LoaderConfig
 
     if not args.recipe:
         return None

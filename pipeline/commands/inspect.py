@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
-    from pipeline.inspection import Contents
+    from pipeline.inspection.inspect import Contents
 
 BAR = 40
 SHOWN_CLASSES = 20
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sample:
         _show_sample(args, manifest)
         return 0
-    from pipeline.inspection import read_contents
+    from pipeline.inspection.inspect import read_contents
 
     splits = [args.split] if args.split else list(manifest.splits)
     contents = {split: read_contents(args.folder, manifest, split) for split in splits}
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
-    from pipeline.inspection import contact_sheet, spread_samples
+    from pipeline.inspection.inspect import contact_sheet, spread_samples
 
     split = args.split or ("train" if "train" in manifest.splits else next(iter(manifest.splits)))
     samples = list(spread_samples(args.folder, manifest, split, max(1, args.pictures)))
@@ -77,7 +77,7 @@ def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
 
 
 def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
-    from pipeline.inspection import find_sample, open_picture
+    from pipeline.inspection.inspect import find_sample, open_picture
 
     sample = find_sample(args.folder, manifest, args.sample)
     print(

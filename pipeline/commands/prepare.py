@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, ON_ERROR, PrepareOptions
+from pipeline.files import place
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
-from pipeline.place import place
-from pipeline.publish import is_url, staging_folder
+from pipeline.preparation.publish import is_url, staging_folder
 from pipeline.sources import SOURCES
 
 if TYPE_CHECKING:
-    from pipeline.prepare import Summary
+    from pipeline.preparation.ray_run import Summary
 
 LEFT_OUT = 3
 STOPPED_INT = 130
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     args.output = staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
     if args.dry_run:
-        from pipeline.dry_run import print_plan
+        from pipeline.preparation.dry_run import print_plan
 
         print_plan(options)
         return 0
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_to_url(options: PrepareOptions, url: str) -> int:
     """Prepares in a local folder, publishes, and removes the local folder."""
-    from pipeline.publish import Remote
+    from pipeline.preparation.publish import Remote
 
     remote = Remote(url)
     manifest = remote.published(options)
@@ -163,7 +163,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
 
 
 def _run_to_folder(options: PrepareOptions) -> int:
-    from pipeline.prepare import Terminated, prepare  # imports ray
+    from pipeline.preparation.ray_run import Terminated, prepare  # imports ray
 
     try:
         summary = prepare(options)

@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the state."""
-    from pipeline.status import read_status
+    from pipeline.inspection.status import read_status
 
     status = read_status(args.folder)
     if args.json:

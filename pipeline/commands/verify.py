@@ -38,9 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the findings."""
-    from pipeline.decoding import undecodable
-    from pipeline.progress import ProgressLine
-    from pipeline.verify import check_dataset
+    from pipeline.inspection.decoding import undecodable
+    from pipeline.inspection.verify import check_dataset
+    from pipeline.preparation.progress import ProgressLine
 
     manifest = read_manifest(args.folder)
     total = sum(split.num_samples for split in manifest.splits.values())

@@ -14,8 +14,8 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError
+from pipeline.files import Place, UrlPath
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place, UrlPath
 
 # Name -> module, imported only when asked for, so that one source's packages are not needed by another.
 SOURCES = {

@@ -12,8 +12,8 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
+from pipeline.files import Place, local
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place, local
 from pipeline.sources import Item, Listing, SplitListing
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 
 from pipeline.errors import SourceError
-from pipeline.place import Place
+from pipeline.files import Place
 
 ARCHIVE_NAME = "ILSVRC2012_devkit_t12.tar.gz"
 META_NAME = "data/meta.mat"

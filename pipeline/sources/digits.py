@@ -7,10 +7,10 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
+from pipeline.files import Place
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place
-from pipeline.plan import shuffled
 from pipeline.sources import Item, Listing, SplitListing
+from pipeline.sources.split import shuffled
 
 NUM_TRAIN = 1437  # 80 % of 1,797, the rest (360) is val
 

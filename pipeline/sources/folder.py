@@ -12,10 +12,10 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PictureError, SourceError
+from pipeline.files import Place, UrlEntry, UrlPath
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place, UrlEntry, UrlPath
-from pipeline.plan import stratified
 from pipeline.sources import Item, Listing, SplitListing, printable
+from pipeline.sources.split import stratified
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
+from pipeline.files import Place, local
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place, local
 from pipeline.sources import Item, Listing, SplitListing
 
 PREFIXES = {"train": "train", "val": "t10k"}

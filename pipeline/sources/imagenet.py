@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.archive import ArchiveMember, read_range, reader, walk_tar
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
+from pipeline.files import Place, UrlPath
 from pipeline.manifest import ClassRecord
-from pipeline.place import Place, UrlPath
 from pipeline.sources import Item, Listing, SplitListing
 from pipeline.sources.devkit import ARCHIVE_NAME, Devkit, find_devkit
 from pipeline.sources.folder import read_file, scan
+from pipeline.sources.tar_reader import ArchiveMember, read_range, reader, walk_tar
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
 VAL_NAME = "ILSVRC2012_img_val.tar"

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.archive import ArchiveMember, read_range, reader, walk_tar
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, DatasetError, SourceError
+from pipeline.files import Place, below, tars
 from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
-from pipeline.place import Place, below, tars
-from pipeline.plan import stratified
 from pipeline.sources import Item, Listing, SplitListing
 from pipeline.sources.folder import SPLIT_FOLDERS
+from pipeline.sources.split import stratified
+from pipeline.sources.tar_reader import ArchiveMember, read_range, reader, walk_tar
 
 PICTURES = ("jpg", "jpeg", "png")
 CLASS_FILES = ("classnames.txt", "classes.txt")

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.bench import describe_setting, make_record
-from trainer.bench_record import BenchRecord
-from trainer.bench_stages import BenchOptions, measure
-from trainer.bench_verdict import judge
+from trainer.bench.bottleneck import judge
+from trainer.bench.record import BenchRecord
+from trainer.bench.run import describe_setting, make_record
+from trainer.bench.stages import BenchOptions, measure
 from trainer.config import load_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-CONFIG = Path(__file__).parent.parent.parent / "configs" / "digits.toml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.unit.test_kernels_triton import check_norm, check_not_finite, check_update
-from trainer import kernels
-from trainer.normalization import response_norm
+from tests.trainer.model.test_kernels_triton import check_norm, check_not_finite, check_update
+from trainer.model import kernels
+from trainer.model.response_norm import response_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loader import EvaluationLoader, LoaderConfig, SplitFeed, TrainingLoader
-from pipeline.loader_data import open_split
-from pipeline.loader_graph import Reader
-from pipeline.loader_sweep import SHARES, measure_shares, with_decoder_share
-from tests.unit.loader_data_set import make_data_set
+from pipeline.loader.batches import EvaluationLoader, TrainingLoader
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.graph import Reader
+from pipeline.loader.open_split import open_split
+from pipeline.loader.share import SplitFeed
+from pipeline.loader.sweep import SHARES, measure_shares, with_decoder_share
+from tests.helpers.loader_data_set import make_data_set
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,151 @@
+"""What a data set holds, for people: counts of classes, sizes of the sources, and pictures to look at."""
+
+import dataclasses
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.errors import DatasetError
+from pipeline.manifest import Manifest, PictureFormat
+from pipeline.preparation.index import Component, read_index
+from pipeline.sources.tar_reader import read_range
+
+CELL_PX = 112
+CAPTION_PX = 14
+COLUMNS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """Figures of one split.
+
+    Attributes:
+        classes: samples by label.
+        widths_px: (N,) widths in the source.
+        heights_px: (N,) heights in the source.
+        converted: how often each conversion happened.
+    """
+
+    classes: Counter[int]
+    widths_px: np.ndarray
+    heights_px: np.ndarray
+    converted: Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSample:
+    """One sample, read.
+
+    Attributes:
+        key: its key.
+        shard: the tar it is in.
+        picture: its picture's bytes.
+        label: its label.
+        about: its JSON.
+    """
+
+    key: str
+    shard: str
+    picture: bytes
+    label: int
+    about: dict[str, object]
+
+
+def read_contents(folder: Path, manifest: Manifest, split: str) -> Contents:
+    """Reads the label and JSON of every sample of a split."""
+    classes: Counter[int] = Counter()
+    converted: Counter[str] = Counter()
+    sizes = []
+    for shard in manifest.splits[split].shards:
+        for _, label, about in read_index(folder / shard.index_name):
+            classes[int(_bytes(folder / shard.name, label))] += 1
+            row = json.loads(_bytes(folder / shard.name, about))
+            sizes.append((row["width"], row["height"]))
+            converted.update(filter(None, row["converted"].split("; ")))
+    pairs = np.array(sizes, np.int64).reshape(-1, 2)
+    return Contents(classes, pairs[:, 0], pairs[:, 1], converted)
+
+
+def find_sample(folder: Path, manifest: Manifest, key: str) -> StoredSample:
+    """Reads one sample by its key.
+
+    Raises:
+        DatasetError: there is no such sample.
+    """
+    for record in manifest.splits.values():
+        for shard in record.shards:
+            for components in read_index(folder / shard.index_name):
+                if components[0].name.split(".", 1)[0] == key:
+                    return _sample(folder, shard.name, components)
+    raise DatasetError(f"{folder} has no sample {key}; a key looks like train-00000042")
+
+
+def spread_samples(folder: Path, manifest: Manifest, split: str, count: int) -> Iterator[StoredSample]:
+    """Samples spread evenly over the shards of a split."""
+    record = manifest.splits[split]
+    wanted = np.unique(np.linspace(0, record.num_samples - 1, count).astype(int)).tolist()
+    first = 0
+    for shard in record.shards:
+        rows = [row - first for row in wanted if first <= row < first + shard.num_samples]
+        samples = read_index(folder / shard.index_name) if rows else []
+        for row in rows:
+            yield _sample(folder, shard.name, samples[row])
+        first += shard.num_samples
+
+
+def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Image:
+    """A grid of pictures with their classes below."""
+    rows = -(-len(samples) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (CELL_PX + 4) + 4, rows * (CELL_PX + CAPTION_PX + 4) + 4), "white")
+    draw, font = ImageDraw.Draw(sheet), _font()
+    for number, sample in enumerate(samples):
+        left = 4 + number % COLUMNS * (CELL_PX + 4)
+        top = 4 + number // COLUMNS * (CELL_PX + CAPTION_PX + 4)
+        picture = open_picture(sample.picture, manifest.picture).convert("RGB")
+        scale = CELL_PX / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        filters = (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
+        picture = picture.resize(size, filters[scale < 1])  # enlarged pixels stay visible as pixels
+        sheet.paste(picture, (left + (CELL_PX - size[0]) // 2, top + (CELL_PX - size[1]) // 2))
+        title = manifest.classes[sample.label].title
+        draw.text((left + 1, top + CELL_PX), _fitting(font, title), fill="black", font=font)
+    return sheet
+
+
+def open_picture(data: bytes, form: PictureFormat) -> Image.Image:
+    """A stored picture, whatever its encoding, upright."""
+    if form.encoding == "raw":
+        assert form.height_px is not None and form.width_px is not None, "raw pictures have one size"
+        pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
+        return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
+    return Image.open(io.BytesIO(data))
+
+
+def _sample(folder: Path, shard: str, components: tuple[Component, ...]) -> StoredSample:
+    picture, label, about = (_bytes(folder / shard, component) for component in components)
+    key = components[0].name.split(".", 1)[0]
+    return StoredSample(key, shard, picture, int(label), json.loads(about))
+
+
+def _bytes(tar: Path, component: Component) -> bytes:
+    return read_range(tar, component.offset, component.size)
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib's wheel: Pillow's own font lacks accents."""
+    import matplotlib  # only for its font
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
+
+
+def _fitting(font: ImageFont.FreeTypeFont, text: str) -> str:
+    """As much of a text as fits below a picture."""
+    text = text.split(",")[0]
+    while font.getlength(text) > CELL_PX and len(text) > 1:
+        text = text[:-1]
+    return text

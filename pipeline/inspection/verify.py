@@ -1,0 +1,162 @@
+"""Checks a data set against its manifest, down to the sample, and names what is wrong."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import DatasetError
+from pipeline.manifest import Manifest, ShardRecord, SplitRecord
+from pipeline.preparation.output import file_damage, shard_damage
+from pipeline.preparation.shard import seal_holds
+from pipeline.preparation.tar_writer import BLOCK, INDEX_VERSION, Member, read_members
+
+LEVELS = ("fast", "hashes", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something wrong.
+
+    Attributes:
+        file: the file, relative to the data set.
+        reason: what is wrong with it.
+    """
+
+    file: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample found in a tar.
+
+    Attributes:
+        key: its key.
+        members: its files in order.
+    """
+
+    key: str
+    members: tuple[Member, ...]
+
+
+def check_dataset(
+    folder: Path, manifest: Manifest, *, level: str = "hashes", report: Callable[[int], None] = lambda samples: None
+) -> list[Problem]:
+    """Checks every file of a data set.
+
+    Args:
+        folder: the data set.
+        manifest: its manifest, already read, so it is sound.
+        level: ``fast`` looks at sizes, tar headers, counts and indexes; ``hashes`` at every sha256 too; ``full`` at
+            every sample's checksum too.
+        report: called with the number of samples of each shard when it is done.
+    """
+    problems = [Problem(name, reason) for name, reason in file_damage(folder, manifest).items()]
+    for split in manifest.splits.values():
+        problems += _count_problems(split)
+        for shard in split.shards:
+            problems += check_shard(folder, manifest, shard, level=level)
+            report(shard.num_samples)
+    return problems + _strangers(folder, manifest)
+
+
+def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: str) -> list[Problem]:
+    """Checks one tar and its index."""
+    damaged = shard_damage(folder, shard, hashes=level != "fast")
+    problems = [Problem(name, reason) for name, reason in damaged.items()]
+    if not (folder / shard.name).is_file():
+        return problems
+    try:
+        samples = list(read_samples(folder / shard.name))
+    except DatasetError as error:
+        return [*problems, Problem(shard.name, str(error))]
+    extensions = (manifest.picture.extension, "cls", "json")
+    problems += [Problem(shard.name, reason) for reason in _shape_problems(samples, shard, extensions)]
+    if (folder / shard.index_name).is_file():
+        problems += [Problem(shard.index_name, reason) for reason in index_problems(folder / shard.index_name, samples)]
+    if level == "full" or shard.name in damaged:
+        problems += [Problem(shard.name, reason) for reason in seal_problems(folder / shard.name, samples)]
+    return problems
+
+
+def read_samples(tar: Path) -> Iterator[Sample]:
+    """Walks the samples of a tar, reading headers only.
+
+    Raises:
+        DatasetError: the tar is torn or a header is damaged.
+    """
+    with tar.open("rb") as file:
+        group: list[Member] = []
+        for member in read_members(file, tar.stat().st_size):
+            if group and _key(group[0]) != _key(member):
+                yield Sample(_key(group[0]), tuple(group))
+                group = []
+            group.append(member)
+        if group:
+            yield Sample(_key(group[0]), tuple(group))
+
+
+def index_problems(index: Path, samples: list[Sample]) -> Iterator[str]:
+    """Compares an index with the samples of its tar, line by line."""
+    lines = index.read_bytes().decode("ascii", "replace").split("\n")
+    if lines[0] != f"{INDEX_VERSION} {len(samples)}":
+        yield f"its first line is {lines[0][:40]!r} instead of '{INDEX_VERSION} {len(samples)}'"
+    if len(lines) != len(samples) + 2 or lines[-1]:
+        yield f"has {len(lines) - 2} samples instead of {len(samples)}"
+    for sample, line in zip(samples, lines[1:], strict=False):
+        fields = " ".join(f"{_extension(m)} {m.offset} {m.size} {m.name}" for m in sample.members)
+        if fields != line:
+            yield f"the line of sample {sample.key} does not match the tar"
+
+
+def seal_problems(tar: Path, samples: list[Sample]) -> Iterator[str]:
+    """Checks the checksum of every sample and the padding around its data."""
+    with tar.open("rb") as file:
+        for sample in samples:
+            data = [_data(file, member) for member in sample.members]
+            if any(padding.strip(b"\0") for _, padding in data):
+                yield f"sample {sample.key} has bytes in its padding"
+            *others, sealed = [content for content, _ in data]
+            if not seal_holds(sealed, *others):
+                yield f"sample {sample.key} is damaged (its checksum does not match)"
+
+
+def _data(file: BinaryIO, member: Member) -> tuple[bytes, bytes]:
+    file.seek(member.offset)
+    return file.read(member.size), file.read(-member.size % BLOCK)
+
+
+def _shape_problems(samples: list[Sample], shard: ShardRecord, extensions: tuple[str, ...]) -> Iterator[str]:
+    if len(samples) != shard.num_samples:
+        yield f"has {len(samples)} samples instead of {shard.num_samples}"
+    for sample in samples:
+        found = tuple(_extension(member) for member in sample.members)
+        if found != extensions:
+            yield f"sample {sample.key} has {', '.join(found)} instead of {', '.join(extensions)}"
+
+
+def _count_problems(split: SplitRecord) -> list[Problem]:
+    total = sum(shard.num_samples for shard in split.shards)
+    return (
+        []
+        if total == split.num_samples
+        else [Problem("manifest.json", f"{split.num_samples} samples, shards hold {total}")]
+    )
+
+
+def _strangers(folder: Path, manifest: Manifest) -> list[Problem]:
+    """Tars and indexes that the manifest does not know: a reader that lists the folder would take them."""
+    known = {
+        name for split in manifest.splits.values() for shard in split.shards for name in (shard.name, shard.index_name)
+    }
+    found = (path.relative_to(folder).as_posix() for split in manifest.splits for path in (folder / split).glob("*"))
+    return [Problem(name, "is not in the manifest") for name in sorted(found) if name not in known]
+
+
+def _key(member: Member) -> str:
+    return member.name.split(".", 1)[0]
+
+
+def _extension(member: Member) -> str:
+    return member.name.split(".", 1)[-1]

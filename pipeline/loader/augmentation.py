@@ -1,0 +1,152 @@
+"""Every random decision about a picture, as a pure function of (seed, epoch, position of the sample in the epoch).
+
+A counter-based generator (Philox) makes that cheap: sample p of an epoch always owns counter p, so nothing has to be
+remembered to resume, both towers draw the same, CPU and GPU draw the same, and the tests recompute it with NumPy.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.loader.config import LoaderConfig
+
+_GEOMETRY, _COLOUR = 0, 1  # streams: the second half of Philox' key, so colour on or off never changes a crop
+MAX_SEED = (1 << 63) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The decisions for n consecutive samples.
+
+    Attributes:
+        geometry: (n, 3) int32: crop x, crop y (pixels from the left and the top of the stored picture), mirror (0/1).
+        shift: (n, C) float32: what the colour recipe adds to each channel, grey levels of 0..255.
+    """
+
+    geometry: np.ndarray
+    shift: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a recipe needs from the training set, pixels on 0..255 (``statistics.npz``).
+
+    Attributes:
+        mean: (C,) float64.
+        std: (C,) float64, square roots of the covariance's diagonal.
+        mean_image: (H, W, C) float64, or None where the pictures have different sizes.
+        eigenvalues: (C,) float64, descending.
+        eigenvectors: (C, C) float64, in columns.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    mean_image: np.ndarray | None
+    eigenvalues: np.ndarray
+    eigenvectors: np.ndarray
+
+
+def colour_steps(config: LoaderConfig, statistics: Statistics) -> np.ndarray:
+    """The colour shift for normal numbers of 1, as a (C, C) matrix: shift = matrix @ normals, grey levels of 0..255."""
+    if config.colour == "none":
+        return np.zeros_like(statistics.eigenvectors)
+    values = np.maximum(statistics.eigenvalues, 0.0)  # a rounding error below zero is no variance
+    lengths = np.sqrt(values) if config.colour == "deviation" else values / 255.0
+    return np.asarray(statistics.eigenvectors * (config.colour_sigma * lengths), dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """The draws of one training run.
+
+    Attributes:
+        config: the recipe.
+        seed: 0..2**63 - 1.
+        height_px, width_px: size of the stored pictures.
+        steps: (C, C) matrix of :func:`colour_steps`.
+    """
+
+    config: LoaderConfig
+    seed: int
+    height_px: int
+    width_px: int
+    steps: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.config.crop_px > min(self.height_px, self.width_px):
+            raise ConfigError(
+                f"data.crop_px is {self.config.crop_px}, but the pictures are {self.width_px}x{self.height_px}: "
+                "use a smaller crop, or prepare with a larger --resize"
+            )
+
+    def draw(self, epoch: int, first: int, count: int) -> Draws:
+        """Draws for the samples at positions first .. first + count - 1 of an epoch (0-based, over all replicas)."""
+        config = self.config
+        groups = np.arange(first, first + count) // config.crop_shared_by
+        words = _uniform(self.seed, epoch, _GEOMETRY, int(groups[0]), int(groups[-1] - groups[0]) + 1)
+        uniform = words[groups - groups[0]]
+        geometry = np.empty((count, 3), np.int32)
+        geometry[:, 0] = uniform[:, 0] * (self.width_px - config.crop_px + 1)
+        geometry[:, 1] = uniform[:, 1] * (self.height_px - config.crop_px + 1)
+        geometry[:, 2] = uniform[:, 2] < config.mirror
+        return Draws(geometry, self._shift(epoch, first, count))
+
+    def _shift(self, epoch: int, first: int, count: int) -> np.ndarray:
+        channels = len(self.steps)
+        off = 0 <= self.config.colour_off_epoch <= epoch
+        if self.config.colour == "none" or off:
+            return np.zeros((count, channels), np.float32)
+        normals = _normal(_uniform(self.seed, epoch, _COLOUR, first, count))[:, :channels]
+        return (normals @ self.steps.T).astype(np.float32)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed that the generators cannot take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed is {seed!r}: expected a whole number, 0..{MAX_SEED}")
+
+
+def reader_seed(seed: int) -> int:
+    """The reader's shuffling seed, 0..2**31 - 1; hashed, as DALI adds the epoch to it: seeds 1 and 2 would meet."""
+    return int.from_bytes(hashlib.blake2b(f"reader {seed}".encode(), digest_size=4).digest(), "little") >> 1
+
+
+def _uniform(seed: int, epoch: int, stream: int, first: int, count: int) -> np.ndarray:
+    """(count, 4) float64 in [0, 1): row i belongs to counter first + i, whatever first and count are."""
+    key = np.array([seed, 2 * epoch + stream], dtype=np.uint64)
+    counter = np.array([first, 0, 0, 0], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(4 * count)
+    return (np.asarray(words, np.uint64).reshape(count, 4) >> np.uint64(11)) * 2.0**-53
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """Box-Muller: (n, 4) uniform to (n, 4) standard normal."""
+    radius = np.sqrt(-2.0 * np.log1p(-uniform[:, 0::2]))
+    angle = 2.0 * np.pi * uniform[:, 1::2]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def centre_geometry(count: int, *, height_px: int, width_px: int, crop_px: int) -> np.ndarray:
+    """(count, 3) int32 geometry of the centre crop, not mirrored."""
+    row = [(width_px - crop_px) // 2, (height_px - crop_px) // 2, 0]
+    return np.tile(np.array(row, np.int32), (count, 1))
+
+
+def ten_views(*, height_px: int, width_px: int, crop_px: int) -> np.ndarray:
+    """(10, 3) int32 geometry: top left, top right, centre, bottom left, bottom right, then the same mirrored."""
+    right, bottom = width_px - crop_px, height_px - crop_px
+    corners = [(0, 0), (right, 0), (right // 2, bottom // 2), (0, bottom), (right, bottom)]
+    return np.array([(x, y, mirror) for mirror in (0, 1) for x, y in corners], np.int32)
+
+
+def fingerprint(keys: Sequence[str], draws: Draws, *, epoch: int, position: int) -> int:
+    """63-bit hash of a batch: keys, geometry and colour (to 1/1000 grey level, above any difference of libm)."""
+    digest = hashlib.blake2b(f"{epoch} {position} ".encode(), digest_size=8)
+    digest.update(" ".join(keys).encode())
+    digest.update(np.ascontiguousarray(draws.geometry, dtype="<i4").tobytes())
+    digest.update(np.rint(draws.shift.astype(np.float64) * 1000).astype("<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1

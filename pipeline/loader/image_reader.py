@@ -1,0 +1,142 @@
+"""Pictures from anywhere, made into what the network sees, exactly as those of a data set: for predictions.
+
+A picture is checked, resized and encoded with the settings that the data set's manifest records, decoded again, so that
+JPEG's loss is the same, and cropped and normalised as :class:`pipeline.loader.batches.EvaluationLoader` does.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import PictureSettings
+from pipeline.errors import ConfigError, PictureError
+from pipeline.loader.augmentation import Augmentation, Draws, centre_geometry, ten_views
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.graph import Normaliser, Reader
+from pipeline.loader.open_split import OpenSplit, read_statistics
+from pipeline.loader.share import TorchNormaliser
+from pipeline.loader.staging import stage
+from pipeline.manifest import Manifest, read_manifest
+
+
+class PictureReader:
+    """Reads picture files as if they were samples of a data set.
+
+    Only the data set's manifest and statistics are read, never its tars.
+
+    Args:
+        data: the data set whose preparation applies.
+        config: the recipe; its random parts are off.
+        views: ``centre``, or ``ten`` for corners and centre, then the same mirrored.
+        device: ``cpu`` or ``cuda:N``, where the images go.
+
+    Attributes:
+        manifest: record of the data set.
+
+    Raises:
+        ConfigError: the recipe cannot be used with this data set.
+        DatasetError: there is no whole data set.
+    """
+
+    def __init__(self, data: Path, config: LoaderConfig, *, views: str = "centre", device: str = "cpu") -> None:
+        if views not in ("centre", "ten"):
+            raise ConfigError(f"views is {views!r}: expected centre or ten")
+        folder = stage(data)
+        self.manifest = read_manifest(folder)
+        self.settings = settings_of(self.manifest)
+        picture = self.manifest.picture
+        if picture.height_px is None or picture.width_px is None:
+            raise ConfigError(f"{data} holds pictures of different sizes: prepare it with --resize to feed a network")
+        self._height_px, self._width_px = picture.height_px, picture.width_px
+        statistics = read_statistics(folder, self.manifest)
+        Augmentation(config, 0, self._height_px, self._width_px, statistics.eigenvectors)  # checks the crop
+        size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
+        self._views = ten_views(**size) if views == "ten" else centre_geometry(1, **size)
+        self._ten = views == "ten"
+        self._crop_px = config.crop_px
+        reader = Reader(_nothing_to_read(folder, self.manifest), config, 1, device, 0, False)
+        self._normalise = TorchNormaliser(Normaliser(config, statistics, reader), statistics, device)
+        self._device = device
+
+    def read(self, path: Path) -> np.ndarray:
+        """One file as the data set would store it: uint8 (H, W, C).
+
+        Raises:
+            PictureError: it cannot be used; says why, without the file's name.
+        """
+        from pipeline.preparation.image import decode, make_picture  # image codecs, which nothing else here needs
+
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PictureError(error.strerror or str(error)) from None
+        picture = make_picture(data, self.settings)
+        pixels = picture.pixels
+        if self.settings.encoding == "jpeg":
+            pixels = decode(picture.data, dataclasses.replace(self.settings, resize_px=None)).pixels
+        if pixels.shape[:2] != (self._height_px, self._width_px):
+            found = f"{pixels.shape[1]}x{pixels.shape[0]} px"
+            raise PictureError(f"{found}, and the data set's pictures are {self._width_px}x{self._height_px} px")
+        return pixels
+
+    def images(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """Stored pictures, uint8 (H, W, C), as the net sees them: float32 (N, C, S, S), or (N, 10, C, S, S)."""
+        count, side = len(self._views), self._crop_px
+        crops = np.stack(
+            [_cut(picture, view, side) for picture in pictures for view in self._views]
+        )  # (N * views, S, S, C)
+        geometry = np.tile(self._views, (len(pictures), 1))
+        draws = Draws(geometry, np.zeros((len(geometry), crops.shape[-1]), np.float32))
+        tensor = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).to(self._device)
+        images = self._normalise(tensor, draws)
+        return images.unflatten(0, (-1, count)) if self._ten else images
+
+    def centre(self, picture: np.ndarray) -> np.ndarray:
+        """The centre crop of a stored picture, uint8 (S, S, C): what the net looks at, for people."""
+        size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": self._crop_px}
+        return _cut(picture, centre_geometry(1, **size)[0], self._crop_px)
+
+
+def settings_of(manifest: Manifest) -> PictureSettings:
+    """How a data set's pictures were made, from its manifest.
+
+    A source of pixels (digits, CIFAR-10) may have had nothing to resize; its pictures' own side then applies.
+    """
+    recorded, picture = manifest.settings, manifest.picture
+    square = picture.width_px if picture.width_px == picture.height_px else None
+    standard = PictureSettings()
+    return PictureSettings(
+        resize_px=recorded.get("resize_px") or (None if picture.encoding == "original" else square),
+        encoding=picture.encoding,
+        quality=recorded.get("quality") or standard.quality,
+        channels=picture.channels,
+        max_pixels=recorded.get("max_pixels") or standard.max_pixels,
+        max_bytes=recorded.get("max_bytes") or standard.max_bytes,
+    )
+
+
+def _cut(picture: np.ndarray, view: np.ndarray, side_px: int) -> np.ndarray:
+    """One view (x, y, mirror) of a picture (H, W, C)."""
+    x, y, mirror = (int(number) for number in view)
+    crop = picture[y : y + side_px, x : x + side_px]
+    return crop[:, ::-1] if mirror else crop
+
+
+def _nothing_to_read(folder: Path, manifest: Manifest) -> OpenSplit:
+    """A split without files, for the parts of the loader that only ask for the pictures' size."""
+    picture = manifest.picture
+    assert picture.height_px is not None and picture.width_px is not None
+    return OpenSplit(
+        folder=folder,
+        manifest=manifest,
+        record=next(iter(manifest.splits.values())),
+        tars=(),
+        indexes=(),
+        num_samples=0,
+        skipped=(),
+        height_px=picture.height_px,
+        width_px=picture.width_px,
+    )

@@ -1,0 +1,132 @@
+"""A data set at a URL, brought to a local cache and verified by hash: DALI reads local files only."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DatasetError
+from pipeline.loader.open_split import file_sha256
+from pipeline.manifest import MANIFEST_NAME, Manifest, from_json, sync_folder, write_atomic
+
+CACHE_VARIABLE = "TWOTOWER_CACHE"
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$")
+_PIECE_BYTES = 1 << 22
+_STAGED: dict[str, Path] = {}
+_LOGGER = logging.getLogger(__name__)
+
+
+def is_url(data: str | Path) -> bool:
+    """Whether ``data`` names something that fsspec has to fetch; pathlib's ``s3:/bucket`` counts too."""
+    return bool(_URL.match(str(data))) and not Path(data).exists()
+
+
+def stage(data: str | Path, cache: Path | None = None) -> Path:
+    """Makes a data set available as a local folder.
+
+    Only what is missing or differs is fetched, each file under a temporary name, hashed while it comes, and given its
+    name when the hash is right; the manifest comes last. Processes that stage the same data set wait for one another,
+    and one process checks a data set once.
+
+    Args:
+        data: a folder, returned as it is, or a URL that fsspec knows (``s3://``, ``http://``, ``memory://``...).
+        cache: where to keep data sets; default ``$TWOTOWER_CACHE``, else ``~/.cache/twotower``.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        DatasetError: nothing there, not reachable, or a file that is not what the manifest says.
+    """
+    if not is_url(data):
+        return Path(data)
+    url = _URL.sub(r"\1://\2", str(data)).rstrip("/")
+    if url in _STAGED and (cache is None or _STAGED[url].parent == cache):
+        return _STAGED[url]
+    filesystem, root = _open(url)
+    text = _fetch_text(filesystem, f"{root}/{MANIFEST_NAME}", url)
+    manifest = from_json(text)
+    cache = cache or Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+    folder = cache / manifest.fingerprint[:16]
+    with _alone(cache, manifest.fingerprint[:16]):
+        missing = [item for item in _files(manifest) if not _is_whole(folder, *item)]
+        _LOGGER.info("%s: %d of %d files to fetch to %s", url, len(missing), len(_files(manifest)), folder)
+        for name, size_bytes, sha256 in missing:
+            _fetch(filesystem, f"{root}/{name}", folder / name, size_bytes=size_bytes, sha256=sha256)
+        write_atomic(folder / MANIFEST_NAME, text.encode())
+    _STAGED[url] = folder
+    return folder
+
+
+def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """Name, size and sha256 of every file but the manifest."""
+    files = [(name, record["size_bytes"], record["sha256"]) for name, record in sorted(manifest.files.items())]
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            files.append((shard.index_name, shard.index_size_bytes, shard.index_sha256))
+            files.append((shard.name, shard.size_bytes, shard.sha256))
+    return files
+
+
+def _is_whole(folder: Path, name: str, size_bytes: int, sha256: str) -> bool:
+    path = folder / name
+    return path.is_file() and path.stat().st_size == size_bytes and file_sha256(path) == sha256
+
+
+def _open(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DatasetError(f"{url} cannot be opened: {error}") from None
+    return filesystem, str(root).rstrip("/")
+
+
+def _fetch_text(filesystem: Any, path: str, url: str) -> str:
+    try:
+        return bytes(filesystem.cat_file(path)).decode()
+    except FileNotFoundError:
+        raise DatasetError(f"{url} has no {MANIFEST_NAME}: it is no data set, or preparing it never ended") from None
+    except Exception as error:  # every store fails in its own classes; all of them mean the same to the user
+        raise DatasetError(f"{url} cannot be read ({type(error).__name__}: {error})".replace("\n", " ")) from None
+
+
+def _fetch(filesystem: Any, source: str, target: Path, *, size_bytes: int, sha256: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, fetched = hashlib.sha256(), 0
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as out, filesystem.open(source, "rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                fetched += len(piece)
+                out.write(piece)
+            out.flush()
+            os.fsync(out.fileno())
+        if (fetched, digest.hexdigest()) != (size_bytes, sha256):
+            raise DatasetError(f"{source} is not the file that its manifest records ({fetched} of {size_bytes} bytes)")
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except DatasetError:
+        raise
+    except Exception as error:  # see _fetch_text
+        raise DatasetError(f"{source} cannot be fetched ({type(error).__name__}: {error})".replace("\n", " ")) from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _alone(cache: Path, name: str) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, also when it is killed."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

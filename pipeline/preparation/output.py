@@ -1,0 +1,354 @@
+"""The output folder while a data set is being made: who may write, what is there already, and how it becomes whole.
+
+``OUTPUT/.work`` holds the lock, the settings of the run (``plan.json``), temporary files and the records of finished
+shards. It is removed once the manifest is in place, so a whole data set is nothing but the data set.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DatasetError, OutputError
+from pipeline.manifest import (
+    FORMAT,
+    INFO_NAME,
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    STATISTICS_NAME,
+    ClassRecord,
+    Manifest,
+    PictureFormat,
+    ShardRecord,
+    SplitRecord,
+    read_manifest,
+    write_atomic,
+)
+from pipeline.preparation import faults
+from pipeline.preparation.index import restore_index
+from pipeline.preparation.shard import WORK_NAME, ShardResult
+from pipeline.preparation.statistics import Totals, summarise, to_npz
+
+PLAN_NAME = "plan.json"
+HASH_THREADS = 4
+
+
+@contextlib.contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Holds the output folder for one run; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        OutputError: another run holds it, or the folder cannot be written.
+    """
+    path = output / WORK_NAME / "lock"
+    try:
+        for name in ("tmp", "records"):
+            (output / WORK_NAME / name).mkdir(parents=True, exist_ok=True)
+        handle = _locked(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        if not (output / WORK_NAME / PLAN_NAME).exists():
+            clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a whole data set
+        os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """Opens and locks ``path``; opens it again if the last holder removed it meanwhile."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise OutputError(
+                f"{path.parent.parent} is in use by another prepare; wait for it or stop it first"
+            ) from None
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(handle)
+
+
+def check_ours(output: Path) -> None:
+    """Refuses a folder that holds something else than a data set of ours, whole or begun.
+
+    Raises:
+        OutputError: it does, or it is no folder.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise OutputError(f"--output {output}: is not a folder")
+    names = sorted(path.name for path in output.iterdir())
+    if names and MANIFEST_NAME not in names and WORK_NAME not in names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise OutputError(f"--output {output}: holds something else ({shown}); give an empty or a new folder")
+
+
+def sweep(output: Path) -> None:
+    """Removes what killed runs left half-written."""
+    for path in (output / WORK_NAME / "tmp").iterdir():
+        path.unlink(missing_ok=True)
+    for path in output.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def load_manifest(output: Path) -> Manifest | None:
+    """The manifest if there is a sound one, else None: a damaged one is made again like anything else."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    try:
+        return read_manifest(output)
+    except DatasetError:
+        return None
+
+
+def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> None:
+    """Records the settings of this run, or checks that they are those of the run it continues.
+
+    Args:
+        output: folder of the data set.
+        settings: everything that decides the bytes.
+        totals: pictures planned for each split.
+
+    Raises:
+        OutputError: the folder was begun with other settings.
+    """
+    path = output / WORK_NAME / PLAN_NAME
+    text = json.dumps({"settings": settings, "totals": totals}, sort_keys=True, ensure_ascii=False)
+    begun = read_plan(output)
+    if begun is not None:
+        refuse_difference(output, begun["settings"], json.loads(text)["settings"])
+    else:
+        write_atomic(path, text.encode())
+    for split in totals:
+        (output / split).mkdir(exist_ok=True)
+
+
+def read_plan(output: Path) -> dict[str, Any] | None:
+    """Settings and totals of the run that was begun here; None if none was."""
+    try:
+        plan = json.loads((output / WORK_NAME / PLAN_NAME).read_text(encoding="utf-8"))
+        return plan if plan.keys() == {"settings", "totals"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def is_running(output: Path) -> bool:
+    """Tells whether a prepare holds the lock."""
+    try:
+        handle = os.open(output / WORK_NAME / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def refuse_difference(output: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Names every setting that differs.
+
+    Raises:
+        OutputError: one does.
+    """
+    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    if keys:
+        listed = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked" for key in keys)
+        raise OutputError(
+            f"{output} was prepared with other settings ({listed}); give another --output or the same settings"
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(path: Path, size_bytes: int, sha256: str, *, hashes: bool = True) -> str | None:
+    """What is wrong with a file: missing, another size, another hash; None if nothing is."""
+    try:
+        found = path.stat().st_size
+        if found != size_bytes:
+            return f"has {found:,} bytes instead of {size_bytes:,}"
+        if hashes and file_sha256(path) != sha256:
+            return "its sha256 differs"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def shard_damage(output: Path, shard: ShardRecord, *, hashes: bool = True) -> dict[str, str]:
+    """What is wrong with a shard's files, by name."""
+    if not shard.num_samples:
+        return {}
+    found = {
+        shard.name: damage(output / shard.name, shard.size_bytes, shard.sha256, hashes=hashes),
+        shard.index_name: damage(output / shard.index_name, shard.index_size_bytes, shard.index_sha256, hashes=hashes),
+    }
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def file_damage(output: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with statistics.npz, _info.json and quarantine.jsonl, by name."""
+    found = {
+        name: damage(output / name, record["size_bytes"], record["sha256"]) for name, record in manifest.files.items()
+    }
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def sound_shards(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
+    """Names of the shards whose files are as recorded, hashes included; several are read at a time."""
+    shards = list(shards)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        problems = pool.map(functools.partial(shard_damage, output), shards)
+    return {shard.name for shard, problem in zip(shards, problems, strict=True) if not problem}
+
+
+def restore_indexes(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
+    """Writes damaged indexes again from their tars, where those are sound; names of the shards that are sound then."""
+    return {
+        shard.name
+        for shard in shards
+        if shard_damage(output, shard).keys() == {shard.index_name}
+        and restore_index(output / shard.name, shard.index_sha256)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetHead:
+    """What the manifest says beside the shards.
+
+    Attributes:
+        source: name of the source.
+        settings: everything that decides the bytes.
+        picture: encoding and channels; sizes are filled in from the shards.
+        classes: the class table.
+        label_order: order of the labels.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    picture: PictureFormat
+    classes: tuple[ClassRecord, ...]
+    label_order: str
+
+
+def finish(output: Path, head: DatasetHead, results: list[ShardResult], totals: Totals | None) -> Manifest:
+    """Writes everything beside the shards, the manifest last.
+
+    Args:
+        output: folder of the data set.
+        head: what the manifest says beside the shards.
+        results: every shard's record, in the order of the plan.
+        totals: statistics of the train split, None without one.
+
+    Raises:
+        OutputError: a split has no usable picture at all.
+    """
+    splits = _splits(results)
+    sizes = {result.size_px for result in results if result.shard.num_samples}
+    size_px = next(iter(sizes)) if len(sizes) == 1 else None
+    height, width = size_px or (None, None)
+    files = {
+        QUARANTINE_NAME: _lines(line for result in results for line in result.quarantine),
+        INFO_NAME: _timm_info(splits),
+    }
+    if totals is not None:
+        files[STATISTICS_NAME] = to_npz(summarise(totals))
+    for name, data in files.items():
+        write_atomic(output / name, data)
+    manifest = Manifest(
+        format=FORMAT,
+        source=head.source,
+        settings=head.settings,
+        picture=dataclasses.replace(head.picture, height_px=height, width_px=width),
+        classes=head.classes,
+        label_order=head.label_order,
+        splits=splits,
+        files={
+            name: {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+    )
+    faults.reach("manifest-before")
+    _write_manifest(output, manifest)
+    return manifest
+
+
+def write_info(output: Path, manifest: Manifest) -> None:
+    """Writes ``_info.json`` again."""
+    write_atomic(output / INFO_NAME, _timm_info(manifest.splits))
+
+
+def clear_work(output: Path) -> None:
+    """Removes the work folder of a whole data set; the lock goes with it."""
+    shutil.rmtree(output / WORK_NAME, ignore_errors=True)
+
+
+def _write_manifest(output: Path, manifest: Manifest) -> None:
+    data = manifest.to_json().encode()
+    if os.environ.get(faults.VARIABLE, "").startswith("manifest-half"):
+        (output / f".{MANIFEST_NAME}.torn.tmp").write_bytes(data[: len(data) // 2])
+        faults.reach("manifest-half")
+    write_atomic(output / MANIFEST_NAME, data)
+    faults.reach("manifest-renamed")
+
+
+def _splits(results: list[ShardResult]) -> dict[str, SplitRecord]:
+    by_split: dict[str, list[ShardResult]] = {}
+    for result in results:
+        by_split.setdefault(result.split, []).append(result)
+    splits = {}
+    for split, rows in by_split.items():
+        shards = tuple(row.shard for row in rows if row.shard.num_samples)
+        if not shards:
+            reasons = next((line["reason"] for row in rows for line in row.quarantine), "no pictures")
+            raise OutputError(f"split {split} has no usable picture; the first reason: {reasons}")
+        splits[split] = SplitRecord(
+            num_samples=sum(shard.num_samples for shard in shards),
+            num_quarantined=sum(row.num_left_out for row in rows),
+            shards=shards,
+        )
+    return splits
+
+
+def _timm_info(splits: dict[str, SplitRecord]) -> bytes:
+    """``_info.json`` as timm's webdataset reader wants it; it looks for "validation" under that name."""
+    info = {
+        name: {
+            "name": name,
+            "filenames": [shard.name for shard in split.shards],
+            "shard_lengths": [shard.num_samples for shard in split.shards],
+            "num_samples": split.num_samples,
+            "num_bytes": sum(shard.size_bytes for shard in split.shards),
+        }
+        for name, split in splits.items()
+    }
+    return (json.dumps({"splits": info}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _lines(rows: Iterable[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -1,0 +1,297 @@
+"""One shard: a tar, its index and its record, each whole under its name or absent, the record last."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import PictureSettings
+from pipeline.errors import OutputError, PictureError
+from pipeline.files import UrlPath, ahead
+from pipeline.manifest import PictureFormat, ShardRecord, sync_folder
+from pipeline.preparation import faults
+from pipeline.preparation.image import Payload, Picture, make_pictures
+from pipeline.preparation.plan import key_of
+from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
+from pipeline.preparation.tar_writer import TarWriter
+from pipeline.sources import Item, Source, printable
+
+WORK_NAME = ".work"
+BUFFER_BYTES = 2**20
+SEAL_BYTES = 22  # , "crc32": "01234567"}
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each sample
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """What all shards of a run share.
+
+    Attributes:
+        output: folder of the data set.
+        source: reads the pictures.
+        picture: what to make of them.
+        class_names: the class table's names.
+        fail_on_error: stop at the first picture that cannot be used, instead of leaving it out.
+    """
+
+    output: Path
+    source: Source
+    picture: PictureSettings
+    class_names: tuple[str, ...]
+    fail_on_error: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One shard to write.
+
+    Attributes:
+        name: path of the tar inside the data set.
+        split: its split.
+        start: position in the split of its first picture.
+        items: its pictures in order.
+    """
+
+    name: str
+    split: str
+    start: int
+    items: list[Item]
+
+    @property
+    def stem(self) -> str:
+        """The tar's name without folder and suffix."""
+        return Path(self.name).stem
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardResult:
+    """The record of a shard on its way to the manifest.
+
+    Attributes:
+        shard: its row in the manifest; a shard without any sample has no files and no row.
+        split: its split.
+        num_planned: pictures planned for it.
+        quarantine: lines for quarantine.jsonl.
+        size_px: (height, width) if all its pictures have one size, else None.
+        totals: its statistics (without the sums per position, when read without them).
+    """
+
+    shard: ShardRecord
+    split: str
+    num_planned: int
+    quarantine: tuple[dict[str, str], ...]
+    size_px: tuple[int, int] | None
+    totals: Totals
+
+    @property
+    def num_left_out(self) -> int:
+        """Pictures that could not be used."""
+        return self.num_planned - self.shard.num_samples
+
+
+def build_shard(job: ShardJob, task: ShardTask) -> ShardResult:
+    """Makes one shard from its pictures.
+
+    Running it again, even at the same time in another process, ends with the same bytes under the same names.
+
+    Raises:
+        SourceError: the input is gone.
+        PictureError: a picture cannot be used and the job says to stop then.
+        OutputError: the output cannot be written.
+    """
+    work = job.output / WORK_NAME
+    temporary = work / "tmp" / f"{task.stem}.{socket.gethostname()}-{os.getpid()}"
+    try:
+        return _build(job, task, work, temporary)
+    except OSError as error:
+        raise OutputError(f"cannot write {job.output / task.name}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> ShardResult:
+    final = job.output / task.name
+    with temporary.open("wb", buffering=BUFFER_BYTES) as file:
+        writer = TarWriter(file)
+        filler = _Filler(job, task, writer)
+        read = ahead if isinstance(getattr(job.source, "root", None), UrlPath) else map
+        made = make_pictures(read(filler.read, task.items), job.picture)
+        for position, (item, picture) in enumerate(zip(task.items, made, strict=True)):
+            if position == len(task.items) // 2:
+                faults.reach("tar-half", task.stem)
+            filler.add(position, item, picture)
+        writer.finish()
+        file.flush()
+        os.fsync(file.fileno())
+    faults.reach("tar-written", task.stem)
+    index = writer.index()
+    result = filler.result(index)
+    if writer.num_samples:
+        _rename(temporary, final)
+        faults.reach("tar-renamed", task.stem)
+        _commit(temporary, final.with_suffix(".idx"), index, point="index")
+    _commit_record(work, temporary, task.stem, result)
+    return dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None))
+
+
+class _Filler:
+    """Turns a task's pictures into samples of a tar, keeping the counts."""
+
+    def __init__(self, job: ShardJob, task: ShardTask, writer: TarWriter) -> None:
+        self._job = job
+        self._task = task
+        self._writer = writer
+        self._extension = PictureFormat(job.picture.encoding, job.picture.channels, None, None).extension
+        self._statistics = Accumulator(job.picture.channels)
+        self._quarantine: list[dict[str, str]] = []
+        self._sizes: set[tuple[int, int]] = set()
+
+    def read(self, item: Item) -> Payload | PictureError:
+        """One picture of the source, or why it cannot be read."""
+        try:
+            return self._job.source.read(item)
+        except PictureError as error:
+            return error
+
+    def add(self, position: int, item: Item, picture: Picture | PictureError) -> None:
+        """Appends one sample, or the line that says why not."""
+        if isinstance(picture, PictureError):
+            if self._job.fail_on_error:
+                raise PictureError(f"{printable(item.name)}: {picture}")
+            self._report(item, "left_out", str(picture))
+            return
+        if picture.converted:
+            self._report(item, "converted", "; ".join(picture.converted))
+        key = key_of(self._task.split, self._task.start + position)
+        self._writer.add_sample(key, self._components(item, picture))
+        self._sizes.add((picture.pixels.shape[0], picture.pixels.shape[1]))
+        if self._task.split == "train":
+            self._statistics.add(picture.pixels)
+
+    def result(self, index: bytes) -> ShardResult:
+        """The record of what was written."""
+        shard = ShardRecord(
+            name=self._task.name,
+            num_samples=self._writer.num_samples,
+            size_bytes=self._writer.size_bytes,
+            sha256=self._writer.sha256(),
+            index_size_bytes=len(index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        return ShardResult(
+            shard=shard,
+            split=self._task.split,
+            num_planned=len(self._task.items),
+            quarantine=tuple(self._quarantine),
+            size_px=next(iter(self._sizes)) if len(self._sizes) == 1 else None,
+            totals=self._statistics.totals(),
+        )
+
+    def _components(self, item: Item, picture: Picture) -> list[tuple[str, bytes]]:
+        label = b"%d" % item.label
+        body = {
+            "source": printable(item.name),
+            "class": self._job.class_names[item.label],
+            "label": item.label,
+            "width": picture.width_px,
+            "height": picture.height_px,
+            "converted": "; ".join(picture.converted),
+        }
+        return [(self._extension, picture.data), ("cls", label), ("json", sealed_json(body, picture.data, label))]
+
+    def _report(self, item: Item, action: str, reason: str) -> None:
+        self._quarantine.append(
+            {
+                "split": self._task.split,
+                "source": printable(item.name),
+                "class": self._job.class_names[item.label],
+                "action": action,
+                "reason": reason,
+            }
+        )
+
+
+def sealed_json(body: dict[str, Any], *others: bytes) -> bytes:
+    """JSON text ending in a CRC-32 of the sample's other components and of itself, so that verify can name a sample."""
+    text = _ENCODER.encode(body)[:-1]
+    return f'{text}, "crc32": "{_crc(text.encode(), *others):08x}"}}'.encode()
+
+
+def seal_holds(sealed: bytes, *others: bytes) -> bool:
+    """Tells whether a sample's components are those that :func:`sealed_json` saw."""
+    text, seal = sealed[:-SEAL_BYTES], sealed[-SEAL_BYTES:]
+    return seal == b', "crc32": "%08x"}' % _crc(text, *others)
+
+
+def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult | None:
+    """Reads the record of a shard, None if there is no whole one.
+
+    Args:
+        work: the work folder.
+        stem: the tar's name without folder and suffix.
+        with_positions: read the sums per position too.
+    """
+    try:
+        raw = json.loads((work / "records" / f"{stem}.json").read_bytes())
+        position_sum = None
+        if with_positions and raw["positions_sha256"]:
+            data = (work / "records" / f"{stem}.sums").read_bytes()
+            if hashlib.sha256(data).hexdigest() != raw["positions_sha256"]:
+                return None
+            position_sum = np.frombuffer(data, "<u4").reshape(raw["totals"]["shape"]).astype(np.uint64)
+        return ShardResult(
+            shard=ShardRecord(**raw["shard"]),
+            split=raw["split"],
+            num_planned=raw["num_planned"],
+            quarantine=tuple(raw["quarantine"]),
+            size_px=None if raw["size_px"] is None else (raw["size_px"][0], raw["size_px"][1]),
+            totals=totals_from_json(raw["totals"], position_sum),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no record or a damaged one: the shard is made again
+
+
+def _commit_record(work: Path, temporary: Path, stem: str, result: ShardResult) -> None:
+    sums = result.totals.position_sum
+    data = b"" if sums is None else sums.astype("<u4").tobytes()  # 255 * MAX_SHARD_SIZE fits
+    if data:
+        _commit(temporary, work / "records" / f"{stem}.sums", data, point="sums")
+    raw = {
+        "shard": dataclasses.asdict(result.shard),
+        "split": result.split,
+        "num_planned": result.num_planned,
+        "quarantine": result.quarantine,
+        "size_px": result.size_px,
+        "totals": result.totals.to_json(),
+        "positions_sha256": hashlib.sha256(data).hexdigest() if data else None,
+    }
+    _commit(temporary, work / "records" / f"{stem}.json", json.dumps(raw).encode(), point="record")
+
+
+def _commit(temporary: Path, final: Path, data: bytes, *, point: str) -> None:
+    """Writes a whole file under its final name; tests kill the process before and after the rename."""
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    faults.reach(f"{point}-written", final.stem)
+    _rename(temporary, final)
+    faults.reach(f"{point}-renamed", final.stem)
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    temporary.replace(final)
+    sync_folder(final.parent)
+
+
+def _crc(text: bytes, *others: bytes) -> int:
+    crc = zlib.crc32(text)
+    for data in others:
+        crc = zlib.crc32(data, crc)
+    return crc

@@ -1,0 +1,252 @@
+"""Mean image and colour covariance of the train split, from exact integer sums: any order gives the same bytes."""
+
+import dataclasses
+import io
+import math
+import zipfile
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from pipeline.preparation.products import CENTRE, centred_products
+
+FOLD_EVERY = 257  # 257 * 255 is the last sum that fits 16 bits
+COLLECT_BYTES = 2**20  # pixels of five pictures of 256x256, collected for one matrix product
+MAX_POSITIONS = 2**20  # above a million pixels a picture, sums per position would cost more memory than they are worth
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over pictures; every number is an exact integer.
+
+    Attributes:
+        num_pictures: pictures summed.
+        num_pixels: pixels summed.
+        channel_sum: (C,) sum of each channel.
+        product_sum: (C, C) sum of products of channels.
+        shape: (H, W, C) if every picture had it, else None.
+        position_sum: (H, W, C) uint64 sums per position if every picture had one shape, else None.
+    """
+
+    num_pictures: int
+    num_pixels: int
+    channel_sum: tuple[int, ...]
+    product_sum: tuple[tuple[int, ...], ...]
+    shape: tuple[int, int, int] | None
+    position_sum: np.ndarray | None
+
+    def merge(self, other: "Totals") -> "Totals":
+        """The totals over both; commutative and associative."""
+        if not self.num_pictures or not other.num_pictures:
+            return self if self.num_pictures else other
+        same = self.shape is not None and self.shape == other.shape
+        return Totals(
+            num_pictures=self.num_pictures + other.num_pictures,
+            num_pixels=self.num_pixels + other.num_pixels,
+            channel_sum=tuple(a + b for a, b in zip(self.channel_sum, other.channel_sum, strict=True)),
+            product_sum=tuple(
+                tuple(a + b for a, b in zip(row, other_row, strict=True))
+                for row, other_row in zip(self.product_sum, other.product_sum, strict=True)
+            ),
+            shape=self.shape if same else None,
+            position_sum=self.position_sum + other.position_sum
+            if same and self.position_sum is not None and other.position_sum is not None
+            else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the sums per position."""
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "position_sum"
+        }
+
+
+def totals_from_json(raw: dict[str, Any], position_sum: np.ndarray | None) -> Totals:
+    """The inverse of :meth:`Totals.to_json`."""
+    return Totals(
+        num_pictures=raw["num_pictures"],
+        num_pixels=raw["num_pixels"],
+        channel_sum=tuple(raw["channel_sum"]),
+        product_sum=tuple(tuple(row) for row in raw["product_sum"]),
+        shape=None if raw["shape"] is None else (raw["shape"][0], raw["shape"][1], raw["shape"][2]),
+        position_sum=position_sum,
+    )
+
+
+class Accumulator:
+    """Sums pictures one by one, exactly.
+
+    Pictures of one size are summed per position in 16 bits and folded into 64 bits before those can overflow.
+    Products are summed of values minus 128, small enough for fast exact sums; :meth:`totals` moves them back.
+
+    Args:
+        channels: C of every picture.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
+        self._num_pictures = 0
+        self._num_pixels = 0
+        self._channel_sum = np.zeros(channels, np.int64)  # of the pictures that are not in the sums per position
+        self._centred_products = np.zeros((channels, channels), np.int64)
+        self._shape: tuple[int, int, int] | None = None
+        self._position_sum: np.ndarray | None = None
+        self._pending_sum = np.zeros(0, np.uint16)
+        self._pending = 0
+        self._collected = np.zeros(0, np.uint8)
+        self._num_collected = 0
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Adds one picture, uint8 (H, W, C)."""
+        shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+        if not self._num_pictures:
+            self._start(shape)
+        self._num_pictures += 1
+        self._num_pixels += shape[0] * shape[1]
+        values = pixels.reshape(-1)
+        self._collect(values)
+        if shape != self._shape and self._shape is not None:
+            self._forget_positions()
+        if self._position_sum is None:
+            self._channel_sum += values.reshape(-1, self._channels).sum(0, dtype=np.int64)
+            return
+        np.add(self._pending_sum, values, out=self._pending_sum)
+        self._pending += 1
+        if self._pending == FOLD_EVERY:
+            self._fold()
+
+    def totals(self) -> Totals:
+        """The sums so far."""
+        self._fold()
+        self._multiply()
+        sums = self._channel_sum.copy()
+        if self._position_sum is not None:
+            sums += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
+        shift = CENTRE * (sums[:, None] + sums[None, :]) - CENTRE**2 * self._num_pixels
+        return Totals(
+            num_pictures=self._num_pictures,
+            num_pixels=self._num_pixels,
+            channel_sum=tuple(sums.tolist()),
+            product_sum=tuple(tuple(row) for row in (self._centred_products + shift).tolist()),
+            shape=self._shape,
+            position_sum=None if self._position_sum is None else self._position_sum.reshape(self._shape or ()).copy(),
+        )
+
+    def _collect(self, values: np.ndarray) -> None:
+        """Keeps values until there are enough for a matrix product: one for several pictures costs less each."""
+        if self._num_collected + len(values) > COLLECT_BYTES:
+            self._multiply()
+        if len(values) > COLLECT_BYTES:
+            self._centred_products += centred_products(values, self._channels)
+            return
+        if not len(self._collected):
+            self._collected = np.empty(COLLECT_BYTES, np.uint8)
+        self._collected[self._num_collected : self._num_collected + len(values)] = values
+        self._num_collected += len(values)
+
+    def _multiply(self) -> None:
+        """Adds the products of what was collected."""
+        self._centred_products += centred_products(self._collected[: self._num_collected], self._channels)
+        self._num_collected = 0
+
+    def _start(self, shape: tuple[int, int, int]) -> None:
+        self._shape = shape
+        if shape[0] * shape[1] <= MAX_POSITIONS:
+            self._position_sum = np.zeros(math.prod(shape), np.uint64)
+            self._pending_sum = np.zeros(math.prod(shape), np.uint16)
+
+    def _fold(self) -> None:
+        """Moves the pending 16-bit sums into the 64-bit ones."""
+        if self._position_sum is not None and self._pending:
+            self._position_sum += self._pending_sum
+            self._pending_sum[:] = 0
+            self._pending = 0
+
+    def _forget_positions(self) -> None:
+        """A picture of another size came: only sums over channels go on."""
+        self._fold()
+        if self._position_sum is not None:
+            self._channel_sum += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
+        self._shape = self._position_sum = None
+
+
+def summarise(totals: Totals) -> dict[str, np.ndarray]:
+    """The arrays of statistics.npz, values on 0..255.
+
+    Returns:
+        ``mean`` float64 (C,), ``covariance`` (C, C), ``eigenvalues`` (C,) descending, ``eigenvectors`` (C, C) in
+        columns, ``num_pictures``, ``num_pixels`` and, if every picture had one size, ``mean_image`` (H, W, C).
+    """
+    count = totals.num_pixels
+    mean = [Fraction(value, count) for value in totals.channel_sum]
+    covariance = np.array(
+        [
+            [float(Fraction(value, count) - mean[first] * mean[second]) for second, value in enumerate(row)]
+            for first, row in enumerate(totals.product_sum)
+        ]
+    )
+    eigenvalues, eigenvectors = eigen(covariance)
+    arrays = {
+        "mean": np.array([float(value) for value in mean]),
+        "covariance": covariance,
+        "eigenvalues": eigenvalues,
+        "eigenvectors": eigenvectors,
+        "num_pictures": np.array(totals.num_pictures, np.int64),
+        "num_pixels": np.array(count, np.int64),
+    }
+    if totals.position_sum is not None:
+        arrays["mean_image"] = totals.position_sum.astype(np.float64) / totals.num_pictures
+    return arrays
+
+
+def eigen(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (descending) and eigenvectors (columns) by Jacobi rotations.
+
+    Plain IEEE arithmetic instead of LAPACK, whose last bits depend on the CPU: statistics.npz is hashed. The component
+    of the largest magnitude of each vector is positive.
+    """
+    size = len(symmetric)
+    matrix = [[float(value) for value in row] for row in symmetric]
+    vectors = [[float(row == column) for column in range(size)] for row in range(size)]
+    for _ in range(50):  # converges quadratically; 3x3 needs about 6 sweeps
+        for first in range(size):
+            for second in range(first + 1, size):
+                _rotate(matrix, vectors, first, second)
+    order = sorted(range(size), key=lambda index: -matrix[index][index])
+    columns = []
+    for index in order:
+        column = [vectors[row][index] for row in range(size)]
+        sign = 1.0 if max(column, key=abs) >= 0 else -1.0
+        columns.append([sign * value for value in column])
+    return np.array([matrix[index][index] for index in order]), np.array(columns).T.copy()
+
+
+def _rotate(matrix: list[list[float]], vectors: list[list[float]], first: int, second: int) -> None:
+    """One Jacobi rotation that zeroes ``matrix[first][second]`` (Golub and Van Loan, section 8.5)."""
+    off = matrix[first][second]
+    if off == 0.0:
+        return
+    theta = (matrix[second][second] - matrix[first][first]) / (2.0 * off)
+    tangent = math.copysign(1.0, theta) / (abs(theta) + math.sqrt(theta * theta + 1.0))
+    cosine = 1.0 / math.sqrt(tangent * tangent + 1.0)
+    sine = tangent * cosine
+    for rows in (matrix, vectors):
+        for row in rows:
+            a, b = row[first], row[second]
+            row[first], row[second] = cosine * a - sine * b, sine * a + cosine * b
+    for column in range(len(matrix)):
+        a, b = matrix[first][column], matrix[second][column]
+        matrix[first][column], matrix[second][column] = cosine * a - sine * b, sine * a + cosine * b
+    matrix[first][second] = matrix[second][first] = 0.0
+
+
+def to_npz(arrays: dict[str, np.ndarray]) -> bytes:
+    """The arrays as an .npz file whose bytes depend on nothing else (numpy's own writer may stamp the time)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            array = io.BytesIO()
+            np.lib.format.write_array(array, np.asanyarray(arrays[name]), version=(1, 0), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), array.getvalue())
+    return buffer.getvalue()

@@ -1,0 +1,35 @@
+"""A shuffled order and a stratified split, both decided by the seed alone.
+
+The order comes from a hash written out here, not from a library's generator, so a seed means the same order for ever.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def shuffled(count: int, seed: int, purpose: str) -> np.ndarray:
+    """A permutation of ``range(count)``, (count,) int64, decided by ``seed`` and ``purpose`` alone."""
+    state = np.array([(seed * 0x9E3779B97F4A7C15 + zlib.crc32(purpose.encode())) % 2**64], np.uint64)
+    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + _mix(state)), kind="stable")
+
+
+def stratified(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
+    """Chooses about ``fraction`` of every class, at least one picture of it staying out; (N,) bool, True = chosen."""
+    order = shuffled(len(labels), seed, "stratified split")
+    rank_of = np.empty(len(labels), np.int64)
+    rank_of[order] = np.arange(len(labels))
+    by_class = np.lexsort((rank_of, labels))  # class by class, shuffled inside
+    chosen = np.zeros(len(labels), bool)
+    starts = np.flatnonzero(np.r_[True, np.diff(labels[by_class]) != 0]) if len(labels) else np.zeros(0, int)
+    for start, end in zip(starts, np.r_[starts[1:], len(labels)], strict=True):
+        chosen[by_class[start : start + min(round((end - start) * fraction), end - start - 1)]] = True
+    return chosen
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64 (Steele, Lea, Flood 2014)."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

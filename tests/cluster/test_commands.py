@@ -1,0 +1,356 @@
+"""The command line and its parts, without a cluster."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+
+from cluster import local
+from cluster.__main__ import main
+from cluster.auth import ensure_token, mode_too_wide, read_token
+from cluster.commands import full_disks
+from cluster.doctor import check_cluster
+from cluster.errors import ClusterError
+from cluster.host_checks import check_token
+from cluster.jobs import client
+from cluster.jobs import submission as jobs
+from cluster.jobs.bar import BarStream
+from cluster.jobs.client import Client, dashboard_address
+from cluster.jobs.progress import latest, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+Usage = namedtuple("Usage", "total used free")
+COMMANDS = ("up", "down", "submit", "status", "logs", "stop", "doctor")
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing answers
+
+
+@pytest.fixture(autouse=True)
+def token_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "secret" / "token"))
+    return tmp_path / "secret"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_subcommand_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  python -m cluster {command}" in text
+
+
+def test_help_needs_neither_ray_nor_torch_nor_dali():
+    code = (
+        "import sys, cluster.__main__, cluster.jobs.entry\n"
+        "heavy = {'ray', 'torch', 'nvidia', 'pipeline', 'trainer'} & {name.split('.')[0] for name in sys.modules}\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["status", "--address", NOBODY], "no Ray cluster at http://127.0.0.1:9"),
+        (["status", "--address", "ray://host:10001"], "expected the dashboard as http://HOST:PORT"),
+        (["status", "--address", "auto"], "expected the dashboard as http://HOST:PORT"),
+        (["submit"], "no command"),
+        (["submit", "--env", "X", "--", "true"], "expected NAME=VALUE"),
+        (["up", "nothing.yaml"], "nothing.yaml does not exist"),
+        (["up", "--nodes", "0"], "must be 1 or more"),
+        (["down", "--local", "cluster.yaml"], "not both"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_token_is_made_once_and_for_its_owner_only(token_folder):
+    old = os.umask(0o022)
+    try:
+        path, done = ensure_token()
+    finally:
+        os.umask(old)
+    assert "new token" in done
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    token = read_token()
+    assert re.fullmatch(r"[0-9a-f]{64}", token)
+    assert ensure_token() == (path, "") and read_token() == token
+
+
+def test_token_file_that_others_can_read_is_found_and_mended():
+    path, _ = ensure_token()
+    path.chmod(0o644)  # as Ray writes it
+    assert mode_too_wide(path) == 0o644
+    (finding,) = check_token()
+    assert finding.level == "bad" and finding.fix == f"chmod 600 {path}"
+    assert ensure_token()[1] and mode_too_wide(path) is None
+
+
+def test_empty_token_file_is_named():
+    path, _ = ensure_token()
+    path.write_text("\n")
+    with pytest.raises(ClusterError, match="is empty"):
+        Client(NOBODY)
+
+
+def test_print_shows_the_equal_ray_command(capsys):
+    command = ["python", "-m", "pipeline", "prepare", "--output", "/data/a b"]
+    assert main(["submit", "--print", "--id", "x", "--env", "A=1", "--", *command]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --submission-id x ")
+    assert line.endswith("-- exec python -m cluster.jobs.entry -- python -m pipeline prepare --output '/data/a b'")
+    words = shlex.split(line)
+    variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
+    assert variables["A"] == "1" and set(variables) <= {"A", "TWOTOWER_COMMIT"}
+
+
+def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["python", "-m", "trainer", "train", "--config", "configs/digits.toml", "--data=d", "--run", "r"]
+    here = jobs.absolute_paths(command, "http://127.0.0.1:8265")
+    assert here[5:] == ("configs/digits.toml", f"--data={tmp_path}/d", "--run", f"{tmp_path}/r")
+    with pytest.raises(ClusterError, match="absolute path"):
+        jobs.absolute_paths(command, "http://10.0.0.7:8265")
+    away = ["prepare", "--output", "s3://bucket/x", "--input", "/data"]
+    assert list(jobs.absolute_paths(away, "http://10.0.0.7:8265")) == away
+
+
+def test_job_ids_say_what_they_do_and_differ():
+    ids = {jobs.new_job_id(["python", "-m", "pipeline", "prepare", "--source", "digits"]) for _ in range(20)}
+    assert len(ids) == 20 and all(job.startswith("prepare-") for job in ids)
+
+
+def test_addresses():
+    assert dashboard_address(None) == "http://127.0.0.1:8265"
+    assert dashboard_address("head:8265") == "http://head:8265"
+    assert dashboard_address("https://head:443/") == "https://head:443"
+
+
+class BreakingClient:
+    """A log whose connection breaks after every few bytes, also in the middle of a character."""
+
+    def __init__(self, log: bytes) -> None:
+        self._log, self._length = log, 0
+        self.everything_served = threading.Event()
+
+    def follow_log_file(self, node_id, name):
+        self._length += 5
+        yield self._log[:3]
+        yield self._log[3 : self._length]
+        if self._length > len(self._log) // 2:
+            self.everything_served.set()
+        raise requests.ConnectionError("broken")
+
+    def log_file(self, node_id, name, lines=-1):
+        return self._log
+
+
+def test_log_is_shown_once_and_whole_though_the_connection_breaks(monkeypatch):
+    monkeypatch.setattr(jobs, "POLL_S", 0.001)
+    log = "zeile eins é\nzeile zwei ü\n".encode() * 4
+    client, stream = BreakingClient(log), io.BytesIO()
+    follower = jobs.LogFollower(client, "job", stream)
+    follower.start("node")
+    assert client.everything_served.wait(30)
+    follower.finish("node")
+    assert stream.getvalue() == log
+
+
+@pytest.mark.parametrize(
+    ("job", "outcome", "code"),
+    [
+        ({"status": "STOPPED"}, "stopped", 137),
+        ({"status": "FAILED", "driver_exit_code": -9, "message": "x"}, "killed", 137),
+        ({"status": "FAILED", "driver_exit_code": 3, "message": "x"}, "failed", 3),
+        ({"status": "FAILED", "driver_exit_code": None, "message": "The node died"}, "lost", 70),
+    ],
+)
+def test_ending_without_a_result_file(job, outcome, code):
+    class NoResult:
+        def result(self, job):
+            return None
+
+    end = jobs.ending(NoResult(), job)
+    assert (end.outcome, end.exit_code) == (outcome, code)
+
+
+Server = namedtuple("Server", "address handler")
+
+
+@contextlib.contextmanager
+def serving(answer):
+    """A server on loopback; `answer(handler)` gives the body of every GET, and the handler's class takes settings."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = answer(self)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Server(f"http://127.0.0.1:{server.server_port}", Handler)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def open_dashboard():
+    """A dashboard that asks nobody for a token."""
+    with serving(lambda h: json.dumps([] if "jobs" in h.path else {"ray_version": h.ray_version}).encode()) as server:
+        server.handler.ray_version = "2.40.0"
+        yield server
+
+
+def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard):
+    findings = list(check_cluster(open_dashboard.address))
+    assert [finding.level for finding in findings[:2]] == ["bad", "bad"]
+    assert "RAY_AUTH_MODE=token" in findings[0].fix and "2.40.0" in findings[1].seen
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("2.40.0", "runs Ray 2.40.0, which has known remote holes"), ("2.999.0", "install the same version on both")],
+)
+def test_submit_refuses_another_ray(open_dashboard, capsys, version, words):
+    open_dashboard.handler.ray_version = version
+    assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "body"),
+    [
+        (["submit", "--", "true"], b"<html>a page</html>"),
+        (["submit", "--", "true"], b'{"status": "ok"}'),
+        (["status"], b"<html>a page</html>"),
+    ],
+)
+def test_another_program_at_the_address_is_one_line(words, body, capsys):
+    with serving(lambda handler: body) as server:
+        assert main([words[0], "--address", server.address, *words[1:]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "is not a Ray dashboard" in lines[0]
+
+
+def test_a_server_that_never_answers_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert main(["status", "--address", f"127.0.0.1:{silent.getsockname()[1]}"]) == 2
+    assert "(no answer in time)" in capsys.readouterr().err
+
+
+def test_contact_that_is_lost_ends_the_wait(monkeypatch):
+    """A cluster that goes away while a job is followed; nothing answers at its address any more."""
+    monkeypatch.setattr(jobs, "LOST_CONTACT_S", 0.1)
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    with pytest.raises(ClusterError, match="lost contact with the cluster while waiting for job-7: no Ray cluster at"):
+        jobs.wait(Client(NOBODY), "job-7", None)
+
+
+def test_local_folder_too_long_for_sockets(tmp_path):
+    with pytest.raises(ClusterError, match="40 characters"):
+        local.up(local.LocalOptions(tmp_path / ("x" * 41)))
+
+
+def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path):
+    ours = local.LocalNode(os.getpid(), started=1, head=True)
+    local.save(tmp_path, local.LocalCluster(NOBODY, "127.0.0.1:1", (ours,)))
+    assert local.load(tmp_path) is None
+    local.stop_node(ours)  # must not end this very process
+    assert local.down(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "done", "total", "rate", "left"),
+    [
+        ("prepared 239 / 1,797 pictures, 48 images/s, 33 s left", 239, 1797, 48.0, "33 s"),
+        ("(RayTrainWorker pid=7) step 55/88  epoch 3  loss 1.7552  921 images/s", 55, 88, 921.0, ""),
+        ("epoch 2/4: top-1 0.5222, top-5 0.9389 on 360 held-out pictures, 1,742.5 images/s", 2, 4, 1742.5, ""),
+        ("shards 3/12", 3, 12, None, ""),
+    ],
+)
+def test_progress_lines(line, done, total, rate, left):
+    progress = parse(line)
+    assert (progress.done, progress.total, progress.images_per_s, progress.left) == (done, total, rate, left)
+
+
+@pytest.mark.parametrize(
+    "line", ["data set: /data/1/2 (7710be)", "finished at step 88: /runs/1", "", "2026/11/22 10:00"]
+)
+def test_other_lines_are_no_progress(line):
+    assert parse(line) is None
+
+
+def test_latest_progress_prefers_a_line_with_a_rate():
+    assert latest("step 1/4 10 images/s\nstep 2/4 10 images/s\ndone 4/4\n").done == 2
+    assert latest("shards 1/4\nshards 2/4\n").done == 2
+    assert latest("nothing here\n") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        ("python -m pipeline prepare --output /data/train", "prepare"),
+        ("python -m cluster.training.ray_train --towers 2 -- python -m trainer train --run /r", "train"),
+        ("/usr/bin/sleep 3", "sleep"),
+        ("python -c pass", "job"),
+    ],
+)
+def test_stage_of_a_command(command, stage):
+    assert jobs.stage_of(command.split()) == stage
+
+
+def test_bar_replaces_progress_lines_and_passes_all_others():
+    terminal = io.BytesIO()
+    stream = BarStream(terminal)
+    log = b"begin\nprepared 2 / 8 pictures, 48 images/s, 33 s left\nwarning\nprepared 8 / 8 pictures, 50 images/s\nend"
+    for start in range(0, len(log), 5):  # pieces that end anywhere
+        stream.write(log[start : start + 5])
+    stream.close()
+    shown = terminal.getvalue().decode()
+    assert "prepared" not in shown
+    assert "25%  2/8  48 images/s  33 s left" in shown and "100%  8/8" in shown
+    plain = [line.rpartition("\x1b[K")[2] for line in shown.split("\n")]
+    assert plain[:2] == ["begin", "warning"] and plain[-2:] == ["end", ""]
+
+
+def test_full_disks_of_living_nodes():
+    def node(ip, percent, state="ALIVE", head=False):
+        return {"ip": ip, "disk": {"/": {"percent": percent}}, "raylet": {"state": state, "isHeadNode": head}}
+
+    nodes = [node("a", 96.0, head=True), node("b", 94.9), node("c", 99.0, state="DEAD"), node("d", 100.0), {"ip": "e"}]
+    assert full_disks(nodes) == [("a", True, "/", 96.0), ("d", False, "/", 100.0)]
+
+
+def test_up_on_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda place: Usage(100 << 30, 99 << 30, 5 << 20))
+    assert main(["up", "--local", "--folder", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and "5 MiB free, and Ray needs 1 GiB" in lines[-1]

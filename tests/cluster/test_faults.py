@@ -1,0 +1,286 @@
+"""The real commands on a cluster of two nodes: equal to direct runs, also when workers and nodes are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from cluster import local
+from cluster.training.gauges import latest_step
+from tests.helpers.digits_jobs import (
+    PREPARE,
+    STEPS,
+    final_weights,
+    manifest,
+    prepare_directly,
+    train_command,
+    train_directly,
+)
+from tests.helpers.local_cluster import Machine, started, wait_until
+from tests.helpers.small_disk import remount, small_disk
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """A head with one CPU, where no pair of towers fits, and two nodes for them."""
+    with started(cpus=1, nodes=1) as machine:
+        for _ in range(2):
+            add_node(machine)
+        yield machine
+
+
+def add_node(machine: Machine) -> None:
+    options = local.LocalOptions(machine.options.folder, num_cpus=2)
+    before = machine.cluster
+    environment = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    os.environ["RAY_AUTH_TOKEN_PATH"] = machine.environment["RAY_AUTH_TOKEN_PATH"]
+    try:
+        cluster = local.add_node(options, before, len(before.nodes))
+        local.wait_for_nodes(options, cluster, len(living(cluster)))
+    finally:
+        os.environ.pop("RAY_AUTH_TOKEN_PATH")
+        if environment is not None:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = environment
+
+
+def living(cluster: local.LocalCluster) -> list[local.LocalNode]:
+    return [node for node in cluster.nodes if local.is_alive(node)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The data set of a direct run."""
+    return prepare_directly(tmp_path_factory.mktemp("direct") / "digits")
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory):
+    """The final weights of a direct run with two processes."""
+    return final_weights(train_directly(data, tmp_path_factory.mktemp("direct") / "run"))
+
+
+def towers_of(run: Path) -> dict[int, int]:
+    """The process ids of a run's towers, by rank."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
+            if b"trainer" not in words or str(run).encode() not in words:
+                continue
+            variables = dict(entry.partition(b"=")[::2] for entry in (process / "environ").read_bytes().split(b"\0"))
+        except OSError:  # it ended while we looked
+            continue
+        if b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(process.name)
+    return found
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_prepare_equals_a_direct_run(machine, data, tmp_path):
+    command = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
+    done = machine.run("submit", "--id", "digits", "--", *command, expect=0)
+    assert "1,797 pictures" in done.stdout
+    assert manifest(tmp_path / "d") == manifest(data)
+    result = json.loads((machine.logs / "job-result-digits.json").read_text())
+    assert (result["outcome"], result["exit_code"]) == ("succeeded", 0) and result["elapsed_s"] > 0
+
+
+def test_a_full_disk_is_one_line_and_is_continued(machine, data, tmp_path):
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        words = ("submit", "--", "python", *PREPARE, "--shard-size", "128", "--output", str(disk / "digits"))
+        done = machine.run(*words)
+        assert done.returncode == 2
+        errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in done.stdout
+        remount(disk, "size=30m")
+        machine.run(*words, expect=0)
+        assert manifest(disk / "digits") == manifest(data)
+
+
+def test_prepare_survives_a_killed_node(machine, tmp_path):
+    options = ("--shard-size", "4")
+    prepare_directly(tmp_path / "direct", *options)
+    output = tmp_path / "d"
+    job = machine.submit("python", *PREPARE, *options, "--output", str(output), "--address", "auto")
+    wait_until(lambda: len(list(output.glob("train/*.tar"))) >= 20, "a few shards")
+    wait_until(lambda: f'run="{output.name}",stage="prepare"' in metrics(machine), "the run's gauges")
+    assert not (output / "manifest.json").exists(), "the node must be killed in the middle"
+    local.stop_node(living(machine.cluster)[-1], kill=True)
+    assert machine.run("logs", "--follow", job).returncode == 0
+    assert manifest(output) == manifest(tmp_path / "direct")
+    add_node(machine)
+
+
+def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    os.kill(towers_of(run)[0], signal.SIGKILL)
+    wait_until(lambda: "restart: " in machine.run("logs", job).stdout and len(towers_of(run)) == 2, "the restart")
+    worker = parent_of(towers_of(run)[1])
+    os.kill(worker, signal.SIGKILL)
+    wait_until(
+        lambda: len(towers_of(run)) == 2 and worker not in map(parent_of, towers_of(run).values()), "the next restart"
+    )
+    host = os.getsid(towers_of(run)[0])
+    nodes = [node for node in living(machine.cluster) if node.pid == host]
+    assert nodes and not nodes[0].head, "towers must not fit on the head"
+    local.stop_node(nodes[0], kill=True)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("restart: going on from the last checkpoint") == 3
+    assert final_weights(run) == weights
+    add_node(machine)
+
+
+def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_path):
+    """Each pair in one bundle, the pairs on different nodes; a killed tower of the second pair brings all four back."""
+    run, direct = tmp_path / "run", train_directly(data, tmp_path / "direct", "--replicas", "2")
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint")
+    towers = towers_of(run)
+    nodes = [os.getsid(towers[rank]) for rank in range(4)]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    os.kill(towers[3], signal.SIGKILL)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("restart: going on from the last checkpoint") == 1
+    assert "2 replicas of two processes" in done.stdout
+    assert final_weights(run) == final_weights(direct)
+
+
+def test_an_elastic_run_goes_on_with_fewer_replicas(machine, data, tmp_path):
+    """Two pairs; a node is killed and not replaced: one pair goes on from the checkpoint, with the same batches."""
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "1:2"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
+    host = os.getsid(towers_of(run)[3])
+    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    done = machine.run("logs", "--follow", job)
+    add_node(machine)
+    assert done.returncode == 0, done.stdout
+    assert "2 replicas of two processes" in done.stdout
+    again = done.stdout.partition("restart: going on from the last checkpoint")[2]
+    assert "replicas of two processes" not in again and "two processes, one a tower, cpu, from step" in again
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 2)
+
+
+def test_an_elastic_run_grows_back(machine, data, tmp_path):
+    """Two pairs, then one after a lost node, then two again when a node joins; growing costs not one step."""
+    run = tmp_path / "run"
+    options = ("--towers", "2", "--replicas", "1:2", "--resize-every", "1", "--max-failures", "1")
+    job = machine.submit(*train_command(data, run), options=options)
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
+    restarts = machine.run("logs", job).stdout.count("restart: ")  # it may have begun with one pair, and grown
+    host = os.getsid(towers_of(run)[3])
+    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    wait_until(lambda: machine.run("logs", job).stdout.count("restart: ") > restarts, "the restart")
+    step = last_step(run)
+    wait_until(lambda: last_step(run) > step, "a step of one pair")
+    alone = towers_of(run)
+    assert sorted(alone) == [0, 1]
+    for pid in alone.values():
+        os.kill(pid, signal.SIGSTOP)  # so that the run is not over before the node has come
+    add_node(machine)
+    wait_until(lambda: list(tmp_path.glob(".run.ray/*/resize")), "Ray Train's look for room")
+    for pid in alone.values():
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: len(towers_of(run)) == 4, "two pairs again")
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    _, _, grown = done.stdout.rpartition("the cluster holds another number of pairs: saving")
+    saved = int(grown.partition("stopped at step ")[2].split(":")[0])
+    again = grown.partition("restart: going on from the last checkpoint")[2]
+    assert "2 replicas of two processes" in again and f"from step {saved}" in again, "not one step may be lost"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 4)
+
+
+def last_step(run: Path) -> int:
+    return int((latest_step(run / "metrics.jsonl") or {"step": 0})["step"])
+
+
+def node_id_of(node: local.LocalNode) -> str:
+    """Ray's id of a node, from the command line of its raylet."""
+    for pid in local.session_members(node.pid):
+        for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+            if word.startswith("--node_id="):
+                return word.partition("=")[2]
+    raise AssertionError(f"no raylet in session {node.pid}")
+
+
+def metrics(machine: Machine) -> str:
+    """What Prometheus would read from all nodes."""
+    token = Path(machine.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    address, headers = machine.cluster.address, {"Authorization": f"Bearer {token}"}
+    nodes = requests.get(f"{address}/nodes?view=summary", headers=headers, timeout=30).json()["data"]["summary"]
+    alive = [node for node in nodes if node["raylet"]["state"] == "ALIVE"]
+    urls = [f"http://{node['ip']}:{node['raylet']['metricsExportPort']}/metrics" for node in alive]
+    return "".join(requests.get(url, timeout=30).text for url in urls)
+
+
+def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2", "--max-failures", "0"))
+    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
+    towers = towers_of(run).values()
+    host = os.getsid(towers_of(run)[0])
+    for tower in towers:  # gauges take ten seconds to be exported; the run would be over
+        os.kill(tower, signal.SIGSTOP)
+    wait_until(lambda: f'run="{run.name}"' in metrics(machine), "the run's gauges")
+    assert "ray_twotower_images_per_s{" in metrics(machine)
+    node = next(node for node in living(machine.cluster) if node.pid == host)
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
+    drain += ["--node-id", node_id_of(node), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    drain += ["--reason-message", "a test", "--deadline-remaining-seconds", "120"]
+    environment = {**machine.environment, "RAY_AUTH_MODE": "token"}
+    subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=120)
+    wait_until(lambda: "this node is going away: saving" in machine.run("logs", job).stdout, "the notice")
+    for tower in towers:
+        os.kill(tower, signal.SIGCONT)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0, done.stdout
+    saved = int(done.stdout.partition("stopped at step ")[2].split(":")[0])
+    assert f"from step {saved}" in done.stdout, "not one step may be lost"
+    assert final_weights(run) == weights
+    local.stop_node(node)
+    add_node(machine)
+
+
+def test_stop_saves_and_resume_goes_on(machine, data, weights, tmp_path):
+    run = tmp_path / "run"
+    job = machine.submit(*train_command(data, run), options=("--towers", "2"))
+    wait_until(lambda: has_checkpoint(run), "a checkpoint")
+    machine.run("stop", job, expect=0)
+    assert machine.status(job)["state"] == "stopped"
+    result = json.loads((run / "result.json").read_text())
+    assert result["exit_reason"] == "stopped" and 0 < result["step"] < STEPS
+    assert (run / "checkpoints" / f"step-{result['step']:08d}" / "checkpoint.json").is_file()
+    assert not towers_of(run)
+    again = machine.run("submit", "--towers", "2", "--", *train_command(data, run), expect=2)
+    assert "holds a run" in again.stdout, "an accidental reuse must be refused"
+    assert json.loads((run / "result.json").read_text())["step"] == result["step"]
+    machine.run("submit", "--towers", "2", "--", *train_command(data, run), "--resume", "auto", expect=0)
+    assert final_weights(run) == weights
+
+
+def test_missing_resources_are_one_line(machine, data, tmp_path):
+    options = ("--towers", "2", "--cpus-per-pair", "64", "--wait", "0")
+    done = machine.run("submit", *options, "--", *train_command(data, tmp_path / "run"), expect=2)
+    assert "error: missing resources: the towers need 1 x 64 CPUs" in done.stdout
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,85 @@
+"""Jobs on a real Ray cluster of this machine, with token authentication; the CLI runs as its users run it."""
+
+import json
+import stat
+
+import pytest
+import requests
+
+from tests.helpers.cutting_proxy import cutting_proxy
+from tests.helpers.local_cluster import Machine, started, wait_until
+
+
+@pytest.fixture(scope="module")
+def machine():
+    with started(cpus=2) as machine:
+        yield machine
+
+
+def test_token_file_is_private_and_the_dashboard_asks_for_it(machine):
+    assert stat.S_IMODE((machine.folder / "token").stat().st_mode) == 0o600
+    jobs = f"{machine.cluster.address}/api/jobs/"
+    assert machine.cluster.address.startswith("http://127.0.0.1:")
+    assert requests.get(jobs, timeout=20).status_code == 401
+    assert requests.get(jobs, timeout=20, headers={"Authorization": "Bearer wrong"}).status_code == 403
+    nowhere = {"RAY_AUTH_TOKEN_PATH": str(machine.folder / "no-such-token")}
+    stranger = Machine(machine.folder, machine.options, machine.environment | nowhere)
+    assert "asks for a token" in stranger.run("status", expect=2).stderr
+
+
+def test_submit_shows_the_whole_log_and_exits_with_the_true_code(machine):
+    code = "import os, sys, time\nfor i in range(12): print('line', i, flush=True); time.sleep(0.05)\n"
+    code += "import pipeline; print(os.path.dirname(pipeline.__file__)); sys.exit(7)"
+    done = machine.run("submit", "--id", "seven", "--", "python", "-c", code)
+    assert done.returncode == 7
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("line ")] == [f"line {i}" for i in range(12)]
+    assert "runtime_resources/working_dir_files" in lines[-1], "the job must run the tree that was sent"
+    assert "job seven failed: exit code 7" in done.stderr
+    result = json.loads((machine.logs / "job-result-seven.json").read_text())
+    assert (result["outcome"], result["exit_code"], result["signal"]) == ("failed", 7, None)
+    again = machine.run("submit", "--id", "seven", "--", "true")
+    assert again.returncode == 2 and "was used before" in again.stderr
+
+
+def test_log_is_whole_and_the_code_true_though_connections_are_cut(machine):
+    code = "import sys, time\nfor i in range(200): print('line', i, flush=True); time.sleep(0.01)\nsys.exit(7)"
+    with cutting_proxy(machine.cluster.address) as proxy:
+        done = machine.run("submit", "--address", proxy.address, "--", "python", "-c", code, expect=7)
+    assert proxy.cuts >= 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("line ")]
+    assert lines == [f"line {number}" for number in range(200)]
+
+
+def test_killed_is_told_apart_from_failed(machine):
+    done = machine.run("submit", "--id", "killed", "--", "bash", "-c", "kill -9 $$")
+    assert done.returncode == 137
+    assert "killed by SIGKILL" in done.stderr
+    assert machine.status("killed")["state"] == "killed"
+
+
+def test_stop_lets_the_command_save_and_reports_stopped(machine):
+    saved = machine.folder / "saved"
+    code = "import signal, sys, time\ndef save(*_):\n    time.sleep(4)\n"  # longer than Ray's default of 3 s
+    code += f"    open({str(saved)!r}, 'w').close()\n    sys.exit(0)\n"
+    code += "signal.signal(signal.SIGTERM, save)\n"
+    code += "print('prepared 239 / 1,797 pictures, 48 images/s, 33 s left\\nready', flush=True); time.sleep(600)"
+    job = machine.submit("python", "-c", code)
+    wait_until(lambda: "ready\n" in machine.run("logs", job).stdout, "the command runs")
+    row = machine.status(job)
+    assert (row["state"], row["stage"], row["exit_code"]) == ("running", "job", None)
+    assert (row["done"], row["total"], row["images_per_s"], row["left"]) == (239, 1797, 48.0, "33 s")
+    assert "239/1797  48        33 s" in machine.run("status", expect=0).stdout
+    stopped = machine.run("stop", job)
+    assert stopped.returncode == 0 and "stopped: exit code 0" in stopped.stderr
+    assert saved.exists()
+    assert machine.status(job)["state"] == "stopped"
+
+
+def test_token_is_in_no_log(machine):
+    token = (machine.folder / "token").read_bytes()
+    logs = [path for path in (machine.folder / "c").rglob("*") if path.is_file()]
+    assert any(path.name.startswith("job-driver-") for path in logs)
+    assert not [path for path in logs if token in path.read_bytes()]
+    shown = machine.run("doctor")
+    assert shown.returncode == 0 and token.decode() not in shown.stdout + shown.stderr

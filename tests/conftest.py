@@ -1,0 +1,57 @@
+"""Fixtures that several rooms use: the real digits, and an input folder with the data set made from it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import preparing
+from tests.helpers.training_commands import run, train_words
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of the 1,797 digits at 32 px."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    run(
+        "pipeline",
+        "prepare",
+        "--source",
+        "digits",
+        "--resize",
+        32,
+        "--shard-size",
+        128,
+        "--workers",
+        1,
+        "--output",
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process."""
+    folder = tmp_path_factory.mktemp("serial") / "run"
+    run(*train_words(digits, folder, "--processes", 1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 small PNGs in three classes."""
+    return preparing.make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def arguments(pictures: Path) -> tuple[object, ...]:
+    """prepare's arguments for them, but for --output and --workers: six shards of train, one of val."""
+    return ("prepare", "--source", "folder", "--input", pictures, "--shard-size", 9, *preparing.KEEP)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(arguments: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set that one worker makes when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "data"
+    preparing.run(*arguments, "--workers", 1, "--output", folder)
+    return folder

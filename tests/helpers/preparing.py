@@ -1,0 +1,71 @@
+"""Real ``prepare`` processes for tests."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.preparation import faults
+
+ROOT = Path(__file__).resolve().parents[2]
+KEEP = ("--resize", "none", "--encoding", "png")  # no torch in the workers, so they start quickly
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of a pipeline command."""
+    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    """The environment for it; ``fault`` as pipeline.preparation.faults describes."""
+    kept = {name: value for name, value in os.environ.items() if name not in (faults.VARIABLE, "RAY_ADDRESS")}
+    return kept | ({faults.VARIABLE: fault} if fault else {})
+
+
+def run(*arguments: object, fault: str = "", expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs a pipeline command to its end and checks its exit code."""
+    done = subprocess.run(
+        command(*arguments), env=environment(fault), cwd=cwd, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == expect, f"exit {done.returncode} instead of {expect}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(*arguments: object, fault: str = "") -> subprocess.Popen[str]:
+    """Starts a pipeline command in its own process group."""
+    return subprocess.Popen(
+        command(*arguments),
+        env=environment(fault),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_listen_to_ctrl_c,
+    )
+
+
+def _listen_to_ctrl_c() -> None:
+    """A test run in the background of a shell ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a data set, by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def make_pictures(folder: Path, count: int = 60, side: int = 24) -> Path:
+    """Class folders of small PNGs, each a picture of its own."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("ant", "bee", "cat")[number % 3] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3)).astype(np.uint8)).save(path)
+    return folder

@@ -1,0 +1,288 @@
+"""What the two towers do in the tests of this folder; module-level, so that both processes find it by name."""
+
+import collections
+import dataclasses
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.loader.share import BatchShare
+from trainer.config import Config, load_config
+from trainer.errors import PeerError
+from trainer.model.alexnet import TOWERS, Convolution, DropoutDraws, FullyConnected, LocalJoin, Summing, TwoTowerNet
+from trainer.parallel.crossing import WIRES, Crossing, Link, PairJoin
+from trainer.parallel.mesh import Mesh, Place
+from trainer.parallel.status import Notes, agree
+from trainer.training.optimizer import PaperSGD
+from trainer.training.step import StepGradients
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SEED = 5
+
+
+def recipe(name: str) -> Config:
+    """A recipe of the project with livelier weights, so that gradients are far from zero everywhere."""
+    std = "model.init_std=[0.02, 0.03, 0.03, 0.03, 0.03, 0.012, 0.018, 0.02]"
+    return load_config(CONFIGS / f"{name}.toml", [std] if name == "paper" else [])
+
+
+def a_batch(config: Config, step: int, size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, C, S, S) on the scale of mean-subtracted pixels, labels (N,)."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (size, config.model.channels, config.model.image_px, config.model.image_px)
+    images = torch.randn(shape, generator=generator) * (1.0 if config.data.scale == "std" else 60.0)
+    labels = torch.randint(config.model.classes, (size,), generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+class CallCounter(TorchDispatchMode):
+    """Sees every c10d call below the project's own code: name, peers, bytes. Knows nothing of the ledger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            name = func._schema.name.split("::")[1]
+            self.calls[name, sum(t.nbytes for t in tensors if isinstance(t, Tensor))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class HalvesJoin(LocalJoin):
+    """Both towers here; a layer adds up the halves as a tower beside another process does: its own first.
+
+    The same numbers in another order round differently, and this net's ReLU and pooling make a millionth into a
+    thousandth in five steps. Plain operations: their gradients are autograd's own.
+
+    Args:
+        wire: dtype in which the other's half, and its gradient, would have travelled.
+    """
+
+    def __init__(self, wire: torch.dtype | None = None) -> None:
+        self._wire = wire
+
+    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
+        """See :class:`trainer.model.alexnet.Join`."""
+        return [self._sums(module, halves, own) for own, module in enumerate(modules)]
+
+    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
+        """See :class:`trainer.model.alexnet.Join`."""
+        return self._sums(modules[0], halves, 0)
+
+    def _sums(self, module: Summing, halves: Sequence[Tensor], own: int) -> Tensor:
+        """The own half's part and the bias, then the other half's."""
+        parts = module.weight.chunk(2, dim=1)
+        theirs = halves[1 - own]
+        theirs = theirs.to(self._wire).to(theirs.dtype) if self._wire else theirs
+        if isinstance(module, FullyConnected):
+            sums = functional.linear(halves[own], parts[own], module.bias)
+            return torch.addmm(sums, theirs, parts[1 - own].t())
+        assert isinstance(module, Convolution)
+        zeros = torch.zeros_like(module.bias)
+        sums = module.convolve(halves[own], parts[own], module.bias)
+        return sums + module.convolve(theirs, parts[1 - own], zeros)
+
+
+def make_net(config: Config, link: Link | None, *, joined: bool = False) -> TwoTowerNet:
+    """One tower of two, or both side by side; in the memory format of the trainer.
+
+    Args:
+        config: the recipe.
+        link: to the other tower, or None for both here.
+        joined: both here as in training: each layer sees the halves as one.
+    """
+    held = TOWERS if link is None else (link.tower,)
+    join = PairJoin(link) if link else LocalJoin() if joined else HalvesJoin()
+    net = TwoTowerNet(config.model, held=held, join=join, seed=SEED)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -> dict[str, Any]:
+    """Loss and gradients of the first step, weights after the last; ``{tower.layer: tensor}``."""
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    facts: dict[str, Any] = {"losses": []}
+    for step in range(steps):
+        images, labels = a_batch(config, step, batch_size)
+        optimizer.zero_grad()
+        loss = net.loss(images, labels, DropoutDraws(SEED, step))
+        loss.backward()
+        facts["losses"].append(loss.item())
+        if step == 0:
+            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return facts
+
+
+def train_tower(link: Link, name: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """:func:`train_steps` on one tower of two."""
+    config = recipe(name)
+    return train_steps(make_net(config, link), config, batch_size, steps)
+
+
+def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """:func:`train_steps` with both towers here."""
+    config = recipe(name)
+    torch.set_num_threads(1)
+    return train_steps(make_net(config, None), config, batch_size, steps)
+
+
+def train_rows(
+    mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """:func:`train_steps` with the trainer's own step, on this replica's rows of the same batches."""
+    torch.set_num_threads(1)
+    config = recipe(name)
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
+    place = mesh.place if mesh else Place(0, 2)
+    joined = name != "paper" or dtype == torch.float64  # in fp32 only the same order of addition: see HalvesJoin
+    net = make_net(config, mesh.link if mesh else None, joined=joined).to(dtype)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    gradients = StepGradients(net, train, mesh=mesh)
+    rows = BatchShare(place.replica, place.replicas).rows(batch_size)
+    facts: dict[str, Any] = {"losses": []}
+    for step in range(steps):
+        images, labels = a_batch(config, step, batch_size)
+        loss = gradients(images[rows].to(dtype), labels[rows], step)
+        norms = dict.fromkeys(net.held, 1.0)
+        facts["losses"].append(agree(mesh, Notes(1, True, False, 0, norms, loss), "a test").loss)
+        if step == 0:
+            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return facts | {"velocities": {name: optimizer.velocity(p).clone() for name, p in net.named_parameters()}}
+
+
+def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) -> dict[str, Any]:
+    """Every c10d call of one training step of a replica, as the dispatcher sees it, and the ledger beside it."""
+    config = recipe(name)
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate)
+    net = make_net(config, mesh.link)
+    gradients = StepGradients(net, train, mesh=mesh)
+    images, labels = a_batch(config, 0, batch_size)
+    rows = BatchShare(mesh.place.replica, mesh.place.replicas).rows(batch_size)
+    mesh.link.ledger.clear()
+    with CallCounter() as counter:
+        gradients(images[rows], labels[rows], 0)
+    ledger = [row.to_dict() for row in mesh.link.ledger.rows()]
+    return {"calls": counter.calls, "ledger": ledger, "parameters": sum(p.numel() for p in net.parameters())}
+
+
+def disagree(mesh: Mesh, what: str) -> str:
+    """The last rank (of the batch: the last replica) tells something else than the others; what each is told."""
+    odd = mesh.place.replica == mesh.place.replicas - 1 and (mesh.place.tower == "b" or what == "batch")
+    notes = Notes(
+        fingerprint=2 if odd and what == "batch" else 1,
+        finite=not (odd and what == "finite"),
+        stop=odd and what == "stop",
+        plateaus=3 if odd and what == "plateaus" else 1,
+        norms={mesh.place.tower: 2.0 if odd and what == "gradients" else 1.0},
+        loss=float(mesh.place.replica),
+    )
+    try:
+        verdict = agree(mesh, notes, "step 7")
+    except PeerError as error:
+        return str(error)
+    return f"finite {verdict.finite}, stop {verdict.stop}, plateaus {verdict.plateaus}"
+
+
+def replica_facts(mesh: Mesh) -> dict[str, Any]:
+    """All that the tests of replicas look at, in one start of four processes."""
+    cases = ("finite", "stop", "plateaus", "gradients", "batch")
+    return {
+        "trained": {pieces: train_rows(mesh, "digits", 16, 5, pieces) for pieces in (1, 2)},
+        "counted": {pieces: count_replica_step(mesh, "digits", 8, pieces) for pieces in (1, 2)},
+        "told": {what: disagree(mesh, what) for what in cases},
+    }
+
+
+def count_one_step(link: Link, name: str, batch_size: int) -> dict[str, Any]:
+    """Every c10d call of one training step, as the dispatcher sees it, and the ledger beside it."""
+    config = recipe(name)
+    net = make_net(config, link)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    images, labels = a_batch(config, 0, batch_size)
+    link.ledger.clear()
+    with CallCounter() as forward:
+        loss = net.loss(images, labels, DropoutDraws(SEED, 0))
+    with CallCounter() as backward:
+        loss.backward()
+    with CallCounter() as rest:
+        link.control([1, 2, 3])
+        optimizer.step()
+    ledger = [row.to_dict() for row in link.ledger.rows()]
+    return {"forward": forward.calls, "backward": backward.calls, "rest": rest.calls, "ledger": ledger}
+
+
+PRODUCTS = ("convolution", "convolution_backward", "addmm", "addmm_", "mm")
+
+
+class EventLog(TorchDispatchMode):
+    """Messages, matrix products and convolutions in their order, as the dispatcher sees them; the link's waits between.
+
+    Attributes:
+        events: ``send 512``, ``recv_ 512`` (bytes), ``wait conv3 forward``, names of operations.
+    """
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        inner = link.wait
+
+        def wait(crossing: Crossing) -> Tensor:
+            self.events.append(f"wait {crossing.name}")
+            return inner(crossing)
+
+        link.wait = wait  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "c10d":
+            self.events.append(f"{name} {args[0][0].nbytes}")
+        elif name in PRODUCTS:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def events_of_one_step(link: Link, batch_size: int) -> tuple[list[str], list[str]]:
+    """Of the digits' net: forward, backward."""
+    config = recipe("digits")
+    net = make_net(config, link)
+    images, labels = a_batch(config, 0, batch_size)
+    with EventLog(link) as forward:
+        loss = net.loss(images, labels, DropoutDraws(SEED, 0))
+    del link.wait  # the class's own again
+    with EventLog(link) as backward:
+        loss.backward()
+    del link.wait
+    return forward.events, backward.events
+
+
+def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """Loss and gradients of one step of the digits' net as the trainer takes it: one tower of two, or both here."""
+    torch.set_num_threads(1)
+    config = load_config(CONFIGS / "digits.toml", [*overrides, f"train.batch_size={batch_size}"])
+    net, wire = make_net(config, link), WIRES[config.train.wire]
+    if link:
+        link.wire_dtype = wire
+    else:
+        net.join = HalvesJoin(wire)
+    mesh = cast(Mesh, types.SimpleNamespace(place=Place(TOWERS.index(link.tower), 2), replicas=None)) if link else None
+    loss = StepGradients(net, config.train, mesh=mesh)(*a_batch(config, 0, batch_size), 0)
+    return {"loss": loss} | {key: parameter.grad for key, parameter in net.named_parameters()}
+
+
+def overlap_facts(link: Link, variants: Sequence[Sequence[str]], batch_size: int) -> dict[str, Any]:
+    """All that the tests of overlapped crossings look at, in one start of two processes."""
+    return {
+        "events": events_of_one_step(link, batch_size),
+        "gradients": [first_gradients(link, overrides, batch_size) for overrides in variants],
+    }

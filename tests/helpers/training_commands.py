@@ -1,0 +1,37 @@
+"""Runs the project's commands as a user does: real processes, exit codes, output."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "digits.toml"
+SMALL = ("train.epochs=1", "train.batch_size=128", "train.checkpoint_every_steps=4", "train.keep_checkpoints=9")
+
+
+def command(*words: object) -> list[str]:
+    """``python -m words...``"""
+    return [sys.executable, "-m", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: the same arithmetic whatever the machine."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(*words: object, code: int = 0, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end and checks its exit code."""
+    done = subprocess.run(
+        command(*words), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train_words(data: Path, folder: Path, *more: object, overrides: tuple[str, ...] = ()) -> list[object]:
+    """``trainer train`` on a small piece of work: 11 steps, checkpoints at 4, 8 and 11."""
+    words: list[object] = ["trainer", "train", "--config", CONFIG, "--data", data, "--run", folder]
+    for override in (*SMALL, *overrides):
+        words += ["--set", override]
+    return words + list(more)

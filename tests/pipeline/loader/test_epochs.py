@@ -1,0 +1,275 @@
+"""Epochs, replicas, resuming, exact counts, and refusals."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError, DatasetError
+from pipeline.loader.batch import Batch
+from pipeline.loader.batches import EvaluationLoader, TrainingLoader
+from pipeline.loader.config import LoaderConfig
+from pipeline.manifest import MANIFEST_NAME, read_manifest
+from tests.helpers.loader_data_set import make_data_set
+
+CONFIG = LoaderConfig(crop_px=12, colour="deviation", mean="pixel", shuffle_buffer=9, threads=1)
+NUM_TRAIN = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data_set(
+        tmp_path_factory.mktemp("epochs"), encoding="png", size=(16, 16), train=NUM_TRAIN, val=7, shard_size=5
+    )
+
+
+def open_training(data: Path, **arguments: Any) -> TrainingLoader:
+    return TrainingLoader(data, arguments.pop("config", CONFIG), **{"batch_size": 4, "seed": 1, **arguments})
+
+
+def read(loader: TrainingLoader, epochs: int) -> list[list[str]]:
+    """Keys of each epoch."""
+    return [[key for _ in range(loader.steps_per_epoch) for key in loader.next().keys] for _ in range(epochs)]
+
+
+def identity(batch: Batch) -> tuple[Any, ...]:
+    return (
+        batch.epoch, batch.position, batch.keys, batch.draws.tobytes(), batch.fingerprint, batch.labels.tolist(),
+        batch.images.numpy().tobytes(),
+    )  # fmt: skip
+
+
+def test_every_key_once_an_epoch_in_another_order_and_the_same_on_both_towers(data: Path) -> None:
+    epochs = read(open_training(data), 3)
+    expected = sorted(f"train-{number:08d}" for number in range(NUM_TRAIN))
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, expected]}) == 4
+    assert read(open_training(data), 3) == epochs
+    assert read(open_training(data, seed=2), 1)[0] != epochs[0]
+
+
+def test_towers_get_equal_batches(data: Path) -> None:
+    towers = (
+        open_training(data),
+        open_training(data, config=LoaderConfig(**{**vars(CONFIG), "prefetch": 4, "threads": 2})),
+    )
+    for _ in range(8):
+        a, b = (tower.next() for tower in towers)
+        assert identity(a) == identity(b)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replicas_are_disjoint_and_complete(data: Path, replicas: int, batch_size: int) -> None:
+    loaders = [open_training(data, batch_size=batch_size, replica=i, replicas=replicas) for i in range(replicas)]
+    assert len({loader.steps_per_epoch for loader in loaders}) == 1
+    parts = [read(loader, 3) for loader in loaders]
+    for epoch in range(3):
+        counts = Counter(key for part in parts for key in part[epoch])
+        whole = NUM_TRAIN // replicas // batch_size * batch_size * replicas
+        assert max(counts.values()) == 1 and len(counts) == whole
+
+
+def test_unequal_replicas_make_equally_many_steps_and_never_repeat(data: Path) -> None:
+    """24 samples on 5 replicas: shares of 4 and 5, so everybody stops after 4."""
+    for epochs in zip(
+        *(read(open_training(data, batch_size=2, replica=i, replicas=5), 4) for i in range(5)), strict=True
+    ):
+        keys = [key for part in epochs for key in part]
+        assert len(keys) == len(set(keys)) == 20
+
+
+def test_draws_belong_to_the_position_over_all_replicas(data: Path) -> None:
+    whole = open_training(data, batch_size=6)
+    halves = [open_training(data, batch_size=3, replica=i, replicas=2) for i in range(2)]
+    for _ in range(6):
+        assert np.array_equal(whole.next().draws, np.concatenate([half.next().draws for half in halves]))
+
+
+def test_the_last_partial_batch_is_dropped_and_the_next_epoch_is_whole(data: Path) -> None:
+    loader = open_training(data, batch_size=7)
+    assert loader.steps_per_epoch == 3
+    batches = [loader.next() for _ in range(7)]
+    assert [(batch.epoch, batch.position) for batch in batches] == [(i // 3, i % 3) for i in range(7)]
+    for epoch in (batches[:3], batches[3:6]):
+        keys = [key for batch in epoch for key in batch.keys]
+        assert len(keys) == len(set(keys)) == 21
+
+
+@pytest.mark.parametrize(("batch_size", "prefetch"), [(4, 1), (5, 2), (5, 5)])
+def test_interrupted_equals_uninterrupted(data: Path, batch_size: int, prefetch: int) -> None:
+    config = LoaderConfig(**{**vars(CONFIG), "prefetch": prefetch})
+    steps = 3 * (NUM_TRAIN // batch_size)
+    loader = open_training(data, config=config, batch_size=batch_size)
+    states, whole = [loader.state()], []
+    for _ in range(steps + 3):
+        whole.append(identity(loader.next()))
+        states.append(json.loads(json.dumps(loader.state())))
+    for cut in range(steps + 1):  # every step, so also the first, the middle and the end of three epochs
+        resumed = open_training(data, config=config, batch_size=batch_size, state=states[cut])
+        assert resumed.state() == states[cut]
+        assert [identity(resumed.next()) for _ in range(3)] == whole[cut : cut + 3], cut
+        assert resumed.state() == states[cut + 3]
+
+
+def test_resuming_a_replica_and_resuming_twice(data: Path) -> None:
+    arguments = {"batch_size": 2, "replica": 1, "replicas": 3}
+    loader = open_training(data, **arguments)
+    for _ in range(5):
+        loader.next()
+    once = open_training(data, state=loader.state(), **arguments)
+    assert identity(loader.next()) == identity(once.next())
+    twice = open_training(data, state=once.state(), **arguments)
+    for _ in range(6):
+        assert identity(loader.next()) == identity(twice.next())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"mean": "none"}, {"mean": "centre"}, {"scale": "standardise"}, {"colour": "none"}, {"prefetch": 4}]
+)
+def test_a_state_continues_under_another_recipe(data: Path, changed: dict[str, Any]) -> None:
+    """DALI alone refuses this: its checkpoints belong to one graph."""
+    loader = open_training(data, batch_size=5)
+    for _ in range(6):
+        loader.next()
+    other = LoaderConfig(**{**vars(CONFIG), **changed})
+    moved = open_training(data, batch_size=5, config=other, state=loader.state())
+    for _ in range(6):
+        a, b = loader.next(), moved.next()
+        assert a.keys == b.keys and np.array_equal(a.draws, b.draws)
+    assert moved.state() == loader.state()
+
+
+def test_state_tells_the_next_batch(data: Path) -> None:
+    loader = open_training(data, batch_size=7)
+    for _ in range(8):
+        state = loader.state()
+        batch = loader.next()
+        assert (state["epoch"], state["position"]) == (batch.epoch, batch.position)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [({"seed": 9}, "seed"), ({"batch_size": 3}, "batch size"), ({"replicas": 2}, "replicas"),
+     ({"config": LoaderConfig(**{**vars(CONFIG), "shuffle_buffer": 8})}, "shuffle_buffer")],
+)  # fmt: skip
+def test_a_state_of_another_run_is_refused_by_name(data: Path, changed: dict[str, Any], name: str) -> None:
+    loader = open_training(data)
+    loader.next()
+    with pytest.raises(DatasetError, match=f"saved with {name} "):
+        open_training(data, state=loader.state(), **changed)
+
+
+def test_a_state_of_another_data_set_is_refused(data: Path, tmp_path: Path) -> None:
+    other = make_data_set(tmp_path, encoding="png", size=(16, 16), train=NUM_TRAIN - 1, val=7)
+    with pytest.raises(DatasetError, match="saved with data set "):
+        open_training(data, state=open_training(other).state())
+
+
+@pytest.mark.parametrize(
+    "damage", [{"dali": "***"}, {"dali": 5}, {"dali": "AAAA"}, {"dali": "CgQ="}, {"dali": ""}, {"iteration": None}]
+)
+def test_a_damaged_state_is_refused(data: Path, damage: dict[str, Any]) -> None:
+    loader = open_training(data)
+    loader.next()
+    with pytest.raises(DatasetError, match="state is damaged"):
+        open_training(data, state={**loader.state(), **damage})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 8])
+def test_evaluation_sees_every_picture_once_whatever_the_batch(data: Path, batch_size: int) -> None:
+    loader = EvaluationLoader(data, CONFIG, batch_size=batch_size)
+    assert loader.num_samples == 7
+    for _ in range(2):  # it can be iterated again
+        batches = list(loader)
+        assert [key for batch in batches for key in batch.keys] == [f"val-{number:08d}" for number in range(7)]
+        assert sum(len(batch.images) for batch in batches) == sum(len(batch.labels) for batch in batches) == 7
+
+
+def test_an_abandoned_evaluation_starts_again(data: Path) -> None:
+    loader = EvaluationLoader(data, CONFIG, batch_size=2)
+    first = next(iter(loader)).keys
+    assert next(iter(loader)).keys == first == ("val-00000000", "val-00000001")
+
+
+def _damaged(tmp_path: Path) -> Path:
+    return make_data_set(tmp_path / "d", encoding="png", size=(16, 16), train=12, val=3)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-512])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train/train-000001.tar", Path.unlink, "train-000001.tar is missing"),
+        ("train/train-000001.tar", _truncate, "train-000001.tar has .* the manifest records"),
+        ("train/train-000000.idx", Path.unlink, "train-000000.idx cannot be read"),
+        ("train/train-000000.idx", _flip, "train-000000.idx is not the index"),
+        ("statistics.npz", _flip, "statistics.npz is not the file"),
+        ("manifest.json", Path.unlink, "has no manifest.json"),
+        ("manifest.json", _truncate, "manifest.json is damaged"),
+    ],
+)
+def test_a_data_set_that_is_not_whole_is_refused_by_name(tmp_path: Path, name: str, damage: Any, message: str) -> None:
+    folder = _damaged(tmp_path)
+    damage(folder / name)
+    with pytest.raises(DatasetError, match=message) as caught:
+        open_training(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch size is 0"):
+        open_training(data, batch_size=0)
+    with pytest.raises(ConfigError, match="batch size 25 x 1 replica"):
+        open_training(data, batch_size=25)
+    with pytest.raises(ConfigError, match="replica 2 of 2"):
+        open_training(data, replica=2, replicas=2)
+    with pytest.raises(ConfigError, match="device is 'tpu"):
+        open_training(data, device="tpu")
+    with pytest.raises(DatasetError, match="no split 'test': it has train, val"):
+        EvaluationLoader(data, CONFIG, batch_size=1, split="test")
+    with pytest.raises(ConfigError, match="views is 'five'"):
+        EvaluationLoader(data, CONFIG, batch_size=1, views="five")
+    with pytest.raises(DatasetError, match="no data set folder"):
+        open_training(tmp_path / "nowhere")
+
+
+def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    folder = _damaged(tmp_path)
+    manifest = read_manifest(folder)
+    mixed = dataclasses.replace(manifest, picture=dataclasses.replace(manifest.picture, height_px=None))
+    (folder / MANIFEST_NAME).write_text(mixed.to_json())
+    with pytest.raises(DatasetError, match="different sizes: prepare it with --resize"):
+        open_training(folder)
+
+
+def held(data: Path) -> set[str]:
+    """The tars of a data set that this process has open or mapped."""
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    opened = {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    return {name for name in mapped | opened if name.startswith(str(data)) and name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_closed_loader_lets_go_of_its_files(data: Path, mmap: bool) -> None:
+    """At once, not when Python next looks for circles: the folder may have to be unmounted."""
+    loader = open_training(data, config=dataclasses.replace(CONFIG, mmap=mmap))
+    batch = loader.next()
+    pixels = batch.images.clone()
+    assert held(data)
+    loader.close()
+    assert not held(data)
+    assert batch.images.equal(pixels)

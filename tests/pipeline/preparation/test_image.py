@@ -1,0 +1,199 @@
+"""One picture: odd ones converted as Pillow would, bad ones refused with a reason, the filter as stated."""
+
+import io
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image, ImageOps
+
+from pipeline.config import PictureSettings
+from pipeline.errors import PictureError
+from pipeline.preparation.decoder_check import dali_accepts
+from pipeline.preparation.image import decode, encode, make_picture, make_pictures, resize
+
+KEEP = PictureSettings(resize_px=None, encoding="png")
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return np.ascontiguousarray(skimage.data.astronaut()[:300, :400])
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "words"),
+    [
+        ("L", "JPEG", "gray to RGB"),
+        ("CMYK", "JPEG", "CMYK to RGB"),
+        ("L", "PNG", "gray to RGB"),
+        ("P", "PNG", "palette to RGB"),
+        ("1", "PNG", "1-bit to RGB"),
+        ("RGBA", "PNG", "RGBA to RGB"),
+        ("LA", "PNG", "gray with alpha to RGB"),
+    ],
+)
+def test_oddities_become_rgb_and_are_named(photo: np.ndarray, mode: str, kind: str, words: str) -> None:
+    data = saved(Image.fromarray(photo).convert(mode), kind)
+    found = decode(data, KEEP)
+    assert found.converted == (words,)
+    np.testing.assert_array_equal(found.pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    wide = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    found = decode(saved(Image.fromarray(wide), "PNG"), KEEP)
+    assert found.converted == ("16-bit gray to RGB",)
+    np.testing.assert_array_equal(found.pixels[..., 0], wide >> 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(photo: np.ndarray, orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(photo), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB")))
+    found = decode(data, KEEP)
+    assert found.pixels.shape == expected.shape
+    assert np.abs(found.pixels.astype(int) - expected).max() <= 4  # two builds of libjpeg-turbo
+    assert bool(found.converted) == (orientation != 1)
+
+
+def test_broken_exif_is_no_reason_to_lose_a_picture(photo: np.ndarray) -> None:
+    data = saved(Image.fromarray(photo), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert decode(data, KEEP).pixels.shape == photo.shape
+
+
+def test_content_decides_not_the_name(photo: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(photo), "PNG"), KEEP).pixels, photo)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP"])
+def test_other_kinds_are_refused_by_name(photo: np.ndarray, kind: str) -> None:
+    with pytest.raises(PictureError, match=f"(?i){kind} is not supported"):
+        decode(saved(Image.fromarray(photo), kind), KEEP)
+
+
+def test_empty_text_and_large_are_refused(photo: np.ndarray) -> None:
+    with pytest.raises(PictureError, match="empty file"):
+        decode(b"", KEEP)
+    with pytest.raises(PictureError, match="not a picture"):
+        decode(b"this is text", KEEP)
+    with pytest.raises(PictureError, match="--max-bytes"):
+        decode(b"x" * 11, PictureSettings(max_bytes=10))
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(PictureError, match="400x300 is more than --max-pixels"):
+            decode(saved(Image.fromarray(photo), kind), PictureSettings(max_pixels=400 * 300 - 1))
+
+
+def test_a_bomb_costs_nothing() -> None:
+    bomb = saved(Image.new("1", (12000, 12000)), "PNG")  # 144 million pixels in about 20 kB
+    assert len(bomb) < 200_000
+    with pytest.raises(PictureError, match="--max-pixels"):
+        make_picture(bomb, PictureSettings())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_cut_file_is_refused_at_every_length(photo: np.ndarray, kind: str) -> None:
+    data = saved(Image.fromarray(photo[:60, :60]), kind)
+    for length in range(1, len(data) - 12, 97):
+        with pytest.raises(PictureError):
+            decode(data[:length], KEEP)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 400), (401, 300), (256, 256), (257, 300), (40, 31), (1, 1), (1, 500)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filter_is_pillows_antialiased_bicubic_of_the_centre(height: int, width: int, channels: int) -> None:
+    photo = np.resize(skimage.data.astronaut(), (height, width, 3))[..., :channels]
+    found = resize(np.ascontiguousarray(photo), 128)
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    box = photo[top : top + square, left : left + square]
+    planes = [Image.fromarray(box[..., c]).resize((128, 128), Image.Resampling.BICUBIC) for c in range(channels)]
+    assert found.shape == (128, 128, channels)
+    assert np.abs(found.astype(int) - np.stack([np.asarray(plane) for plane in planes], -1)).max() <= 1
+
+
+def test_fine_stripes_do_not_alias() -> None:
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255  # a filter that only samples would keep black or white
+    assert np.abs(resize(stripes, 100).astype(int) - 127).max() <= 12
+
+
+def test_large_jpegs_decoded_small_stay_close_to_the_whole_way() -> None:
+    photo = np.ascontiguousarray(np.kron(skimage.data.astronaut(), np.ones((4, 4, 1), np.uint8)))
+    data = saved(Image.fromarray(photo), "JPEG", quality=95)
+    quick = make_picture(data, PictureSettings(resize_px=128, encoding="raw"))
+    whole = resize(decode(data, KEEP).pixels, 128)
+    assert (quick.width_px, quick.height_px) == (2048, 2048)
+    assert np.abs(quick.pixels.astype(int) - whole).mean() < 1.0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_and_raw_lose_nothing_and_jpeg_little(photo: np.ndarray, channels: int) -> None:
+    pixels = np.ascontiguousarray(photo[..., :channels])
+    raw = encode(pixels, PictureSettings(encoding="raw"))
+    np.testing.assert_array_equal(np.frombuffer(raw, np.uint8).reshape(pixels.shape), pixels)
+    png = pixels_of(encode(pixels, PictureSettings(encoding="png")))
+    np.testing.assert_array_equal(png.reshape(pixels.shape), pixels)
+    jpeg = pixels_of(encode(pixels, PictureSettings(encoding="jpeg", quality=95)))
+    assert np.abs(jpeg.reshape(pixels.shape).astype(int) - pixels).mean() < 4
+
+
+def test_original_keeps_bytes_that_dali_takes(photo: np.ndarray) -> None:
+    settings = PictureSettings(resize_px=None, encoding="original")
+    for data in (saved(Image.fromarray(photo), "JPEG"), saved(Image.fromarray(photo).convert("CMYK"), "JPEG")):
+        assert make_picture(data, settings).data == data
+        assert dali_accepts(data)
+
+
+def test_original_refused_by_dali_is_encoded_again(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.preparation.decoder_check.dali_accepts", lambda data: False)
+    data = saved(Image.fromarray(photo), "JPEG")
+    made = make_picture(data, PictureSettings(resize_px=None, encoding="original"))
+    assert made.data != data
+    assert "DALI" in made.converted[0]
+    assert dali_accepts(made.data)
+
+
+def test_pixels_stay_as_they_are() -> None:
+    digit = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    made = make_picture(digit, PictureSettings(resize_px=None, encoding="png", channels=1))
+    np.testing.assert_array_equal(pixels_of(made.data), digit[..., 0])
+
+
+def test_pictures_made_together_equal_those_made_alone_in_their_order(
+    photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.preparation.image.BATCH_PICTURES", 3)
+    settings = PictureSettings(resize_px=32)
+    payloads: list = [saved(Image.fromarray(photo[:, :width]), "JPEG") for width in (50, 60, 70, 80, 90, 100)]
+    payloads[2:2] = [b"text", photo, PictureError("cannot be read"), b""]
+    made = list(make_pictures(payloads, settings))
+    assert [str(row) if isinstance(row, PictureError) else "" for row in made] == [
+        *("", "", "not a picture: neither JPEG nor PNG by its content", ""),
+        *("cannot be read", "empty file", "", "", "", ""),
+    ]
+    for payload, row in zip(payloads, made, strict=True):
+        if not isinstance(row, PictureError):
+            assert row.data == make_picture(payload, settings).data
+
+
+def test_a_batch_of_large_pictures_ends_early(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.preparation.image.BATCH_BYTES", 2 * photo.nbytes)
+    asked = []
+    payloads = (asked.append(number) or photo for number in range(9))
+    next(make_pictures(payloads, PictureSettings()))
+    assert len(asked) == 2

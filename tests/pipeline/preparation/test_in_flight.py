@@ -1,0 +1,90 @@
+"""How many shards are given to Ray at once, and the memory they declare, with a Ray that only counts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.preparation import ray_run as prepare
+from pipeline.preparation.ray_run import WORKER_BYTES, run_shards
+from pipeline.preparation.shard import ShardTask
+from tests.helpers.shard_data import make_job, make_tasks
+
+
+class CountingRay:
+    """Finishes one task a call of ``wait``; a second node of two CPUs joins after the third."""
+
+    exceptions = prepare.ray.exceptions
+
+    def __init__(self, cpus: int, memory: int) -> None:
+        self.cpus, self.memory = cpus, memory
+        self.given: list[ShardTask] = []
+        self.most = self.done = 0
+        self.options_seen: dict[str, Any] = {}
+
+    def remote(self, function: object) -> "CountingRay":
+        self._call = self._give
+        return self
+
+    def options(self, **options: Any) -> "CountingRay":
+        self.options_seen = options
+        self.remote = self._give  # type: ignore[method-assign]
+        return self
+
+    def put(self, job: object) -> object:
+        return job
+
+    def get(self, reference: int) -> str:
+        return self.given[reference].name
+
+    def wait(self, references: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        self.most = max(self.most, len(references))
+        self.done += 1
+        if self.done == 3:
+            self.cpus += 2
+        return references[:1], references[1:]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.cpus)}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"memory": float(self.memory)}}, {"Alive": False, "Resources": {}}]
+
+    def _give(self, job: object, task: ShardTask) -> int:
+        self.given.append(task)
+        return len(self.given) - 1
+
+
+def run_counting(ray: CountingRay, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(prepare, "ray", ray)
+    names: list[str] = []
+    tasks: Iterator[ShardTask] = iter(make_tasks(40, 2))
+    run_shards(
+        make_job(folder),
+        tasks,
+        workers=lambda: ray.cpus,
+        report=lambda name: names.append(str(name)),
+        tick=lambda: None,
+    )
+    return names
+
+
+def test_the_bound_follows_nodes_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = CountingRay(cpus=1, memory=2**40)
+    assert run_counting(ray, tmp_path, monkeypatch) == [task.name for task in make_tasks(40, 2)]
+    assert ray.most == 3 * prepare.TASKS_PER_WORKER
+    assert ray.options_seen["memory"] == WORKER_BYTES
+
+
+def test_a_small_node_is_not_asked_for_more_than_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = CountingRay(cpus=1, memory=2**26)
+    run_counting(ray, tmp_path, monkeypatch)
+    assert ray.options_seen["memory"] == 2**26
+
+
+def test_a_cluster_without_any_cpu_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "NO_CPU_S", -1.0)
+    with pytest.raises(PipelineError, match="has had a CPU"):
+        run_counting(CountingRay(cpus=0, memory=2**40), tmp_path, monkeypatch)

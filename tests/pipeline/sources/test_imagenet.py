@@ -1,0 +1,171 @@
+"""Source imagenet: every layout gives the same pictures and labels; hostile archives are one clear error."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import PrepareOptions
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources import Listing, Source, open_source
+from pipeline.sources.tar_reader import reader, walk_tar
+from tests.helpers import ilsvrc
+
+
+def source_of(folder: Path, order: str = "default") -> Source:
+    return open_source(PrepareOptions(source="imagenet", output=Path("out"), input=folder, label_order=order))
+
+
+def contents(source: Source, listing: Listing) -> dict[str, set[tuple[str, bytes]]]:
+    return {
+        split: {(listing.classes[item.label].name, source.read(item)) for item in rows.items(np.arange(len(rows)))}
+        for split, rows in listing.splits.items()
+    }
+
+
+EXPECTED = {
+    "train": {(name, data) for name, files in ilsvrc.train_pictures().items() for data in files.values()},
+    "val": {
+        (ilsvrc.SYNSETS[label][0], data)
+        for label, data in zip(ilsvrc.VAL_IDS, ilsvrc.val_pictures().values(), strict=True)
+    },
+}
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "archives": ilsvrc.write_archives,
+    "flat val": lambda folder: ilsvrc.write_extracted(folder, flat_val=True),
+    "class folders": lambda folder: ilsvrc.write_extracted(folder, flat_val=False),
+    "kaggle": ilsvrc.write_kaggle,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_pictures_and_labels(tmp_path: Path, layout: str) -> None:
+    source = source_of(LAYOUTS[layout](tmp_path))
+    listing = source.listing()
+    assert contents(source, listing) == EXPECTED
+    assert [record.name for record in listing.classes] == ["n02100735", "n02110185", "n02119789"]
+    if layout != "class folders":
+        assert [record.title for record in listing.classes] == ["English setter", "Siberian husky", "kit fox"]
+
+
+def test_ilsvrc_order_is_the_devkits(tmp_path: Path) -> None:
+    source = source_of(ilsvrc.write_archives(tmp_path), "ilsvrc")
+    listing = source.listing()
+    assert [record.name for record in listing.classes] == [name for name, _ in ilsvrc.SYNSETS.values()]
+    assert listing.label_order == "ilsvrc"
+    assert listing.splits["val"].labels.tolist() == [label - 1 for label in ilsvrc.VAL_IDS]
+    assert contents(source, listing) == EXPECTED
+
+
+def test_only_one_archive_is_enough(tmp_path: Path) -> None:
+    (ilsvrc.write_archives(tmp_path) / "ILSVRC2012_img_val.tar").unlink()
+    assert set(source_of(tmp_path).listing().splits) == {"train"}
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no ILSVRC-2012 here"):
+        source_of(tmp_path).listing()
+    ilsvrc.write_extracted(tmp_path, flat_val=True)
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    with pytest.raises(SourceError, match="val is flat"):
+        source_of(tmp_path).listing()
+    with pytest.raises(ConfigError, match="needs the devkit"):
+        ilsvrc.write_extracted(tmp_path / "x", flat_val=False)
+        source_of(tmp_path / "x", "ilsvrc").listing()
+
+
+def test_a_missing_val_picture_is_noticed(tmp_path: Path) -> None:
+    ilsvrc.write_extracted(tmp_path, flat_val=True)
+    next((tmp_path / "val").iterdir()).unlink()
+    with pytest.raises(SourceError, match="5 val pictures, but the devkit labels 6"):
+        source_of(tmp_path).listing()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", size: int | None = None) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, "/etc/passwd", len(data) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        (member("n.JPEG", tarfile.SYMTYPE), "n.JPEG is a link"),
+        (member("n.JPEG", tarfile.LNKTYPE), "n.JPEG is a hard link"),
+        (member("n.JPEG", tarfile.CHRTYPE), "n.JPEG is a device"),
+        (member("n.JPEG", tarfile.FIFOTYPE), "n.JPEG is a named pipe"),
+        (member("n.JPEG", data=b"x", size=10**9), "claims 1,000,000,000 bytes"),
+        (member("n.JPEG", data=b"x" * 600)[:-1] + b"", "torn"),
+        (b"\1" * 512, "damaged header"),
+        (member("n.JPEG", data=b"x"), "without its end blocks"),
+        (member("x" * 300, tarfile.GNUTYPE_LONGNAME, size=2**30), "claims"),
+    ],
+)
+def test_hostile_inner_tars_are_one_clear_error(tmp_path: Path, inner: bytes, words: str) -> None:
+    ends = b"" if "end blocks" in words or words == "torn" else bytes(1024)
+    outer = ilsvrc.tar_of({"n02119789.tar": inner + ends})
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(outer)
+    with pytest.raises(SourceError, match=words) as caught:
+        source_of(tmp_path).listing()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/x.JPEG", "../../x.JPEG", "a/../x.JPEG"])
+def test_paths_in_names_mean_nothing(tmp_path: Path, name: str) -> None:
+    inner = ilsvrc.tar_of({name: ilsvrc.jpeg(0)})
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(ilsvrc.tar_of({"n02119789.tar": inner}))
+    source = source_of(tmp_path)
+    (item,) = source.listing().splits["train"].items(np.array([0]))
+    assert item.name == "n02119789/x.JPEG"
+    assert source.read(item) == ilsvrc.jpeg(0)
+
+
+def test_other_members_of_the_outer_tar_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(ilsvrc.tar_of({"readme.txt": b"hello"}))
+    with pytest.raises(SourceError, match=r"readme\.txt is not an inner tar"):
+        source_of(tmp_path).listing()
+
+
+def test_a_torn_outer_tar_is_noticed_at_every_cut(tmp_path: Path) -> None:
+    path = ilsvrc.write_archives(tmp_path) / "ILSVRC2012_img_train.tar"
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512
+    for cut in range(512, end, 4096 + 512):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(SourceError):
+            source_of(tmp_path).listing()
+
+
+def test_an_archive_that_shrinks_later_is_one_clear_error(tmp_path: Path) -> None:
+    source = source_of(ilsvrc.write_archives(tmp_path))
+    rows = source.listing().splits["train"]
+    path = tmp_path / "ILSVRC2012_img_train.tar"
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(SourceError, match="shorter than when it was listed"):
+        source.read(rows.items(np.array([3]))[0])
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_walk_equals_the_standard_librarys(tmp_path: Path, form: int) -> None:
+    files = {"a.jpg": b"1" * 700, "ü/é.jpg": b"2", "d" * 60 + "/" + "f" * 60: b"3" * 512}
+    if form != tarfile.USTAR_FORMAT:
+        files |= {"long/" * 50 + "x.jpg": b"4"}
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 12.5
+            tar.addfile(info, io.BytesIO(data))
+    size = path.stat().st_size
+    found = {
+        entry.name: path.read_bytes()[entry.offset : entry.offset + entry.size]
+        for entry in walk_tar(reader(path), 0, size, "x")
+    }
+    assert found == files

@@ -1,0 +1,300 @@
+"""What follows from a benchmark's figures: prediction, verdict, comparison, projection. Pure functions, no clock."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.__main__ import main
+from trainer.bench.bottleneck import judge
+from trainer.bench.compare import compare, differ, differing_settings
+from trainer.bench.merge import count_work
+from trainer.bench.prediction import (
+    Links,
+    costs_of,
+    links_of,
+    predict_rate,
+    project,
+    stall_share,
+    with_threads,
+    without,
+)
+from trainer.bench.record import (
+    BenchRecord,
+    Ceiling,
+    Figure,
+    Point,
+    Setting,
+    Stage,
+    Whole,
+    from_dict,
+    read_record,
+    to_json,
+)
+from trainer.bench.text import doubt_sentence, node_rows
+from trainer.config import ModelConfig
+from trainer.errors import BenchError
+
+BATCH = 100
+
+
+def figure(median: float, spread: float = 0.02, n: int = 5) -> Figure:
+    return Figure(median, median * (1 - spread / 2), median * (1 + spread / 2), n)
+
+
+def stage(name: str, group: str, ms: float, cpu_ms: float | None = None) -> Stage:
+    return Stage(name, group, figure(ms), 1e3 * BATCH / ms if ms else 0.0, cpu_ms)
+
+
+def whole(ms: float, cpu_ms: float) -> Whole:
+    return Whole(figure(ms), cpu_ms, 1e3 * BATCH / ms)
+
+
+def a_record(
+    *, loader: tuple[float, float, float] = (1.0, 6.0, 3.0), net: dict[str, float] | None = None, **setting: object
+) -> BenchRecord:
+    """Read, decode, augment of ``loader`` ms with 2, 2 and 1 cores busy; a net with its stages on one core."""
+    net = net or {"forward": 2.0, "backward": 4.0, "optimizer": 1.0}
+    settings = Setting(
+        recipe="a.toml", data="data", pictures="", encoding="jpeg", processes=1, device="cpu", batch_size=BATCH,
+        precision="fp32", cores=16, threads=16, feed="each", rounds=5, seconds=5.0, crossing_bytes=10_000_000,
+        parameters=1_000_000, raw_bytes=30_000.0, sample_bytes=10_000.0, cached=1.0,
+    )  # fmt: skip
+    busy = (1.0, 2.0, 1.0)
+    names = ("read", "decode", "augment")
+    rows = [stage(name, "loader", ms, ms * b) for name, ms, b in zip(names, loader, busy, strict=True)]
+    loader_cpu = sum(ms * b for ms, b in zip(loader, busy, strict=True))
+    net_ms = sum(net.values())
+    costs = max(sum(loader), net_ms)
+    return BenchRecord(
+        environment={"processor": "A"},
+        setting=dataclasses.replace(settings, **setting),  # type: ignore[arg-type]
+        ceilings=(
+            Ceiling("disk read", figure(100.0), "MB/s", ""),
+            Ceiling("cached read", figure(1000.0), "MB/s", ""),
+            Ceiling("matrix fp32", figure(100.0), "GFLOP/s", ""),
+            Ceiling("matrix bf16", figure(200.0), "GFLOP/s", ""),
+        ),
+        stages=(*rows, *(stage(name, "net", ms) for name, ms in net.items())),
+        loader=whole(sum(loader), loader_cpu),
+        synthetic=whole(net_ms, net_ms),
+        whole=whole(costs, loader_cpu + net_ms),
+    )
+
+
+def test_figures_are_medians_and_quartiles():
+    assert Figure.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Figure(3.0, 2.0, 4.0, 5)
+    assert Figure.of([7.0]) == Figure(7.0, 7.0, 7.0, 1)
+    assert Figure.of([1.0, 2.0, 3.0]).noise == pytest.approx(1.57 / 3**0.5)
+
+
+def test_the_prediction_is_the_longest_of_loader_net_and_processor_time():
+    record = a_record()
+    assert predict_rate(record) == pytest.approx(1e3 * BATCH / 10.0)  # the loader: 1 + 6 + 3 ms
+    slow_net = a_record(net={"forward": 20.0, "backward": 40.0})
+    assert predict_rate(slow_net) == pytest.approx(1e3 * BATCH / 60.0)
+    few_cores = a_record(cores=2)  # 16 ms of the loader's and 7 ms of the net's processor time on 2 cores
+    assert predict_rate(few_cores) == pytest.approx(1e3 * BATCH / 11.5)
+    assert [costs_of(r).limit for r in (record, slow_net, few_cores)] == ["data", "net", "processor"]
+
+
+@pytest.mark.parametrize(
+    ("net", "loader", "cores", "share"),
+    [
+        (2, 2, 2, (1 + 1 / 2) / 2),  # one or two at once stop both of the net's threads
+        (2, 1, 2, 1.0),  # one loader thread stops both
+        (2, 2, 4, 0.0),  # a core for everybody
+        (4, 2, 4, (1 + 1 / 2) / 2),
+        (2, 2, 3, 1 / 2),  # one of the two finds a free core, the other stops the net
+        (1, 2, 2, 0.0),  # a single thread waits for nobody
+        (2, 8, 2, (1 + 1 / 2) / 2 * 2 / 8),  # two at most are in the net's way at a time
+    ],
+)
+def test_a_net_in_step_stands_still_for_loader_threads_that_have_no_core_of_their_own(net, loader, cores, share):
+    assert stall_share(net, loader, cores) == pytest.approx(share)
+
+
+def test_standing_still_is_predicted_and_fewer_threads_are_suggested_where_they_pay():
+    crowded = a_record(cores=2, threads=2, net_threads=2)  # net 7 ms, loader 10 ms and 16 ms of processor time
+    assert predict_rate(crowded) == pytest.approx(1e3 * BATCH / (7.0 + 0.75 * 16.0))
+    assert costs_of(crowded).limit == "processor"
+    record = dataclasses.replace(crowded, fewer={1: whole(12.0, 12.0)})
+    assert with_threads(record, 1).step_ms == pytest.approx((16.0 + 12.0) / 2)
+    (found,) = [s for s in judge(record).suggestions if s.change == "train.threads = 1"]
+    assert found.images_per_s == pytest.approx(1e3 * BATCH / 14.0)
+    assert found.factor == pytest.approx(19.0 / 14.0)
+    slow = dataclasses.replace(crowded, fewer={1: whole(40.0, 40.0)})
+    assert not [s for s in judge(slow).suggestions if s.change.startswith("train.threads")]
+    assert from_dict(json.loads(to_json(record))) == record
+
+
+def test_without_a_stage_its_time_and_its_processor_time_are_gone():
+    record = a_record()
+    costs = without(record, "decode")
+    assert (costs.loader_ms, costs.loader_cpu_ms) == (pytest.approx(4.0), pytest.approx(4.0))
+    costs = without(record, "backward", 0.5)
+    assert (costs.net_ms, costs.net_cpu_ms) == (pytest.approx(5.0), pytest.approx(5.0))
+    assert without(record, "fc9") == costs_of(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "side", "limit"),
+    [
+        (a_record(loader=(30.0, 6.0, 3.0)), "data", "read"),
+        (a_record(loader=(1.0, 30.0, 3.0)), "data", "decode"),
+        (a_record(loader=(1.0, 3.0, 30.0)), "data", "augment"),
+        (a_record(net={"forward": 20.0, "exchange": 25.0, "backward": 30.0}), "net", "computation"),
+        (a_record(net={"forward": 20.0, "exchange": 60.0, "backward": 30.0}), "net", "exchange"),
+        (a_record(net={"forward": 2.0, "backward": 3.0, "optimizer": 20.0}), "net", "optimizer"),
+        (a_record(cores=2), "processor", "decode"),
+    ],
+)
+def test_the_verdict_names_the_limit(record, side, limit):
+    verdict = judge(record)
+    assert (verdict.side, verdict.limit) == (side, limit)
+    assert verdict.sentence.startswith("The limit is ")
+
+
+def test_the_verdict_says_by_how_much():
+    verdict = judge(a_record(loader=(1.0, 30.0, 3.0)))
+    assert "88% of the loader's time" in verdict.sentence  # 30 of 34 ms
+    assert "4.86 times" in verdict.sentence  # then the net's 7 ms are the longest
+    assert "2,941 images/s and the net takes 14,286" in verdict.sentence
+
+
+def test_shares_and_gains_agree_where_stages_and_steps_do_not_add_up():
+    """Stages are medians over steps, the whole is one over slots: on a restless machine they differ by much."""
+    record = a_record(net={"forward": 20.0, "backward": 70.0, "optimizer": 10.0})
+    restless = dataclasses.replace(record, synthetic=whole(250.0, 250.0))
+    verdict = judge(restless)
+    assert "90% of the step" in verdict.sentence and "10.00 times as fast" in verdict.sentence
+
+
+def test_the_projection_to_what_was_measured_is_the_prediction():
+    for record in (a_record(), a_record(cores=2, threads=2, net_threads=2), a_record(net={"forward": 50.0})):
+        assert project(record, 1, links_of(record)).images_per_s == pytest.approx(predict_rate(record))
+    assert "all processes share this machine" in links_of(record).basis
+    assert "50 GB/s (given), 100 us a message (assumed)" in links_of(record, tower_gb_per_s=50.0).basis
+
+
+def test_suggestions_promise_what_the_model_gives_and_only_what_is_worth_it():
+    found = {s.change.split(" ")[0]: s for s in judge(a_record(loader=(1.0, 30.0, 3.0), threads=4)).suggestions}
+    assert found["data.threads"].factor == pytest.approx(34 / 11.5)  # 16 threads instead of 4
+    assert found["raw"].factor == pytest.approx(34 / 7)  # no decoding, three times the reading: 6 ms, less than the net
+    assert "3.0 times the bytes" in found["raw"].basis
+    assert "train.precision" not in found  # the net is not the limit
+    net_bound = judge(a_record(net={"forward": 20.0, "backward": 40.0})).suggestions
+    assert [s.change for s in net_bound] == ["train.precision = 'bf16'"]
+    assert net_bound[0].factor == pytest.approx(2.0)
+
+
+def test_a_measured_batch_size_is_suggested_as_measured():
+    record = a_record(net={"forward": 20.0, "backward": 40.0})
+    record = dataclasses.replace(record, sweep=(Point(50, 900.0, 890, 910), Point(200, 3000.0, 2990, 3010)))
+    best = judge(record).suggestions[1]
+    assert (best.change, best.basis) == ("train.batch_size = 200", "measured")
+    assert best.factor == pytest.approx(1.8)
+
+
+def test_nothing_is_called_different_inside_the_noise():
+    assert not differ(figure(100.0, 0.10), figure(104.0, 0.10))  # inside the notches
+    assert differ(figure(100.0, 0.01), figure(104.0, 0.01))
+    assert not differ(figure(100.0, 0.001), figure(102.0, 0.001))  # clear, but machines drift by that much
+    same, other = a_record(), a_record(loader=(1.0, 12.0, 3.0))
+    assert {row.better for row in compare(same, same)} == {"none"}
+    rows = {row.name: row for row in compare(same, other)}
+    assert (rows["decode"].better, rows["decode"].factor) == ("a", pytest.approx(2.0))
+    assert rows["read"].better == "none"
+    assert differing_settings(same, a_record(cores=4)) == [("cores", "16", "4")]
+
+
+def test_more_is_better_for_ceilings_and_batches_of_other_sizes_are_comparable():
+    a, b = a_record(), a_record()
+    faster = tuple(dataclasses.replace(c, figure=c.figure.scaled(2.0)) for c in b.ceilings)
+    rows = {row.name: row for row in compare(a, dataclasses.replace(b, ceilings=faster))}
+    assert (rows["disk read"].better, rows["disk read"].factor) == ("b", pytest.approx(2.0))
+    halved = dataclasses.replace(b, setting=dataclasses.replace(b.setting, batch_size=BATCH // 2))
+    rows = {row.name: row for row in compare(a, halved)}
+    assert (rows["forward"].better, rows["forward"].factor) == ("a", pytest.approx(2.0))
+
+
+def test_a_projection_adds_computation_crossings_and_averaging():
+    links = Links(tower_gb_per_s=10.0, tower_us=100.0, replica_gb_per_s=1.0, replica_us=0.0, own_devices=True)
+    record = a_record(loader=(0.1, 0.1, 0.1), net={"forward": 4.0, "backward": 8.0})
+    one, two, eight = (project(record, n, links) for n in (1, 2, 8))
+    assert one.images_per_s == pytest.approx(1e3 * BATCH / 12)
+    assert two.crossing_ms == pytest.approx(5e6 / 10e9 * 1e3 + 0.7)  # half of 10 MB each way, 7 latencies
+    assert two.images_per_s == pytest.approx(1e3 * BATCH / (6 + two.crossing_ms))
+    assert eight.reduce_ms == pytest.approx(2 * 3 / 4 * 2e6 / 1e9 * 1e3)  # a ring of 4, 2 MB of gradients a tower
+    assert eight.images_per_s == pytest.approx(4e3 * BATCH / (6 + two.crossing_ms + eight.reduce_ms))
+    slow_loader = a_record(loader=(5.0, 10.0, 5.0), net={"forward": 4.0, "backward": 8.0})
+    assert project(slow_loader, 2, links).images_per_s == pytest.approx(1e3 * BATCH / 20)
+
+
+def test_processes_that_share_a_machine_gain_nothing_but_crossings():
+    record = a_record(loader=(0.1, 0.1, 0.1), net={"forward": 4.0, "backward": 8.0})
+    links = links_of(record)
+    assert not links.own_devices and links_of(record, tower_gb_per_s=300.0).own_devices
+    two = project(record, 2, links)
+    assert (two.compute_ms, two.images_per_s) == (pytest.approx(12.0), pytest.approx(1e5 / (12 + two.crossing_ms)))
+
+
+def test_the_work_of_the_paper_is_what_its_layers_count():
+    both, half = (count_work(ModelConfig(), 1, processes) for processes in (1, 2))
+    assert both.forward_flop == 2 * 724_406_816  # NETWORK.md, section 2
+    assert both.backward_flop == 2 * both.forward_flop - 2 * 105_415_200
+    assert half.forward_flop == pytest.approx(both.forward_flop / 2 + 4_096_000)  # fc8 is tower a's alone
+    assert (both.parameters, half.parameters) == (60_965_224, 32_531_112)
+
+
+def test_a_record_survives_its_file_and_damage_is_one_line(tmp_path: Path):
+    record, path = a_record(), tmp_path / "bench.json"
+    path.write_text(to_json(record, verdict={"limit": "decode"}))
+    assert read_record(path) == record == from_dict(json.loads(path.read_text()))
+    path.write_text('{"format": 1}')
+    with pytest.raises(BenchError, match="is damaged: KeyError"):
+        read_record(path)
+    for damage, words in ((None, "synthetic is null"), ({"ms": {"median": "fast"}}, "is no figure")):
+        path.write_text(json.dumps(json.loads(to_json(record)) | {"synthetic": damage}))
+        with pytest.raises(BenchError, match=f"is damaged: TypeError: .*{words}"):
+            read_record(path)
+    path.write_text("[]")
+    with pytest.raises(BenchError, match="is no result of python -m trainer bench"):
+        read_record(path)
+    with pytest.raises(BenchError, match="cannot be read"):
+        read_record(tmp_path / "nothing.json")
+
+
+def test_nodes_stand_side_by_side_the_slowest_first(tmp_path, monkeypatch, capsys):
+    fast, slow = a_record(), a_record(loader=(1.0, 30.0, 3.0))
+    fast, slow = (dataclasses.replace(r, environment={"host": name}) for r, name in ((fast, "one"), (slow, "two")))
+    rows = node_rows([fast, slow])
+    assert [(row.node, row.limit) for row in rows] == [("two", "decode"), ("one", "decode")]
+    assert [row.share for row in rows] == [pytest.approx(10 / 34), 1.0]
+    for name, record in (("a", fast), ("b", slow)):
+        (tmp_path / f"{name}.json").write_text(to_json(record))
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    monkeypatch.setattr("sys.argv", ["trainer", "bench", "--read", *files, "--json", str(tmp_path / "all.json")])
+    assert main() == 0
+    assert "at the pace of two: 29% of the fastest" in capsys.readouterr().out
+    assert [row["node"] for row in json.loads((tmp_path / "all.json").read_text())["nodes"]] == ["two", "one"]
+
+
+def test_what_the_loader_does_in_the_training_thread_is_added_to_the_step():
+    record = a_record(loader=(1.0, 6.0, 3.0), net={"forward": 2.0, "backward": 4.0})
+    assert record.loader is not None
+    record = dataclasses.replace(record, loader=dataclasses.replace(record.loader, own_ms=8.0))
+    assert predict_rate(record) == pytest.approx(1e3 * BATCH / 14.0)
+    verdict = judge(record)
+    assert (verdict.side, verdict.limit) == ("net", "handover") and "1.40 times" in verdict.sentence
+
+
+def test_a_result_that_cannot_be_is_doubted():
+    sound = a_record()
+    assert doubt_sentence(sound) == ""
+    slower = min(sound.loader.images_per_s, sound.synthetic.images_per_s)
+    impossible = dataclasses.replace(sound, whole=dataclasses.replace(sound.synthetic, images_per_s=2 * slower))
+    assert "2.00 times as fast as the slower" in doubt_sentence(impossible)
+    restless = dataclasses.replace(sound.synthetic, ms=Figure(10.0, 6.0, 14.0, 5))
+    assert "synthetic training took 6–14 ms" in doubt_sentence(dataclasses.replace(sound, synthetic=restless))

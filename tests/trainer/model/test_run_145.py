@@ -1,0 +1,296 @@
+"""Run #145 in NumPy, float64, written from its layer files alone, against the net of ``configs/original.toml``.
+
+The reference below knows nothing of torch nor of the recipe: sizes, constants and the order of operations stand in it
+as numbers. Then every operator of the net: its gradient against finite differences, in float64.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.helpers.loader_data_set import photo_crop
+from trainer.config import ModelConfig, NormConfig, load_config
+from trainer.model.alexnet import Convolution, DropoutDraws, FullyConnected, TwoTowerNet
+
+ORIGINAL = load_config(Path(__file__).resolve().parents[3] / "configs" / "original.toml")
+Weights = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small pieces are quicker with one thread, by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- run #145 ---------------------------------------------------------------------------------------------------------
+
+
+def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, zeros: tuple[int, int]) -> np.ndarray:
+    """(N, C, H, W) with weight (M, C, k, k) -> (N, M, H', W'); zeros above and left, and below and right."""
+    padded = np.pad(x, ((0, 0), (0, 0), zeros, zeros))
+    side = weight.shape[-1]
+    windows = sliding_window_view(padded, (side, side), axis=(2, 3))[:, :, ::stride, ::stride]  # (N, C, H', W', k, k)
+    n, _, height, width = windows.shape[:4]
+    rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, -1)
+    maps = rows @ weight.reshape(len(weight), -1).T + bias
+    return maps.reshape(n, height, width, -1).transpose(0, 3, 1, 2)
+
+
+def across_maps(x: np.ndarray) -> np.ndarray:
+    """The program's cross-map response normalisation: x (2 + 1e-4 / 5 * sum over 5 maps of x^2)^-0.75."""
+    squares = np.pad(x**2, ((0, 0), (2, 2), (0, 0), (0, 0)))
+    total = sum(squares[:, shift : shift + x.shape[1]] for shift in range(5))
+    return x * (2.0 + 1e-4 / 5 * total) ** -0.75
+
+
+def across_pixels(x: np.ndarray) -> np.ndarray:
+    """The program's response normalisation inside a map: x (1 + 1e-3 / 25 * sum over 5x5 px of x^2)^-0.75."""
+    squares = np.pad(x**2, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    return x * (1.0 + 1e-3 / 25 * sliding_window_view(squares, (5, 5), axis=(2, 3)).sum((4, 5))) ** -0.75
+
+
+def pool(x: np.ndarray) -> np.ndarray:
+    """3x3 px, every 2 px; all sides here are odd, so no window hangs over."""
+    assert x.shape[2] % 2 == 1
+    return sliding_window_view(x, (3, 3), axis=(2, 3))[:, :, ::2, ::2].max((4, 5))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0.0)
+
+
+def run_145(images: np.ndarray, a: Weights, b: Weights) -> np.ndarray:
+    """Testing: (N, 3, 224, 224) -> logits (N, 1000)."""
+    halves = []
+    for w in (a, b):
+        x = convolve(images, w["conv1.weight"], w["conv1.bias"], 4, (0, 3))
+        x = relu(pool(across_maps(x)))
+        x = relu(convolve(x, w["conv2.weight"], w["conv2.bias"], 1, (2, 2)))
+        halves.append(pool(across_pixels(across_maps(x))))
+    seen = np.concatenate(halves, axis=1)
+    assert seen.shape[1:] == (256, 13, 13)
+    halves = []
+    for w in (a, b):
+        x = relu(convolve(seen, w["conv3.weight"], w["conv3.bias"], 1, (1, 1)))
+        x = relu(convolve(x, w["conv4.weight"], w["conv4.bias"], 1, (1, 1)))
+        x = relu(pool(convolve(x, w["conv5.weight"], w["conv5.bias"], 1, (1, 1))))
+        halves.append(x.reshape(len(x), 128 * 6 * 6))
+    for layer in ("fc6", "fc7"):
+        seen = np.concatenate(halves, axis=1)
+        halves = [0.5 * relu(seen @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]) for w in (a, b)]
+    return np.concatenate(halves, axis=1) @ a["fc8.weight"].T + a["fc8.bias"]
+
+
+def real_photos() -> np.ndarray:
+    """Two photos as run #145 sees them: (2, 3, 224, 224) float64, a mean subtracted, divided by 1.1."""
+    pixels = np.stack([photo_crop(number, 224, 224, 3) for number in (1, 3)]).astype(np.float64)
+    return (pixels.transpose(0, 3, 1, 2) - np.array([123.0, 117.0, 104.0]).reshape(1, 3, 1, 1)) / 1.1
+
+
+@pytest.fixture(scope="module")
+def net() -> TwoTowerNet:
+    """The recipe's net, each bias moved off its constant so that no two maps have the same one."""
+    net = TwoTowerNet(ORIGINAL.model, seed=145)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.05, generator=generator))
+    return net
+
+
+@pytest.fixture(scope="module")
+def expected(net: TwoTowerNet) -> np.ndarray:
+    """The reference's logits, (2, 1000) float64."""
+    weights = {}
+    for tower in ("a", "b"):
+        weights[tower] = {n: p.detach().double().numpy() for n, p in net.tower(tower).named_parameters()}
+    return run_145(real_photos(), weights["a"], weights["b"])
+
+
+def logits_of(net: TwoTowerNet) -> np.ndarray:
+    with torch.no_grad():
+        return net(torch.from_numpy(real_photos()).float()).double().numpy()
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, relative to the spread of the logits: their common part would flatter."""
+    return float(np.abs(found - expected).max() / expected.std())
+
+
+def test_equals_run_145(net: TwoTowerNet, expected: np.ndarray) -> None:
+    """Logits within 1e-4, and what tells two photos apart in them as well."""
+    found = logits_of(net)
+    assert error(found, expected) < 1e-4
+    signal = expected[0] - expected[1]
+    assert signal.std() > 0.01, "the photos must matter"
+    assert error(found[0] - found[1], signal) < 1e-4
+
+
+OTHERS = {
+    "ReLU before the normalisation in layer 1": {"after": ("relu norm pool", *ORIGINAL.model.after[1:])},
+    "no spatial norm": {"after": (ORIGINAL.model.after[0], "relu norm pool", *ORIGINAL.model.after[2:])},
+    "zeros on all four sides of the image": {"pads": ((2, 2), *ORIGINAL.model.pads[1:])},
+    "the paper's alpha": {"norm": dataclasses.replace(ORIGINAL.model.norm, alpha=1e-4)},
+    "outputs not halved in testing": {"dropout_kind": "inverted"},
+    "spatial norm's alpha not divided by 25": {"norm": dataclasses.replace(ORIGINAL.model.norm, spatial_alpha=1e-3)},
+}
+
+
+@pytest.mark.parametrize("change", list(OTHERS), ids=str)
+def test_would_notice_another_net(net: TwoTowerNet, expected: np.ndarray, change: str) -> None:
+    """The same weights in a net that differs in one of the program's peculiarities are off by far more than 1e-4."""
+    config = dataclasses.replace(ORIGINAL.model, **OTHERS[change])
+    try:
+        for module in net.modules():
+            if hasattr(module, "config"):
+                module.config = config
+        assert error(logits_of(net), expected) > 1e-3
+    finally:
+        for module in net.modules():
+            if hasattr(module, "config"):
+                module.config = ORIGINAL.model
+
+
+# --- every operator's gradient ----------------------------------------------------------------------------------------
+
+TINY = ModelConfig(
+    image_px=31,
+    channels=3,
+    classes=3,
+    maps=(6, 6, 4, 4, 4),
+    kernels=(5, 3, 3, 3, 3),
+    strides=(2, 1, 1, 1, 1),
+    pads=((0, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    after=ORIGINAL.model.after,
+    units=5,
+    init_std=(0.3,) * 8,
+    norm=NormConfig(alpha=0.05, spatial_alpha=0.02),  # strong enough to be seen in the gradient
+)
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
+
+
+def distinct(*shape: int) -> Tensor:
+    """Numbers at least 0.05 apart and off zero: no ties for pooling, no kink for ReLU within a finite difference."""
+    count = int(np.prod(shape))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2)).double()
+    return ((order - count / 2 + 0.5) * 0.05).view(shape).requires_grad_()
+
+
+def check(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor, *, fast: bool = False) -> None:
+    """gradcheck of a module, by its input and every parameter."""
+    names = [name for name, _ in module.named_parameters()]
+    values = [p.detach().double().requires_grad_() for _, p in module.named_parameters()]
+
+    class Run(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return run(self.inner, x)
+
+    outer = Run().double()
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(outer, {f"inner.{n}": v for n, v in zip(names, values, strict=True)}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=fast)
+
+
+def operator(after: str, **changes: object) -> Convolution:
+    """A layer of six maps that sees six, 3x3, with one operation behind."""
+    changes = {"after": ("", after, "", "", ""), **changes}
+    layer = Convolution(dataclasses.replace(TINY, **changes), 1, 6)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.5, 0.3, generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("after", "changes"),
+    [
+        pytest.param("pool", {}, id="overlapping pool"),
+        pytest.param("pool", {"pool_px": 2}, id="pool without overlap"),
+        pytest.param("relu", {}, id="relu"),
+        pytest.param("tanh", {}, id="tanh"),
+        pytest.param("norm", {}, id="norm"),
+        pytest.param("norm", {"norm": NormConfig(alpha=0.05, beta=0.6, size=3)}, id="norm, other constants"),
+        pytest.param("spatial_norm", {}, id="spatial norm"),
+        pytest.param("norm pool relu", {}, id="layer 1"),
+        pytest.param("relu norm spatial_norm pool", {}, id="layer 2"),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_gradient_of_what_follows(after: str, changes: dict[str, object], layout: torch.memory_format) -> None:
+    """Pooling, activations and norms, alone and in the program's orders; the norms have kernels for both layouts."""
+    layer = operator(after, **changes)
+
+    def function(x: Tensor) -> Tensor:
+        return layer.follow((x * 1.0).contiguous(memory_format=layout))  # on a copy, as some work in place
+
+    assert torch.autograd.gradcheck(function, (distinct(2, 6, 5, 5),))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_of_batch_norm(training: bool) -> None:
+    """By input, scale and shift; in training through the batch's own mean and deviation."""
+    layer = operator("batch_norm").double().train(training)
+    x = numbers(3, 6, 4, 4, seed=5, scale=2.0)
+
+    def function(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return functional_call(layer, {"scale": scale, "shift": shift}, (x,))
+
+    scale, shift = (p.detach().clone().requires_grad_() for p in (layer.scale, layer.shift))
+    assert torch.autograd.gradcheck(function, (x, scale, shift))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_gradient_of_convolutions(index: int) -> None:
+    """conv1 with its stride and zeros on two sides only, and one with zeros all around; input, weight and bias."""
+    config = dataclasses.replace(TINY, after=("",) * 5)
+    layer = Convolution(config, index, 3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0, 0.5, generator=torch.Generator().manual_seed(7))
+    side = 9 if index == 0 else 5
+    check(layer, lambda module, x: module(x), numbers(2, 3, side, side, seed=8))
+
+
+@pytest.mark.parametrize("kind", ["original", "inverted"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_of_fully_connected_with_dropout(kind: str, activation: str, training: bool) -> None:
+    """Both kinds of dropout with a fixed mask, and in testing; by input, weight and bias."""
+    config = dataclasses.replace(TINY, dropout_kind=kind, activation=activation)
+    layer = FullyConnected(config, "fc6", "a", 7, 6)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.1, 0.5, generator=generator)
+    draws = DropoutDraws(3, 4) if training else None
+    check(layer, lambda module, x: module(x, draws), numbers(4, 7, seed=10))
+
+
+WITH_BATCH_NORM = ("batch_norm pool relu", "batch_norm pool tanh", "relu", "tanh", "pool relu")
+
+
+@pytest.mark.parametrize("after", [TINY.after, WITH_BATCH_NORM], ids=["original", "batch norm"])
+def test_gradient_of_the_whole_net(after: tuple[str, ...]) -> None:
+    """Both towers with all crossings and dropout: logits by the images and all 32 or 40 parameters."""
+    net = TwoTowerNet(dataclasses.replace(TINY, after=after), seed=11)
+    draws = DropoutDraws(5, 6)
+    check(net, lambda module, x: module(x, draws), numbers(2, 3, 31, 31, seed=12), fast=True)

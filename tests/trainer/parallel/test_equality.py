@@ -1,0 +1,67 @@
+"""Two processes equal one: loss, every gradient, weights after five steps; and nothing else crosses."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers import tower_work as work
+from tests.helpers.pair import run_pair
+from trainer.planning.describe import count_crossings
+
+RELATIVE = 1e-5
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("digits", 16), ("paper", 4)])
+def test_two_processes_equal_serial(name: str, batch_size: int) -> None:
+    """fp32, dropout on: loss and every gradient of the first step, and the weights after five steps."""
+    serial = work.train_serial(name, batch_size, 5)
+    towers = run_pair(work.train_tower, name, batch_size, 5)
+    for ours, expected in zip(towers[0]["losses"], serial["losses"], strict=True):
+        assert ours == pytest.approx(expected, rel=RELATIVE)
+    for what in ("gradients", "weights"):
+        found = towers[0][what] | towers[1][what]
+        assert found.keys() == serial[what].keys()
+        assert len(found) == 2 * (8 + 7)  # weight and bias of eight layers on tower a, seven on b
+        for key, tensor in serial[what].items():
+            assert tensor.abs().max() > 0, f"{what} of {key} are all zero: the test would prove nothing"
+            assert relative_error(found[key], tensor) < RELATIVE, f"{what} of {key}"
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("digits", 8), ("paper", 2)])
+def test_only_the_four_crossings_and_control(name: str, batch_size: int) -> None:
+    """The dispatcher's own count of c10d calls and bytes, and the ledger, both equal the counts from the recipe."""
+    a, b = run_pair(work.count_one_step, name, batch_size)
+    crossings = count_crossings(work.recipe(name).model)
+    assert [crossing.layer for crossing in crossings] == ["conv3", "fc6", "fc7", "fc8"]
+    from_a = Counter(("send", c.bytes_a_to_b * batch_size) for c in crossings if c.bytes_a_to_b)
+    from_b = Counter(("send", c.bytes_b_to_a * batch_size) for c in crossings if c.bytes_b_to_a)
+    to_a, to_b = (
+        Counter({("recv_", n): k for (_, n), k in from_b.items()}),
+        Counter({("recv_", n): k for (_, n), k in from_a.items()}),
+    )
+    assert a["forward"] == from_a + to_a
+    assert b["forward"] == from_b + to_b
+    assert a["backward"] == Counter({("send", n): k for (_, n), k in to_a.items()}) + Counter(
+        {("recv_", n): k for (_, n), k in from_a.items()}
+    )
+    assert b["backward"] == Counter({("send", n): k for (_, n), k in to_b.items()}) + Counter(
+        {("recv_", n): k for (_, n), k in from_b.items()}
+    )
+    control = Counter({("send", 24): 1, ("recv_", 24): 1})
+    assert a["rest"] == control
+    assert b["rest"] == control
+    assert sorted(map(str, a["ledger"])) == sorted(map(str, b["ledger"]))
+    assert sum(row["bytes"] for row in a["ledger"] if row["kind"] == "control") <= 64
+    assert {row["kind"] for row in a["ledger"]} == {"crossing", "control"}
+    for crossing in crossings:
+        rows = {(r["phase"], r["direction"]): r["bytes"] for r in a["ledger"] if r["name"] == crossing.layer}
+        forward = {"a->b": crossing.bytes_a_to_b * batch_size, "b->a": crossing.bytes_b_to_a * batch_size}
+        expected = {("forward", way): n for way, n in forward.items() if n}
+        expected |= {("backward", way[::-1].replace(">-", "->")): n for way, n in forward.items() if n}
+        assert rows == expected, crossing.layer

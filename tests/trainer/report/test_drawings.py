@@ -1,0 +1,144 @@
+"""The report's drawings: towers, charts, kernel sheets, confusion."""
+
+import dataclasses
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.synthetic_run import ROOT, digits_config
+from trainer.config import load_config
+from trainer.errors import ConfigError
+from trainer.report.charts import Axis, Line, confusion_chart, line_chart, log_ticks, nice_ticks
+from trainer.report.figures import interval
+from trainer.report.images import colour_share, kernel_sheet
+from trainer.report.net_drawing import draw_net, write_drawing
+from trainer.report.svg import Crossing, LayerRow, draw_towers, format_bytes
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_one_tower_is_drawn_alone() -> None:
+    model = dataclasses.replace(digits_config().model, towers=1)
+    text = "".join(ET.fromstring(draw_net(model)).itertext())
+    assert "tower a" not in text and "conv1" in text
+
+
+PAPER_ROWS = [
+    LayerRow("conv2", "5x5, 128 maps", "27x27x128", 153_728),
+    LayerRow("pool2", "3x3, stride 2", "13x13x128", 0),
+    LayerRow("conv3", "3x3, 192 maps", "13x13x192", 442_560),
+    LayerRow("fc8", "4096 to 1000", "1000", 4_097_000),
+]
+
+
+def test_width_of_a_crossing_is_in_proportion_to_its_bytes() -> None:
+    crossings = [Crossing("conv3", 21_632, 86_528, 86_528), Crossing("fc8", 10_816, 0, 43_264)]
+    drawn = ET.fromstring(draw_towers(PAPER_ROWS, crossings))
+    widths = [
+        float(path.get("stroke-width", "0")) for path in drawn.iter(f"{SVG}path") if path.get("class") == "ribbon"
+    ]
+    assert len(widths) == 3
+    assert widths[0] == widths[1] == pytest.approx(2 * widths[2], rel=0.02)
+
+
+def test_layer_that_only_a_has_is_drawn_once() -> None:
+    drawn = ET.fromstring(draw_towers(PAPER_ROWS, [Crossing("fc8", 2048, 0, 8192)]))
+    names = [text.text for text in drawn.iter(f"{SVG}text") if text.get("class") == "name"]
+    assert names.count("conv3") == 2 and names.count("fc8") == 1
+
+
+def test_drawing_refuses_a_crossing_into_nowhere() -> None:
+    with pytest.raises(ValueError, match="fc9"):
+        draw_towers(PAPER_ROWS, [Crossing("fc9", 1, 4, 4)])
+    with pytest.raises(ValueError, match="no layers"):
+        draw_towers([], [])
+
+
+def test_drawing_of_the_paper_names_its_bytes() -> None:
+    text = "".join(ET.fromstring(draw_net(load_config(ROOT / "configs" / "paper.toml").model)).itertext())
+    for figure in ("86.5 kB", "18.4 kB", "8.19 kB", "21,632 values", "18,876,416", "13 × 13 × 128", "55 × 55 × 48"):
+        assert figure in text
+
+
+def test_picture_of_the_readme_is_what_the_code_draws() -> None:
+    drawn = draw_net(load_config(ROOT / "configs" / "paper.toml").model)
+    how = "python -m trainer describe --config configs/paper.toml --svg docs/towers.svg"
+    assert (ROOT / "docs" / "towers.svg").read_text() == drawn, f"make it again: {how}"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (86_528, "86.5 kB"), (999_600, "1.00 MB"), (243.9e6, "244 MB")],
+)
+def test_bytes_for_people(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 440), (3.2, 3.4), (-5, 17), (0, 1e9), (97.1, 99.9)])
+def test_ticks_are_inside_and_few(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 11
+    assert low - 1e-9 * abs(high) <= ticks[0] < ticks[-1] <= high * (1 + 1e-9)
+
+
+def test_log_ticks_are_inside() -> None:
+    assert log_ticks(0.03, 2.4) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+
+
+def test_chart_keeps_every_extreme_of_a_summarised_line() -> None:
+    values = np.ones(10_000)
+    values[7_777] = 50.0
+    drawn = ET.fromstring(line_chart([Line("x", np.arange(10_000), values, summarise=True)], Axis("x", low=0)))
+    band = next(path.get("d", "") for path in drawn.iter("path") if path.get("class") == "band")
+    heights = [float(pair.split()[1]) for pair in re.findall(r"[ML]([\d.]+ [\d.]+)", band)]
+    assert min(heights) == pytest.approx(34, abs=0.1)  # the top of the plot: the axis reaches the spike
+    assert len(heights) < 400
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [None]])
+def test_chart_without_numbers_is_empty(values: list) -> None:
+    assert line_chart([Line("x", range(len(values)), values)], Axis("x")) == ""
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-8, 1.0], [0.0, 1.0], [float("inf"), 2.0]])
+def test_chart_of_odd_values_is_drawn_without_nan(values: list[float]) -> None:
+    drawn = line_chart([Line("x", range(len(values)), values)], Axis("x", log=True))
+    assert drawn and "nan" not in drawn and "inf" not in drawn
+
+
+def test_kernel_sheet_shows_each_kernel_on_its_own_scale() -> None:
+    weight = np.zeros((10, 3, 5, 5), np.float32)
+    weight[0, 0, 0, 0] = 1e-3
+    weight[9, :, 4, 4] = -7.0
+    sheet = kernel_sheet(weight, columns=8, kernel_px=10)
+    assert sheet.shape == (2 * 10 + 2, 8 * 12 - 2, 4)
+    assert sheet[0, 0].tolist() == [255, 128, 128, 255]
+    assert sheet[12 + 9, 12 + 9].tolist() == [0, 0, 0, 255]
+    assert sheet[12, 40, 3] == 0  # no kernel there
+
+
+def test_colour_share_tells_gray_from_colour() -> None:
+    gray = np.repeat(np.random.default_rng(0).normal(size=(4, 1, 3, 3)), 3, axis=1).astype(np.float32)
+    opponent = gray * np.array([1, -1, 0], np.float32).reshape(1, 3, 1, 1)
+    assert colour_share(gray) == pytest.approx(0, abs=1e-6)
+    assert colour_share(opponent) == pytest.approx(1)
+
+
+def test_confusion_counts_are_all_shown() -> None:
+    counts = np.array([[5, 2], [0, 3]])
+    drawn = ET.fromstring(confusion_chart(counts, ["apple", "pear"]))
+    assert [text.text for text in drawn.iter("text") if text.get("class") == "count"] == ["5", "2", "3"]
+
+
+def test_interval_is_wilsons() -> None:
+    assert interval(352, 360) == "95.7 to 98.9 %"  # p = 0.97778, n = 360: 0.95675, 0.98869
+    assert interval(10, 10) == "72.2 to 100.0 %"
+
+
+def test_drawing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_drawing(tmp_path / "file" / "net.svg", digits_config().model)

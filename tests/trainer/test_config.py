@@ -1,0 +1,64 @@
+"""Recipes: what a user gets wrong is named, and a resolved recipe reads back as itself."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import Config, load_config, to_toml
+from trainer.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_load_and_read_back(path: Path, tmp_path: Path) -> None:
+    """Every recipe of the project is valid, and its resolved text is the same recipe."""
+    config = load_config(path)
+    (tmp_path / "resolved.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_say_how_to_run_them(path: Path) -> None:
+    """Each recipe's header has its command, hardware and expected result."""
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("command", "hardware", "expected"):
+        assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks '# {word}'"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.unit=3", "unknown field model.unit: did you mean model.units?"),
+        ("train.epochs=many", "train.epochs = 'many': expected a value of type int"),
+        ("train.epochs=0", "train.epochs = 0: expected 1 or more"),
+        ("train.precision=fp8", "train.precision = 'fp8': expected one of fp32, bf16"),
+        ("model.maps=[1, 2]", "model.maps = (1, 2): expected five values"),
+        ("model.norm.size=4", "norm.size = 4: expected an odd number"),
+        ("model.crossings=['conv3']", "fc8 among them"),
+        ("model.image_px=20", "nothing is left of it after"),
+        ("optimizer.learning_rate=nan", "expected a finite number"),
+        ("epochs=3", "section.field=value"),
+        ("data.crop_px=200", "data.crop_px = 200: expected model.image_px = 224"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    """One clear error: the field, the value, what was expected."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+
+
+def test_missing_and_torn_files(tmp_path: Path) -> None:
+    """No such recipe, and one that is not TOML."""
+    with pytest.raises(ConfigError, match="no recipe at"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "torn.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_config(tmp_path / "torn.toml")
+
+
+def test_fingerprint_names_the_recipe() -> None:
+    """Equal recipes have equal fingerprints, whatever file they come from; a changed field changes it."""
+    assert Config().fingerprint == load_config(None).fingerprint
+    assert load_config(None, ["train.seed=1"]).fingerprint != Config().fingerprint

@@ -1,0 +1,135 @@
+"""Checkpoints: whole or invisible, exact, readable by one process or two, and never trusted unseen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import Config, load_config
+from trainer.errors import CheckpointError
+from trainer.model.alexnet import TwoTowerNet
+from trainer.training import checkpoint
+from trainer.training.optimizer import PaperSGD
+
+CONFIG = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml")
+
+
+def make(held: tuple[str, ...] = ("a", "b"), seed: int = 0, config: Config = CONFIG) -> tuple[TwoTowerNet, PaperSGD]:
+    """A net and its optimizer, with velocities that are not zero."""
+    net = TwoTowerNet(config.model, held=held, seed=seed)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    for parameter in net.parameters():
+        optimizer.velocity(parameter).copy_(parameter.detach() * 0.5 + 1)
+    return net, optimizer
+
+
+def write(run: Path, step: int, *parts: tuple[TwoTowerNet, PaperSGD]) -> Path:
+    """A checkpoint written by one process, or by several, each with its own towers."""
+    for net, optimizer in parts:
+        checkpoint.save_towers(checkpoint.unfinished(run, step), net, optimizer)
+    return checkpoint.commit(run, step, config="c", loader={"position": step}, towers=("a", "b"))
+
+
+def test_two_processes_write_what_one_reads_and_the_other_way_round(tmp_path: Path) -> None:
+    """Names and bytes do not depend on who wrote them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    folder = write(one, 7, make())
+    write(two, 7, make(("b",)), make(("a",)))
+    for name in ("tower-a.safetensors", "tower-b.safetensors"):
+        assert (checkpoint.folder_of(one, 7) / name).read_bytes() == (checkpoint.folder_of(two, 7) / name).read_bytes()
+    net, optimizer = make(("b",), seed=9)
+    expected_net, expected_optimizer = make()
+    checkpoint.load_towers(folder, net, optimizer)
+    expected = dict(expected_net.named_parameters())
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, expected[name])
+        assert torch.equal(optimizer.velocity(parameter), expected_optimizer.velocity(expected[name]))
+    assert checkpoint.read_record(folder).loader == {"position": 7}
+
+
+def test_unfinished_checkpoints_are_invisible(tmp_path: Path) -> None:
+    """Killed before the commit: the one before is still the newest, and the rest is swept at the next save."""
+    first = write(tmp_path, 1, make())
+    net, optimizer = make()
+    checkpoint.save_towers(checkpoint.unfinished(tmp_path, 2), net, optimizer)
+    assert checkpoint.latest_checkpoint(tmp_path) == first
+    checkpoint.keep_newest(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_keep_newest(tmp_path: Path) -> None:
+    """Only the newest stay."""
+    for step in (1, 2, 10):
+        write(tmp_path, step, make())
+    checkpoint.keep_newest(tmp_path, 2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    """One flipped bit, a cut file, a missing file."""
+    folder = write(tmp_path, 3, make())
+    path = folder / "tower-b.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(data) if damage == "flip" else bytes(data[:-10]))
+    with pytest.raises(CheckpointError, match=r"tower-b\.safetensors"):
+        checkpoint.read_record(folder)
+
+
+def test_another_net_is_refused(tmp_path: Path) -> None:
+    """The tensor that does not fit is named with both shapes."""
+    folder = write(tmp_path, 3, make())
+    config = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml", ["model.units=32"])
+    net, optimizer = make(config=config)
+    with pytest.raises(CheckpointError, match=r"fc6\.weight is \(128, 128\), and this recipe.s net needs \(32, 128\)"):
+        checkpoint.load_towers(folder, net, optimizer)
+
+
+def write_rated(run: Path, step: int, top1: float | None) -> Path:
+    """A checkpoint with the accuracy that its record states."""
+    net, optimizer = make()
+    checkpoint.save_towers(checkpoint.unfinished(run, step), net, optimizer)
+    return checkpoint.commit(run, step, config="c", loader=None, towers=("a", "b"), top1=top1)
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    """The newest of equals is the best one; it survives any number of worse ones."""
+    for step, top1 in ((1, 0.7), (2, 0.9), (3, 0.9), (4, None), (5, 0.8), (6, 0.85)):
+        write_rated(tmp_path, step, top1)
+        checkpoint.keep_newest(tmp_path, 2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step-0000000{n}" for n in (3, 5, 6)]
+    for which, step in (("best", 3), ("newest", 6), ("5", 5), ("step-00000005", 5)):
+        found = checkpoint.choose(tmp_path, which)
+        assert found is not None
+        assert found[1].step == step
+
+
+def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one before is used; asked for by its number, the damaged one is refused; with none whole, an error."""
+    write_rated(tmp_path, 1, 0.5)
+    with (write_rated(tmp_path, 2, 0.6) / "tower-a.safetensors").open("ab") as file:
+        file.write(b"x")
+    found = checkpoint.choose(tmp_path)
+    assert found is not None
+    assert found[1].step == 1
+    assert "tower-a.safetensors is damaged" in capsys.readouterr().err
+    for which in ("2", "best"):
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.choose(tmp_path, which)
+    (tmp_path / "checkpoints" / "step-00000001" / "tower-b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoint.choose(tmp_path, quiet=True)
+
+
+def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
+    """The steps that there are, in the message."""
+    assert checkpoint.choose(tmp_path) is None
+    write_rated(tmp_path, 4, None)
+    with pytest.raises(CheckpointError, match=r"--checkpoint 7: it has checkpoints of steps 4"):
+        checkpoint.choose(tmp_path, "7")
+    with pytest.raises(CheckpointError, match=r"no checkpoint has been evaluated"):
+        checkpoint.choose(tmp_path, "best")

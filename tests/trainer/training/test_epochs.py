@@ -1,0 +1,42 @@
+"""epochs.csv: one line an epoch, the same whether a run was interrupted or not."""
+
+import csv
+import json
+from pathlib import Path
+
+from tests.helpers.synthetic_run import digits_config, make_run
+from trainer.training.epochs import NAME
+from trainer.training.metrics import MetricsLog, read_metrics
+
+
+def read(run: Path) -> list[dict[str, str]]:
+    with (run / NAME).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_line_an_epoch(tmp_path: Path) -> None:
+    """Means over the steps of the epoch, and the evaluation in the line of the epoch that it ended."""
+    run = make_run(tmp_path / "run", digits_config(), steps=66)
+    rows = read_metrics(run)
+    lines = read(run)
+    assert [line["epoch"] for line in lines] == ["1", "2", "3"]
+    assert [line["steps"] for line in lines] == ["22"] * 3
+    second = [row for row in rows if row["kind"] == "step" and row["epoch"] == 1]
+    assert float(lines[1]["loss"]) == float(f"{sum(row['loss'] for row in second) / 22:.6g}")
+    evaluation = next(row for row in rows if row["kind"] == "evaluation")
+    assert evaluation["step"] == 44
+    assert [line["top1"] for line in lines] == ["", f"{evaluation['top1']:.6g}", ""]
+
+
+def test_a_resumed_run_writes_the_same_table(tmp_path: Path) -> None:
+    """Steps after the checkpoint are dropped and logged again; the epoch at hand counts each step once."""
+    run = make_run(tmp_path / "run", digits_config(), steps=60)
+    expected = (run / NAME).read_bytes()
+    later = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["step"] > 50]
+    log = MetricsLog(run, 50)
+    log.flush()
+    assert read(run)[2]["steps"] == "6"
+    for row in later:
+        log.write(row)
+    log.close()
+    assert (run / NAME).read_bytes() == expected

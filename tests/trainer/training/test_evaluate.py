@@ -1,0 +1,152 @@
+"""Evaluations: counts by hand, class tables, the confusion picture, ten views, JSON."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.nn import functional
+
+from pipeline.loader.batch import Batch
+from pipeline.loader.batches import EvaluationLoader
+from tests.helpers.loader_data_set import make_data_set
+from tests.helpers.synthetic_run import digits_config, make_run
+from trainer.__main__ import main
+from trainer.errors import RunError
+from trainer.inference import confusion
+from trainer.training.evaluate import evaluate_net, evaluate_run, load_network
+
+TITLES = ["ant", "bee", "cat", "dog", "elk", "fox", "[red]gnu"]
+
+
+class Lookup(torch.nn.Module):
+    """A net whose logits are its input: pictures (N, 7, 1, 1)."""
+
+    held = ("a", "b")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def batch_of(logits: torch.Tensor, labels: list[int]) -> Batch:
+    count = len(labels)
+    keys = tuple(f"val-{i:08d}" for i in range(count))
+    draws = np.zeros((count, 3), np.int32)
+    return Batch(logits, torch.tensor(labels), keys, draws, epoch=0, position=0, fingerprint=0)
+
+
+def evaluate(rows: list[list[float]], labels: list[int]):
+    logits = torch.tensor(rows)[:, :, None, None]
+    return evaluate_net(Lookup(), [batch_of(logits, labels)])
+
+
+@pytest.fixture
+def four():
+    """Pictures of classes 0, 0, 1 and 2, predicted as 0, 1, 1 and 3; the last has its label in seventh place."""
+    return evaluate(
+        [
+            [9.0, 0, 0, 0, 0, 0, 0],
+            [5.0, 6, 0, 0, 0, 0, 0],
+            [0, 7.0, 1, 0, 0, 0, 0],
+            [3.0, 4, -5, 9, 2, 1, 0],
+        ],
+        [0, 0, 1, 2],
+    )
+
+
+def test_counts(four):
+    assert (four.num_samples, four.num_correct_top1, four.num_correct_top5) == (4, 2, 3)
+    assert four.predicted.tolist() == [0, 1, 1, 3]
+    assert four.in_top5.tolist() == [True, True, True, False]
+    assert four.sentence().startswith("top-1 0.5000 (2 of 4), top-5 0.7500 (3 of 4), centre, loss ")
+
+
+def test_ten_views_average_probabilities_not_logits():
+    views = torch.randn(3, 10, 7, 1, 1, generator=torch.Generator().manual_seed(0)) * 6
+    found = evaluate_net(Lookup(), [batch_of(views, [0, 1, 2])], "ten")
+    expected = functional.softmax(views[..., 0, 0].double(), dim=2).mean(1)
+    np.testing.assert_allclose(found.confidence, expected.max(1).values, rtol=1e-5)
+    by_logits = functional.softmax(views[..., 0, 0].double().mean(1), dim=1)
+    assert not np.allclose(found.confidence, by_logits.max(1).values, rtol=1e-2)
+
+
+def test_classes_by_hand(four):
+    scores = confusion.score_classes(four, TITLES)
+    assert [score.num_samples for score in scores] == [2, 1, 1, 0, 0, 0, 0]
+    assert [score.top1 for score in scores] == [0.5, 1.0, 0.0, None, None, None, None]
+    assert [score.top5 for score in scores[:3]] == [1.0, 1.0, 0.0]
+    assert [(score.taken_for, score.num_taken_for) for score in scores[:3]] == [("bee", 1), ("", 0), ("dog", 1)]
+
+
+def test_table_has_the_worst_class_first_and_names_as_they_are(four):
+    text = io.StringIO()
+    confusion.print_classes(four, TITLES, Console(file=text, width=100))
+    lines = [line.split()[1] for line in text.getvalue().splitlines() if line.startswith("│")]
+    assert lines == ["cat", "ant", "bee", "dog", "elk", "fox", "[red]gnu"]
+
+
+def test_json_holds_classes_and_every_cell(four):
+    found = json.loads(json.dumps(four.to_dict() | confusion.to_dict(four, TITLES)))
+    assert found["top1"] == 0.5
+    assert found["confusion"] == [[0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 3, 1]]
+    assert found["per_class"][0]["title"] == "ant" and found["per_class"][0]["top1"] == 0.5
+    assert found["per_class"][4]["top1"] is None
+
+
+def test_picture_shows_what_was_counted(tmp_path):
+    right = [[9.0 if i == label else 0.0 for i in range(7)] for label in range(7)]
+    confusion.draw(tmp_path / "right.png", evaluate(right, list(range(7))), TITLES)
+    confusion.draw(tmp_path / "wrong.png", evaluate(right[:6] + right[:1], list(range(7))), TITLES)
+    pictures = [np.asarray(Image.open(tmp_path / name).convert("L"), int) for name in ("right.png", "wrong.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert pictures[0].shape[0] > 500
+    changed = np.argwhere(np.abs(pictures[0] - pictures[1])[100:] > 60)  # below the title, whose figure differs too
+    height, width = pictures[0].shape
+    assert len(changed) > 1000
+    assert 100 + changed[:, 0].min() > height * 0.6  # the last row: its first and its last cell
+    assert np.ptp(changed[:, 1]) > width * 0.4
+
+
+def test_confusion_wants_a_png(tmp_path):
+    with pytest.raises(RunError, match=r"ends in .png"):
+        confusion.check_name(tmp_path / "confusion.svg")
+
+
+@pytest.fixture(scope="module")
+def run_and_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_data_set(folder / "data", encoding="png", channels=1, size=(32, 32), train=64, val=33, shard_size=40)
+    return make_run(folder / "run", digits_config(), steps=3), folder / "data"
+
+
+def test_command_prints_table_picture_and_json(run_and_data, tmp_path, monkeypatch, capsys):
+    run, data = run_and_data
+    words = ["trainer", "evaluate", "--run", str(run), "--data", str(data), "--views", "ten", "--device", "cpu"]
+    picture = tmp_path / "confusion.png"
+    monkeypatch.setattr("sys.argv", [*words, "--per-class", "--confusion", str(picture)])
+    assert main() == 0
+    text = capsys.readouterr().out
+    assert " of 33), ten, loss " in text
+    assert "10 classes, the worst first" in text
+    assert Image.open(picture).format == "PNG"
+    monkeypatch.setattr("sys.argv", [*words, "--json"])
+    assert main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(count for _, _, count in found["confusion"]) == 33
+    assert sum(row["num_samples"] for row in found["per_class"]) == 33
+    assert sum(row["num_correct_top1"] for row in found["per_class"]) == found["num_correct_top1"]
+    assert f"({found['num_correct_top1']} of 33)" in text
+
+
+def test_ten_views_of_a_run_by_hand(run_and_data):
+    run, data = run_and_data
+    loaded = load_network(run)
+    net, config = loaded.net, loaded.config
+    found = evaluate_run(run, data, views="ten")
+    loader = EvaluationLoader(data, config.data, batch_size=1, views="ten")
+    with torch.no_grad():
+        shares = [functional.softmax(net(batch.images[0]), dim=1).mean(0) for batch in loader]
+    np.testing.assert_allclose(found.confidence, torch.stack(shares).max(1).values, rtol=1e-5)

@@ -1,0 +1,162 @@
+"""Whole runs of two pairs of towers through the command line: equal to one pair, interrupted, killed, refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.training_commands import ROOT, command, environment, run, train_words
+from tests.trainer.training.test_runs import STEPS, assert_same, child_with, free_port, rows, wait_for_steps, weights
+from trainer.__main__ import main
+from trainer.training.checkpoint import checkpoints, folder_of
+
+FOUR = ("--processes", 2, "--replicas", 2)
+LONG = ("train.epochs=40", "train.evaluate_every_epochs=0", "train.peer_timeout_s=30")
+
+
+@pytest.fixture(scope="module")
+def four(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two pairs."""
+    folder = tmp_path_factory.mktemp("four") / "run"
+    run(*train_words(digits, folder, *FOUR))
+    return folder
+
+
+def cut(folder: Path, new: Path, step: int) -> Path:
+    """A copy of a run as a kill after a checkpoint leaves it."""
+    shutil.copytree(folder, new)
+    for found in checkpoints(new):
+        if found > folder_of(new, step):
+            shutil.rmtree(found)
+    return new
+
+
+def test_two_pairs_equal_one_process(serial: Path, four: Path) -> None:
+    """Losses, gradient norms and weights of the first steps; one set of metrics; the sums are in the ledger."""
+    for ours, theirs in zip(rows(four, "step")[:4], rows(serial, "step")[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+    expected = weights(serial, 4)
+    for name, tensor in weights(four, 4).items():
+        assert float((tensor - expected[name]).norm()) <= 1e-4 * float(expected[name].norm()), name
+    assert [row["step"] for row in rows(four, "step")] == list(range(1, STEPS + 1))
+    result = json.loads((four / "result.json").read_text())
+    assert (result["exit_reason"], result["processes"], result["num_samples"]) == ("finished", 4, 360)
+    assert {row["kind"] for row in result["ledger"]} == {"crossing", "control", "replica"}
+    (sums,) = [row for row in result["ledger"] if row["kind"] == "replica"]
+    of_tower_a = [t for name, t in expected.items() if name.startswith("a.") and "velocity" not in name]
+    assert sums["bytes"] == sum(tensor.nbytes for tensor in of_tower_a)
+
+
+@pytest.mark.slow
+def test_resumed_equals_undisturbed(digits: Path, four: Path, tmp_path: Path) -> None:
+    """Four processes go on from step 4 and end with the same bits."""
+    folder = cut(four, tmp_path / "run", 4)
+    run(*train_words(digits, folder, *FOUR, "--resume", "auto"))
+    assert_same(folder, four)
+    assert [row["loss"] for row in rows(folder, "step")] == [row["loss"] for row in rows(four, "step")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [False, True])
+def test_other_numbers_of_processes_go_on(digits: Path, serial: Path, four: Path, tmp_path: Path, back: bool) -> None:
+    """One process goes on where four were, and four where one was: the same pictures, masks and loss."""
+    begun, processes = (serial, FOUR) if back else (four, ())
+    folder = cut(begun, tmp_path / "run", 4)
+    run(*train_words(digits, folder, *processes, "--resume", "auto"))
+    for ours, theirs in zip(rows(folder, "step")[4:6], rows(begun, "step")[4:6], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert len(rows(folder, "step")) == STEPS
+
+
+@pytest.mark.slow
+def test_split_feeding_with_replicas(digits: Path, four: Path, tmp_path: Path) -> None:
+    """Every process decodes a quarter of the batch; the pictures are the same."""
+    run(*train_words(digits, tmp_path / "run", *FOUR, overrides=("data.feed=split",)))
+    for ours, theirs in zip(rows(tmp_path / "run", "step")[:5], rows(four, "step")[:5], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_pairs(digits: Path, four: Path, tmp_path: Path) -> None:
+    """A world of four under torchrun is two pairs; a world of three is refused."""
+    for processes, code in ((4, 0), (3, 1)):
+        launcher = ["torch.distributed.run", "--nproc-per-node", processes, "--master-addr", "127.0.0.1"]
+        words = train_words(digits, tmp_path / f"run-{processes}")
+        done = subprocess.run(
+            command(*launcher, "--master-port", free_port(), "-m", "--", *words),
+            env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == code, done.stderr
+    assert "3 processes were started: two towers need 2" in done.stderr
+    assert not (tmp_path / "run-3").exists()
+    assert_same(tmp_path / "run-4", four)
+
+
+def start(digits: Path, folder: Path) -> subprocess.Popen[str]:
+    """A long run of two pairs, once it has saved its first checkpoint."""
+    words = train_words(digits, folder, *FOUR, overrides=LONG)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(*words), env=environment(), cwd=ROOT, **pipes)  # type: ignore[call-overload]
+    wait_for_steps(folder, process, 1)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_killed_rank_ends_all(digits: Path, tmp_path: Path, rank: int) -> None:
+    """SIGKILL of one of four: every other one ends by itself and names it."""
+    process = start(digits, tmp_path / "run")
+    os.kill(child_with(process.pid, f"RANK={rank}"), signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, output + errors
+    assert f"tower {'ab'[rank % 2]} (rank {rank}) was ended by SIGKILL" in errors
+    said = [line for line in errors.splitlines() if f"(rank {rank}) is lost at" in line]
+    assert len(said) == 3, errors
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_reason"] == "failed"
+    assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path) -> None:
+    """SIGTERM to one process of four only: all finish the step, one whole checkpoint, result.json says why."""
+    folder = tmp_path / "run"
+    process = start(digits, folder)
+    os.kill(child_with(process.pid, "RANK=3"), signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, output + errors
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["exit_reason"], result["reason"]) == ("stopped", "asked to by another process")
+    assert checkpoints(folder)[-1] == folder_of(folder, result["step"])
+
+
+def test_what_cannot_be_shared_is_refused(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, exit code 2, nothing written."""
+    batch_norm = ('model.after=["relu batch_norm pool", "relu pool", "relu", "relu", "relu pool"]',)
+    cases = [
+        (("--replicas", 2), (), "add --processes 2"),
+        (("--processes", 2, "--replicas", 3), (), "cannot be divided among 3 replicas"),
+        (FOUR, ("train.accumulate=128",), "use a multiple of 256"),
+        ((), ("train.accumulate=3",), "train.accumulate = 3: expected a divisor"),
+        (FOUR, batch_norm, "use one replica"),
+        ((), (*batch_norm, "train.accumulate=2"), "use one replica"),
+    ]
+    for options, overrides, message in cases:
+        words = train_words(digits, tmp_path / "run", *options, overrides=overrides)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        assert main() == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert line.startswith("error: ")
+        assert message in line
+    assert not (tmp_path / "run").exists()

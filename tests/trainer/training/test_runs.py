@@ -1,0 +1,371 @@
+"""Whole runs through the command line, on the real digits: one process, two processes, interrupted, refused."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests.helpers.small_disk import small_disk
+from tests.helpers.training_commands import CONFIG, ROOT, command, environment, run, train_words
+from trainer.__main__ import main
+from trainer.model import kernels
+from trainer.parallel.launch import tower_environment
+from trainer.training.checkpoint import checkpoints, folder_of
+
+STEPS = 1437 // 128
+
+
+@pytest.fixture(scope="module")
+def pair(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, one process a tower."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    run(*train_words(digits, folder, "--processes", 2))
+    return folder
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of one kind."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def weights(folder: Path, step: int = STEPS) -> dict[str, Any]:
+    """Every tensor of a checkpoint, velocities included."""
+    return {
+        f"{tower}.{name}": tensor
+        for tower in "ab"
+        for name, tensor in load_file(folder_of(folder, step) / f"tower-{tower}.safetensors").items()
+    }
+
+
+def assert_same(found: Path, expected: Path, step: int = STEPS) -> None:
+    """Bit for bit: weights and velocities."""
+    ours, theirs = weights(found, step), weights(expected, step)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert bool((ours[name] == tensor).all()), name
+
+
+def test_a_run_leaves_everything(serial: Path) -> None:
+    """Config, environment, metrics, TensorBoard, checkpoints, result."""
+    result = json.loads((serial / "result.json").read_text())
+    assert (result["exit_reason"], result["step"], result["num_samples"]) == ("finished", STEPS, 360)
+    assert [row["step"] for row in rows(serial, "step")] == list(range(1, STEPS + 1))
+    assert {"loss", "learning_rate", "images_per_s", "data_wait_share", "queue_ready_share", "gradient_norm"} <= rows(
+        serial, "step"
+    )[0].keys()
+    assert rows(serial, "evaluation")[-1]["top1"] == result["top1"]
+    assert [path.name for path in checkpoints(serial)] == ["step-00000004", "step-00000008", "step-00000011"]
+    assert list((serial / "tensorboard").glob("events*"))
+    assert {"commit", "torch", "cores", "command", "kernels"} <= json.loads(
+        (serial / "environment.json").read_text()
+    ).keys()
+
+
+def test_two_processes_equal_one(serial: Path, pair: Path) -> None:
+    """Losses, gradient norms and weights of the first steps.
+
+    One process convolves both towers together: the same sums in another order. Later on, rounding moves a unit across
+    the kink of ReLU sooner or later, and the runs part; bit for bit they were never equal.
+    """
+    for ours, theirs in zip(rows(pair, "step")[:4], rows(serial, "step")[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+    expected = weights(serial, 4)
+    for name, tensor in weights(pair, 4).items():
+        assert float((tensor - expected[name]).norm()) <= 1e-4 * float(expected[name].norm()), name
+
+
+def test_result_holds_the_ledger(pair: Path) -> None:
+    """Four crossings there and back, one of them one way, and one control message; nothing else."""
+    ledger = json.loads((pair / "result.json").read_text())["ledger"]
+    crossings = {(r["name"], r["phase"], r["direction"]): r["bytes"] for r in ledger if r["kind"] == "crossing"}
+    assert len(crossings) == 2 * (2 + 2 + 2 + 1)
+    assert ("fc8", "forward", "a->b") not in crossings
+    assert crossings["fc7", "forward", "a->b"] == crossings["fc7", "backward", "b->a"]
+    assert sum(r["bytes"] for r in ledger if r["kind"] == "control") == 48
+    assert {r["kind"] for r in ledger} == {"crossing", "control"}
+
+
+def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -> None:
+    """Half the bytes on every crossing, nothing else changed; the first losses are those of full precision, nearly."""
+    folder = tmp_path / "run"
+    run(*train_words(digits, folder, "--processes", 2, "--profile", 2, overrides=("train.wire=fp16",)))
+    full, half = (json.loads((path / "result.json").read_text())["ledger"] for path in (pair, folder))
+    for before, after in zip(full, half, strict=True):
+        assert after["bytes"] == before["bytes"] // (2 if before["kind"] == "crossing" else 1), before
+    losses = [[row["loss"] for row in rows(path, "step")[:4]] for path in (pair, folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] != losses[0]
+    for tower in "ab":  # and --profile has recorded both
+        events = json.loads((folder / "profile" / f"trace-{tower}.json").read_text())["traceEvents"]
+        assert {"aten::conv2d", "ConvolutionBackward0"} <= {event["name"] for event in events}, tower
+        assert "aten::" in (folder / "profile" / f"operators-{tower}.txt").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumed_equals_undisturbed(digits: Path, serial: Path, pair: Path, tmp_path: Path, processes: int) -> None:
+    """Going on from step 4, as after a kill, gives the same bits; metrics have no gap and no double."""
+    undisturbed = serial if processes == 1 else pair
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    for step in (8, 11):
+        shutil.rmtree(folder_of(folder, step))
+    run(*train_words(digits, folder, "--processes", processes, "--resume", "auto"))
+    assert_same(folder, undisturbed)
+    losses = [(row["step"], row["loss"]) for row in rows(folder, "step")]
+    assert losses == [(row["step"], row["loss"]) for row in rows(undisturbed, "step")]
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_learns(digits: Path, tmp_path: Path) -> None:
+    """What make demo promises: at least 0.97 of the 360 held-out digits, in two processes."""
+    run("trainer", "train", "--config", CONFIG, "--data", digits, "--run", tmp_path / "run", "--processes", 2)
+    result = json.loads(run("trainer", "evaluate", "--run", tmp_path / "run", "--data", digits, "--json").stdout)
+    assert result["num_samples"] == 360
+    assert result["top1"] >= 0.97
+
+
+@pytest.mark.slow
+def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: Path) -> None:
+    """Each tower decodes half: the pixels are in the ledger as input, never as a crossing, and training is the same."""
+    run(*train_words(digits, tmp_path / "run", "--processes", 2, overrides=("data.feed=split",)))
+    for ours, theirs in zip(rows(tmp_path / "run", "step")[:5], rows(pair, "step")[:5], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    ledger = json.loads((tmp_path / "run" / "result.json").read_text())["ledger"]
+    pixels = {row["direction"]: row["bytes"] for row in ledger if row["kind"] == "input"}
+    assert pixels == {"a->b": 64 * 28 * 28, "b->a": 64 * 28 * 28}
+    crossings = [row for row in ledger if row["kind"] == "crossing"]
+    assert crossings == [
+        row for row in json.loads((pair / "result.json").read_text())["ledger"] if row["kind"] == "crossing"
+    ]
+
+
+@pytest.mark.slow
+def test_a_skip_list_leaves_samples_out(digits: Path, tmp_path: Path) -> None:
+    """Thirty pictures less: an epoch of one step less."""
+    keys = [line.split()[-1] for line in (digits / "train" / "train-000000.idx").read_text().splitlines()[1:31]]
+    (tmp_path / "skip.txt").write_text("".join(key.split(".")[0] + "\n" for key in keys))
+    run(*train_words(digits, tmp_path / "run", "--processes", 2, "--skip-list", tmp_path / "skip.txt"))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == (1437 - 30) // 128 < STEPS
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(digits: Path, serial: Path, tmp_path: Path) -> None:
+    """One flipped bit in the newest: said aloud, the one before is used, the end is the same."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial, folder)
+    shutil.rmtree(folder_of(folder, 11))
+    path = folder_of(folder, 8) / "tower-b.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = run(*train_words(digits, folder, "--resume", "auto"))
+    assert "tower-b.safetensors is damaged" in done.stderr
+    assert "from step 4" in done.stdout
+    assert_same(folder, serial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int) -> None:
+    """Room for some checkpoints only: one line, exit code 2, the last whole checkpoint is there and evaluates."""
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        words = train_words(
+            digits, disk / "run", "--processes", processes, overrides=("train.checkpoint_every_steps=1",)
+        )
+        done = run(*words, code=2)
+        assert "error:" in done.stderr
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert checkpoints(disk / "run")
+        run("trainer", "evaluate", "--run", disk / "run", "--data", digits)
+
+
+@pytest.mark.slow
+def test_pair_goes_on_from_a_serial_checkpoint(digits: Path, serial: Path, tmp_path: Path) -> None:
+    """The same checkpoint serves one process and two."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial, folder)
+    for step in (8, 11):
+        shutil.rmtree(folder_of(folder, step))
+    run(*train_words(digits, folder, "--processes", 2, "--resume", "auto"))
+    for ours, theirs in zip(rows(folder, "step")[4:6], rows(serial, "step")[4:6], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # without velocities it would be off at once
+    assert len(rows(folder, "step")) == STEPS
+
+
+def test_evaluate_agrees_with_the_run(digits: Path, serial: Path) -> None:
+    """evaluate reads the checkpoint again and finds what training found, on every held-out picture."""
+    result = json.loads(run("trainer", "evaluate", "--run", serial, "--data", digits, "--json").stdout)
+    assert result["num_samples"] == 360
+    assert result["top1"] == json.loads((serial / "result.json").read_text())["top1"]
+    assert result["num_correct_top1"] <= result["num_correct_top5"] <= 360
+
+
+def free_port() -> int:
+    """A port that nobody listens on now (torchrun wants a number)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_same_command(digits: Path, pair: Path, tmp_path: Path) -> None:
+    """torchrun starts the two processes instead of us."""
+    words = train_words(digits, tmp_path / "run")
+    done = subprocess.run(
+        command(
+            "torch.distributed.run",
+            "--nproc-per-node",
+            2,
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            free_port(),
+            "-m",
+            "--",  # or torchrun takes --run for an option of its own
+            *words,
+        ),
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", pair)
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen[str], steps: int) -> None:
+    """Waits for that many checkpoints: training is under way."""
+    deadline = time.monotonic() + 120
+    while len(checkpoints(folder)) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path, processes: int, number: signal.Signals) -> None:
+    """SIGTERM and Ctrl-C: the step is finished, a whole checkpoint is there, result.json says why."""
+    folder, overrides = tmp_path / "run", ("train.epochs=40", "train.evaluate_every_epochs=0")
+    words = train_words(digits, folder, "--processes", processes, overrides=overrides)
+    process = subprocess.Popen(
+        command(*words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(folder, process, 1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, output + errors
+    result = json.loads((folder / "result.json").read_text())
+    assert result["exit_reason"] == "stopped"
+    assert number.name in result["reason"] or "another process" in result["reason"]
+    assert checkpoints(folder)[-1] == folder_of(folder, result["step"])
+
+
+def test_a_killed_tower_ends_the_run(digits: Path, tmp_path: Path) -> None:
+    """SIGKILL of one tower: the other one says which tower, where and when, and nobody waits."""
+    folder, overrides = tmp_path / "run", ("train.epochs=40", "train.evaluate_every_epochs=0")
+    words = train_words(digits, folder, "--processes", 2, overrides=overrides)
+    process = subprocess.Popen(
+        command(*words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(folder, process, 1)
+    os.kill(child_with(process.pid, "RANK=1"), signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, output + errors
+    assert "tower b (rank 1) was ended by SIGKILL" in errors
+    assert "tower b (rank 1) is lost at" in errors
+    assert json.loads((folder / "result.json").read_text())["exit_reason"] == "failed"
+    assert checkpoints(folder)
+
+
+def child_with(parent: int, variable: str) -> int:
+    """The child process of ``parent`` that has a variable in its environment."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if variable.encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"process {parent} has no child with {variable}")
+
+
+@pytest.mark.slow
+def test_not_finite_stops_before_the_update(digits: Path, tmp_path: Path) -> None:
+    """The net explodes: both towers stop, step and keys are named, the last checkpoint stays finite."""
+    overrides = ("optimizer.learning_rate=1e6", "optimizer.bias_learning_rate=1e6", "train.checkpoint_every_steps=1")
+    done = run(*train_words(digits, tmp_path / "run", "--processes", 2, overrides=overrides), code=2)
+    assert "not finite" in done.stderr
+    assert "batch keys train" in done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["exit_reason"] == "failed"
+    assert checkpoints(tmp_path / "run")[-1] == folder_of(tmp_path / "run", result["step"])
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run", result["step"]).values())
+
+
+def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path) -> None:
+    """One has a C++ compiler, the other has not, or was told to do without: their roundings would differ."""
+    if kernels.load() is None:
+        pytest.skip("no C++ compiler here")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = command(*train_words(digits, tmp_path / "run"))
+    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    towers = [
+        subprocess.Popen(words, env=environment() | tower_environment(rank, store.port) | switch, **start)
+        for rank, switch in enumerate(({}, {"TWOTOWER_KERNELS": "off"}))
+    ]
+    for tower in towers:
+        said = tower.communicate(timeout=200)[1]
+        assert tower.returncode == 2
+        assert "different values of kernels (see TWOTOWER_KERNELS in the README): rank 0 C++, rank 1 torch" in said
+
+
+def test_what_a_user_gets_wrong(
+    digits: Path,
+    serial: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, exit code 2, nothing touched."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("keep me")
+    cases = [
+        (train_words(tmp_path / "none", tmp_path / "run"), "no data set folder at"),
+        (train_words(digits, other), "holds something that is not a run"),
+        (train_words(digits, serial), "--resume auto"),
+        (train_words(digits, serial, "--resume", "auto", overrides=("train.seed=3",)), "seed = 0"),
+        (train_words(digits, tmp_path / "run", overrides=("model.classes=12",)), "model.classes = 12"),
+        (train_words(digits, tmp_path / "run", overrides=("model.image_px=40", "data.crop_px=40")), "--resize 40"),
+        (train_words(digits, tmp_path / "run", overrides=("train.batch_size=5000",)), "only 1437 training pictures"),
+        (["trainer", "evaluate", "--run", tmp_path / "none", "--data", digits], "no run at"),
+        (
+            ["trainer", "train", "--config", tmp_path / "x.toml", "--data", digits, "--run", tmp_path / "r"],
+            "no recipe at",
+        ),
+        (
+            ["trainer", "train", "--config", CONFIG, "--data", digits, "--run", tmp_path / "r", "--device", "cuda"],
+            "no GPU",
+        ),
+    ]
+    for words, message in cases[: -1 if torch.cuda.is_available() else None]:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        assert main() == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
+    assert [path.name for path in other.iterdir()] == ["precious.txt"]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,1 @@
+"""From disk to gradient: every stage measured, the limit named."""

@@ -1,0 +1,167 @@
+"""What a run's net says about pictures that are in no data set."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pipeline.errors import PictureError
+from pipeline.loader.image_reader import PictureReader
+from trainer.errors import RunError
+from trainer.training.evaluate import load_network
+from trainer.training.run_folder import check_fits
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassShare:
+    """One class and its probability.
+
+    Attributes:
+        label: the class's label.
+        name: the source's own id of it.
+        title: its name for people.
+        probability: 0..1.
+    """
+
+    label: int
+    name: str
+    title: str
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What was said about one picture, or why nothing was.
+
+    Attributes:
+        path: the file.
+        classes: the likeliest classes, likeliest first; empty where the picture could not be used.
+        image: the centre crop that the net looked at, uint8 (S, S, C), or None.
+        error: why the picture could not be used; empty where it could.
+    """
+
+    path: Path
+    classes: tuple[ClassShare, ...] = ()
+    image: np.ndarray | None = None
+    error: str = ""
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files that are named, and in place of a folder every file in it that is not hidden, at any depth, by name.
+
+    What a file is, its content tells later, not its name: as in preparing a folder.
+
+    Raises:
+        RunError: a folder has no files.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        if not inside:
+            raise RunError(f"{path} has no files in it: name pictures, or a folder of them")
+        found += inside
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+class Predictor:
+    """A checkpoint of a run, ready to look at pictures.
+
+    Args:
+        run: run folder.
+        data: data set whose preparation, statistics and class names apply; None for the one the run was trained on.
+        device: where the net runs.
+        views: ``centre``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
+        which: see :func:`trainer.training.checkpoint.choose`.
+
+    Raises:
+        TrainerError: no run, no checkpoint, or a data set that does not fit the net.
+        PipelineError: there is no whole data set.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        data: Path | None = None,
+        *,
+        device: str = "cpu",
+        views: str = "centre",
+        which: str = "newest",
+    ) -> None:
+        loaded = load_network(run, device, which=which)
+        self._net, self._config = loaded.net, loaded.config
+        data = data or data_of(run)
+        self._reader = PictureReader(data, self._config.data, views=views, device=device)
+        check_fits(self._config, self._reader.manifest, data)
+        self._ten = views == "ten"
+
+    def predict(self, paths: Iterable[Path], *, top: int = 5, images: bool = True) -> Iterator[Prediction]:
+        """Predicts pictures in batches; a file that cannot be used is a :class:`Prediction` with its error.
+
+        Args:
+            paths: files, in the order in which predictions come.
+            top: classes a picture, >= 1.
+            images: whether predictions carry their pictures; without, a folder of any size takes no more memory.
+        """
+        waiting: list[Prediction] = []
+        for path in paths:
+            try:
+                waiting.append(Prediction(path, image=self._reader.read(path)))
+            except PictureError as error:
+                waiting.append(Prediction(path, error=str(error)))
+            if len(waiting) == self._config.train.batch_size:
+                yield from self._answer(waiting, top, images)
+                waiting = []
+        yield from self._answer(waiting, top, images)
+
+    def _answer(self, waiting: Sequence[Prediction], top: int, images: bool) -> Iterator[Prediction]:
+        """Fills in the classes of the pictures of one batch; their ``image`` is the stored picture until then."""
+        pictures = [prediction.image for prediction in waiting if prediction.image is not None]
+        rows = iter(self._shares(pictures) if pictures else ())
+        for prediction in waiting:
+            if prediction.image is None:
+                yield prediction
+                continue
+            classes = self._likeliest(next(rows), top)
+            image = self._reader.centre(prediction.image).copy() if images else None
+            yield dataclasses.replace(prediction, classes=classes, image=image)
+
+    @torch.no_grad()
+    def _shares(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """Probabilities of stored pictures, (N, classes) on the CPU."""
+        images = self._reader.images(pictures)
+        if not self._ten:
+            return functional.softmax(self._net(images).float(), dim=1).cpu()
+        shares = functional.softmax(self._net(images.flatten(0, 1)).float(), dim=1)
+        return shares.unflatten(0, (-1, images.shape[1])).mean(1).cpu()
+
+    def _likeliest(self, shares: torch.Tensor, top: int) -> tuple[ClassShare, ...]:
+        """The ``top`` likeliest classes of one picture's (classes,) probabilities."""
+        records = self._reader.manifest.classes
+        values, labels = shares.topk(min(max(1, top), len(records)))
+        return tuple(
+            ClassShare(label, records[label].name, records[label].title, value)
+            for label, value in zip(labels.tolist(), values.tolist(), strict=True)
+        )
+
+
+def data_of(run: Path) -> Path:
+    """The data set folder that a run was trained on, as ``environment.json`` notes it.
+
+    Raises:
+        RunError: the run does not say.
+    """
+    try:
+        return Path(json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{run} does not say which data set it was trained on: name one with --data DIR") from None

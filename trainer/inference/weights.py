@@ -1,0 +1,72 @@
+"""The weights of the two towers as one net's: their layout, and the way back.
+
+Layout of merged weights, ``conv1.weight`` ... ``fc8.bias``:
+
+- Tower a's maps (units) come before tower b's, along dimension 0 of every weight and bias. fc8 is tower a's alone.
+- A layer that sees all (conv1 the image; conv3, fc6, fc7, fc8 both towers) is dense: (maps, inputs of both, k, k).
+- A layer that sees its own tower only (conv2, conv4, conv5) is grouped: (maps, inputs *a tower*, k, k), ``groups=2``.
+- fc6's input is flattened tower-major: a's maps, each row by row, then b's. That is what ``flatten(1)`` of the merged
+  maps gives.
+- Response normalisation stays within a tower: maps 47 and 48 of conv1 are not neighbours.
+- Batch normalisation, where a recipe has it, adds ``conv1.scale``, ``conv1.shift``, ``conv1.running_mean`` and
+  ``conv1.running_variance``, one number a map.
+- Weights are as trained. Dropout of the original kind multiplies fc6's and fc7's outputs, after their activation, by
+  ``test_factor`` in testing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trainer.config import ModelConfig
+from trainer.errors import ExportError
+from trainer.model.alexnet import TwoTowerNet
+
+
+def groups_of(config: ModelConfig, layer: str) -> int:
+    """Groups of a merged layer: 1 where it sees both towers, 2 where each half sees its own."""
+    return 1 if config.towers == 1 or layer == "conv1" or layer in config.crossings else 2
+
+
+def testing_factor(config: ModelConfig) -> float:
+    """What fc6's and fc7's outputs are multiplied by in testing (paper section 4.2)."""
+    return 1.0 if config.dropout_kind == "inverted" else 1.0 - config.dropout
+
+
+def merge_towers(net: TwoTowerNet) -> dict[str, Tensor]:
+    """Merged weights of a net whose towers are all in this process; copies, contiguous, float32, on the CPU."""
+    towers = [net.tower(name).state_dict() for name in net.held]
+    return {
+        name: torch.cat([tower[name].cpu() for tower in towers if name in tower]).contiguous() for name in towers[0]
+    }
+
+
+def fill_towers(net: TwoTowerNet, merged: Mapping[str, Tensor]) -> None:
+    """Copies merged weights into a net; the inverse of :func:`merge_towers`, to the bit.
+
+    Raises:
+        ExportError: a tensor is missing, superfluous, not float32, or of another shape; names it.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in merge_towers(net).items()}
+    for name in [*expected, *merged]:
+        found = tuple(merged[name].shape) if name in merged else None
+        if found != expected.get(name):
+            raise ExportError(
+                f"{name} is {_shown(found)} in the file, and {_shown(expected.get(name))} in this recipe's net"
+            )
+        if merged[name].dtype != torch.float32:
+            raise ExportError(f"{name} is {merged[name].dtype} in the file: expected float32")
+    for index, tower in enumerate(net.held):
+        for name, tensor in net.tower(tower).state_dict().items():
+            rows = tensor.shape[0]
+            tensor.copy_(merged[name][index * rows : (index + 1) * rows])
+
+
+def block_diagonal(config: ModelConfig, layer: str, weight: Tensor) -> Tensor:
+    """A fully connected layer's merged weight as one dense matrix, with zeros where a grouped layer does not look."""
+    return weight if groups_of(config, layer) == 1 else torch.block_diag(*weight.chunk(2))
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"of shape {shape}"

@@ -1,0 +1,1 @@
+"""The net. Nothing here knows of processes."""

@@ -1,0 +1,236 @@
+"""The mesh of processes, (replica x tower), and the groups in which they talk.
+
+Rank = 2 x replica + tower, so the two towers of a pair are neighbours, and stay on one node where every node starts an
+even number of processes. A process talks to the other tower of its pair (:class:`.crossing.Link`: the four
+crossings), to the same tower in all other replicas (:class:`Replicas`: gradients), and to nobody else.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import LostError, PeerError
+from trainer.model.alexnet import TOWERS
+from trainer.parallel.crossing import Ledger, Link
+
+ENDED = " ended: "
+REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands.
+
+    Attributes:
+        rank: 0 .. world - 1.
+        world: processes in all, an even number.
+    """
+
+    rank: int
+    world: int
+
+    @property
+    def tower(self) -> str:
+        """``a`` or ``b``."""
+        return TOWERS[self.rank % 2]
+
+    @property
+    def replica(self) -> int:
+        """Number of the pair, from 0."""
+        return self.rank // 2
+
+    @property
+    def replicas(self) -> int:
+        """Number of pairs."""
+        return self.world // 2
+
+    @property
+    def pair(self) -> list[int]:
+        """Ranks of the pair."""
+        return [2 * self.replica, 2 * self.replica + 1]
+
+    @property
+    def same_tower(self) -> list[int]:
+        """Ranks of this tower in all replicas."""
+        return list(range(self.rank % 2, self.world, 2))
+
+
+class Board:
+    """Where the first process that fails says why, so that those who then lose it can tell the cause.
+
+    Args:
+        store: the store that all processes found each other in; it may be gone by then.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = dist.PrefixStore("twotower", store)
+
+    def report(self, text: str) -> str:
+        """Reports a failure; returns the first that anybody reported."""
+        try:
+            return self._store.compare_set("failure", "", text).decode()
+        except RuntimeError:
+            return text
+
+    def lost(self, text: str, *, vague: bool = False) -> PeerError:
+        """What to raise where another process is gone.
+
+        Args:
+            text: how that looks from here; it is reported, unless somebody was first.
+            vague: it does not say which process; better wait whether somebody knows.
+        """
+        first = self._wait() if vague else None
+        if first is None:
+            first = self.report(text)
+        return (PeerError if ENDED in first else LostError)(first)
+
+    def ended(self, rank: int, error: Exception) -> None:
+        """Reports that this process ends because of an error of its own."""
+        self.report(f"rank {rank}{ENDED}{type(error).__name__}: {error}")
+
+    def _wait(self) -> str | None:
+        """The first failure reported; None after ``REPORT_WAIT_S`` without one."""
+        deadline = time.monotonic() + REPORT_WAIT_S
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                if self._store.check(["failure"]):
+                    return self._store.get("failure").decode()
+                time.sleep(0.05)
+        return None
+
+
+class Replicas:
+    """The same tower in all replicas, seen from one of them.
+
+    Args:
+        place: where this process stands.
+        group: their process group for gradients (NCCL or gloo).
+        control: their gloo group for control messages.
+        board: where failures are reported.
+        ledger: of this process.
+    """
+
+    def __init__(
+        self, place: Place, group: dist.ProcessGroup, control: dist.ProcessGroup, board: Board, ledger: Ledger
+    ) -> None:
+        self.place, self._group, self._control, self._board, self._ledger = place, group, control, board, ledger
+        self._on_cpu = dist.get_backend(group) == "gloo"
+        self._way = f"{place.tower}->{place.tower}"
+
+    def start_sum(self, flat: Tensor) -> tuple[Tensor, Any]:
+        """Begins to sum a flat tensor over the replicas; returns the tensor under way and a handle for :meth:`wait`."""
+        wire = flat.cpu() if self._on_cpu else flat
+        self._ledger.add("replica", "gradients", "backward", self._way, wire.nbytes)
+        try:
+            return wire, dist.all_reduce(wire, group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise self._lost("gradients", error) from None
+
+    def wait(self, work: Any) -> None:
+        """Waits for a sum."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost("gradients", error) from None
+
+    def gather(self, words: Sequence[int]) -> list[list[int]]:
+        """The int64 words of every replica, in their order."""
+        mine = torch.tensor(words, dtype=torch.int64)
+        everyone = [torch.zeros_like(mine) for _ in range(self.place.replicas)]
+        try:
+            dist.all_gather(everyone, mine, group=self._control)
+        except RuntimeError as error:
+            raise self._lost("control", error) from None
+        self._ledger.add("control", "replicas agree", "step", self._way, mine.nbytes)
+        return [row.tolist() for row in everyone]
+
+    def _lost(self, what: str, error: Exception) -> PeerError:
+        """What to say when a replica does not answer: who it was where that is known, here or by another process."""
+        others = [rank for rank in self.place.same_tower if rank != self.place.rank]
+        reason = str(error).splitlines()[0][:160]
+        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
+        # The process that is lost here may only have ended because it lost another: that one said so before it ended.
+        return self._board.lost(f"tower {self.place.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """All that a process needs to know of the others.
+
+    Attributes:
+        place: where it stands.
+        link: to the other tower of its pair.
+        replicas: the same tower elsewhere; None with one pair.
+        control: gloo group of all processes, for what is compared at the start.
+        board: where failures are reported.
+    """
+
+    place: Place
+    link: Link
+    replicas: Replicas | None
+    control: dist.ProcessGroup
+    board: Board
+
+
+def connect(timeout_s: float, backend: str) -> Mesh:
+    """Joins the processes that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    Args:
+        timeout_s: seconds after which a silent peer counts as lost.
+        backend: ``nccl`` or ``gloo``.
+
+    Raises:
+        PeerError: the world is not pairs of processes, or one does not come.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        check_world(world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
+    return make_mesh(Place(rank, world), store, backend=backend, timeout=timeout)
+
+
+def check_world(world: int) -> None:
+    """Raises PeerError for a number of processes that makes no pairs."""
+    if world % 2 or world < 2:
+        raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
+
+
+def make_mesh(place: Place, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
+    """The mesh over the default process group, which must be there; called by all ranks.
+
+    Args:
+        place: where this process stands.
+        store: the store of the default group.
+        backend: of the tensors: ``nccl``, ``gloo``, or ``fake`` to count what would be sent.
+        timeout: of the groups that are made.
+    """
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    board = Board(store)
+    needs_control = backend == "nccl"  # gloo's own group serves both
+
+    def join(ranks: list[int], kind: str) -> dist.ProcessGroup:  # only its members call it
+        group = dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=True)
+        return cast(dist.ProcessGroup, group)
+
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if needs_control else world
+    if place.replicas == 1:
+        link = Link(place.tower, 1 - place.rank, world, control)
+        link.board = board
+        return Mesh(place, link, None, control, board)
+    pair = join(place.pair, backend)
+    pair_control = join(place.pair, "gloo") if needs_control else pair
+    same = join(place.same_tower, backend)
+    same_control = join(place.same_tower, "gloo") if needs_control else same
+    link = Link(place.tower, sum(place.pair) - place.rank, pair, pair_control)
+    link.board = board
+    return Mesh(place, link, Replicas(place, same, same_control, board, link.ledger), control, board)

@@ -1,0 +1,159 @@
+"""What the processes of a run must agree on: where they start, every step before its update, every checkpoint."""
+
+import dataclasses
+import math
+import platform
+import struct
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from trainer.errors import PeerError
+from trainer.model.alexnet import TOWERS
+from trainer.parallel.mesh import Mesh, Replicas
+
+FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
+PLATEAUS_SHIFT = 8
+REPLICA_WORDS = 4  # int64 a replica and step
+NORM_TOLERANCE = 1e-5  # machines of several kinds may add up the same gradients in another order
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What one process knows of a step before its update.
+
+    Attributes:
+        fingerprint: of the batch.
+        finite: loss and gradients are finite here.
+        stop: a signal has come.
+        plateaus: plateaus of the held-out error so far; 0 where it is not known.
+        norms: Euclidean norm of all gradients, by tower held here.
+        loss: of the pictures of this replica; nan on tower b, which does not know it.
+        written: this process's part of the checkpoint under way is on the disk.
+        unsaved: it could not be written.
+    """
+
+    fingerprint: int
+    finite: bool
+    stop: bool
+    plateaus: int
+    norms: Mapping[str, float]
+    loss: float
+    written: bool = False
+    unsaved: bool = False
+
+    @property
+    def flags(self) -> int:
+        """Flags and plateaus as one word."""
+        saving = WRITTEN * self.written | FAILED * self.unsaved
+        return FINITE * self.finite | STOP * self.stop | saving | self.plateaus << PLATEAUS_SHIFT
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What all processes know after the control messages of a step: as :class:`Notes`, for all of them together.
+
+    Every process is finite and has written; at least one must stop, or could not save.
+    """
+
+    finite: bool
+    stop: bool
+    plateaus: int
+    norms: dict[str, float]
+    loss: float
+    written: bool
+    unsaved: bool
+
+
+def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
+    """Compares notes before an update: same batch, same gradients in all replicas, finite numbers, stop or go on.
+
+    The towers of each pair swap words first, then the same towers of all pairs, so that all know the same.
+
+    Args:
+        mesh: the other processes, or None where this one is alone.
+        notes: this process's.
+        where: the step, for messages.
+
+    Raises:
+        PeerError: a process is gone, has another batch, or other gradients.
+    """
+    flags, norms, loss = notes.flags, dict(notes.norms), notes.loss
+    if mesh:
+        link, norm = mesh.link, norms[mesh.link.tower]
+        theirs = link.control([notes.fingerprint, flags, _bits_of(norm)])
+        if theirs[0] != notes.fingerprint:
+            raise PeerError(f"{where}: the towers have different batches")
+        norms[TOWERS[1 - TOWERS.index(link.tower)]] = _double_of(theirs[2])
+        flags = _both(flags, theirs[1])
+        if mesh.replicas:
+            flags, loss = _agree_replicas(mesh.replicas, notes, (flags, norm), where)
+    finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
+    written, unsaved = bool(flags & WRITTEN), bool(flags & FAILED)
+    return Verdict(finite, stop, plateaus, dict(sorted(norms.items())), loss, written, unsaved)
+
+
+def _agree_replicas(replicas: Replicas, notes: Notes, mine: tuple[int, float], where: str) -> tuple[int, float]:
+    """The same between the replicas of a tower; ``mine``: flags and gradient norm. Returns flags and mean loss."""
+    flags, norm = mine
+    rows = replicas.gather([notes.fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
+    for number, row in enumerate(rows):
+        if row[0] != notes.fingerprint:
+            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different batches")
+        flags = _both(flags, row[1])
+    for number, row in enumerate(rows):
+        if flags & FINITE and not math.isclose(norm, _double_of(row[2]), rel_tol=NORM_TOLERANCE):
+            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different gradients")
+    return flags, math.fsum(_double_of(row[3]) for row in rows) / len(rows)
+
+
+def _both(mine: int, theirs: int) -> int:
+    """Two processes' flags as one, see :class:`Verdict`; the larger count of plateaus."""
+    plateaus = max(mine, theirs) >> PLATEAUS_SHIFT
+    return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
+
+
+def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
+    """Refuses to start where the processes would not do the same work; warns where a pair is spread over two nodes.
+
+    Raises:
+        PeerError: naming the first fact in which two differ.
+    """
+    if mesh is None:
+        return
+    everyone: list[Any] = [None] * mesh.place.world
+    dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
+    for name, expected in everyone[0][0].items():
+        for rank, (found, _) in enumerate(everyone):
+            if found[name] != expected:
+                raise PeerError(
+                    f"the processes have different values of {name}: rank 0 {expected}, rank {rank} {found[name]}"
+                )
+    for a, b in zip(everyone[::2], everyone[1::2], strict=True):
+        if a[1] != b[1] and mesh.place.rank == 0:
+            print(
+                f"warning: a pair of towers is spread over {a[1]} and {b[1]}, and every crossing leaves the node: "
+                "start an even number of processes on each",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def all_could(could: bool, mesh: Mesh | None) -> bool:
+    """Whether all processes could do what this one could, or could not; all must call it."""
+    if mesh is None:
+        return could
+    could = bool(mesh.link.control([int(could), 0, 0])[0]) and could
+    return all(row[0] for row in mesh.replicas.gather([int(could)])) if mesh.replicas else could
+
+
+def _bits_of(number: float) -> int:
+    """The bits of a double as int64, so that it fits a control word."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _double_of(bits: int) -> float:
+    """The inverse of :func:`_bits_of`."""
+    return struct.unpack("<d", struct.pack("<q", bits))[0]

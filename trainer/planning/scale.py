@@ -1,0 +1,174 @@
+"""What a training step sends on 2, 4 ... 512 GPUs: counted; and how long it would take: a model.
+
+The count: a process of the mesh runs the trainer's own step, with one picture, on torch's fake process group, where
+everything is sent to nobody; its ledger is read, and what depends on the pictures (the crossings, not the gradients) is
+multiplied. The model: see :func:`predict`.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import Config
+from trainer.model.alexnet import TwoTowerNet
+from trainer.parallel.crossing import CONTROL_WORDS, PairJoin
+from trainer.parallel.mesh import Mesh, Place, make_mesh
+from trainer.parallel.status import REPLICA_WORDS
+from trainer.planning.describe import count_layers
+from trainer.training.step import StepGradients
+
+WORLDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one GPU sends in a step, counted.
+
+    Attributes:
+        tower: ``a`` or ``b``.
+        crossing_calls: messages to the other tower.
+        crossing_bytes: their bytes.
+        sum_calls: sums over replicas (buckets of gradients); 0 with one pair.
+        sum_bytes: bytes of gradients that take part in them. How many of them leave a GPU is the algorithm's affair.
+        control_bytes: flags and fingerprints.
+    """
+
+    tower: str
+    crossing_calls: int
+    crossing_bytes: int
+    sum_calls: int
+    sum_bytes: int
+    control_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wires:
+    """What the model is given.
+
+    Attributes:
+        bandwidth_gb_s: between replicas, one way, of one GPU, 1e9 bytes/s.
+        latency_us: of one message.
+        tflops: what one GPU computes in training, 1e12 operations/s (what it reaches, not what its leaflet says).
+        pair_bandwidth_gb_s: between the two towers of a pair, one way.
+    """
+
+    bandwidth_gb_s: float
+    latency_us: float
+    tflops: float
+    pair_bandwidth_gb_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The model's step, seconds; see :func:`predict`."""
+
+    compute_s: float
+    crossing_s: float
+    sum_s: float
+    control_s: float
+
+    @property
+    def step_s(self) -> float:
+        """A step: what the sum takes longer than the backward is waited for."""
+        return self.compute_s + self.crossing_s + max(0.0, self.sum_s - self.compute_s * 2 / 3) + self.control_s
+
+
+def count_traffic(config: Config, world: int, pictures: int) -> list[Traffic]:
+    """Counts what the towers of a pair send in a step, by running it.
+
+    Args:
+        config: the recipe, of a net with two towers.
+        world: GPUs, an even number.
+        pictures: pictures a pair takes in a step.
+    """
+    return [_count(config, Place(rank, world), pictures) for rank in (0, 1)]
+
+
+def _count(config: Config, place: Place, pictures: int) -> Traffic:
+    """One tower's count."""
+    with _fake_world(place) as mesh:
+        net = TwoTowerNet(config.model, held=(place.tower,), join=PairJoin(mesh.link))
+        train = dataclasses.replace(config.train, batch_size=place.replicas, accumulate=1)
+        side = config.model.image_px
+        images = torch.zeros(1, config.model.channels, side, side)
+        StepGradients(net, train, mesh=mesh)(images, torch.zeros(1, dtype=torch.int64), 0)
+        mesh.link.control([0] * CONTROL_WORDS)
+        if mesh.replicas:
+            mesh.replicas.gather([0] * REPLICA_WORDS)
+        rows = mesh.link.ledger.rows()
+    outwards = {"a": ("a->b", "a->a"), "b": ("b->a", "b->b")}[place.tower]
+    sent = [row for row in rows if row.direction in outwards]
+
+    def total(kind: str, what: str) -> int:
+        return sum(getattr(row, what) for row in sent if row.kind == kind)
+
+    return Traffic(
+        tower=place.tower,
+        crossing_calls=total("crossing", "calls"),
+        crossing_bytes=total("crossing", "num_bytes") * pictures,
+        sum_calls=total("replica", "calls"),
+        sum_bytes=total("replica", "num_bytes"),
+        control_bytes=total("control", "num_bytes"),
+    )
+
+
+@contextmanager
+def _fake_world(place: Place) -> Iterator[Mesh]:
+    """The mesh as one process sees it, without the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=place.rank, world_size=place.world)
+    try:
+        yield make_mesh(place, store, backend="fake", timeout=TIMEOUT)
+    finally:
+        dist.destroy_process_group()
+
+
+def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pictures: int) -> Prediction:
+    """A MODEL of the step, not a measurement. With R replicas, bandwidths B (replicas) and P (pair), latency L:
+
+    - compute = operations of a picture on this tower x pictures / rate (2 a multiply-accumulate, forward once, backward
+      twice, but nothing goes back through conv1);
+    - crossing = bytes / P + messages x L, counted whole: how much a tower hides behind its own half's products, if
+      any, depends on the wire;
+    - sum = 2 (R - 1) / R x bytes / B + sums x 2 (R - 1) x L, a ring; hidden behind the backward (2/3 of compute);
+    - control = L + (R - 1) x L;
+    - step = compute + crossing + max(0, sum - backward) + control.
+
+    Loading, evaluation, checkpoints, stragglers and shared links are not in it.
+    """
+    latency_s, steps = wires.latency_us * 1e-6, replicas - 1
+    operations = 0
+    for row in count_layers(config.model):
+        share = (1 if traffic.tower == "a" else 0) if row.layer == "fc8" else 0.5
+        operations += 2 * (2 if row.layer == "conv1" else 3) * int(row.multiply_accumulates * share)
+    ring_bytes = 2 * steps / replicas * traffic.sum_bytes
+    return Prediction(
+        compute_s=operations * pictures / (wires.tflops * 1e12),
+        crossing_s=traffic.crossing_bytes / (wires.pair_bandwidth_gb_s * 1e9) + traffic.crossing_calls * latency_s,
+        sum_s=ring_bytes / (wires.bandwidth_gb_s * 1e9) + traffic.sum_calls * 2 * steps * latency_s,
+        control_s=latency_s * (1 + steps),
+    )
+
+
+def scale_table(config: Config, worlds: Sequence[int], *, pictures: int, wires: Wires | None) -> list[dict[str, Any]]:
+    """A row for every number of GPUs: the count of the busier tower and, where ``wires`` are given, the model."""
+    table = []
+    for world in worlds:
+        towers = count_traffic(config, world, pictures)
+        row: dict[str, Any] = {"gpus": world, "batch_size": pictures * world // 2}
+        row |= {"counted": [dataclasses.asdict(traffic) for traffic in towers]}
+        if wires:
+            options = {"replicas": world // 2, "pictures": pictures}
+            steps = [predict(config, traffic, wires, **options) for traffic in towers]
+            slower = max(steps, key=lambda step: step.step_s)
+            row |= {"model": dataclasses.asdict(slower) | {"step_s": slower.step_s}}
+        table.append(row)
+    return table

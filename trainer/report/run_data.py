@@ -1,0 +1,126 @@
+"""What a run folder says about the run, read for the report; parts that are not there yet are None or empty."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Config, load_config
+from trainer.errors import RunError
+from trainer.training.checkpoint import choose
+from trainer.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder describes it.
+
+    Attributes:
+        folder: the run folder.
+        steps: rows of kind ``step``, ascending, one a step.
+        evaluations: rows of kind ``evaluation``, ascending; centre crop only, as ten views score higher.
+        result: result.json, or {} while the run has not ended.
+        environment: environment.json, or {}.
+        config: the resolved recipe, or None.
+        config_text: its text.
+        kernels: conv1 weights of the newest checkpoint by tower, each (maps, channels, k, k); {} without checkpoint.
+        kernels_step: step of that checkpoint.
+    """
+
+    folder: Path
+    steps: Sequence[dict[str, Any]]
+    evaluations: Sequence[dict[str, Any]]
+    result: dict[str, Any]
+    environment: dict[str, Any]
+    config: Config | None
+    config_text: str
+    kernels: dict[str, NDArray[np.float32]]
+    kernels_step: int
+
+    @property
+    def last_step(self) -> int:
+        """Finished updates."""
+        return int(self.result.get("step") or (self.steps[-1]["step"] if self.steps else 0))
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """Held-out figures: the result's, else the last evaluation's, else {}. Keys top1, top5, num_samples, step."""
+        if self.result.get("top1") is not None and self.result.get("num_samples"):
+            return self.result
+        return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median over the steps, as the result says or as counted here."""
+        if self.result.get("images_per_s"):
+            return float(self.result["images_per_s"])
+        rates = [row["images_per_s"] for row in self.steps if row.get("images_per_s") is not None]
+        return statistics.median(rates) if rates else None
+
+    def column(self, key: str, tower: str | None = None) -> NDArray[np.float64]:
+        """One figure of every step, NaN where it was not written; shape (number of steps,)."""
+        values = [row.get(key) for row in self.steps]
+        if tower is not None:
+            values = [value.get(tower) if isinstance(value, dict) else None for value in values]
+        return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run folder.
+
+    Raises:
+        RunError: there is no such folder, it holds no run, or one of its files is damaged.
+    """
+    if not folder.is_dir():
+        raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+    if not (folder / "metrics.jsonl").is_file():
+        raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+    rows = read_metrics(folder)
+    steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
+    evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "centre") == "centre"]
+    recipe = folder / "config.toml"
+    kernels_step, kernels = _read_kernels(folder)
+    return RunRecord(
+        folder=folder,
+        steps=[steps[step] for step in sorted(steps)],
+        evaluations=sorted(evaluations, key=lambda row: row["step"]),
+        result=_read_json(folder / "result.json"),
+        environment=_read_json(folder / "environment.json"),
+        config=load_config(recipe) if recipe.is_file() else None,
+        config_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        kernels=kernels,
+        kernels_step=kernels_step,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): remove it to have the report without it") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
+    """Step and conv1 weights by tower of the newest checkpoint."""
+    from safetensors import safe_open
+
+    found = choose(folder)
+    if found is None:
+        return 0, {}
+    checkpoint, record = found
+    kernels = {}
+    for path in sorted(checkpoint.glob("tower-?.safetensors")):
+        with safe_open(path, "numpy") as tensors:
+            kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
+    return record.step, kernels

@@ -1,0 +1,1 @@
+"""The loop, its step, its optimizer and its run folder."""

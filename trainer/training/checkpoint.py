@@ -1,0 +1,237 @@
+"""Checkpoints: one safetensors file a tower, whole or invisible.
+
+``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
+velocities as ``velocity/conv1.weight``, the statistics of a batch normalisation as ``conv1.running_mean``) and
+``checkpoint.json`` (step, loader state, sizes and sha256 of the others), which is written last into a folder that gets
+its name only then. Names do not say how many processes wrote them: one process, two and several pairs read
+each other's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.manifest import sync_folder, write_atomic
+from trainer.errors import CheckpointError
+from trainer.model.alexnet import Tower, TwoTowerNet
+from trainer.training.optimizer import PaperSGD
+
+RECORD = "checkpoint.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRecord:
+    """What ``checkpoint.json`` says.
+
+    Attributes:
+        step: finished updates.
+        config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
+        loader: state of the training loader after the last batch of that step; None before the first.
+        files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
+        top1: share of held-out pictures right with these very weights, 0..1; None where they were not evaluated.
+    """
+
+    step: int
+    config: str
+    loader: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+    top1: float | None = None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def snapshot(net: TwoTowerNet, optimizer: PaperSGD) -> dict[str, dict[str, Tensor]]:
+    """A copy of the towers that this process holds, as they are written: ``{tower: {name: tensor on the CPU}}``."""
+    towers = {}
+    for name in net.held:
+        tower = net.tower(name)
+        tensors = {key: value.detach() for key, value in tower.named_parameters()}
+        tensors |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
+        tensors |= dict(tower.named_buffers())
+        towers[name] = {
+            key: value.to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in tensors.items()
+        }
+    return towers
+
+
+def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
+    """Writes a :func:`snapshot` into an unfinished folder (see :func:`unfinished`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in towers.items():
+        path = folder / f"tower-{name}.safetensors"
+        save_file(tensors, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
+    """Writes the towers that this process holds into an unfinished folder."""
+    write_towers(folder, snapshot(net, optimizer))
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole; a leading dot keeps it out of every listing."""
+    return run / "checkpoints" / f".step-{step:08d}.unfinished"
+
+
+def commit(
+    run: Path,
+    step: int,
+    *,
+    config: str,
+    loader: dict[str, Any] | None,
+    towers: Sequence[str],
+    top1: float | None = None,
+) -> Path:
+    """Makes a checkpoint visible, once every tower's file is in its unfinished folder. Called by one rank.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder, final = unfinished(run, step), folder_of(run, step)
+    files = {name: _facts(folder / name) for name in (f"tower-{tower}.safetensors" for tower in towers)}
+    record = CheckpointRecord(step=step, config=config, loader=loader, files=files, top1=top1)
+    write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+    if final.exists():
+        shutil.rmtree(final)
+    folder.replace(final)
+    sync_folder(final.parent)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Folders of the checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / RECORD).is_file())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Removes all but the newest ``count`` checkpoints and the best one, and what unfinished ones left behind."""
+    older, best = checkpoints(run)[:-count], _best(run)
+    for path in [*(path for path in older if path != best), *(run / "checkpoints").glob(".step-*.unfinished")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _best(run: Path) -> Path | None:
+    """The checkpoint with the highest top-1, the newest of equals; None where none was evaluated."""
+    rated = [(top1, path) for path in checkpoints(run) if (top1 := _top1(path)) is not None]
+    return max(rated)[1] if rated else None
+
+
+def _top1(folder: Path) -> float | None:
+    """What a checkpoint's record says about its accuracy, without checking the files beside it."""
+    try:
+        return json.loads((folder / RECORD).read_text())["top1"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Path, CheckpointRecord] | None:
+    """Finds and checks the checkpoint to use.
+
+    Args:
+        run: run folder.
+        which: ``newest``: the newest whole one; a damaged one is passed over, said aloud. ``best``: the one with the
+            highest top-1 on the held-out split. Otherwise the number of its step.
+        quiet: do not say which were passed over.
+
+    Returns:
+        Folder and record; None where a run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: every one is damaged, or the one asked for is, or it does not exist.
+    """
+    found = checkpoints(run)
+    if which != "newest":
+        folder = _best(run) if which == "best" else _of_step(found, which)
+        if folder is None:
+            have = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found) or "none"
+            reason = "no checkpoint has been evaluated" if which == "best" else f"it has checkpoints of steps {have}"
+            raise CheckpointError(f"--checkpoint {which}: {reason} in {run}; newest is always there after a save")
+        return folder, read_record(folder)
+    for folder in reversed(found):
+        try:
+            return folder, read_record(folder)
+        except CheckpointError as error:
+            if not quiet:
+                print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
+    if found:
+        raise CheckpointError(f"no whole checkpoint in {run}: start again with --overwrite")
+    return None
+
+
+def _of_step(found: Sequence[Path], text: str) -> Path | None:
+    """The checkpoint of a step, given as a number or as its folder's name."""
+    wanted = text.removeprefix("step-").lstrip("0") or "0"
+    return next((path for path in found if str(int(path.name.removeprefix("step-"))) == wanted), None)
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """Reads and checks a checkpoint: every file there, of the right size and hash.
+
+    Raises:
+        CheckpointError: naming the file that is missing, torn or changed.
+    """
+    try:
+        record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
+        for name, expected in record.files.items():
+            found = _facts(folder / name)
+            if found != expected:
+                raise CheckpointError(f"{folder / name} is damaged: {found}, expected {expected}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {error})") from None
+    return record
+
+
+def load_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD | None = None) -> None:
+    """Loads the towers that this process holds, and their velocities where an optimizer is given.
+
+    Raises:
+        CheckpointError: a file does not fit the net.
+    """
+    for name in net.held:
+        path = folder / f"tower-{name}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        _fill(path, net.tower(name), tensors, optimizer)
+
+
+def _fill(path: Path, tower: Tower, tensors: dict[str, Any], optimizer: PaperSGD | None) -> None:
+    """Copies tensors into a tower, refusing any that is missing or of another shape."""
+    targets = {key: parameter.data for key, parameter in tower.named_parameters()} | dict(tower.named_buffers())
+    if optimizer is not None:
+        targets |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
+    for name, target in targets.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != target.shape:
+            found = "nothing" if tensor is None else tuple(tensor.shape)
+            raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
+        target.copy_(tensor)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size_bytes": path.stat().st_size, "sha256": digest}

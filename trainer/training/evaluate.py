@@ -1,0 +1,175 @@
+"""Top-1 and top-5 accuracy of a net on held-out pictures."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.loader.batch import Batch
+from pipeline.loader.batches import EvaluationLoader
+from pipeline.manifest import read_manifest
+from trainer.config import Config
+from trainer.errors import RunError
+from trainer.model.alexnet import TwoTowerNet
+from trainer.training.checkpoint import choose, load_towers
+from trainer.training.run_folder import check_fits, read_run_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Counts and rates over a split, and every prediction.
+
+    Attributes:
+        num_samples: pictures.
+        num_correct_top1: pictures whose likeliest class is the label.
+        num_correct_top5: pictures whose label is among the five likeliest (or all, with fewer classes).
+        loss: mean cross entropy, nats.
+        views: ``centre`` or ``ten``.
+        keys: sample keys, in the order of the data set.
+        labels: (num_samples,) int64.
+        predicted: (num_samples,) int64, the likeliest class.
+        confidence: (num_samples,) float32, its probability.
+        in_top5: (num_samples,) bool, whether the label is among the five likeliest.
+    """
+
+    num_samples: int
+    num_correct_top1: int
+    num_correct_top5: int
+    loss: float
+    views: str
+    keys: tuple[str, ...]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    in_top5: np.ndarray
+
+    @property
+    def top1(self) -> float:
+        """Share of pictures whose likeliest class is the label, 0..1."""
+        return self.num_correct_top1 / max(1, self.num_samples)
+
+    @property
+    def top5(self) -> float:
+        """Share of pictures whose label is among the five likeliest, 0..1."""
+        return self.num_correct_top5 / max(1, self.num_samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and rates, for JSON."""
+        names = ("num_samples", "num_correct_top1", "num_correct_top5", "loss", "views")
+        return {"top1": self.top1, "top5": self.top5} | {name: getattr(self, name) for name in names}
+
+    def sentence(self) -> str:
+        """Counts and rates, for people."""
+        total = self.num_samples
+        return (
+            f"top-1 {self.top1:.4f} ({self.num_correct_top1} of {total}), "
+            f"top-5 {self.top5:.4f} ({self.num_correct_top5} of {total}), {self.views}, loss {self.loss:.4f}"
+        )
+
+
+@torch.no_grad()
+def evaluate_net(net: TwoTowerNet, batches: Iterable[Batch], views: str = "centre") -> Evaluation | None:
+    """Runs every picture through the net. Both towers must call it, where they are in two processes.
+
+    Args:
+        net: the net, or this process's tower.
+        batches: batches of an :class:`pipeline.loader.batches.EvaluationLoader`.
+        views: ``centre``: images (N, C, S, S). ``ten``: (N, 10, C, S, S), softmax outputs averaged (paper section 4.1).
+
+    Returns:
+        The evaluation where tower a is held, None elsewhere.
+    """
+    keys: list[str] = []
+    labels, probabilities = [], []
+    for batch in batches:
+        output = net(batch.images.flatten(0, 1) if views == "ten" else batch.images)
+        if "a" in net.held:
+            shares = functional.softmax(output.float(), dim=1)
+            probabilities.append((shares.unflatten(0, (-1, 10)).mean(1) if views == "ten" else shares).cpu())
+            labels.append(batch.labels.cpu())
+            keys += batch.keys
+    return _summarise(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.held else None
+
+
+def _summarise(probabilities: Tensor, labels: Tensor, keys: list[str], views: str) -> Evaluation:
+    """Counts; probabilities (N, classes), labels (N,)."""
+    ranked = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+    hits = ranked.indices == labels[:, None]
+    likelihood = probabilities.gather(1, labels[:, None]).clamp_min(1e-30)
+    return Evaluation(
+        num_samples=len(labels),
+        num_correct_top1=int(hits[:, 0].sum()),
+        num_correct_top5=int(hits.any(1).sum()),
+        loss=float(-likelihood.log().mean()),
+        views=views,
+        keys=tuple(keys),
+        labels=labels.numpy(),
+        predicted=ranked.indices[:, 0].numpy(),
+        confidence=ranked.values[:, 0].numpy(),
+        in_top5=hits.any(1).numpy(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedNet:
+    """A checkpoint's net, both towers in this process.
+
+    Attributes:
+        net: ready for testing.
+        config: the run's recipe.
+        step: finished updates.
+    """
+
+    net: TwoTowerNet
+    config: Config
+    step: int
+
+
+def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> LoadedNet:
+    """Loads a checkpoint's net.
+
+    Args:
+        run: run folder.
+        device: where the net goes.
+        which: see :func:`trainer.training.checkpoint.choose`.
+
+    Raises:
+        RunError: no run, or no checkpoint in it.
+        CheckpointError: there is none such, or it is damaged.
+    """
+    config = read_run_config(run)
+    found = choose(run, which)
+    if found is None:
+        raise RunError(f"{run} has no checkpoint yet: train it first")
+    folder, record = found
+    net = TwoTowerNet(config.model, seed=config.train.seed)
+    load_towers(folder, net)
+    net = net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return LoadedNet(net, config, record.step)
+
+
+def evaluate_run(
+    run: Path,
+    data: Path,
+    *,
+    split: str | None = None,
+    views: str = "centre",
+    device: str = "cpu",
+    which: str = "newest",
+) -> Evaluation:
+    """Evaluates a run's checkpoint on a split (by default the one its recipe holds out)."""
+    loaded = load_network(run, device, which=which)
+    net, config = loaded.net, loaded.config
+    check_fits(config, read_manifest(data), data)
+    chosen = split or config.train.evaluate_split
+    loader = EvaluationLoader(
+        data, config.data, batch_size=config.train.batch_size, split=chosen, views=views, device=device
+    )
+    result = evaluate_net(net, loader, views)
+    assert result is not None
+    return result

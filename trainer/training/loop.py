@@ -1,0 +1,352 @@
+"""The training loop. One process holds both towers, or two processes hold one each; the loop is the same."""
+
+import math
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.loader.batch import Batch
+from pipeline.loader.batches import EvaluationLoader, TrainingLoader
+from pipeline.loader.share import BatchShare, SplitFeed
+from pipeline.manifest import read_manifest
+from trainer.config import Config
+from trainer.errors import DivergedError, LostError, RunError
+from trainer.model import kernels
+from trainer.model.alexnet import TwoTowerNet
+from trainer.model.merged import MergedNet
+from trainer.parallel.crossing import WIRES, Link, PairJoin
+from trainer.parallel.mesh import Mesh, Place
+from trainer.parallel.status import Notes, Verdict, agree, handshake
+from trainer.training import checkpoint
+from trainer.training.async_checkpoint import Draft, Saver
+from trainer.training.evaluate import Evaluation, evaluate_net
+from trainer.training.metrics import MetricsLog, TrainingProgress, read_metrics
+from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
+from trainer.training.profiling import StepProfiler
+from trainer.training.run_folder import Result, write_result
+from trainer.training.step import StepGradients
+
+
+class Trainer:
+    """A run in this process.
+
+    Args:
+        config: the recipe.
+        data: data set folder.
+        run: run folder, already opened (:func:`trainer.training.run_folder.open_run`).
+        mesh: the other processes, or None where this one is alone and holds both towers.
+        device: ``cpu`` or ``cuda:N``.
+        skip_list: file with keys of samples to leave out, one a line.
+        profile_steps: steps to record, see :class:`trainer.training.profiling.StepProfiler`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Path,
+        run: Path,
+        *,
+        mesh: Mesh | None = None,
+        device: str = "cpu",
+        skip_list: Path | None = None,
+        profile_steps: int = 0,
+    ) -> None:
+        self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
+        self.link = mesh.link if mesh else None
+        self.place = mesh.place if mesh else Place(0, 2)
+        self.skip_list, self.profile_steps = skip_list, profile_steps
+        self.started = time.perf_counter()
+        self.stop_signal: str | None = None
+        self.leads = self.place.rank == 0
+        train = config.train
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        self.net = make_net(config, self.link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
+        self.saver = Saver(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
+        self.gradients = StepGradients(self.net, train, mesh=mesh, device=device)
+        self.step = 0
+        state = self._resume()
+        self.loader = self._open_loader(state)
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = train.epochs * self.steps_per_epoch
+        self.last_evaluation: Evaluation | None = None
+        self.evaluated_step = -1
+        self.held_out_errors = self._read_errors()
+        self.rates: list[float] = []
+        self.ledger: list[dict[str, Any]] = []
+        self._handshake()
+
+    def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
+        """Where the batches come from, after ``state``; the benchmark puts a measured one here."""
+        link = self.link
+        return TrainingLoader(
+            self.data,
+            self.config.data,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.train.seed,
+            device=self.device,
+            state=state,
+            skip_list=self.skip_list,
+            split_feed=SplitFeed(self.place.rank, self.place.world, link.swap_input) if link else None,
+            share=BatchShare(self.place.replica, self.place.replicas),
+        )
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint, if there is one; returns the loader's state.
+
+        Raises:
+            CheckpointError: there are checkpoints, and every one is damaged.
+        """
+        found = checkpoint.choose(self.run, quiet=not self.leads)
+        if found is None:
+            return None
+        folder, record = found
+        checkpoint.load_towers(folder, self.net, self.optimizer)
+        self.step = record.step
+        return record.loader
+
+    def _read_errors(self) -> list[float]:
+        """Top-1 errors of the evaluations up to the step to go on from; only tower a knows them."""
+        rows = read_metrics(self.run) if self.leads and self.step else []
+        return [1 - row["top1"] for row in rows if row["kind"] == "evaluation" and row["step"] <= self.step]
+
+    def _handshake(self) -> None:
+        """Refuses to start where the processes would not do the same work."""
+        facts = {
+            "recipe": self.config.fingerprint,
+            "data set": read_manifest(self.data).fingerprint,
+            "torch version": torch.__version__,
+            "step to start from": self.step,
+            "kernels (see TWOTOWER_KERNELS in the README)": kernels.describe(self.device),
+        }
+        handshake(self.mesh, facts)
+
+    def request_stop(self, number: int, _frame: object = None) -> None:
+        """Signal handler: finish the step, save, end."""
+        self.stop_signal = signal.Signals(number).name
+
+    def train(self) -> Result:
+        """Trains to the end, to a signal, or to an error; writes result.json in every case.
+
+        Raises:
+            DivergedError: loss or gradient not finite, on either tower; the weights stay as they were.
+            PeerError: the other tower is gone or disagrees.
+        """
+        self.log = MetricsLog(self.run, self.step) if self.leads else None
+        self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
+        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        reason, sentence = "failed", ""
+        try:
+            with self.progress:
+                stopped = self._loop()
+            reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
+        except OSError as error:
+            sentence = f"{self.run} cannot be written: {error.strerror or error}"
+            raise RunError(sentence) from None
+        except Exception as error:
+            sentence = f"{type(error).__name__}: {error}"
+            if self.mesh and not isinstance(error, LostError):
+                self.mesh.board.ended(self.place.rank, error)
+            raise
+        finally:
+            result = self._result(reason, sentence)
+            self._close(result)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return result
+
+    def _close(self, result: Result) -> None:
+        """Writes the result and closes what is open; a full disk does not hide why the run ended."""
+        try:
+            if self.leads:
+                write_result(self.run, result)
+            if self.log:
+                self.log.close()
+        except OSError as error:
+            print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+        self.loader.close()
+
+    def _loop(self) -> str | None:
+        """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
+        self.progress.say(self._opening_line())
+        name = "".join(self.net.held) + (str(self.place.replica) if self.place.replicas > 1 else "")
+        profiler = StepProfiler(self.run, name, steps=self.profile_steps, device=self.device)
+        stop = False
+        if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
+            self._evaluate()
+        while self.step < self.total_steps and not stop:
+            stop = self._one_step().stop
+            profiler.step()
+            ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
+            last = self.step == self.total_steps
+            every = self.config.train.evaluate_every_epochs
+            if last or (ended_epochs and every and ended_epochs % every == 0):
+                self._evaluate()
+            if last or stop or self._checkpoint_is_due(ended_epochs):
+                self._save()
+        self.saver.finish()
+        profiler.close()
+        return (self.stop_signal or "another process") if stop and self.step < self.total_steps else None
+
+    def _opening_line(self) -> str:
+        """What the run is about to do."""
+        towers = "two processes, one a tower" if self.link else "one process"
+        towers = f"{self.place.replicas} replicas of {towers}" if self.place.replicas > 1 else towers
+        begin = f"from step {self.step}" if self.step else "from the start"
+        return (
+            f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
+            f"{towers}, {self.device}, {begin}"
+        )
+
+    def _checkpoint_is_due(self, ended_epochs: int) -> bool:
+        """Whether the recipe asks for a checkpoint after this step."""
+        train = self.config.train
+        by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
+        return bool(by_step or (ended_epochs and ended_epochs % train.checkpoint_every_epochs == 0))
+
+    def _one_step(self) -> Verdict:
+        """One update; logs a row."""
+        begin = time.perf_counter()
+        if self.link:
+            self.link.ledger.clear()
+        batch = self.loader.next()
+        waited_s = time.perf_counter() - begin
+        loss = self._forward_backward(batch)
+        verdict = self._agree(batch, loss)
+        epoch = self.step / self.steps_per_epoch
+        rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus)
+        self.optimizer.set_rates(rates)
+        self.optimizer.step()
+        self.step += 1
+        if self.link and not self.ledger:
+            self.ledger = [row.to_dict() for row in self.link.ledger.rows()]
+        elapsed_s = time.perf_counter() - begin
+        self.rates.append(self.config.train.batch_size / elapsed_s)
+        if self.log:
+            row = {
+                "kind": "step",
+                "step": self.step,
+                "epoch": batch.epoch,
+                "loss": verdict.loss,
+                "learning_rate": rates.weights,
+                "images_per_s": self.rates[-1],
+                "data_wait_share": waited_s / elapsed_s,
+                "queue_ready_share": self.loader.queue_fill.ready_share,
+                "gradient_norm": verdict.norms,
+            }
+            self.log.write(row)
+            self.progress.step(row)
+        return verdict
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Gradients of every parameter; returns the loss of the pictures here (nan on tower b)."""
+        return self.gradients(batch.images, batch.labels, self.step)
+
+    def _agree(self, batch: Batch, loss: float) -> Verdict:
+        """Compares notes with the other processes before the update.
+
+        Raises:
+            DivergedError: loss or gradient not finite anywhere.
+        """
+        norms = {name: self._gradient_norm(name) for name in self.net.held}
+        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.held)
+        notes = Notes(
+            fingerprint=batch.fingerprint,
+            finite=finite,
+            stop=self.stop_signal is not None,
+            plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
+            norms=norms,
+            loss=loss,
+            written=self.saver.written,
+            unsaved=self.saver.failed,
+        )
+        verdict = agree(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
+        self.saver.advance(verdict)
+        if not verdict.finite:
+            self.saver.finish()
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in verdict.norms.items())
+            raise DivergedError(
+                f"step {self.step}: not finite (loss {verdict.loss:.4g}, gradient norms {shown}); the update was not "
+                f"applied; batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these "
+                "pictures"
+            )
+        return verdict
+
+    def _gradient_norm(self, tower: str) -> float:
+        """Euclidean norm of all gradients of a tower."""
+        gradients = [p.grad for p in self.net.tower(tower).parameters() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+
+    def _evaluate(self) -> None:
+        """Top-1 and top-5 on the held-out split."""
+        train = self.config.train
+        loader = EvaluationLoader(
+            self.data,
+            self.config.data,
+            batch_size=train.batch_size,
+            split=train.evaluate_split,
+            device=self.device,
+            skip_list=self.skip_list,
+        )
+        evaluation = evaluate_net(self.net, loader)
+        if evaluation is None or self.log is None:
+            return
+        self.last_evaluation, self.evaluated_step = evaluation, self.step
+        self.held_out_errors.append(1 - evaluation.top1)
+        epoch = self.step / self.steps_per_epoch
+        row = {"kind": "evaluation", "step": self.step, "epoch": epoch, "split": train.evaluate_split}
+        row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5}
+        self.log.write(row | {"loss": evaluation.loss, "num_samples": evaluation.num_samples})
+        self.log.flush()
+        self.progress.say(
+            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
+            f"on {evaluation.num_samples} held-out pictures, {statistics.median(self.rates or [0.0]):.0f} images/s"
+        )
+
+    def _save(self) -> None:
+        """Begins a checkpoint; it is written beside the steps that follow.
+
+        Raises:
+            CheckpointError: the one before could not be written (a full disk, for example).
+        """
+        self.saver.finish()
+        evaluation = self.last_evaluation if self.evaluated_step == self.step else None
+        self.saver.begin(
+            Draft(self.step, self.config.fingerprint, self.loader.state(), evaluation.top1 if evaluation else None)
+        )
+        if self.log:
+            self.log.flush()
+
+    def _result(self, reason: str, sentence: str) -> Result:
+        """The run so far."""
+        evaluation = self.last_evaluation
+        return Result(
+            exit_reason=reason,
+            reason=sentence,
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            top1=evaluation.top1 if evaluation else None,
+            top5=evaluation.top5 if evaluation else None,
+            num_samples=evaluation.num_samples if evaluation else 0,
+            elapsed_s=time.perf_counter() - self.started,
+            images_per_s=statistics.median(self.rates or [0.0]),
+            processes=self.place.world if self.mesh else 1,
+            batch_size=self.config.train.batch_size,
+            ledger=self.ledger,
+        )
+
+
+def make_net(config: Config, link: Link | None) -> TwoTowerNet:
+    """The net as this process runs it: one tower, or both, merged where their operations allow it."""
+    if link is not None:
+        link.wire_dtype = WIRES[config.train.wire]
+        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=config.train.seed)
+    per_map = all("batch_norm" not in text.split() for text in config.model.after)
+    merged = config.model.towers == 2 and per_map
+    return (MergedNet if merged else TwoTowerNet)(config.model, seed=config.train.seed)

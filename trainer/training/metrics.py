@@ -1,0 +1,179 @@
+"""What a run writes about itself: environment.json, metrics.jsonl, epochs.csv, TensorBoard, and progress for people."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.manifest import write_atomic
+from trainer.model import kernels
+from trainer.training.epochs import EpochTable
+
+PLAIN_LINE_EVERY_S = 5.0
+WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
+
+
+def describe_environment(argv: list[str]) -> dict[str, Any]:
+    """Commit, versions and machine, so that a figure can be traced."""
+    return {
+        "command": " ".join(argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernels": kernels.describe("cuda" if torch.cuda.is_available() else "cpu"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str:
+    """Commit of the working tree, with ``+changes`` if it is not clean; ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        read = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip()  # type: ignore[call-overload]
+        changes = subprocess.run(["git", "status", "--porcelain"], **read).stdout.strip()  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("TWOTOWER_COMMIT", "unknown")  # a job runs in a copy without history
+    return commit + ("+changes" if changes else "")
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl``, TensorBoard and ``epochs.csv``; a resumed run drops the lines it will repeat.
+
+    Args:
+        run: run folder.
+        from_step: finished steps at the start; later lines are dropped.
+    """
+
+    def __init__(self, run: Path, from_step: int) -> None:
+        from trainer.training.tensorboard import Board
+
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
+            write_atomic(path, b"".join(line + b"\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._epochs = EpochTable(run, read_metrics(run))
+        self._board = Board(run / "tensorboard", from_step + 1)
+        self._rows: list[tuple[float, dict[str, Any]]] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Takes one row; ``row["kind"]`` is ``step`` or ``evaluation``. Readers see it a second later, or two.
+
+        Many rows one after the other cost a fifth of as many rows between steps that have emptied the caches.
+        """
+        now = time.time()
+        self._rows.append((now, row))
+        if now - self._rows[0][0] >= WRITE_EVERY_S:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        """Makes all rows so far visible to readers."""
+        for at_s, row in self._rows:
+            self._file.write(json.dumps(row) + "\n")
+            self._epochs.add(row)
+            self._board.add(row, at_s)
+        self._rows.clear()
+        self._file.flush()
+        self._board.flush()
+
+    def flush(self) -> None:
+        """Makes what was written visible to readers."""
+        self._write_out()
+        self._epochs.write()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._write_out()
+        self._file.close()
+        self._board.close()
+        self._epochs.write()
+
+
+def _step_of(line: bytes) -> float:
+    """Step of a line; a torn last line counts as never."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole rows of metrics.jsonl; an empty list where there is none."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) != float("inf")]
+
+
+class TrainingProgress:
+    """A bar on a terminal, one plain line every few seconds elsewhere, nothing where ``quiet``."""
+
+    def __init__(self, total_steps: int, *, done: int, quiet: bool) -> None:
+        console = Console(file=sys.stdout)
+        self._quiet, self._total, self._last = quiet, total_steps, time.monotonic()
+        self._done_before, self._begin = done, self._last
+        self._bar: Progress | None = None
+        if not quiet and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("training", total=total_steps, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Shows a step row of metrics.jsonl."""
+        if self._quiet or (not self._bar and time.monotonic() - self._last < PLAIN_LINE_EVERY_S):
+            return
+        text = f"epoch {row['epoch'] + 1}  loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], description=text)
+        else:
+            self._last = time.monotonic()
+            print(f"step {row['step']}/{self._total}  {text}  {self._left(row['step'])} left", flush=True)
+
+    def _left(self, step: int) -> str:
+        """Time left at the pace so far, evaluations and checkpoints included."""
+        left_s = (time.monotonic() - self._begin) / (step - self._done_before) * (self._total - step)
+        return (
+            f"{left_s:.0f} s"
+            if left_s < 120
+            else f"{left_s / 60:.0f} min"
+            if left_s < 7200
+            else f"{left_s / 3600:.1f} h"
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif not self._quiet:
+            print(text, flush=True)

@@ -1,0 +1,172 @@
+"""The paper's update rule (section 5) and its learning rates.
+
+The learning rate stands *inside* the velocity: ``v = 0.9 v - 0.0005 lr w - lr g; w = w + v``. ``torch.optim.SGD`` keeps
+it outside, which is the same rule at a constant rate and another one for some steps after every drop.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import OptimizerConfig
+from trainer.model import kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Learning rates of one step.
+
+    Attributes:
+        weights: of the weights.
+        biases: of the biases, and of a batch normalisation's scale and shift.
+        layers: rates of layers that have their own (conv1 ...), for weights and biases alike; 0 leaves a layer and its
+            velocities as they are.
+    """
+
+    weights: float
+    biases: float
+    layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class PaperSGD(torch.optim.Optimizer):
+    """Momentum SGD as in 2012.
+
+    Args:
+        parameters: ``(name, parameter)`` pairs, names like ``towers.a.conv1.weight``; all but weights get the bias
+            rate.
+        config: rates, momentum, decay.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        own = {late.layer for late in config.late}
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
+        for name, parameter in parameters:
+            layer = name.rpartition(".")[0].rpartition(".")[2]
+            key = (layer if layer in own else "", name.endswith("weight"))
+            members.setdefault(key, []).append(parameter)
+        groups = [
+            {
+                "params": listed,
+                "layer": layer,
+                "are_weights": are_weights,
+                "weight_decay": config.weight_decay if are_weights or config.decay_biases else 0.0,
+            }
+            for (layer, are_weights), listed in members.items()
+        ]
+        super().__init__(groups, {"momentum": config.momentum})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["velocity"] = torch.zeros_like(parameter)
+        self.set_rates(Rates(config.learning_rate, config.bias_learning_rate))
+
+    def set_rates(self, rates: Rates) -> None:
+        """Sets every learning rate from now on (see :func:`rates_at`)."""
+        for group in self.param_groups:
+            common = rates.weights if group["are_weights"] else rates.biases
+            group["rate"] = rates.layers.get(group["layer"], common)
+
+    def velocity(self, parameter: Tensor) -> Tensor:
+        """The velocity of a parameter, same shape and dtype."""
+        return self.state[parameter]["velocity"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, guard: Tensor | None = None) -> None:  # type: ignore[override]
+        """Applies the rule to every parameter; gradients must be there.
+
+        Args:
+            closure: not used; torch's interface has it.
+            guard: a scalar on the parameters' device; where it is 0, nothing changes. A GPU looks at it itself, so that
+                nobody waits for it (with Triton).
+        """
+        for group in self.param_groups:
+            weights: list[Tensor] = group["params"]
+            rate = group["rate"]
+            if not weights or rate == 0:
+                continue
+            factors = (group["momentum"], rate * group["weight_decay"], rate)
+            rest = [parameter for parameter in weights if not self._fused(parameter, factors, guard)]
+            if rest and (guard is None or guard):
+                self._foreach(rest, factors)
+
+    def _fused(self, parameter: Tensor, factors: kernels.Factors, guard: Tensor | None) -> bool:
+        """The rule in one pass over memory, where there is a kernel for it."""
+        velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
+        dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+        alike = parameter.stride() == velocity.stride() == gradient.stride()
+        functions = kernels.of(parameter) if dense and alike and parameter.dtype != torch.bfloat16 else None
+        if functions is None or not parameter.dtype == velocity.dtype == gradient.dtype:
+            return False
+        functions.update(parameter, velocity, gradient, factors, guard)
+        torch.autograd.graph.increment_version((parameter, velocity))
+        return True
+
+    def _foreach(self, weights: list[Tensor], factors: kernels.Factors) -> None:
+        """The rule in four passes, for any tensors."""
+        momentum, decay, rate = factors
+        velocities = [self.velocity(parameter) for parameter in weights]
+        torch._foreach_mul_(velocities, momentum)
+        if decay:
+            torch._foreach_add_(velocities, weights, alpha=-decay)
+        gradients = [cast(Tensor, parameter.grad) for parameter in weights]
+        torch._foreach_add_(velocities, gradients, alpha=-rate)
+        torch._foreach_add_(weights, velocities)
+
+
+def rates_at(config: OptimizerConfig, epoch: float, *, epochs: float, plateaus: int = 0) -> Rates:
+    """The learning rates at a point of training; a pure function, so that a resumed run has the same ones.
+
+    Args:
+        config: the schedule.
+        epoch: passes over the training split so far, with fraction: step / steps per epoch.
+        epochs: passes of the whole run.
+        plateaus: drops that :func:`count_plateaus` found so far.
+    """
+    factor = _weight_factor(config, epoch, epochs, plateaus)
+    bias_factor = factor
+    if config.bias_schedule == "steps":
+        bias_factor = config.bias_drop_factor ** _passed(config.bias_drop_epochs, epoch)
+    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return Rates(
+        weights=config.learning_rate * warm * factor,
+        biases=config.bias_learning_rate * warm * bias_factor,
+        layers={late.layer: late.learning_rate for late in config.late if epoch >= late.epoch},
+    )
+
+
+def _weight_factor(config: OptimizerConfig, epoch: float, epochs: float, plateaus: int) -> float:
+    """What the schedule multiplies the weights' rate by."""
+    if config.schedule == "steps":
+        return config.drop_factor ** _passed(config.drop_epochs, epoch)
+    if config.schedule == "plateau":
+        return config.drop_factor**plateaus
+    quarters = [epochs * quarter / 4 for quarter in (1, 2, 3)]
+    return config.total_drop ** (-_passed(quarters, epoch) / 3)
+
+
+def _passed(marks: Sequence[float], epoch: float) -> int:
+    """How many of the marks lie at or before ``epoch``."""
+    return sum(epoch >= mark for mark in marks)
+
+
+def count_plateaus(errors: Sequence[float], config: OptimizerConfig) -> int:
+    """How often the held-out error has stopped falling, each time with the learning rate of then.
+
+    Paper, section 5: "divide the learning rate by 10 when the validation error rate stopped improving with the current
+    learning rate"; how long to wait is not said there, and is ``plateau_patience`` here.
+
+    Args:
+        errors: top-1 errors (0..1) of every evaluation so far, oldest first.
+        config: patience, threshold and the most drops.
+    """
+    plateaus, best, waited = 0, float("inf"), 0
+    for error in errors:
+        if error <= best - config.plateau_threshold:
+            best, waited = error, 0
+            continue
+        waited += 1
+        if waited == config.plateau_patience:
+            plateaus, waited = plateaus + 1, 0
+    return min(plateaus, config.plateau_drops)

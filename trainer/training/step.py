@@ -1,0 +1,66 @@
+"""The gradients of one step: of the whole batch, whatever part of it this process holds, and in however many pieces."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from trainer.parallel.data_parallel import GradientSum
+from trainer.parallel.mesh import Mesh, Place
+
+
+class StepGradients:
+    """Forward and backward of a step.
+
+    Args:
+        net: the net, or this process's tower.
+        config: batch size, pieces, precision, seed.
+        mesh: the other processes, or None where this one is alone.
+        device: ``cpu`` or ``cuda:N``.
+    """
+
+    def __init__(self, net: TwoTowerNet, config: TrainConfig, *, mesh: Mesh | None, device: str = "cpu") -> None:
+        self._net, self._config, self._device = net, config, device
+        self._place = mesh.place if mesh else Place(0, 2)
+        several = mesh.replicas if mesh else None
+        self._sum = GradientSum(list(net.parameters()), several) if several else None
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> float:
+        """Sets the gradient of every parameter to that of the mean loss over the whole batch.
+
+        Args:
+            images: this replica's rows of the batch, (N, C, S, S) float32.
+            labels: (N,) int64.
+            step: step of the run, from 0; decides the dropout masks.
+
+        Returns:
+            Mean loss of the rows here; nan on tower b, which does not know it.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        pieces, total = self._config.accumulate, self._config.batch_size
+        rows, first = len(images), self._place.replica * len(images)
+        size = rows // pieces
+        self._net.zero_grad(set_to_none=True)
+        losses = []
+        for begin in range(0, rows, size):
+            if self._sum and begin + size == rows:
+                self._sum.arm()
+            piece = slice(begin, begin + size)
+            draws = DropoutDraws(self._config.seed, step, first=first + begin, total=total)
+            with self._precision():
+                loss = self._net.loss(images[piece], labels[piece], draws)
+            (loss * (size / total)).backward()  # a picture's share is that in the mean over the whole batch
+            losses.append(loss.detach())
+        if self._sum:
+            self._sum.finish()
+        return float(torch.stack(losses).mean()) if "a" in self._net.held else math.nan
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 matrix products where the recipe asks for them."""
+        if self._config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.split(":")[0], torch.bfloat16)
