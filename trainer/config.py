@@ -62,7 +62,9 @@ class ModelConfig:
         after: what follows each convolution, in order: relu, tanh, norm, spatial_norm, batch_norm, pool.
         pool_px: side of the max-pooling window, px.
         pool_stride: its stride, px; smaller than the side means overlapping pooling (paper section 3.4).
-        units: units *a tower* of fc6 and fc7.
+        pool_ceil: whether the number of windows is rounded up, so that the last ones hang over the bottom and right
+            edge, as in the original program. Only matters where the windows do not fit, as in run #147.
+        units: units *a tower* of fc6 and fc7, two values.
         crossings: layers whose input comes from both towers; fc8 always does.
         activation: of fc6 and fc7: relu or tanh.
         dropout: probability that a unit of fc6 or fc7 is dropped in training.
@@ -83,7 +85,8 @@ class ModelConfig:
     after: tuple[str, ...] = ("relu norm pool", "relu norm pool", "relu", "relu", "relu pool")
     pool_px: int = 3
     pool_stride: int = 2
-    units: int = 2048
+    pool_ceil: bool = False
+    units: tuple[int, ...] = (2048, 2048)
     crossings: tuple[str, ...] = ("conv3", "fc6", "fc7", "fc8")
     activation: Literal["relu", "tanh"] = "relu"
     dropout: float = 0.5
@@ -118,7 +121,9 @@ class ModelConfig:
         )
         require("fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability in [0, 1)")
-        require(self.units > 0, "model.units", self.units, "a positive number")
+        fits = len(self.units) == 2 and min(self.units) > 0
+        require(fits, "model.units", self.units, "two positive numbers, fc6 and fc7")
+        require(0 < self.pool_stride <= self.pool_px, "model.pool_stride", self.pool_stride, "1 to model.pool_px")
         for name, size in self.map_sizes().items():
             require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
 
@@ -130,9 +135,14 @@ class ModelConfig:
             side = (side + sum(self.pads[i]) - self.kernels[i]) // self.strides[i] + 1
             sizes[f"conv{i + 1}"] = side
             if "pool" in self.after[i].split():
-                side = (side - self.pool_px) // self.pool_stride + 1
+                side = self.pooled_side(side)
                 sizes[f"pool{i + 1}"] = side
         return sizes
+
+    def pooled_side(self, side: int) -> int:
+        """Side in px of a map of ``side`` px after max pooling."""
+        over = self.pool_stride - 1 if self.pool_ceil else 0
+        return (side - self.pool_px + over) // self.pool_stride + 1
 
     @property
     def final_side(self) -> int:
@@ -147,18 +157,23 @@ class LateRate:
     Attributes:
         layer: conv1 ... fc8.
         epoch: passes over the training split after which it holds, until a later one of the same layer.
-        learning_rate: of the layer's weights and biases alike; 0 freezes both, and their velocities.
+        learning_rate: of the layer's weights; 0 freezes them, and their velocities.
+        bias_learning_rate: of the layer's biases, the same way; absent: they go on as scheduled. (The logs' "set epsw"
+            changes the weights only.)
     """
 
     layer: str
     epoch: float
     learning_rate: float
+    bias_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         require(self.layer in LAYERS, "optimizer.late.layer", self.layer, f"one of {', '.join(LAYERS)}")
         require(self.epoch >= 0, "optimizer.late.epoch", self.epoch, "zero or more")
-        require(self.learning_rate >= 0, "optimizer.late.learning_rate", self.learning_rate, "zero or more")
+        for field in ("learning_rate", "bias_learning_rate"):
+            value = getattr(self, field)
+            require(value is None or value >= 0, f"optimizer.late.{field}", value, "zero or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +195,11 @@ class OptimizerConfig:
         plateau_patience: evaluations without a fall of the error before a drop.
         plateau_threshold: smallest fall of the top-1 error (0..1) that counts.
         plateau_drops: most drops of ``plateau``; the paper's three.
-        bias_schedule: ``same`` as the weights', or ``steps`` of its own: ``bias_drop_epochs`` and ``bias_drop_factor``.
-        bias_drop_epochs: epochs, rising; empty leaves the biases' rate alone.
-        bias_drop_factor: run #170: 0.02 to 0.002 at half of the epochs.
+        bias_schedule: how the biases' rate falls. ``same``: as the weights'. ``constant``: never (run #145).
+            ``halfway``: once, by ``bias_drop_factor``, at half of the epochs (run #170). ``steps``: by
+            ``bias_drop_factor`` at each of ``bias_drop_epochs``.
+        bias_drop_epochs: of ``steps``: epochs, rising.
+        bias_drop_factor: of ``halfway`` and ``steps``; run #170: 0.02 to 0.002.
         late: layers that get rates of their own late in training.
         warmup_epochs: epochs over which the rates rise linearly from zero; 0 in the paper.
     """
@@ -199,7 +216,7 @@ class OptimizerConfig:
     plateau_patience: int = 5
     plateau_threshold: float = 0.001
     plateau_drops: int = 3
-    bias_schedule: Literal["same", "steps"] = "same"
+    bias_schedule: Literal["same", "constant", "halfway", "steps"] = "same"
     bias_drop_epochs: tuple[float, ...] = ()
     bias_drop_factor: float = 0.1
     late: tuple[LateRate, ...] = ()
@@ -217,6 +234,8 @@ class OptimizerConfig:
             epochs = list(getattr(self, field))
             require(epochs == sorted(epochs), f"optimizer.{field}", epochs, "rising epochs")
             require(not epochs or schedule == "steps", f"optimizer.{field}", epochs, f"none: not used by {schedule}")
+        stepped = self.bias_schedule != "steps" or self.bias_drop_epochs
+        require(bool(stepped), "optimizer.bias_drop_epochs", (), "epochs; for biases that never drop: constant")
         for layer in {late.layer for late in self.late}:
             epochs = [late.epoch for late in self.late if late.layer == layer]
             require(epochs == sorted(set(epochs)), "optimizer.late", epochs, f"rising epochs for {layer}")

@@ -84,7 +84,7 @@ def dump(sections: Mapping[str, Mapping[str, Any]]) -> str:
 def _text(value: Any) -> str:
     """One value: inline tables for dicts in a list, else what JSON and TOML write alike."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_text(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {_text(item)}" for key, item in value.items() if item is not None) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_text, value)) + "]"
     return json.dumps(value)

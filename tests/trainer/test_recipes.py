@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,14 +20,14 @@ from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD, rates_at
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-OF_2012 = ("paper", "original", "handsoff", "half", "batchnorm")
+OF_2012 = ("paper", "original", "original-2010", "handsoff", "half", "batchnorm")
 # The recipe's structure at a size for tests: 67 px give maps of 15, 7, 3 and 1 px; louder weights, no decay.
 SMALL = (
     "model.image_px=67",
     "data.crop_px=67",
     "model.classes=10",
     "model.maps=[6, 8, 8, 8, 8]",
-    "model.units=16",
+    "model.units=[16, 16]",
     "model.init_std=[0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2]",
     "optimizer.weight_decay=0",
 )
@@ -46,12 +47,13 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def ablations() -> list[tuple[str, list[str]]]:
-    """Name and overrides of every row of the ablation table in configs/README.md."""
+    """Name and overrides of every row of the two tables in configs/README.md."""
     rows = re.findall(r"^\| ([^|]+?) \| `(--set .+?)` \|", (CONFIGS / "README.md").read_text(), flags=re.MULTILINE)
     return [(name, [word for word in shlex.split(words) if word != "--set"]) for name, words in rows]
 
 
-ABLATIONS = ablations()
+TABLE = ablations()
+ABLATIONS = [(name, values) for name, values in TABLE if not name.startswith("schedule of ")]
 
 
 def a_batch(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,16 +90,18 @@ def two_steps(config: Config) -> dict[str, torch.Tensor]:
 def test_the_table_of_ablations_is_read() -> None:
     """Every switch that the paper's text has is there."""
     names = {name for name, _ in ABLATIONS}
-    assert len(names) == len(ABLATIONS) == 11
-    assert {"no response normalisation", "pooling without overlap", "no crossings but fc8's"} <= names
-    assert {"tanh instead of ReLU", "no dropout", "no colour shift", "one tower", "batch normalisation"} <= names
+    assert len(names) == len(ABLATIONS) == 12
+    assert {"no response normalization", "pooling without overlap", "no crossings but fc8's"} <= names
+    assert {"tanh instead of ReLU", "no dropout", "no color shift", "one tower", "batch normalization"} <= names
 
 
 @pytest.mark.parametrize(("name", "overrides"), ABLATIONS, ids=[name for name, _ in ABLATIONS])
 def test_ablation_builds_trains_and_differs(name: str, overrides: list[str]) -> None:
     """Its outputs differ from the recipe's before and after two steps; an ablation of the data changes the draws."""
-    base, ablated = recipe("original", *SMALL), recipe("original", *SMALL, *overrides)
+    base, ablated = recipe("original", *SMALL), recipe("original", *SMALL, *map(narrow, overrides))
     assert base != ablated
+    if base.train.wire != ablated.train.wire:  # in one process nothing crosses; tests/trainer/training/test_runs.py
+        return
     if base.model == ablated.model:
         differences = [not np.array_equal(colour_of(base, epoch), colour_of(ablated, epoch)) for epoch in (0, 70)]
         assert differences == [ablated.data.colour == "none", ablated.data.colour != "none"]
@@ -106,6 +110,13 @@ def test_ablation_builds_trains_and_differs(name: str, overrides: list[str]) -> 
     for when in ("before", "after"):
         difference = (ours[when] - theirs[when]).norm() / ours[when].norm()
         assert difference > 1e-3, f"{name}: logits {when} training are the recipe's"
+
+
+def narrow(override: str) -> str:
+    """An override of the net's widths, divided by 16 (maps) or 128 (units), to fit SMALL."""
+    field, _, value = override.partition("=")
+    divisor = {"model.maps": 16, "model.units": 128}.get(field)
+    return f"{field}={[width // divisor for width in json.loads(value)]}" if divisor else override
 
 
 def colour_of(config: Config, epoch: int) -> np.ndarray:
@@ -133,29 +144,140 @@ def test_facts_of_run_145() -> None:
     assert (facts["parameters"], facts["multiply_accumulates"]) == (60_965_224, 724_406_816)
 
 
-@pytest.mark.parametrize(
-    ("name", "epochs", "expected"),
-    [
-        # weights, biases and conv1 at the start of a few epochs, by hand from the logs' schedules
-        ("original", 91, {0: (1e-2, 2e-2, None), 25: (1e-3, 2e-3, None), 67: (1e-4, 2e-4, 1e-5), 90: (1e-5, 2e-5, 0)}),
-        ("handsoff", 95, {23: (1e-2, 2e-2, None), 24: (1.5874e-3, 2e-2, None), 48: (2.5198e-4, 2e-3, None)}),
-        ("handsoff", 95, {73: (4e-5, 2e-3, None), 74: (4e-5, 2e-3, 0)}),
-        ("half", 91, {51: (1e-4, 2e-4, None), 79: (1e-5, 2e-5, 0)}),
-        ("batchnorm", 95, {0: (1e-2, 2e-2, None), 94: (4e-5, 8e-5, None)}),
-        ("paper", 90, {0: (1e-2, 1e-2, None), 89: (1e-2, 1e-2, None)}),
-    ],
-)
-def test_rates_of_the_recipes(name: str, epochs: int, expected: dict[int, tuple[float, float, float | None]]) -> None:
-    """The recipes' schedules; the paper's waits for the validation error."""
+# Weights' rate, biases' rate, and conv1's two rates where it has its own, by epoch: just before and at every change.
+SCHEDULES = {
+    "original": (
+        91,
+        {
+            0: (1e-2, 2e-2, None),
+            24.999: (1e-2, 2e-2, None),
+            25: (1e-3, 2e-2, None),
+            50.999: (1e-3, 2e-2, None),
+            51: (1e-4, 2e-2, None),
+            66.999: (1e-4, 2e-2, None),
+            67: (1e-4, 2e-2, (1e-5, 2e-2)),
+            71.999: (1e-4, 2e-2, (1e-5, 2e-2)),
+            72: (1e-4, 2e-2, (0, 0)),
+            78.999: (1e-4, 2e-2, (0, 0)),
+            79: (1e-5, 2e-2, (0, 0)),
+            90.999: (1e-5, 2e-2, (0, 0)),
+        },
+    ),
+    "original-2010": (
+        93,
+        {
+            22.999: (1e-2, 2e-2, None),
+            23: (1e-3, 2e-2, None),
+            50.999: (1e-3, 2e-2, None),
+            51: (1e-4, 2e-2, None),
+            67.999: (1e-4, 2e-2, None),
+            68: (1e-4, 2e-2, (1e-5, 2e-2)),
+            72: (1e-4, 2e-2, (0, 0)),
+            77.999: (1e-4, 2e-2, (0, 0)),
+            78: (1e-5, 2e-3, (0, 0)),
+            92.999: (1e-5, 2e-3, (0, 0)),
+        },
+    ),
+    "half": (
+        96,
+        {
+            19.999: (1e-2, 2e-2, None),
+            20: (1e-3, 2e-2, None),
+            47.999: (1e-3, 2e-2, None),
+            48: (1e-4, 2e-2, None),
+            65.999: (1e-4, 2e-2, None),
+            66: (1e-4, 2e-2, (1e-5, 2e-2)),
+            72: (1e-4, 2e-2, (0, 0)),
+            95.999: (1e-4, 2e-2, (0, 0)),
+        },
+    ),
+    "handsoff": (  # 250^(1/3) = 6.2996 a time
+        95,
+        {
+            23.749: (1e-2, 2e-2, None),
+            23.75: (1.58740e-3, 2e-2, None),
+            47.499: (1.58740e-3, 2e-2, None),
+            47.5: (2.51984e-4, 2e-3, None),
+            71.249: (2.51984e-4, 2e-3, None),
+            71.25: (4e-5, 2e-3, None),
+            73.999: (4e-5, 2e-3, None),
+            74: (4e-5, 2e-3, (0, 0)),
+            94.999: (4e-5, 2e-3, (0, 0)),
+        },
+    ),
+    "batchnorm": (95, {0: (1e-2, 2e-2, None), 94: (4e-5, 8e-5, None)}),
+    "paper": (90, {0: (1e-2, 1e-2, None), 89: (1e-2, 1e-2, None)}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_of_the_recipes(name: str) -> None:
+    """Weights' and biases' rates of runs #145 (2012), its twin of 2010, #170 and the half net, across every change."""
+    epochs, expected = SCHEDULES[name]
     config = recipe(name)
     assert config.train.epochs == epochs
     for epoch, (weights, biases, conv1) in expected.items():
         rates = rates_at(config.optimizer, float(epoch), epochs=epochs)
-        assert (rates.weights, rates.biases) == (pytest.approx(weights, rel=1e-4), pytest.approx(biases, rel=1e-4))
-        assert rates.layers.get("conv1") == conv1
-    if name == "paper":
-        dropped = [rates_at(config.optimizer, 1.0, epochs=epochs, plateaus=n).weights for n in range(4)]
-        assert dropped == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])
+        found = (rates.weights, rates.biases)
+        assert found == (pytest.approx(weights, rel=1e-5), pytest.approx(biases, rel=1e-5)), epoch
+        assert rates.layers == ({} if conv1 is None else {"conv1": pytest.approx(conv1)}), epoch
+    drops = [epoch for epoch in config.optimizer.drop_epochs if epoch not in expected]
+    assert not drops, "every drop is in the table"
+
+
+def test_the_papers_rates_wait_for_the_validation_error() -> None:
+    """Three times, by 10, weights and biases alike."""
+    config = recipe("paper")
+    dropped = [rates_at(config.optimizer, 1.0, epochs=90, plateaus=n) for n in range(4)]
+    assert [rates.weights for rates in dropped] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])
+    assert [rates.biases for rates in dropped] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize("epochs", [7, 95, 300])
+def test_hands_off_drops_the_biases_at_half_of_any_length(epochs: int) -> None:
+    """Run #170's biases fall once, at half of the epochs, whatever their number."""
+    config = recipe("handsoff", f"train.epochs={epochs}").optimizer
+    before, after = (rates_at(config, epochs / 2 + shift, epochs=epochs).biases for shift in (-1e-6, 0))
+    assert (before, after) == (pytest.approx(0.02), pytest.approx(0.002))
+
+
+@pytest.mark.parametrize(
+    ("name", "milestones", "conv1", "colour_off", "epochs"),
+    [
+        ("#147", (23, 51, 79), {79: (0, 0)}, -1, 90),
+        ("#148", (22, 44, 86), {69: (1e-5, 2e-2), 73: (0, 0)}, 69, 97),
+        ("#150", (25, 49, 79), {66: (1e-5, 2e-2), 72: (0, 0)}, 66, 92),
+    ],
+)
+def test_schedules_of_the_ablations(
+    name: str, milestones: tuple[int, ...], conv1: dict[int, tuple[float, float]], colour_off: int, epochs: int
+) -> None:
+    """The second table of configs/README.md: each run's own schedule."""
+    config = recipe("original", *dict(TABLE)[f"schedule of {name}"])
+    assert (config.train.epochs, config.data.colour_off_epoch) == (epochs, colour_off)
+    for drops, epoch in enumerate(milestones):
+        for shift, factor in ((-1e-6, 10.0**-drops), (0, 10.0 ** -(drops + 1))):
+            rates = rates_at(config.optimizer, epoch + shift, epochs=epochs)
+            assert (rates.weights, rates.biases) == (pytest.approx(0.01 * factor), pytest.approx(0.02)), epoch
+    for epoch, expected in conv1.items():
+        assert rates_at(config.optimizer, epoch, epochs=epochs).layers["conv1"] == pytest.approx(expected)
+        assert rates_at(config.optimizer, epoch - 1e-6, epochs=epochs).layers.get("conv1") != expected
+
+
+def test_nets_of_the_ablations() -> None:
+    """Map sizes of #147 and widths of #150 as their layer files give them; one tower is half.toml's net."""
+    ablations = dict(TABLE)
+    net_147 = recipe("original", *ablations["pooling without overlap"]).model
+    assert list(net_147.map_sizes().values()) == [55, 28, 26, 13, 13, 13, 11, 6]
+    net_150 = recipe("original", *ablations["no crossings but fc8's"]).model
+    shapes = {name: tuple(p.shape) for name, p in TwoTowerNet(net_150).tower("a").named_parameters()}
+    assert shapes["conv2.weight"] == (160, 48, 5, 5)
+    assert shapes["conv3.weight"] == (192, 160, 3, 3)
+    assert shapes["fc6.weight"] == (4096, 128 * 36)
+    assert shapes["fc7.weight"] == (2048, 4096)
+    assert shapes["fc8.weight"] == (1000, 4096)
+    half = dataclasses.replace(recipe("half").model, crossings=recipe("original").model.crossings)
+    assert recipe("original", *ablations["one tower"]).model == half
 
 
 def test_hands_off_is_the_same_net() -> None:
@@ -168,7 +290,7 @@ def test_hands_off_is_the_same_net() -> None:
 def test_half_net() -> None:
     """48-128-192-192-256, 4096 units, one tower; its parameters by hand are about those of both towers."""
     model = recipe("half").model
-    assert (model.maps, model.units, model.towers) == ((48, 128, 192, 192, 256), 4096, 1)
+    assert (model.maps, model.units, model.towers) == ((48, 128, 192, 192, 256), (4096, 4096), 1)
     by_hand = [48 * 363, 128 * 1200, 192 * 1152, 192 * 1728, 256 * 1728, 4096 * 9216, 4096 * 4096, 1000 * 4096]
     facts = to_dict(model)
     assert facts["parameters"] == sum(by_hand) + 48 + 128 + 192 + 192 + 256 + 4096 + 4096 + 1000

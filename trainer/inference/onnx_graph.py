@@ -116,7 +116,8 @@ def _then(graph: _Graph, model: ModelConfig, output: str, name: str) -> None:
     if name in ("relu", "tanh"):
         graph.add({"relu": "Relu", "tanh": "Tanh"}[name], output)
     elif name == "pool":
-        graph.add("MaxPool", output, kernel_shape=[model.pool_px] * 2, strides=[model.pool_stride] * 2)
+        window = {"kernel_shape": [model.pool_px] * 2, "strides": [model.pool_stride] * 2}
+        graph.add("MaxPool", output, **window, ceil_mode=int(model.pool_ceil))
     elif name == "norm":
         scaled = {"alpha": norm.alpha * norm.size, "beta": norm.beta, "bias": norm.k}
         graph.add_halves("LRN", output, model.towers, size=norm.size, **scaled)

@@ -141,7 +141,7 @@ class Convolution(Summing):
         if name == "tanh":
             return x.tanh_()
         if name == "pool":
-            return functional.max_pool2d(x, config.pool_px, config.pool_stride)
+            return functional.max_pool2d(x, config.pool_px, config.pool_stride, ceil_mode=config.pool_ceil)
         if name == "batch_norm":  # over this tower's maps; the towers' statistics never meet
             mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_variance)
             momentum, epsilon = BATCH_NORM_MOMENTUM, BATCH_NORM_EPSILON
@@ -202,10 +202,10 @@ class Tower(nn.Module):
         self.conv3 = convolution(2, maps[1] * seen["conv3"])
         self.conv4 = convolution(3, maps[2])
         self.conv5 = convolution(4, maps[3])
-        self.fc6 = connected("fc6", name, maps[4] * config.final_side**2 * seen["fc6"], config.units)
-        self.fc7 = connected("fc7", name, config.units * seen["fc7"], config.units)
+        self.fc6 = connected("fc6", name, maps[4] * config.final_side**2 * seen["fc6"], config.units[0])
+        self.fc7 = connected("fc7", name, config.units[0] * seen["fc7"], config.units[1])
         if name == "a":
-            self.fc8 = connected("fc8", name, config.units * towers, config.classes)
+            self.fc8 = connected("fc8", name, config.units[1] * towers, config.classes)
         self._initialise(config, seed)
 
     def _initialise(self, config: ModelConfig, seed: int) -> None:

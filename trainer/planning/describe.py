@@ -77,7 +77,7 @@ def count_layers(config: ModelConfig) -> list[LayerCount]:
     for layer in LAYERS[5:]:
         inputs *= towers if layer in config.crossings else 1
         last = layer == "fc8"
-        units = config.classes if last else config.units
+        units = {"fc6": config.units[0], "fc7": config.units[1], "fc8": config.classes}[layer]
         parameters = inputs * units + units
         rows.append(
             LayerCount(
@@ -102,8 +102,8 @@ def count_crossings(config: ModelConfig) -> list[CrossingCount]:
     elements = {
         "conv3": config.maps[1] * side2**2,
         "fc6": config.maps[4] * pooled[-1] ** 2,
-        "fc7": config.units,
-        "fc8": config.units,
+        "fc7": config.units[0],
+        "fc8": config.units[1],
     }
     return [
         CrossingCount(layer, elements[layer], 0 if layer == "fc8" else elements[layer] * BYTES, elements[layer] * BYTES)
@@ -116,7 +116,7 @@ def count_neurons(config: ModelConfig) -> int:
     """Units of the net: every convolution's maps and every fully connected unit."""
     sizes, towers = config.map_sizes(), config.towers
     maps = sum(config.maps[i] * sizes[f"conv{i + 1}"] ** 2 for i in range(5)) * towers
-    return maps + 2 * config.units * towers + config.classes
+    return maps + sum(config.units) * towers + config.classes
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:

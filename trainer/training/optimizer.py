@@ -22,13 +22,13 @@ class Rates:
     Attributes:
         weights: of the weights.
         biases: of the biases, and of a batch normalisation's scale and shift.
-        layers: rates of layers that have their own (conv1 ...), for weights and biases alike; 0 leaves a layer and its
+        layers: weights' and biases' rate of layers that have their own (conv1 ...); 0 leaves parameters and their
             velocities as they are.
     """
 
     weights: float
     biases: float
-    layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -65,8 +65,8 @@ class PaperSGD(torch.optim.Optimizer):
     def set_rates(self, rates: Rates) -> None:
         """Sets every learning rate from now on (see :func:`rates_at`)."""
         for group in self.param_groups:
-            common = rates.weights if group["are_weights"] else rates.biases
-            group["rate"] = rates.layers.get(group["layer"], common)
+            weights, biases = rates.layers.get(group["layer"], (rates.weights, rates.biases))
+            group["rate"] = weights if group["are_weights"] else biases
 
     def velocity(self, parameter: Tensor) -> Tensor:
         """The velocity of a parameter, same shape and dtype."""
@@ -124,16 +124,15 @@ def rates_at(config: OptimizerConfig, epoch: float, *, epochs: float, plateaus: 
         epochs: passes of the whole run.
         plateaus: drops that :func:`count_plateaus` found so far.
     """
-    factor = _weight_factor(config, epoch, epochs, plateaus)
-    bias_factor = factor
-    if config.bias_schedule == "steps":
-        bias_factor = config.bias_drop_factor ** _passed(config.bias_drop_epochs, epoch)
     warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
-    return Rates(
-        weights=config.learning_rate * warm * factor,
-        biases=config.bias_learning_rate * warm * bias_factor,
-        layers={late.layer: late.learning_rate for late in config.late if epoch >= late.epoch},
-    )
+    weights = config.learning_rate * warm * _weight_factor(config, epoch, epochs, plateaus)
+    biases = config.bias_learning_rate * warm * _bias_factor(config, epoch, epochs, plateaus)
+    layers = {}
+    for late in config.late:  # a later one of the same layer replaces an earlier one
+        if epoch >= late.epoch:
+            own = biases if late.bias_learning_rate is None else late.bias_learning_rate
+            layers[late.layer] = (late.learning_rate, own)
+    return Rates(weights, biases, layers)
 
 
 def _weight_factor(config: OptimizerConfig, epoch: float, epochs: float, plateaus: int) -> float:
@@ -144,6 +143,14 @@ def _weight_factor(config: OptimizerConfig, epoch: float, epochs: float, plateau
         return config.drop_factor**plateaus
     quarters = [epochs * quarter / 4 for quarter in (1, 2, 3)]
     return config.total_drop ** (-_passed(quarters, epoch) / 3)
+
+
+def _bias_factor(config: OptimizerConfig, epoch: float, epochs: float, plateaus: int) -> float:
+    """What the schedule multiplies the biases' rate by."""
+    if config.bias_schedule == "same":
+        return _weight_factor(config, epoch, epochs, plateaus)
+    drops = {"constant": (), "halfway": (epochs / 2,), "steps": config.bias_drop_epochs}[config.bias_schedule]
+    return config.bias_drop_factor ** _passed(drops, epoch)
 
 
 def _passed(marks: Sequence[float], epoch: float) -> int:

@@ -26,7 +26,7 @@ SMALL = [
     "model.image_px=80",
     "data.crop_px=80",
     "model.maps=[8, 12, 10, 10, 6]",
-    "model.units=24",
+    "model.units=[24, 24]",
     "model.classes=7",
     "model.init_std=[0.02, 0.03, 0.05, 0.05, 0.05, 0.1, 0.2, 0.2]",
 ]
@@ -139,7 +139,7 @@ def test_the_papers_shapes():
     from trainer.inference.weights import merge_towers
     from trainer.model.alexnet import TwoTowerNet
 
-    config = load_config(None, ["model.units=16"]).model  # the full fully connected layers take a second to draw
+    config = load_config(None, ["model.units=[16, 16]"]).model  # the full fully connected layers take a second to draw
     shapes = {name: tuple(tensor.shape) for name, tensor in merge_towers(TwoTowerNet(config)).items()}
     assert shapes["conv1.weight"] == (96, 3, 11, 11)
     assert shapes["conv2.weight"] == (256, 48, 5, 5)

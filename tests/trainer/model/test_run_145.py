@@ -173,7 +173,7 @@ TINY = ModelConfig(
     strides=(2, 1, 1, 1, 1),
     pads=((0, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
     after=ORIGINAL.model.after,
-    units=5,
+    units=(5, 5),
     init_std=(0.3,) * 8,
     norm=NormConfig(alpha=0.05, spatial_alpha=0.02),  # strong enough to be seen in the gradient
 )

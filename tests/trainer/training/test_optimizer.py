@@ -1,6 +1,7 @@
 """The paper's rule by hand across rate drops, and every schedule against sequences worked out by hand."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -76,58 +77,31 @@ class ThreeLayers(nn.Module):
         return {name: parameter.item() for name, parameter in self.named_parameters()}
 
 
-ORIGINAL = OptimizerConfig(
-    learning_rate=0.01,
-    bias_learning_rate=0.02,
-    drop_epochs=(25.0, 51.0, 79.0),
-    late=(LateRate("conv1", 67.0, 1e-5), LateRate("conv1", 72.0, 0.0)),
-)
-HANDS_OFF = OptimizerConfig(
-    learning_rate=0.01,
-    bias_learning_rate=0.02,
-    schedule="log_thirds",
-    bias_schedule="steps",
-    bias_drop_epochs=(47.5,),
-    late=(LateRate("conv1", 74.0, 0.0),),
-)
-
-
 @pytest.mark.parametrize(
-    ("config", "epoch", "weights", "biases", "conv1"),
+    ("bias_schedule", "factors"),
     [
-        (ORIGINAL, 0.0, 1e-2, 2e-2, None),
-        (ORIGINAL, 24.999, 1e-2, 2e-2, None),
-        (ORIGINAL, 25.0, 1e-3, 2e-3, None),
-        (ORIGINAL, 51.5, 1e-4, 2e-4, None),
-        (ORIGINAL, 66.999, 1e-4, 2e-4, None),
-        (ORIGINAL, 67.0, 1e-4, 2e-4, 1e-5),
-        (ORIGINAL, 71.999, 1e-4, 2e-4, 1e-5),
-        (ORIGINAL, 72.0, 1e-4, 2e-4, 0.0),
-        (ORIGINAL, 90.999, 1e-5, 2e-5, 0.0),
-        (HANDS_OFF, 23.749, 0.01, 0.02, None),
-        (HANDS_OFF, 23.75, 0.0015874010519682, 0.02, None),  # 250^(1/3) = 6.2996052494744
-        (HANDS_OFF, 47.499, 0.0015874010519682, 0.02, None),
-        (HANDS_OFF, 47.5, 0.00025198420997897, 0.002, None),
-        (HANDS_OFF, 71.25, 0.00004, 0.002, None),  # 0.01 / 250
-        (HANDS_OFF, 74.0, 0.00004, 0.002, 0.0),
-        (HANDS_OFF, 94.999, 0.00004, 0.002, 0.0),
+        ({"bias_schedule": "same"}, [1, 0.1, 0.01, 0.01]),
+        ({"bias_schedule": "constant"}, [1, 1, 1, 1]),
+        ({"bias_schedule": "halfway", "bias_drop_factor": 0.3}, [1, 1, 0.3, 0.3]),
+        ({"bias_schedule": "steps", "bias_drop_factor": 0.5, "bias_drop_epochs": (1.0, 3.0)}, [1, 0.5, 0.5, 0.25]),
     ],
 )
-def test_rates_of_the_two_programs(
-    config: OptimizerConfig, epoch: float, weights: float, biases: float, conv1: float | None
-) -> None:
-    """Runs #145 and #170, before and after every change; numbers worked out by hand."""
-    rates = rates_at(config, epoch, epochs=91 if config is ORIGINAL else 95)
-    assert rates.weights == pytest.approx(weights, rel=1e-12)
-    assert rates.biases == pytest.approx(biases, rel=1e-12)
-    assert rates.layers == ({} if conv1 is None else {"conv1": conv1})
+def test_schedules_of_the_biases(bias_schedule: dict[str, Any], factors: list[float]) -> None:
+    """At epochs 0 to 3 of 4, beside weights that fall at 1 and 2; a layer without a bias rate of its own follows."""
+    own = (LateRate("fc8", 2.0, 0.3),)
+    config = OptimizerConfig(bias_learning_rate=0.02, drop_epochs=(1.0, 2.0), late=own, **bias_schedule)
+    rates = [rates_at(config, float(epoch), epochs=4) for epoch in range(4)]
+    assert [row.weights for row in rates] == pytest.approx([0.01, 0.001, 0.0001, 0.0001])
+    assert [row.biases for row in rates] == pytest.approx([0.02 * factor for factor in factors])
+    assert [row.layers for row in rates[:2]] == [{}, {}]
+    assert rates[3].layers["fc8"] == (0.3, rates[3].biases)
 
 
 def test_warm_up_is_linear_and_leaves_late_rates_alone() -> None:
     """Half of the warm-up: half of both rates."""
-    config = OptimizerConfig(bias_learning_rate=0.02, warmup_epochs=2.0, late=(LateRate("fc8", 0.0, 0.3),))
-    assert rates_at(config, 0.5, epochs=9) == Rates(0.0025, 0.005, {"fc8": 0.3})
-    assert rates_at(config, 2.0, epochs=9) == Rates(0.01, 0.02, {"fc8": 0.3})
+    config = OptimizerConfig(bias_learning_rate=0.02, warmup_epochs=2.0, late=(LateRate("fc8", 0.0, 0.3, 0.4),))
+    assert rates_at(config, 0.5, epochs=9) == Rates(0.0025, 0.005, {"fc8": (0.3, 0.4)})
+    assert rates_at(config, 2.0, epochs=9) == Rates(0.01, 0.02, {"fc8": (0.3, 0.4)})
 
 
 @pytest.mark.parametrize(
@@ -151,13 +125,13 @@ def test_plateaus_by_hand(errors: list[float], counts: list[int]) -> None:
 
 
 def test_late_rates_by_hand() -> None:
-    """conv1 slows down and freezes, velocity and all, while conv2 goes on; a scale moves like a bias."""
+    """conv1's weights slow down, then all of it freezes, velocity and all; conv2 goes on; a scale moves like a bias."""
     config = OptimizerConfig(
         learning_rate=0.01,
         bias_learning_rate=0.02,
         weight_decay=0.5,
         drop_epochs=(2.0,),
-        late=(LateRate("conv1", 1.0, 0.001), LateRate("conv1", 2.0, 0.0)),
+        late=(LateRate("conv1", 1.0, 0.001), LateRate("conv1", 2.0, 0.0, 0.0)),
     )
     net = ThreeLayers()
     optimizer = PaperSGD(net.named_parameters(), config)
@@ -165,7 +139,7 @@ def test_late_rates_by_hand() -> None:
     speeds = dict.fromkeys(values, 0.0)
     by_hand = [  # rates of conv1.weight, conv1.bias and .scale, conv2.weight, conv2.bias at epochs 0, 1, 2
         (0.01, 0.02, 0.01, 0.02),
-        (0.001, 0.001, 0.01, 0.02),
+        (0.001, 0.02, 0.01, 0.02),
         (0.0, 0.0, 0.001, 0.002),
     ]
     for epoch, (w1, b1, w2, b2) in enumerate(by_hand):
@@ -194,6 +168,8 @@ def test_late_rates_by_hand() -> None:
             "rising epochs for conv1",
         ),
         ("optimizer.bias_drop_epochs=[3]", "none: not used by same"),
+        ("optimizer.bias_schedule=steps", "for biases that never drop: constant"),
+        ('optimizer.late=[{layer="conv1", epoch=1, learning_rate=0, bias_learning_rate=-1}]', "zero or more"),
         ("optimizer.drop_epochs=[3, 2]", "rising epochs"),
         ("optimizer.plateau_patience=0", "1 or more"),
         ("optimizer.schedule=cosine", "one of steps, log_thirds, plateau"),
