@@ -34,11 +34,11 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from trainer.config import load_config  # noqa: E402
-from trainer.model.alexnet import DropoutDraws  # noqa: E402
-from trainer.parallel.crossing import Crossing, Link  # noqa: E402
+from trainer.model.layers import DropoutDraws  # noqa: E402
+from trainer.parallel.crossing import make_net  # noqa: E402
 from trainer.parallel.launch import tower_environment  # noqa: E402
+from trainer.parallel.link import Link, Transfer  # noqa: E402
 from trainer.parallel.mesh import connect  # noqa: E402
-from trainer.training.loop import make_net  # noqa: E402
 from trainer.training.optimizer import PaperSGD  # noqa: E402
 
 CONTESTANTS = ("together", "in turns", "in turns, again")
@@ -121,10 +121,10 @@ class Meanwhile:
     def __init__(self, link: Link) -> None:
         self.spent_s: dict[str, list[float]] = {}
         self._started_s: dict[str, float] = {}
-        self._link, self._inner = link, {name: getattr(link, name) for name in ("swap", "receive", "wait")}
+        self._link, self._inner = link, {name: getattr(link, name) for name in ("exchange", "irecv", "wait")}
 
     def __enter__(self) -> "Meanwhile":
-        for name in ("swap", "receive"):
+        for name in ("exchange", "irecv"):
             setattr(self._link, name, self._starting(self._inner[name]))
         self._link.wait = self._wait  # type: ignore[method-assign]
         return self
@@ -133,27 +133,27 @@ class Meanwhile:
         for name in self._inner:
             delattr(self._link, name)  # the class's own again
 
-    def _starting(self, start: Callable[..., Crossing]) -> Callable[..., Crossing]:
-        def started(*arguments: Any) -> Crossing:
+    def _starting(self, start: Callable[..., Transfer]) -> Callable[..., Transfer]:
+        def started(*arguments: Any) -> Transfer:
             crossing = start(*arguments)
             self._started_s[crossing.name] = time.thread_time()
             return crossing
 
         return started
 
-    def _wait(self, crossing: Crossing) -> torch.Tensor:
+    def _wait(self, crossing: Transfer) -> torch.Tensor:
         self.spent_s.setdefault(crossing.name, []).append(time.thread_time() - self._started_s[crossing.name])
         return self._inner["wait"](crossing)
 
 
 def wait_at_once(link: Link) -> None:
     """Nothing is computed while anything crosses."""
-    for name in ("swap", "send", "receive"):
+    for name in ("exchange", "isend", "irecv"):
         setattr(link, name, _waiting(link, getattr(link, name)))
 
 
-def _waiting(link: Link, start: Callable[..., Crossing]) -> Callable[..., Crossing]:
-    def crossed(*arguments: Any) -> Crossing:
+def _waiting(link: Link, start: Callable[..., Transfer]) -> Callable[..., Transfer]:
+    def crossed(*arguments: Any) -> Transfer:
         crossing = start(*arguments)
         link.wait(crossing)
         return crossing
@@ -191,7 +191,7 @@ def timed_steps(link: Link, step: Callable[[], None], count: int, name: str) -> 
         begin = time.perf_counter()
         step()
         times.append(time.perf_counter() - begin)
-    for method in ("swap", "send", "receive"):
+    for method in ("exchange", "isend", "irecv"):
         if name != "together":
             delattr(link, method)  # the class's own again
     return times
@@ -200,7 +200,7 @@ def timed_steps(link: Link, step: Callable[[], None], count: int, name: str) -> 
 def make_step(link: Link, batch: int) -> Callable[[], None]:
     """One update of this tower of the paper's net, on noise, with a rate that leaves the weights finite."""
     config = load_config(ROOT / "configs" / "paper.toml", ["optimizer.learning_rate=1e-6"])
-    net = make_net(config, link).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = make_net(config, link)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 224, 224, generator=generator) * 50

@@ -120,9 +120,9 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     import torch
 
     from trainer.config import load_config
-    from trainer.model.alexnet import DropoutDraws
+    from trainer.model.layers import DropoutDraws
+    from trainer.parallel.crossing import make_net
     from trainer.parallel.mesh import connect
-    from trainer.training.loop import make_net
     from trainer.training.optimizer import PaperSGD
 
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
         return plain_step(images, labels)
     config = load_config(ROOT / "configs" / "paper.toml")
     link = connect(300.0, "gloo").link if name.startswith("two") else None
-    net = make_net(config, link).to(memory_format=torch.channels_last)
+    net = make_net(config, link)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images = images.contiguous(memory_format=torch.channels_last)
 

@@ -12,6 +12,7 @@ from pipeline.loader.config import LoaderConfig
 from trainer.config_toml import build, dump, override, require
 from trainer.errors import ConfigError
 
+TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 OPERATIONS = ("relu", "tanh", "norm", "spatial_norm", "batch_norm", "pool")
 

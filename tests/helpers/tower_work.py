@@ -17,10 +17,10 @@ from trainer.config import Config, load_config
 from trainer.errors import PeerError
 from trainer.model.alexnet import TOWERS, Convolution, DropoutDraws, FullyConnected, LocalJoin, Summing, TwoTowerNet
 from trainer.parallel.crossing import WIRES, Crossing, Link, PairJoin
-from trainer.parallel.mesh import Mesh, Place
-from trainer.parallel.status import Notes, agree
+from trainer.parallel.mesh import Mesh, MeshCoord
+from trainer.parallel.status import LocalStatus, all_reduce_status
 from trainer.training.optimizer import PaperSGD
-from trainer.training.step import StepGradients
+from trainer.training.step import ForwardBackward
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEED = 5
@@ -142,18 +142,18 @@ def train_rows(
     torch.set_num_threads(1)
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
-    place = mesh.place if mesh else Place(0, 2)
+    coord = mesh.coord if mesh else MeshCoord(0, 2)
     joined = name != "paper" or dtype == torch.float64  # in fp32 only the same order of addition: see HalvesJoin
     net = make_net(config, mesh.link if mesh else None, joined=joined).to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    gradients = StepGradients(net, train, mesh=mesh)
-    rows = BatchShare(place.replica, place.replicas).rows(batch_size)
+    gradients = ForwardBackward(net, train, mesh=mesh)
+    rows = BatchShare(coord.replica, coord.replicas).rows(batch_size)
     facts: dict[str, Any] = {"losses": []}
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = dict.fromkeys(net.held, 1.0)
-        facts["losses"].append(agree(mesh, Notes(1, True, False, 0, norms, loss), "a test").loss)
+        facts["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
             facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
         optimizer.step()
@@ -166,9 +166,9 @@ def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) 
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate)
     net = make_net(config, mesh.link)
-    gradients = StepGradients(net, train, mesh=mesh)
+    gradients = ForwardBackward(net, train, mesh=mesh)
     images, labels = a_batch(config, 0, batch_size)
-    rows = BatchShare(mesh.place.replica, mesh.place.replicas).rows(batch_size)
+    rows = BatchShare(mesh.coord.replica, mesh.coord.replicas).rows(batch_size)
     mesh.link.ledger.clear()
     with CallCounter() as counter:
         gradients(images[rows], labels[rows], 0)
@@ -178,17 +178,17 @@ def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) 
 
 def disagree(mesh: Mesh, what: str) -> str:
     """The last rank (of the batch: the last replica) tells something else than the others; what each is told."""
-    odd = mesh.place.replica == mesh.place.replicas - 1 and (mesh.place.tower == "b" or what == "batch")
-    notes = Notes(
+    odd = mesh.coord.replica == mesh.coord.replicas - 1 and (mesh.coord.tower == "b" or what == "batch")
+    notes = LocalStatus(
         fingerprint=2 if odd and what == "batch" else 1,
         finite=not (odd and what == "finite"),
         stop=odd and what == "stop",
         plateaus=3 if odd and what == "plateaus" else 1,
-        norms={mesh.place.tower: 2.0 if odd and what == "gradients" else 1.0},
-        loss=float(mesh.place.replica),
+        norms={mesh.coord.tower: 2.0 if odd and what == "gradients" else 1.0},
+        loss=float(mesh.coord.replica),
     )
     try:
-        verdict = agree(mesh, notes, "step 7")
+        verdict = all_reduce_status(mesh, notes, "step 7")
     except PeerError as error:
         return str(error)
     return f"finite {verdict.finite}, stop {verdict.stop}, plateaus {verdict.plateaus}"
@@ -275,8 +275,8 @@ def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int
         link.wire_dtype = wire
     else:
         net.join = HalvesJoin(wire)
-    mesh = cast(Mesh, types.SimpleNamespace(place=Place(TOWERS.index(link.tower), 2), replicas=None)) if link else None
-    loss = StepGradients(net, config.train, mesh=mesh)(*a_batch(config, 0, batch_size), 0)
+    mesh = cast(Mesh, types.SimpleNamespace(coord=MeshCoord(TOWERS.index(link.tower), 2), replicas=None)) if link else None
+    loss = ForwardBackward(net, config.train, mesh=mesh)(*a_batch(config, 0, batch_size), 0)
     return {"loss": loss} | {key: parameter.grad for key, parameter in net.named_parameters()}
 
 

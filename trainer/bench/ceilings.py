@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.bench.record import Ceiling, Figure
-from trainer.parallel.crossing import Link
+from trainer.parallel.link import Link
 
 LEAST, MOST = 5, 200  # repeats
 COPY_BYTES = 1 << 27

@@ -125,10 +125,10 @@ def run_tower(job: Path) -> None:
     task: Job = pickle.loads(job.read_bytes())
     device = choose_device(task.device, int(os.environ.get("LOCAL_RANK", "0")))
     mesh = join_mesh(device, task.config.train.peer_timeout_s)
-    quiet = mesh.place.rank or not task.options.stages
+    quiet = mesh.coord.rank or not task.options.stages
     say = (lambda _: None) if quiet else print_line
     part = measure(task.config, task.options, mesh=mesh, device=device, scratch=job.parent, say=say)
-    Path(f"{task.output}-{mesh.place.rank}").write_bytes(pickle.dumps(part))
+    Path(f"{task.output}-{mesh.coord.rank}").write_bytes(pickle.dumps(part))
     dist.barrier(group=mesh.control)
     dist.destroy_process_group()
 

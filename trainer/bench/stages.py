@@ -17,7 +17,7 @@ from trainer.bench.ceilings import disk_ceilings, measure_ceilings, wire_ceiling
 from trainer.bench.record import FEWER, Ceiling, Span
 from trainer.bench.timing import Slot, TimedTrainer, middle_step, timeline
 from trainer.config import Config
-from trainer.parallel.crossing import Link
+from trainer.parallel.link import Link
 from trainer.parallel.mesh import Mesh
 
 ROUNDS = 5

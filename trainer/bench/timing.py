@@ -21,9 +21,9 @@ from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.running import QueueFill
 from trainer.bench.record import Span
 from trainer.config import Config
-from trainer.parallel.crossing import Crossing
+from trainer.parallel.link import Transfer
 from trainer.parallel.mesh import Mesh
-from trainer.training.loop import Trainer, Verdict
+from trainer.training.loop import GlobalStatus, Trainer
 from trainer.training.metrics import MetricsLog, TrainingProgress
 
 SYNTHETIC_STEPS_AN_EPOCH = 1 << 20
@@ -171,7 +171,7 @@ class TimedTrainer(Trainer):
             bias_learning_rate=config.optimizer.bias_learning_rate * RATE_FACTOR,
         )
         self.sources: dict[str, Any] = {
-            "synthetic": SyntheticLoader(config, device, mesh.place.replicas if mesh else 1)
+            "synthetic": SyntheticLoader(config, device, mesh.coord.replicas if mesh else 1)
         }
         config = dataclasses.replace(config, optimizer=rate)
         super().__init__(config, data or run, run, mesh=mesh, device=device)
@@ -179,7 +179,7 @@ class TimedTrainer(Trainer):
         self.progress = TrainingProgress(1, done=0, quiet=True)
         self._time("forward", self.net, "loss", after=self._open_backward)
         self._time("optimizer", self.optimizer, "step")
-        self._crossings = ("swap", "send", "receive", "wait") if mesh else ()
+        self._crossings = ("exchange", "isend", "irecv", "wait") if mesh else ()
         for method in self._crossings:
             self._time_crossing(method)
 
@@ -215,8 +215,8 @@ class TimedTrainer(Trainer):
         """
         inner = getattr(self.link, method)
 
-        def timed(crossing: str | Crossing, *args: Any) -> Any:
-            with self.clock.span(crossing.name if isinstance(crossing, Crossing) else f"{crossing} {args[0]}"):
+        def timed(crossing: str | Transfer, *args: Any) -> Any:
+            with self.clock.span(crossing.name if isinstance(crossing, Transfer) else f"{crossing} {args[0]}"):
                 return inner(crossing, *args)
 
         setattr(self.link, method, timed)
@@ -236,7 +236,7 @@ class TimedTrainer(Trainer):
             images = batch.images.contiguous(memory_format=torch.channels_last)
         return super()._forward_backward(dataclasses.replace(batch, images=images))
 
-    def _agree(self, batch: Batch, loss: float) -> Verdict:
+    def _agree(self, batch: Batch, loss: float) -> GlobalStatus:
         """As the trainer's."""
         self._close_backward()
         with self.clock.span("check"):

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.manifest import Manifest, read_manifest, write_atomic
-from trainer.config import LAYERS, Config, to_toml
+from trainer.config import LAYERS, TOWERS, Config, to_toml
 from trainer.errors import ExportError, RunError
 from trainer.inference.weights import fill_towers, groups_of, merge_towers, testing_factor
-from trainer.model.alexnet import TOWERS, TwoTowerNet
+from trainer.model.alexnet import AlexNet
 from trainer.training import checkpoint
 from trainer.training.evaluate import load_network
 from trainer.training.metrics import describe_environment
@@ -116,7 +116,7 @@ def import_weights(weights: Path, config: Config, run: Path) -> Path:
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise RunError(f"{run} is not empty: give another --run folder")
-    net = TwoTowerNet(config.model, seed=config.train.seed)
+    net = AlexNet(config.model, seed=config.train.seed)
     try:
         fill_towers(net, read_merged(weights))
     except ExportError as error:
@@ -124,7 +124,7 @@ def import_weights(weights: Path, config: Config, run: Path) -> Path:
     return _write_run(run, config, net, weights)
 
 
-def _write_run(run: Path, config: Config, net: TwoTowerNet, weights: Path) -> Path:
+def _write_run(run: Path, config: Config, net: AlexNet, weights: Path) -> Path:
     """The run folder, its record last."""
     command = ["python", "-m", "trainer", *sys.argv[1:]]
     environment = describe_environment(command) | {"imported from": os.fspath(weights)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.config import LAYERS, Config, ModelConfig
 from trainer.errors import ExportError
 from trainer.inference.weights import block_diagonal, groups_of, testing_factor
-from trainer.model.alexnet import BATCH_NORM_EPSILON
+from trainer.model.layers import BATCH_NORM_EPSILON
 
 OPSET = 17
 IR_VERSION = 8  # of ONNX 1.12, the first with opset 17: older runtimes can read it
@@ -59,7 +59,7 @@ def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str,
 
     Args:
         config: the recipe.
-        merged: weights as :func:`trainer.model.merged.merge_towers` gives them.
+        merged: weights as :func:`trainer.inference.weights.merge_towers` gives them.
         facts: metadata of the file.
 
     Raises:
@@ -103,8 +103,8 @@ def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[
     )
     for name in model.after[index].split():
         if name == "batch_norm":
-            kinds = ("scale", "shift", "running_mean", "running_variance")
-            tensors = [graph.constant(f"{layer}.{kind}", merged[f"{layer}.{kind}"]) for kind in kinds]
+            names = [f"post{index + 1}.batch_norm.{kind}" for kind in ("weight", "bias", "running_mean", "running_var")]
+            tensors = [graph.constant(name, merged[name]) for name in names]
             graph.add("BatchNormalization", f"{layer}.batch_norm", *tensors, epsilon=BATCH_NORM_EPSILON)
         else:
             _then(graph, model, f"{layer}.{name}", name)

@@ -8,8 +8,10 @@ Layout of merged weights, ``conv1.weight`` ... ``fc8.bias``:
 - fc6's input is flattened tower-major: a's maps, each row by row, then b's. That is what ``flatten(1)`` of the merged
   maps gives.
 - Response normalisation stays within a tower: maps 47 and 48 of conv1 are not neighbours.
-- Batch normalisation, where a recipe has it, adds ``conv1.scale``, ``conv1.shift``, ``conv1.running_mean`` and
-  ``conv1.running_variance``, one number a map.
+- Batch normalization, where a recipe has it, adds ``post1.batch_norm.weight``, ``.bias``, ``.running_mean`` and
+  ``.running_var``, one number per channel.
+- The program of 2012 orders one layer otherwise: its fc7 of tower b takes b's units before a's (``fc2048bb`` has
+  ``inputs=hs1b,hs1a``). Weights of that program need the two halves of those columns swapped.
 - Weights are as trained. Dropout of the original kind multiplies fc6's and fc7's outputs, after their activation, by
   ``test_factor`` in testing.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from trainer.config import ModelConfig
 from trainer.errors import ExportError
-from trainer.model.alexnet import TwoTowerNet
+from trainer.model.alexnet import AlexNet
 
 
 def groups_of(config: ModelConfig, layer: str) -> int:
@@ -34,33 +36,31 @@ def testing_factor(config: ModelConfig) -> float:
     return 1.0 if config.dropout_kind == "inverted" else 1.0 - config.dropout
 
 
-def merge_towers(net: TwoTowerNet) -> dict[str, Tensor]:
-    """Merged weights of a net whose towers are all in this process; copies, contiguous, float32, on the CPU."""
-    towers = [net.tower(name).state_dict() for name in net.held]
+def merge_towers(net: AlexNet) -> dict[str, Tensor]:
+    """Weights of a net whose towers are all in this process; copies, contiguous, on the CPU."""
+    assert len(net.towers) == net.config.towers
     return {
-        name: torch.cat([tower[name].cpu() for tower in towers if name in tower]).contiguous() for name in towers[0]
+        name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in net.state_dict().items()
     }
 
 
-def fill_towers(net: TwoTowerNet, merged: Mapping[str, Tensor]) -> None:
+@torch.no_grad()
+def fill_towers(net: AlexNet, merged: Mapping[str, Tensor]) -> None:
     """Copies merged weights into a net; the inverse of :func:`merge_towers`, to the bit.
 
     Raises:
         ExportError: a tensor is missing, superfluous, not float32, or of another shape; names it.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in merge_towers(net).items()}
-    for name in [*expected, *merged]:
-        found = tuple(merged[name].shape) if name in merged else None
-        if found != expected.get(name):
-            raise ExportError(
-                f"{name} is {_shown(found)} in the file, and {_shown(expected.get(name))} in this recipe's net"
-            )
+    targets = net.state_dict()
+    for name in [*targets, *merged]:
+        found, wanted = (tuple(of[name].shape) if name in of else None for of in (merged, targets))
+        if found != wanted:
+            raise ExportError(f"{name} is {_shown(found)} in the file, and {_shown(wanted)} in this recipe's net")
         if merged[name].dtype != torch.float32:
             raise ExportError(f"{name} is {merged[name].dtype} in the file: expected float32")
-    for index, tower in enumerate(net.held):
-        for name, tensor in net.tower(tower).state_dict().items():
-            rows = tensor.shape[0]
-            tensor.copy_(merged[name][index * rows : (index + 1) * rows])
+    for name, target in targets.items():
+        target.copy_(merged[name])
 
 
 def block_diagonal(config: ModelConfig, layer: str, weight: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import NormConfig
 from trainer.model import kernels
 
 BLOCK_ELEMENTS = 1 << 18  # elements a pass on a CPU: 1 MiB, so that the few scratch tensors stay in a core's cache
@@ -247,3 +248,38 @@ def spatial_norm(x: Tensor, *, size: int, alpha: float, beta: float) -> Tensor:
     Source: layer ``rnorm2`` of ``layers-145.cfg``; not in the paper. Arguments as in :func:`response_norm`.
     """
     return _ResponseNorm.apply(x, _across_pixels, size, (alpha, beta, 1.0))
+
+
+class LocalResponseNorm(nn.Module):
+    """:func:`response_norm` as a layer.
+
+    Args:
+        channels: of one tower; where x holds both towers', neither sees the other.
+        config: constants.
+        rectify: normalize ReLU(x).
+    """
+
+    def __init__(self, channels: int, config: NormConfig, *, rectify: bool) -> None:
+        super().__init__()
+        self.channels, self.rectify = channels, rectify
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        c = self.config
+        return response_norm(
+            x, size=c.size, alpha=c.alpha, beta=c.beta, k=c.k, maps=self.channels, rectify=self.rectify
+        )
+
+
+class WithinChannelNorm(nn.Module):
+    """:func:`spatial_norm` as a layer."""
+
+    def __init__(self, config: NormConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        c = self.config
+        return spatial_norm(x, size=c.spatial_size, alpha=c.spatial_alpha, beta=c.beta)

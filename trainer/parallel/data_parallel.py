@@ -32,8 +32,9 @@ class Bucket:
 class GradientSum:
     """Sums gradients over replicas; parameters must be the same, in the same order, in all of them.
 
-    After :meth:`arm`, a gradient moves into its bucket as soon as the backward has finished it, and a full bucket
-    leaves once all before it have: the same order everywhere. After :meth:`finish` every gradient is the sum.
+    After :meth:`prepare_for_backward`, a gradient moves into its bucket as soon as the backward has finished it, and a
+    full bucket leaves once all before it have: the same order everywhere. After :meth:`finish` every gradient is the
+    sum.
 
     Args:
         parameters: of this process's tower, in the order of the forward.
@@ -59,7 +60,7 @@ class GradientSum:
                 begin += parameter.numel()
                 parameter.register_post_accumulate_grad_hook(self._ready)
 
-    def arm(self) -> None:
+    def prepare_for_backward(self) -> None:
         """The next backward is the last of this step: what it finishes may leave."""
         self._armed, self._sent = True, 0
         for bucket in self._buckets:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from trainer.config import TOWERS
 from trainer.errors import RunError
-from trainer.model.alexnet import TOWERS
 from trainer.parallel.mesh import Mesh, connect
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others

@@ -1,7 +1,7 @@
 """The mesh of processes, (replica x tower), and the groups in which they talk.
 
 Rank = 2 x replica + tower, so the two towers of a pair are neighbours, and stay on one node where every node starts an
-even number of processes. A process talks to the other tower of its pair (:class:`.crossing.Link`: the four
+even number of processes. A process talks to the other tower of its pair (:class:`.link.Link`: the four
 crossings), to the same tower in all other replicas (:class:`Replicas`: gradients), and to nobody else.
 """
 
@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.config import TOWERS
 from trainer.errors import LostError, PeerError
-from trainer.model.alexnet import TOWERS
-from trainer.parallel.crossing import Ledger, Link
+from trainer.parallel.link import Ledger, Link
 
 ENDED = " ended: "
 REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class MeshCoord:
     """Where a process stands.
 
     Attributes:
@@ -62,7 +62,7 @@ class Place:
         return list(range(self.rank % 2, self.world, 2))
 
 
-class Board:
+class FailureStore:
     """Where the first process that fails says why, so that those who then lose it can tell the cause.
 
     Args:
@@ -110,19 +110,24 @@ class Replicas:
     """The same tower in all replicas, seen from one of them.
 
     Args:
-        place: where this process stands.
+        coord: where this process stands.
         group: their process group for gradients (NCCL or gloo).
         control: their gloo group for control messages.
-        board: where failures are reported.
+        failures: where failures are reported.
         ledger: of this process.
     """
 
     def __init__(
-        self, place: Place, group: dist.ProcessGroup, control: dist.ProcessGroup, board: Board, ledger: Ledger
+        self,
+        coord: MeshCoord,
+        group: dist.ProcessGroup,
+        control: dist.ProcessGroup,
+        failures: FailureStore,
+        ledger: Ledger,
     ) -> None:
-        self.place, self._group, self._control, self._board, self._ledger = place, group, control, board, ledger
+        self.coord, self._group, self._control, self._failures, self._ledger = coord, group, control, failures, ledger
         self._on_cpu = dist.get_backend(group) == "gloo"
-        self._way = f"{place.tower}->{place.tower}"
+        self._way = f"{coord.tower}->{coord.tower}"
 
     def start_sum(self, flat: Tensor) -> tuple[Tensor, Any]:
         """Begins to sum a flat tensor over the replicas; returns the tensor under way and a handle for :meth:`wait`."""
@@ -143,7 +148,7 @@ class Replicas:
     def gather(self, words: Sequence[int]) -> list[list[int]]:
         """The int64 words of every replica, in their order."""
         mine = torch.tensor(words, dtype=torch.int64)
-        everyone = [torch.zeros_like(mine) for _ in range(self.place.replicas)]
+        everyone = [torch.zeros_like(mine) for _ in range(self.coord.replicas)]
         try:
             dist.all_gather(everyone, mine, group=self._control)
         except RuntimeError as error:
@@ -153,11 +158,11 @@ class Replicas:
 
     def _lost(self, what: str, error: Exception) -> PeerError:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""
-        others = [rank for rank in self.place.same_tower if rank != self.place.rank]
+        others = [rank for rank in self.coord.same_tower if rank != self.coord.rank]
         reason = str(error).splitlines()[0][:160]
         ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
         # The process that is lost here may only have ended because it lost another: that one said so before it ended.
-        return self._board.lost(f"tower {self.place.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
+        return self._failures.lost(f"tower {self.coord.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,18 +170,18 @@ class Mesh:
     """All that a process needs to know of the others.
 
     Attributes:
-        place: where it stands.
+        coord: where it stands.
         link: to the other tower of its pair.
         replicas: the same tower elsewhere; None with one pair.
         control: gloo group of all processes, for what is compared at the start.
-        board: where failures are reported.
+        failures: where failures are reported.
     """
 
-    place: Place
+    coord: MeshCoord
     link: Link
     replicas: Replicas | None
     control: dist.ProcessGroup
-    board: Board
+    failures: FailureStore
 
 
 def connect(timeout_s: float, backend: str) -> Mesh:
@@ -196,7 +201,7 @@ def connect(timeout_s: float, backend: str) -> Mesh:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
-    return make_mesh(Place(rank, world), store, backend=backend, timeout=timeout)
+    return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
 
 
 def check_world(world: int) -> None:
@@ -205,17 +210,17 @@ def check_world(world: int) -> None:
         raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
 
 
-def make_mesh(place: Place, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
+def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
     """The mesh over the default process group, which must be there; called by all ranks.
 
     Args:
-        place: where this process stands.
+        coord: where this process stands.
         store: the store of the default group.
         backend: of the tensors: ``nccl``, ``gloo``, or ``fake`` to count what would be sent.
         timeout: of the groups that are made.
     """
     world = cast(dist.ProcessGroup, dist.group.WORLD)
-    board = Board(store)
+    failures = FailureStore(store)
     needs_control = backend == "nccl"  # gloo's own group serves both
 
     def join(ranks: list[int], kind: str) -> dist.ProcessGroup:  # only its members call it
@@ -223,14 +228,12 @@ def make_mesh(place: Place, store: Any, *, backend: str, timeout: datetime.timed
         return cast(dist.ProcessGroup, group)
 
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if needs_control else world
-    if place.replicas == 1:
-        link = Link(place.tower, 1 - place.rank, world, control)
-        link.board = board
-        return Mesh(place, link, None, control, board)
-    pair = join(place.pair, backend)
-    pair_control = join(place.pair, "gloo") if needs_control else pair
-    same = join(place.same_tower, backend)
-    same_control = join(place.same_tower, "gloo") if needs_control else same
-    link = Link(place.tower, sum(place.pair) - place.rank, pair, pair_control)
-    link.board = board
-    return Mesh(place, link, Replicas(place, same, same_control, board, link.ledger), control, board)
+    if coord.replicas == 1:
+        link = Link(coord.tower, 1 - coord.rank, world, control, failures)
+        return Mesh(coord, link, None, control, failures)
+    pair = join(coord.pair, backend)
+    pair_control = join(coord.pair, "gloo") if needs_control else pair
+    same = join(coord.same_tower, backend)
+    same_control = join(coord.same_tower, "gloo") if needs_control else same
+    link = Link(coord.tower, sum(coord.pair) - coord.rank, pair, pair_control, failures)
+    return Mesh(coord, link, Replicas(coord, same, same_control, failures, link.ledger), control, failures)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from trainer.config import TOWERS
 from trainer.errors import PeerError
-from trainer.model.alexnet import TOWERS
 from trainer.parallel.mesh import Mesh, Replicas
 
 FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
@@ -21,7 +21,7 @@ NORM_TOLERANCE = 1e-5  # machines of several kinds may add up the same gradients
 
 
 @dataclasses.dataclass(frozen=True)
-class Notes:
+class LocalStatus:
     """What one process knows of a step before its update.
 
     Attributes:
@@ -52,8 +52,8 @@ class Notes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What all processes know after the control messages of a step: as :class:`Notes`, for all of them together.
+class GlobalStatus:
+    """What all processes know after the control messages of a step: as :class:`LocalStatus`, for all of them together.
 
     Every process is finite and has written; at least one must stop, or could not save.
     """
@@ -67,7 +67,7 @@ class Verdict:
     unsaved: bool
 
 
-def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
+def all_reduce_status(mesh: Mesh | None, notes: LocalStatus, where: str) -> GlobalStatus:
     """Compares notes before an update: same batch, same gradients in all replicas, finite numbers, stop or go on.
 
     The towers of each pair swap words first, then the same towers of all pairs, so that all know the same.
@@ -92,30 +92,30 @@ def agree(mesh: Mesh | None, notes: Notes, where: str) -> Verdict:
             flags, loss = _agree_replicas(mesh.replicas, notes, (flags, norm), where)
     finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
     written, unsaved = bool(flags & WRITTEN), bool(flags & FAILED)
-    return Verdict(finite, stop, plateaus, dict(sorted(norms.items())), loss, written, unsaved)
+    return GlobalStatus(finite, stop, plateaus, dict(sorted(norms.items())), loss, written, unsaved)
 
 
-def _agree_replicas(replicas: Replicas, notes: Notes, mine: tuple[int, float], where: str) -> tuple[int, float]:
+def _agree_replicas(replicas: Replicas, notes: LocalStatus, mine: tuple[int, float], where: str) -> tuple[int, float]:
     """The same between the replicas of a tower; ``mine``: flags and gradient norm. Returns flags and mean loss."""
     flags, norm = mine
     rows = replicas.gather([notes.fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
     for number, row in enumerate(rows):
         if row[0] != notes.fingerprint:
-            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different batches")
+            raise PeerError(f"{where}: replicas {replicas.coord.replica} and {number} have different batches")
         flags = _both(flags, row[1])
     for number, row in enumerate(rows):
         if flags & FINITE and not math.isclose(norm, _double_of(row[2]), rel_tol=NORM_TOLERANCE):
-            raise PeerError(f"{where}: replicas {replicas.place.replica} and {number} have different gradients")
+            raise PeerError(f"{where}: replicas {replicas.coord.replica} and {number} have different gradients")
     return flags, math.fsum(_double_of(row[3]) for row in rows) / len(rows)
 
 
 def _both(mine: int, theirs: int) -> int:
-    """Two processes' flags as one, see :class:`Verdict`; the larger count of plateaus."""
+    """Two processes' flags as one, see :class:`GlobalStatus`; the larger count of plateaus."""
     plateaus = max(mine, theirs) >> PLATEAUS_SHIFT
     return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
 
 
-def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
+def check_consistency(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
     """Refuses to start where the processes would not do the same work; warns where a pair is spread over two nodes.
 
     Raises:
@@ -123,7 +123,7 @@ def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
     """
     if mesh is None:
         return
-    everyone: list[Any] = [None] * mesh.place.world
+    everyone: list[Any] = [None] * mesh.coord.world
     dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
     for name, expected in everyone[0][0].items():
         for rank, (found, _) in enumerate(everyone):
@@ -132,7 +132,7 @@ def handshake(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
                     f"the processes have different values of {name}: rank 0 {expected}, rank {rank} {found[name]}"
                 )
     for a, b in zip(everyone[::2], everyone[1::2], strict=True):
-        if a[1] != b[1] and mesh.place.rank == 0:
+        if a[1] != b[1] and mesh.coord.rank == 0:
             print(
                 f"warning: a pair of towers is spread over {a[1]} and {b[1]}, and every crossing leaves the node: "
                 "start an even number of processes on each",

@@ -11,17 +11,18 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.manifest import read_manifest
-from trainer.config import Config
-from trainer.model.alexnet import TOWERS, DropoutDraws, Summing, TwoTowerNet
-from trainer.parallel.crossing import CONTROL_WORDS
+from trainer.config import TOWERS, Config
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
+from trainer.parallel.crossing import make_net
+from trainer.parallel.link import CONTROL_WORDS, Link
 from trainer.training.checkpoint import choose
-from trainer.training.loop import make_net
 from trainer.training.optimizer import PaperSGD
 
 MEASURE_S = 3.0  # steps are repeated for about this long, after a first one that warms up
@@ -124,26 +125,40 @@ class RunPlan:
         return sum(totals) * self.replicas if self.shares_memory else max(totals)
 
 
-class EchoJoin:
-    """A :class:`trainer.model.alexnet.Join` for one tower alone: its own half stands in for the other tower's.
+class EchoLink:
+    """Stands in for a :class:`trainer.parallel.link.Link` of one tower alone: its own half for the other tower's.
 
     Attributes:
-        crossed: bytes of a half by layer, in the order in which they would cross.
+        tower: ``a`` or ``b``.
+        crossed: bytes of a half that the newest forward sends or receives, by layer in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tower: str) -> None:
+        self.tower = tower
         self.crossed: dict[str, int] = {}
 
-    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
-        """See :class:`trainer.model.alexnet.Join`."""
-        (own,) = halves
-        self.crossed[layer] = own.nbytes
-        joined = torch.cat((own, own.detach()), dim=1)
-        return [module.sums(joined) for module in modules]
+    def exchange(self, layer: str, phase: str, mine: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Gives a copy back: the other tower's half has memory of its own."""
+        if phase == "forward":
+            self.crossed[layer] = mine.numel() * (dtype or mine.dtype).itemsize
+        return mine.clone()
 
-    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
-        """See :class:`trainer.model.alexnet.Join`."""
-        return next(iter(self.both(layer, halves, modules)), halves[0].sum())
+    isend = exchange
+
+    def irecv(
+        self, layer: str, phase: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Gives zeros."""
+        return self.exchange(layer, phase, like.new_zeros(tuple(shape)), dtype)
+
+    def wait(self, half: Tensor) -> Tensor:
+        """It is here."""
+        return half
+
+
+def _lone_tower(config: Config, link: EchoLink, device: str = "cpu") -> AlexNet:
+    """One tower without the other."""
+    return make_net(config, cast(Link, link), device=device)
 
 
 def plan_run(
@@ -195,10 +210,9 @@ def _count(config: Config, processes: int, batch: int) -> tuple[tuple[Memory, ..
         return (_memory(config, make_net(config, None), holder, batch),), ()
     memory, crossed = [], {}
     for tower in TOWERS:
-        join = EchoJoin()
-        net = TwoTowerNet(config.model, held=(tower,), join=join)
-        memory.append(_memory(config, net, f"tower {tower}", batch))
-        crossed = join.crossed
+        link = EchoLink(tower)
+        memory.append(_memory(config, _lone_tower(config, link), f"tower {tower}", batch))
+        crossed = link.crossed
     return tuple(memory), tuple(_crossing_rows({layer: size // 2 * batch for layer, size in crossed.items()}))
 
 
@@ -214,7 +228,7 @@ def _crossing_rows(crossed: dict[str, int]) -> list[CrossingRow]:
     return rows + [CrossingRow("control", "step", way, 8 * CONTROL_WORDS) for way in ("a->b", "b->a")]
 
 
-def _memory(config: Config, net: TwoTowerNet, holder: str, batch: int) -> Memory:
+def _memory(config: Config, net: AlexNet, holder: str, batch: int) -> Memory:
     """Memory of the process that trains ``net``."""
     one, two = (_kept_bytes(config, net, count) for count in (1, 2))
     model, train = config.model, config.train
@@ -227,7 +241,7 @@ def _memory(config: Config, net: TwoTowerNet, holder: str, batch: int) -> Memory
     )
 
 
-def _kept_bytes(config: Config, net: TwoTowerNet, count: int) -> int:
+def _kept_bytes(config: Config, net: AlexNet, count: int) -> int:
     """Bytes that autograd keeps between forward and backward of ``count`` pictures, on the CPU, each storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}
@@ -281,11 +295,7 @@ def _measure(plan: RunPlan) -> RunPlan:
     """Times steps of the whole batch: tower a alone where it would have its own GPU, else both towers here."""
     config, device = plan.config, plan.device
     alone = _own_devices(device, plan.processes * plan.replicas)
-    if alone:
-        net = TwoTowerNet(config.model, held=("a",), join=EchoJoin())
-    else:
-        net = make_net(config, None)
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = _lone_tower(config, EchoLink("a"), device) if alone else make_net(config, None, device=device)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images, labels = _made_up_batch(config, plan.pictures, device)
     times: list[float] = []
@@ -305,9 +315,7 @@ def _busy() -> str:
     return f"; the machine is busy (load {load:.1f} on {cores} cores), so this is too long" if load > cores else ""
 
 
-def _time_step(
-    config: Config, net: TwoTowerNet, optimizer: PaperSGD, batch: tuple[Tensor, Tensor], device: str
-) -> float:
+def _time_step(config: Config, net: AlexNet, optimizer: PaperSGD, batch: tuple[Tensor, Tensor], device: str) -> float:
     """Wall time of one step, s."""
     begin = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import Config
-from trainer.model.alexnet import TwoTowerNet
-from trainer.parallel.crossing import CONTROL_WORDS, PairJoin
-from trainer.parallel.mesh import Mesh, Place, make_mesh
+from trainer.model.alexnet import AlexNet
+from trainer.parallel.crossing import TowerLayers
+from trainer.parallel.link import CONTROL_WORDS
+from trainer.parallel.mesh import Mesh, MeshCoord, make_mesh
 from trainer.parallel.status import REPLICA_WORDS
 from trainer.planning.describe import count_layers
-from trainer.training.step import StepGradients
+from trainer.training.step import ForwardBackward
 
 WORLDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -87,29 +88,29 @@ def count_traffic(config: Config, world: int, pictures: int) -> list[Traffic]:
         world: GPUs, an even number.
         pictures: pictures a pair takes in a step.
     """
-    return [_count(config, Place(rank, world), pictures) for rank in (0, 1)]
+    return [_count(config, MeshCoord(rank, world), pictures) for rank in (0, 1)]
 
 
-def _count(config: Config, place: Place, pictures: int) -> Traffic:
+def _count(config: Config, coord: MeshCoord, pictures: int) -> Traffic:
     """One tower's count."""
-    with _fake_world(place) as mesh:
-        net = TwoTowerNet(config.model, held=(place.tower,), join=PairJoin(mesh.link))
-        train = dataclasses.replace(config.train, batch_size=place.replicas, accumulate=1)
+    with _fake_world(coord) as mesh:
+        net = AlexNet(config.model, TowerLayers(config.model, mesh.link))
+        train = dataclasses.replace(config.train, batch_size=coord.replicas, accumulate=1)
         side = config.model.image_px
         images = torch.zeros(1, config.model.channels, side, side)
-        StepGradients(net, train, mesh=mesh)(images, torch.zeros(1, dtype=torch.int64), 0)
+        ForwardBackward(net, train, mesh=mesh)(images, torch.zeros(1, dtype=torch.int64), 0)
         mesh.link.control([0] * CONTROL_WORDS)
         if mesh.replicas:
             mesh.replicas.gather([0] * REPLICA_WORDS)
         rows = mesh.link.ledger.rows()
-    outwards = {"a": ("a->b", "a->a"), "b": ("b->a", "b->b")}[place.tower]
+    outwards = {"a": ("a->b", "a->a"), "b": ("b->a", "b->b")}[coord.tower]
     sent = [row for row in rows if row.direction in outwards]
 
     def total(kind: str, what: str) -> int:
         return sum(getattr(row, what) for row in sent if row.kind == kind)
 
     return Traffic(
-        tower=place.tower,
+        tower=coord.tower,
         crossing_calls=total("crossing", "calls"),
         crossing_bytes=total("crossing", "num_bytes") * pictures,
         sum_calls=total("replica", "calls"),
@@ -119,14 +120,14 @@ def _count(config: Config, place: Place, pictures: int) -> Traffic:
 
 
 @contextmanager
-def _fake_world(place: Place) -> Iterator[Mesh]:
+def _fake_world(coord: MeshCoord) -> Iterator[Mesh]:
     """The mesh as one process sees it, without the others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     store = FakeStore()
-    dist.init_process_group("fake", store=store, rank=place.rank, world_size=place.world)
+    dist.init_process_group("fake", store=store, rank=coord.rank, world_size=coord.world)
     try:
-        yield make_mesh(place, store, backend="fake", timeout=TIMEOUT)
+        yield make_mesh(coord, store, backend="fake", timeout=TIMEOUT)
     finally:
         dist.destroy_process_group()
 

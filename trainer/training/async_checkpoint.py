@@ -14,16 +14,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from trainer.config import TOWERS
 from trainer.errors import CheckpointError
-from trainer.model.alexnet import TOWERS, TwoTowerNet
+from trainer.model.alexnet import AlexNet
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.status import Verdict, all_could
+from trainer.parallel.status import GlobalStatus, all_could
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class PendingCheckpoint:
     """A checkpoint under way; see :class:`trainer.training.checkpoint.CheckpointRecord`."""
 
     step: int
@@ -32,7 +33,7 @@ class Draft:
     top1: float | None
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves one checkpoint at a time. Every process of a run has one, and all call the same methods.
 
     Args:
@@ -43,11 +44,11 @@ class Saver:
         keep: newest checkpoints to keep.
     """
 
-    def __init__(self, run: Path, net: TwoTowerNet, optimizer: PaperSGD, *, mesh: Mesh | None, keep: int) -> None:
+    def __init__(self, run: Path, net: AlexNet, optimizer: PaperSGD, *, mesh: Mesh | None, keep: int) -> None:
         self._run, self._net, self._optimizer, self._mesh, self._keep = run, net, optimizer, mesh, keep
-        self._writes = mesh is None or mesh.place.replica == 0
-        self._leads = mesh is None or mesh.place.rank == 0
-        self._draft: Draft | None = None
+        self._writes = mesh is None or mesh.coord.replica == 0
+        self._leads = mesh is None or mesh.coord.rank == 0
+        self._draft: PendingCheckpoint | None = None
         self._is_whole = False  # all processes have written; what is left is rank 0's
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -62,7 +63,7 @@ class Saver:
         """This process could not write its part."""
         return not self._is_busy() and self._problem is not None
 
-    def begin(self, draft: Draft) -> None:
+    def begin(self, draft: PendingCheckpoint) -> None:
         """Copies the towers as they are now, and begins to write them; the checkpoint before must be finished."""
         assert self._draft is None
         self._draft, self._is_whole = draft, False
@@ -71,7 +72,7 @@ class Saver:
             towers = checkpoint.snapshot(self._net, self._optimizer)
             self._start(lambda: checkpoint.write_towers(folder, towers))
 
-    def advance(self, verdict: Verdict) -> None:
+    def advance(self, verdict: GlobalStatus) -> None:
         """Takes what the control message of a step told.
 
         Raises:

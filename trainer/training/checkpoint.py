@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file a tower, whole or invisible.
 
 ``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
-velocities as ``velocity/conv1.weight``, the statistics of a batch normalisation as ``conv1.running_mean``) and
+velocities as ``velocity/conv1.weight``, the statistics of a batch normalisation as
+``post1.batch_norm.running_mean``) and
 ``checkpoint.json`` (step, loader state, sizes and sha256 of the others), which is written last into a folder that gets
 its name only then. Names do not say how many processes wrote them: one process, two and several pairs read
 each other's.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pipeline.manifest import sync_folder, write_atomic
 from trainer.errors import CheckpointError
-from trainer.model.alexnet import Tower, TwoTowerNet
+from trainer.model.alexnet import AlexNet
 from trainer.training.optimizer import PaperSGD
 
 RECORD = "checkpoint.json"
@@ -54,18 +55,20 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def snapshot(net: TwoTowerNet, optimizer: PaperSGD) -> dict[str, dict[str, Tensor]]:
+def snapshot(net: AlexNet, optimizer: PaperSGD) -> dict[str, dict[str, Tensor]]:
     """A copy of the towers that this process holds, as they are written: ``{tower: {name: tensor on the CPU}}``."""
-    towers = {}
-    for name in net.held:
-        tower = net.tower(name)
-        tensors = {key: value.detach() for key, value in tower.named_parameters()}
-        tensors |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
-        tensors |= dict(tower.named_buffers())
-        towers[name] = {
-            key: value.to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in tensors.items()
-        }
-    return towers
+    return {
+        tower: {name: part.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, part in parts.items()}
+        for tower, parts in net.split_towers(_tensors(net, optimizer)).items()
+    }
+
+
+def _tensors(net: AlexNet, optimizer: PaperSGD | None) -> dict[str, Tensor]:
+    """Weights and running statistics, and the velocities where an optimizer is given; not copies."""
+    tensors: dict[str, Tensor] = dict(net.state_dict())
+    if optimizer is not None:
+        tensors |= {f"velocity/{name}": optimizer.velocity(weight) for name, weight in net.named_parameters()}
+    return tensors
 
 
 def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
@@ -78,7 +81,7 @@ def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
             os.fsync(file.fileno())
 
 
-def save_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD) -> None:
+def save_towers(folder: Path, net: AlexNet, optimizer: PaperSGD) -> None:
     """Writes the towers that this process holds into an unfinished folder."""
     write_towers(folder, snapshot(net, optimizer))
 
@@ -202,32 +205,25 @@ def read_record(folder: Path) -> CheckpointRecord:
     return record
 
 
-def load_towers(folder: Path, net: TwoTowerNet, optimizer: PaperSGD | None = None) -> None:
+@torch.no_grad()
+def load_towers(folder: Path, net: AlexNet, optimizer: PaperSGD | None = None) -> None:
     """Loads the towers that this process holds, and their velocities where an optimizer is given.
 
     Raises:
         CheckpointError: a file does not fit the net.
     """
-    for name in net.held:
-        path = folder / f"tower-{name}.safetensors"
+    for tower, parts in net.split_towers(_tensors(net, optimizer)).items():
+        path = folder / f"tower-{tower}.safetensors"
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-        _fill(path, net.tower(name), tensors, optimizer)
-
-
-def _fill(path: Path, tower: Tower, tensors: dict[str, Any], optimizer: PaperSGD | None) -> None:
-    """Copies tensors into a tower, refusing any that is missing or of another shape."""
-    targets = {key: parameter.data for key, parameter in tower.named_parameters()} | dict(tower.named_buffers())
-    if optimizer is not None:
-        targets |= {f"velocity/{key}": optimizer.velocity(value) for key, value in tower.named_parameters()}
-    for name, target in targets.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != target.shape:
-            found = "nothing" if tensor is None else tuple(tensor.shape)
-            raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
-        target.copy_(tensor)
+        for name, target in parts.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != target.shape:
+                found = "nothing" if tensor is None else tuple(tensor.shape)
+                raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
+            target.copy_(tensor)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from pipeline.loader.batches import EvaluationLoader
 from pipeline.manifest import read_manifest
 from trainer.config import Config
 from trainer.errors import RunError
-from trainer.model.alexnet import TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
 from trainer.training.run_folder import check_fits, read_run_config
 
@@ -73,7 +74,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_net(net: TwoTowerNet, batches: Iterable[Batch], views: str = "centre") -> Evaluation | None:
+def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "centre") -> Evaluation | None:
     """Runs every picture through the net. Both towers must call it, where they are in two processes.
 
     Args:
@@ -86,14 +87,17 @@ def evaluate_net(net: TwoTowerNet, batches: Iterable[Batch], views: str = "centr
     """
     keys: list[str] = []
     labels, probabilities = [], []
+    was_training = net.training
+    net.eval()
     for batch in batches:
         output = net(batch.images.flatten(0, 1) if views == "ten" else batch.images)
-        if "a" in net.held:
+        if "a" in net.towers:
             shares = functional.softmax(output.float(), dim=1)
             probabilities.append((shares.unflatten(0, (-1, 10)).mean(1) if views == "ten" else shares).cpu())
             labels.append(batch.labels.cpu())
             keys += batch.keys
-    return _summarise(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.held else None
+    net.train(was_training)
+    return _summarise(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.towers else None
 
 
 def _summarise(probabilities: Tensor, labels: Tensor, keys: list[str], views: str) -> Evaluation:
@@ -125,7 +129,7 @@ class LoadedNet:
         step: finished updates.
     """
 
-    net: TwoTowerNet
+    net: AlexNet
     config: Config
     step: int
 
@@ -147,10 +151,9 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
     if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
     folder, record = found
-    net = TwoTowerNet(config.model, seed=config.train.seed)
+    net = make_net(config, None, device=device)
     load_towers(folder, net)
-    net = net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return LoadedNet(net, config, record.step)
+    return LoadedNet(net.eval(), config, record.step)
 
 
 def evaluate_run(

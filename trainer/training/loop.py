@@ -17,19 +17,17 @@ from pipeline.manifest import read_manifest
 from trainer.config import Config
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
-from trainer.model.alexnet import TwoTowerNet
-from trainer.model.merged import MergedNet
-from trainer.parallel.crossing import WIRES, Link, PairJoin
-from trainer.parallel.mesh import Mesh, Place
-from trainer.parallel.status import Notes, Verdict, agree, handshake
+from trainer.parallel.crossing import make_net
+from trainer.parallel.mesh import Mesh, MeshCoord
+from trainer.parallel.status import GlobalStatus, LocalStatus, all_reduce_status, check_consistency
 from trainer.training import checkpoint
-from trainer.training.async_checkpoint import Draft, Saver
+from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.evaluate import Evaluation, evaluate_net
 from trainer.training.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import Result, write_result
-from trainer.training.step import StepGradients
+from trainer.training.step import ForwardBackward
 
 
 class Trainer:
@@ -58,18 +56,18 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
         self.link = mesh.link if mesh else None
-        self.place = mesh.place if mesh else Place(0, 2)
+        self.coord = mesh.coord if mesh else MeshCoord(0, 2)
         self.skip_list, self.profile_steps = skip_list, profile_steps
         self.started = time.perf_counter()
         self.stop_signal: str | None = None
-        self.leads = self.place.rank == 0
+        self.leads = self.coord.rank == 0
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
-        self.net = make_net(config, self.link).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = make_net(config, self.link, device=device)
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
-        self.saver = Saver(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
-        self.gradients = StepGradients(self.net, train, mesh=mesh, device=device)
+        self.saver = AsyncCheckpointer(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
+        self.gradients = ForwardBackward(self.net, train, mesh=mesh, device=device)
         self.step = 0
         state = self._resume()
         self.loader = self._open_loader(state)
@@ -93,8 +91,8 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(self.place.rank, self.place.world, link.swap_input) if link else None,
-            share=BatchShare(self.place.replica, self.place.replicas),
+            split_feed=SplitFeed(self.coord.rank, self.coord.world, link.exchange_pixels) if link else None,
+            share=BatchShare(self.coord.replica, self.coord.replicas),
         )
 
     def _resume(self) -> dict[str, Any] | None:
@@ -125,7 +123,7 @@ class Trainer:
             "step to start from": self.step,
             "kernels (see TWOTOWER_KERNELS in the README)": kernels.describe(self.device),
         }
-        handshake(self.mesh, facts)
+        check_consistency(self.mesh, facts)
 
     def request_stop(self, number: int, _frame: object = None) -> None:
         """Signal handler: finish the step, save, end."""
@@ -152,7 +150,7 @@ class Trainer:
         except Exception as error:
             sentence = f"{type(error).__name__}: {error}"
             if self.mesh and not isinstance(error, LostError):
-                self.mesh.board.ended(self.place.rank, error)
+                self.mesh.failures.ended(self.coord.rank, error)
             raise
         finally:
             result = self._result(reason, sentence)
@@ -175,7 +173,7 @@ class Trainer:
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
         self.progress.say(self._opening_line())
-        name = "".join(self.net.held) + (str(self.place.replica) if self.place.replicas > 1 else "")
+        name = "".join(self.net.towers) + (str(self.coord.replica) if self.coord.replicas > 1 else "")
         profiler = StepProfiler(self.run, name, steps=self.profile_steps, device=self.device)
         stop = False
         if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
@@ -197,7 +195,7 @@ class Trainer:
     def _opening_line(self) -> str:
         """What the run is about to do."""
         towers = "two processes, one a tower" if self.link else "one process"
-        towers = f"{self.place.replicas} replicas of {towers}" if self.place.replicas > 1 else towers
+        towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
             f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
@@ -210,7 +208,7 @@ class Trainer:
         by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
         return bool(by_step or (ended_epochs and ended_epochs % train.checkpoint_every_epochs == 0))
 
-    def _one_step(self) -> Verdict:
+    def _one_step(self) -> GlobalStatus:
         """One update; logs a row."""
         begin = time.perf_counter()
         if self.link:
@@ -248,15 +246,15 @@ class Trainer:
         """Gradients of every parameter; returns the loss of the pictures here (nan on tower b)."""
         return self.gradients(batch.images, batch.labels, self.step)
 
-    def _agree(self, batch: Batch, loss: float) -> Verdict:
+    def _agree(self, batch: Batch, loss: float) -> GlobalStatus:
         """Compares notes with the other processes before the update.
 
         Raises:
             DivergedError: loss or gradient not finite anywhere.
         """
-        norms = {name: self._gradient_norm(name) for name in self.net.held}
-        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.held)
-        notes = Notes(
+        norms = self._gradient_norms()
+        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
+        notes = LocalStatus(
             fingerprint=batch.fingerprint,
             finite=finite,
             stop=self.stop_signal is not None,
@@ -266,7 +264,7 @@ class Trainer:
             written=self.saver.written,
             unsaved=self.saver.failed,
         )
-        verdict = agree(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
+        verdict = all_reduce_status(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
         self.saver.advance(verdict)
         if not verdict.finite:
             self.saver.finish()
@@ -278,10 +276,14 @@ class Trainer:
             )
         return verdict
 
-    def _gradient_norm(self, tower: str) -> float:
-        """Euclidean norm of all gradients of a tower."""
-        gradients = [p.grad for p in self.net.tower(tower).parameters() if p.grad is not None]
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    def _gradient_norms(self) -> dict[str, float]:
+        """Euclidean norm of all gradients, by tower held here."""
+        gradients = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
+        towers = self.net.split_towers(gradients).items()
+        return {
+            name: float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts.values())))))
+            for name, parts in towers
+        }
 
     def _evaluate(self) -> None:
         """Top-1 and top-5 on the held-out split."""
@@ -318,7 +320,9 @@ class Trainer:
         self.saver.finish()
         evaluation = self.last_evaluation if self.evaluated_step == self.step else None
         self.saver.begin(
-            Draft(self.step, self.config.fingerprint, self.loader.state(), evaluation.top1 if evaluation else None)
+            PendingCheckpoint(
+                self.step, self.config.fingerprint, self.loader.state(), evaluation.top1 if evaluation else None
+            )
         )
         if self.log:
             self.log.flush()
@@ -336,17 +340,7 @@ class Trainer:
             num_samples=evaluation.num_samples if evaluation else 0,
             elapsed_s=time.perf_counter() - self.started,
             images_per_s=statistics.median(self.rates or [0.0]),
-            processes=self.place.world if self.mesh else 1,
+            processes=self.coord.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,
         )
-
-
-def make_net(config: Config, link: Link | None) -> TwoTowerNet:
-    """The net as this process runs it: one tower, or both, merged where their operations allow it."""
-    if link is not None:
-        link.wire_dtype = WIRES[config.train.wire]
-        return TwoTowerNet(config.model, held=(link.tower,), join=PairJoin(link), seed=config.train.seed)
-    per_map = all("batch_norm" not in text.split() for text in config.model.after)
-    merged = config.model.towers == 2 and per_map
-    return (MergedNet if merged else TwoTowerNet)(config.model, seed=config.train.seed)

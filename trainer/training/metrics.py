@@ -67,7 +67,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, from_step: int) -> None:
-        from trainer.training.tensorboard import Board
+        from trainer.training.tensorboard import TensorBoardWriter
 
         path = run / "metrics.jsonl"
         if path.exists():
@@ -75,7 +75,7 @@ class MetricsLog:
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._epochs = EpochTable(run, read_metrics(run))
-        self._board = Board(run / "tensorboard", from_step + 1)
+        self._tensorboard = TensorBoardWriter(run / "tensorboard", from_step + 1)
         self._rows: list[tuple[float, dict[str, Any]]] = []
 
     def write(self, row: dict[str, Any]) -> None:
@@ -93,10 +93,10 @@ class MetricsLog:
         for at_s, row in self._rows:
             self._file.write(json.dumps(row) + "\n")
             self._epochs.add(row)
-            self._board.add(row, at_s)
+            self._tensorboard.add(row, at_s)
         self._rows.clear()
         self._file.flush()
-        self._board.flush()
+        self._tensorboard.flush()
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
@@ -107,7 +107,7 @@ class MetricsLog:
         """Flushes and closes."""
         self._write_out()
         self._file.close()
-        self._board.close()
+        self._tensorboard.close()
         self._epochs.write()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
 from trainer.model import kernels
+from trainer.model.alexnet import layer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class PaperSGD(torch.optim.Optimizer):
     """Momentum SGD as in 2012.
 
     Args:
-        parameters: ``(name, parameter)`` pairs, names like ``towers.a.conv1.weight``; all but weights get the bias
-            rate.
+        parameters: ``(name, parameter)`` pairs of the net. Biases, and a batch normalization's scale and shift, get
+            the bias rate and no decay: all that has one dimension.
         config: rates, momentum, decay.
     """
 
@@ -44,8 +45,8 @@ class PaperSGD(torch.optim.Optimizer):
         own = {late.layer for late in config.late}
         members: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
         for name, parameter in parameters:
-            layer = name.rpartition(".")[0].rpartition(".")[2]
-            key = (layer if layer in own else "", name.endswith("weight"))
+            layer = layer_of(name)
+            key = (layer if layer in own else "", parameter.dim() > 1)
             members.setdefault(key, []).append(parameter)
         groups = [
             {

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
-from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
 from trainer.parallel.data_parallel import GradientSum
-from trainer.parallel.mesh import Mesh, Place
+from trainer.parallel.mesh import Mesh, MeshCoord
 
 
-class StepGradients:
+class ForwardBackward:
     """Forward and backward of a step.
 
     Args:
@@ -23,9 +24,9 @@ class StepGradients:
         device: ``cpu`` or ``cuda:N``.
     """
 
-    def __init__(self, net: TwoTowerNet, config: TrainConfig, *, mesh: Mesh | None, device: str = "cpu") -> None:
+    def __init__(self, net: AlexNet, config: TrainConfig, *, mesh: Mesh | None, device: str = "cpu") -> None:
         self._net, self._config, self._device = net, config, device
-        self._place = mesh.place if mesh else Place(0, 2)
+        self._coord = mesh.coord if mesh else MeshCoord(0, 2)
         several = mesh.replicas if mesh else None
         self._sum = GradientSum(list(net.parameters()), several) if several else None
 
@@ -42,13 +43,13 @@ class StepGradients:
         """
         images = images.contiguous(memory_format=torch.channels_last)
         pieces, total = self._config.accumulate, self._config.batch_size
-        rows, first = len(images), self._place.replica * len(images)
+        rows, first = len(images), self._coord.replica * len(images)
         size = rows // pieces
         self._net.zero_grad(set_to_none=True)
         losses = []
         for begin in range(0, rows, size):
             if self._sum and begin + size == rows:
-                self._sum.arm()
+                self._sum.prepare_for_backward()
             piece = slice(begin, begin + size)
             draws = DropoutDraws(self._config.seed, step, first=first + begin, total=total)
             with self._precision():
@@ -57,7 +58,7 @@ class StepGradients:
             losses.append(loss.detach())
         if self._sum:
             self._sum.finish()
-        return float(torch.stack(losses).mean()) if "a" in self._net.held else math.nan
+        return float(torch.stack(losses).mean()) if "a" in self._net.towers else math.nan
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 matrix products where the recipe asks for them."""

@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
-class Board:
+class TensorBoardWriter:
     """Writes ``events.out.tfevents.*`` in a folder.
 
     Args:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from trainer.errors import PeerError
 from trainer.parallel.halves import ConvolutionProduct, MatrixProduct, Product, split
-from trainer.parallel.mesh import Place
+from trainer.parallel.mesh import MeshCoord
 from trainer.planning.scale import _fake_world
 
 CASES = (
@@ -62,7 +62,7 @@ class Broken:
 def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
     """Not with the one that was started last."""
     half = torch.zeros(2, 3)
-    with _fake_world(Place(0, 2)) as mesh:
+    with _fake_world(MeshCoord(0, 2)) as mesh:
         link = mesh.link
         first, second = (link.swap(layer, "backward", half, half.shape) for layer in ("fc6", "conv3"))
         first.works = [Broken()]
@@ -74,7 +74,7 @@ def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
 def test_a_message_that_nobody_waits_for_is_looked_after_by_the_next() -> None:
     """Tower a sends fc8's gradient and goes on; if it does not arrive, that is what is said."""
     half = torch.zeros(2, 3)
-    with _fake_world(Place(0, 2)) as mesh:
+    with _fake_world(MeshCoord(0, 2)) as mesh:
         mesh.link.send("fc8", "backward", half).works = [Broken()]
         with pytest.raises(PeerError, match="is lost at fc8 backward"):
             mesh.link.swap("fc7", "backward", half, half.shape)

@@ -7,11 +7,11 @@ from torch import nn
 
 from trainer.errors import CheckpointError, LostError, PeerError
 from trainer.parallel.data_parallel import fill_buckets
-from trainer.parallel.mesh import Board, Place, check_world
+from trainer.parallel.mesh import FailureStore, MeshCoord, check_world
 
 
 def test_pairs_are_neighbours_and_groups_cover_the_world() -> None:
-    places = [Place(rank, 6) for rank in range(6)]
+    places = [MeshCoord(rank, 6) for rank in range(6)]
     assert [(place.replica, place.tower) for place in places] == [
         (0, "a"),
         (0, "b"),
@@ -22,8 +22,8 @@ def test_pairs_are_neighbours_and_groups_cover_the_world() -> None:
     ]
     for place in places:
         assert place.replicas == 3 and place.rank in place.pair and place.rank in place.same_tower
-        assert [Place(rank, 6).replica for rank in place.pair] == [place.replica] * 2
-        assert {Place(rank, 6).tower for rank in place.same_tower} == {place.tower}
+        assert [MeshCoord(rank, 6).replica for rank in place.pair] == [place.replica] * 2
+        assert {MeshCoord(rank, 6).tower for rank in place.same_tower} == {place.tower}
         assert len(place.same_tower) == 3
 
 
@@ -37,16 +37,16 @@ def test_the_first_report_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None
     """Who was killed says nothing, and whoever sees it first names it: worth another try."""
     monkeypatch.setattr("trainer.parallel.mesh.REPORT_WAIT_S", 0.0)
     store = dist.HashStore()
-    first = Board(store).lost("tower b (rank 1) is lost at conv3")
+    first = FailureStore(store).lost("tower b (rank 1) is lost at conv3")
     assert isinstance(first, LostError) and first.status == 4
     for vague in (False, True):
-        assert str(Board(store).lost("tower a (one of ranks 0, 4) is lost", vague=vague)) == str(first)
+        assert str(FailureStore(store).lost("tower a (one of ranks 0, 4) is lost", vague=vague)) == str(first)
 
 
 def test_an_error_of_its_own_is_the_cause_and_would_come_again() -> None:
     store = dist.HashStore()
-    Board(store).ended(3, CheckpointError("no room"))
-    found = Board(store).lost("tower b (rank 3) is lost at control")
+    FailureStore(store).ended(3, CheckpointError("no room"))
+    found = FailureStore(store).lost("tower b (rank 3) is lost at control")
     assert str(found) == "rank 3 ended: CheckpointError: no room"
     assert isinstance(found, PeerError) and not isinstance(found, LostError) and found.status == 2
 

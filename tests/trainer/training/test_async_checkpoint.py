@@ -10,26 +10,26 @@ from safetensors.torch import load_file
 from trainer.config import load_config
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import TwoTowerNet
-from trainer.parallel.status import Verdict
+from trainer.parallel.status import GlobalStatus
 from trainer.training import checkpoint
-from trainer.training.async_checkpoint import Draft, Saver
+from trainer.training.async_checkpoint import PendingCheckpoint, AsyncCheckpointer
 from trainer.training.optimizer import PaperSGD
 
 CONFIG = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml")
 PATIENCE_S = 60
 
 
-def make_saver(run: Path) -> tuple[Saver, TwoTowerNet]:
+def make_saver(run: Path) -> tuple[AsyncCheckpointer, TwoTowerNet]:
     net = TwoTowerNet(CONFIG.model)
-    return Saver(run, net, PaperSGD(net.named_parameters(), CONFIG.optimizer), mesh=None, keep=2), net
+    return AsyncCheckpointer(run, net, PaperSGD(net.named_parameters(), CONFIG.optimizer), mesh=None, keep=2), net
 
 
-def draft(step: int) -> Draft:
-    return Draft(step, "c", {"position": step}, None)
+def draft(step: int) -> PendingCheckpoint:
+    return PendingCheckpoint(step, "c", {"position": step}, None)
 
 
-def verdict(*, written: bool = False, unsaved: bool = False) -> Verdict:
-    return Verdict(True, False, 0, {}, 0.0, written, unsaved)
+def verdict(*, written: bool = False, unsaved: bool = False) -> GlobalStatus:
+    return GlobalStatus(True, False, 0, {}, 0.0, written, unsaved)
 
 
 def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.training.tensorboard import Board
+from trainer.training.tensorboard import TensorBoardWriter
 
 ROW = {"kind": "step", "epoch": 0, "loss": 1.5, "learning_rate": 0.01, "gradient_norm": {"a": 3.0, "b": 4.0}}
 
@@ -17,7 +17,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_every_float_of_a_row_is_a_scalar_of_its_step(tmp_path):
-    board = Board(tmp_path / "tensorboard", from_step=1)
+    board = TensorBoardWriter(tmp_path / "tensorboard", from_step=1)
     for step in (1, 2, 3):
         board.add(ROW | {"step": step, "loss": 1.5 / step})
     board.add({"kind": "evaluation", "step": 3, "epoch": 1.0, "split": "val", "top1": 0.75})
@@ -30,7 +30,7 @@ def test_every_float_of_a_row_is_a_scalar_of_its_step(tmp_path):
 
 
 def test_what_was_flushed_can_be_read_before_the_end(tmp_path):
-    board = Board(tmp_path, from_step=1)
+    board = TensorBoardWriter(tmp_path, from_step=1)
     board.add(ROW | {"step": 1})
     board.flush()
     assert read(tmp_path)["step/learning_rate"] == [(1, pytest.approx(0.01))]
@@ -38,11 +38,11 @@ def test_what_was_flushed_can_be_read_before_the_end(tmp_path):
 
 
 def test_a_resumed_run_takes_the_place_of_the_steps_it_repeats(tmp_path):
-    first = Board(tmp_path, from_step=1)
+    first = TensorBoardWriter(tmp_path, from_step=1)
     for step in (1, 2, 3, 4):
         first.add(ROW | {"step": step, "loss": 9.0})
     first.close()
-    second = Board(tmp_path, from_step=3)
+    second = TensorBoardWriter(tmp_path, from_step=3)
     second.add(ROW | {"step": 3, "loss": 1.0})
     second.close()
     assert read(tmp_path)["step/loss"] == [(1, 9.0), (2, 9.0), (3, 1.0)]

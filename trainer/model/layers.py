@@ -1,0 +1,193 @@
+"""The layers of a process that holds the whole net, and what follows each layer, whoever holds it.
+
+Both towers live in one tensor, tower a's channels before tower b's. A layer that sees both towers is then dense, one
+that sees its own tower is grouped: the usual way to write two towers down, and on a CPU the fastest.
+"""
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.config import TOWERS, ModelConfig
+from trainer.model.response_norm import LocalResponseNorm, WithinChannelNorm
+
+BATCH_NORM_MOMENTUM = 0.1  # share of a new batch in the running statistics
+BATCH_NORM_EPSILON = 1e-5  # of Ioffe and Szegedy 2015
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with its own number of zeros at top and left, and at bottom and right.
+
+    conv1 needs that: the original rounds up, so its last windows hang over the bottom and right edge.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        kernel_px: side of the window.
+        stride_px: of both directions.
+        zeros: px at top and left, px at bottom and right.
+        groups: parts of the channels that do not see each other.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel_px: int, stride_px: int, zeros: tuple[int, ...], *, groups: int = 1
+    ) -> None:
+        before, after = zeros
+        padding = before if before == after else 0  # else by hand, in :meth:`pad`
+        super().__init__(inputs, outputs, kernel_px, stride_px, padding, groups=groups)
+        self.zeros = zeros
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is: :class:`trainer.model.alexnet.AlexNet` fills it."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        """x with the zeros that the convolution itself cannot add."""
+        before, after = self.zeros
+        return x if before == after else functional.pad(x, (before, after, before, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H', W')."""
+        return super().forward(self.pad(x))
+
+
+class Linear(nn.Linear):
+    """A fully connected layer: weight (outputs, inputs / groups), bias (outputs,).
+
+    Args:
+        inputs: units of the input.
+        outputs: units of the output.
+        groups: parts of the units that do not see each other.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, groups: int = 1) -> None:
+        super().__init__(inputs // groups, outputs)
+        self.groups = groups
+
+    def reset_parameters(self) -> None:
+        """As of :class:`Conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs)."""
+        if self.groups == 1:
+            return super().forward(x)
+        chunks = (x.chunk(self.groups, dim=1), self.weight.chunk(self.groups), self.bias.chunk(self.groups))
+        return torch.cat([functional.linear(*parts) for parts in zip(*chunks, strict=True)], dim=1)
+
+
+class WholeNetLayers:
+    """The layers of a process that holds all towers: see :class:`trainer.model.alexnet.Layers`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self.towers = TOWERS[: config.towers]
+
+    def conv(self, layer: str, inputs: int, outputs: int, *, image: bool = False) -> Conv2d:
+        """All towers' convolution: grouped where a tower sees its own channels only."""
+        num, config = len(self.towers), self._config
+        index = int(layer.removeprefix("conv")) - 1
+        groups = 1 if image else self._groups(layer)
+        shape = config.kernels[index], config.strides[index], config.pads[index]
+        return Conv2d(inputs if image else inputs * num, outputs * num, *shape, groups=groups)
+
+    def linear(self, layer: str, inputs: int, outputs: int) -> Linear:
+        """All towers' layer; fc8 has its outputs once."""
+        num = len(self.towers)
+        return Linear(inputs * num, outputs if layer == "fc8" else outputs * num, groups=self._groups(layer))
+
+    def _groups(self, layer: str) -> int:
+        return 1 if layer in self._config.crossings else len(self.towers)
+
+
+def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
+    """What follows convolution ``index`` (0: conv1), for the channels of ``num_towers`` towers: see ``ModelConfig``."""
+    norm, channels = config.norm, config.maps[index]
+    modules: list[tuple[str, nn.Module]] = []
+    for name in config.after[index].split():
+        if name == "relu":  # in place: neither convolution, pooling nor normalization needs its output again
+            module: nn.Module = nn.ReLU(inplace=True)
+        elif name == "tanh":
+            module = nn.Tanh()
+        elif name == "pool":
+            module = nn.MaxPool2d(config.pool_px, config.pool_stride, ceil_mode=config.pool_ceil)
+        elif name == "batch_norm":  # per channel, so the towers' statistics never meet
+            module = _batch_norm(channels * num_towers)
+        elif name == "norm":  # within a tower: channels 47 and 48 of conv1 are no neighbors
+            rectify = bool(modules) and modules[-1][0] == "relu"
+            if rectify:
+                modules.pop()  # ReLU and normalization in one pass over memory
+            module = LocalResponseNorm(channels, norm, rectify=rectify)
+        else:
+            module = WithinChannelNorm(norm)
+        modules.append((name, module))
+    taken = [name for name, _ in modules]
+    names = [name if taken.count(name) == 1 else f"{name}{number}" for number, name in enumerate(taken)]
+    return nn.Sequential(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
+    norm.num_batches_tracked = None  # a count that nothing reads, and no slice of it is a tower's
+    return norm
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutDraws:
+    """Which units are dropped: a pure function of these numbers, so every process and a resumed run draw the same mask.
+
+    The mask is that of the step's whole batch; a process that takes some rows at a time takes those rows of it.
+
+    Attributes:
+        seed: seed of the run.
+        step: step of the run, from 0.
+        first: first row, of the whole batch, of the images at hand.
+        total: rows of the whole batch; 0: the images at hand are all.
+    """
+
+    seed: int
+    step: int
+    first: int = 0
+    total: int = 0
+
+    def mask(self, tower: str, layer: str, like: Tensor, rate: float) -> Tensor:
+        """0/1 mask with the shape, dtype and device of ``like``; 1 keeps a unit, with probability 1 - rate."""
+        generator = torch.Generator(like.device).manual_seed(stable_seed(self.seed, self.step, tower, layer))
+        rows = self.total or len(like)
+        whole = like.new_empty((rows, *like.shape[1:])).bernoulli_(1 - rate, generator=generator)
+        return whole[self.first : self.first + len(like)]
+
+
+class Dropout(nn.Module):
+    """Paper section 4.2: half of the units are set to zero in training, all outputs are halved in testing.
+
+    Args:
+        config: rate and kind; ``inverted`` divides by what is kept in training instead, and does nothing in testing.
+        layer: fc6 or fc7.
+        towers: whose units x holds, in this order along dimension 1.
+    """
+
+    def __init__(self, config: ModelConfig, layer: str, towers: tuple[str, ...]) -> None:
+        super().__init__()
+        self.rate, self.inverted = config.dropout, config.dropout_kind == "inverted"
+        self.layer, self.towers = layer, towers
+
+    def forward(self, x: Tensor, draws: DropoutDraws | None) -> Tensor:
+        """(N, units) -> (N, units)."""
+        if self.rate == 0:
+            return x
+        if not self.training:
+            return x if self.inverted else x * (1 - self.rate)
+        assert draws is not None, "a net in training mode needs to know what to drop; .eval() drops nothing"
+        halves = zip(self.towers, x.chunk(len(self.towers), dim=1), strict=True)
+        masks = [draws.mask(tower, self.layer, half, self.rate) for tower, half in halves]
+        x = x * (masks[0] if len(masks) == 1 else torch.cat(masks, dim=1))
+        return x / (1 - self.rate) if self.inverted else x
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any printable parts; the same in every process and version of Python."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
