@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import preparing
-from tests.helpers.training_commands import run, train_words
+from tests.helpers.training_commands import DOUBLE, run, train_words
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,14 @@ def serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in one process."""
     folder = tmp_path_factory.mktemp("serial") / "run"
     run(*train_words(digits, folder, "--processes", 1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exact_serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float64: what other processes must do to 12 digits, however they add."""
+    folder = tmp_path_factory.mktemp("exact") / "run"
+    run(*train_words(digits, folder, "--processes", 1, program=DOUBLE))
     return folder
 
 

@@ -42,7 +42,8 @@ def run_mesh(function: Callable[..., Any], *arguments: Any, replicas: int, timeo
         job.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
         children = []
         for rank in range(world):
-            environment = tower_environment(rank, store.port, world) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            threads = {"OMP_NUM_THREADS": "1"}  # unless the environment says otherwise
+            environment = threads | tower_environment(rank, store.port, world) | {"PYTHONPATH": str(ROOT)}
             out = (Path(folder) / f"log-{rank}").open("wb")
             command = [sys.executable, "-m", "tests.helpers.pair", str(job), f"{folder}/result-{rank}"]
             children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))

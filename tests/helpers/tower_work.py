@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,18 @@ from trainer.training.step import ForwardBackward
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEED = 5
+# The digits' net without kinks, neither of ReLU nor of pooling: here a small rounding has small consequences, always.
+SMOOTH = (
+    "model.activation=tanh",
+    'model.after=["tanh norm", "tanh norm", "tanh", "tanh", "tanh"]',
+    "model.strides=[2, 2, 1, 1, 1]",  # maps of 14 and 7 px
+)
 
 
 def recipe(name: str) -> Config:
-    """A recipe of the project with livelier weights, so that gradients are far from zero everywhere."""
+    """A recipe of the project with livelier weights, so that gradients are far from zero everywhere; or ``smooth``."""
+    if name == "smooth":
+        return load_config(CONFIGS / "digits.toml", SMOOTH)
     std = "model.init_std=[0.02, 0.03, 0.03, 0.03, 0.03, 0.012, 0.018, 0.02]"
     return load_config(CONFIGS / f"{name}.toml", [std] if name == "paper" else [])
 
@@ -59,22 +68,22 @@ class CallCounter(TorchDispatchMode):
 class HalvesJoin(LocalJoin):
     """Both towers here; a layer adds up the halves as a tower beside another process does: its own first.
 
-    The same numbers in another order round differently, and this net's ReLU and pooling make a millionth into a
-    thousandth in five steps. Plain operations: their gradients are autograd's own.
+    For narrow wires and products: there it matters which half is rounded, and when. Plain operations: their gradients
+    are autograd's own.
 
     Args:
         wire: dtype in which the other's half, and its gradient, would have travelled.
     """
 
-    def __init__(self, wire: torch.dtype | None = None) -> None:
+    def __init__(self, wire: torch.dtype | None) -> None:
         self._wire = wire
 
     def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
-        """See :class:`trainer.model.alexnet.Join`."""
+        """See :class:`trainer.model.alexnet.alexnet.Join`."""
         return [self._sums(module, halves, own) for own, module in enumerate(modules)]
 
     def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
-        """See :class:`trainer.model.alexnet.Join`."""
+        """See :class:`trainer.model.alexnet.alexnet.Join`."""
         return self._sums(modules[0], halves, 0)
 
     def _sums(self, module: Summing, halves: Sequence[Tensor], own: int) -> Tensor:
@@ -91,28 +100,30 @@ class HalvesJoin(LocalJoin):
         return sums + module.convolve(theirs, parts[1 - own], zeros)
 
 
-def make_net(config: Config, link: Link | None, *, joined: bool = False) -> TwoTowerNet:
-    """One tower of two, or both side by side; in the memory format of the trainer.
-
-    Args:
-        config: the recipe.
-        link: to the other tower, or None for both here.
-        joined: both here as in training: each layer sees the halves as one.
-    """
+def make_net(config: Config, link: Link | None) -> TwoTowerNet:
+    """One tower of two, or both side by side (without a link); as in training, and in its memory format."""
     held = TOWERS if link is None else (link.tower,)
-    join = PairJoin(link) if link else LocalJoin() if joined else HalvesJoin()
+    join = PairJoin(link) if link else LocalJoin()
     net = TwoTowerNet(config.model, held=held, join=join, seed=SEED)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -> dict[str, Any]:
+def use_threads() -> None:
+    """One thread, quicker for nets this small on a busy machine; or as many as the environment says."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def train_steps(
+    net: TwoTowerNet, config: Config, batch_size: int, steps: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Loss and gradients of the first step, weights after the last; ``{tower.layer: tensor}``."""
+    net = net.to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     facts: dict[str, Any] = {"losses": []}
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
         optimizer.zero_grad()
-        loss = net.loss(images, labels, DropoutDraws(SEED, step))
+        loss = net.loss(images.to(dtype), labels, DropoutDraws(SEED, step))
         loss.backward()
         facts["losses"].append(loss.item())
         if step == 0:
@@ -122,29 +133,22 @@ def train_steps(net: TwoTowerNet, config: Config, batch_size: int, steps: int) -
     return facts
 
 
-def train_tower(link: Link, name: str, batch_size: int, steps: int) -> dict[str, Any]:
-    """:func:`train_steps` on one tower of two."""
+def train_tower(link: Link | None, name: str, *how: Any) -> dict[str, Any]:
+    """:func:`train_steps` on one tower of two, or with both here."""
+    use_threads()
     config = recipe(name)
-    return train_steps(make_net(config, link), config, batch_size, steps)
-
-
-def train_serial(name: str, batch_size: int, steps: int) -> dict[str, Any]:
-    """:func:`train_steps` with both towers here."""
-    config = recipe(name)
-    torch.set_num_threads(1)
-    return train_steps(make_net(config, None), config, batch_size, steps)
+    return train_steps(make_net(config, link), config, *how)
 
 
 def train_rows(
-    mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1, dtype: torch.dtype = torch.float32
+    mesh: Mesh | None, name: str, batch_size: int, steps: int, accumulate: int = 1, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     """:func:`train_steps` with the trainer's own step, on this replica's rows of the same batches."""
-    torch.set_num_threads(1)
+    use_threads()
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
-    coord = mesh.coord if mesh else MeshCoord(0, 2)
-    joined = name != "paper" or dtype == torch.float64  # in fp32 only the same order of addition: see HalvesJoin
-    net = make_net(config, mesh.link if mesh else None, joined=joined).to(dtype)
+    place = mesh.coord if mesh else MeshCoord(0, 2)
+    net = make_net(config, mesh.link if mesh else None).to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     gradients = ForwardBackward(net, train, mesh=mesh)
     rows = BatchShare(coord.replica, coord.replicas).rows(batch_size)
@@ -199,6 +203,7 @@ def replica_facts(mesh: Mesh) -> dict[str, Any]:
     cases = ("finite", "stop", "plateaus", "gradients", "batch")
     return {
         "trained": {pieces: train_rows(mesh, "digits", 16, 5, pieces) for pieces in (1, 2)},
+        "smooth": train_rows(mesh, "smooth", 16, 1, 1, torch.float32),
         "counted": {pieces: count_replica_step(mesh, "digits", 8, pieces) for pieces in (1, 2)},
         "told": {what: disagree(mesh, what) for what in cases},
     }
@@ -267,16 +272,21 @@ def events_of_one_step(link: Link, batch_size: int) -> tuple[list[str], list[str
 
 
 def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int) -> dict[str, Any]:
-    """Loss and gradients of one step of the digits' net as the trainer takes it: one tower of two, or both here."""
-    torch.set_num_threads(1)
+    """Loss and gradients of one step of the digits' net as the trainer takes it: one tower of two, or both here.
+
+    In float64, which no wire is as wide as; only bfloat16 products need fp32 around them.
+    """
+    use_threads()
     config = load_config(CONFIGS / "digits.toml", [*overrides, f"train.batch_size={batch_size}"])
-    net, wire = make_net(config, link), WIRES[config.train.wire]
+    dtype = torch.float32 if config.train.precision == "bf16" else torch.float64
+    net, wire = make_net(config, link).to(dtype), WIRES[config.train.wire]
     if link:
         link.wire_dtype = wire
     else:
         net.join = HalvesJoin(wire)
-    mesh = cast(Mesh, types.SimpleNamespace(coord=MeshCoord(TOWERS.index(link.tower), 2), replicas=None)) if link else None
-    loss = ForwardBackward(net, config.train, mesh=mesh)(*a_batch(config, 0, batch_size), 0)
+    mesh = cast(Mesh, types.SimpleNamespace(place=MeshCoord(TOWERS.index(link.tower), 2), replicas=None)) if link else None
+    images, labels = a_batch(config, 0, batch_size)
+    loss = ForwardBackward(net, config.train, mesh=mesh)(images.to(dtype), labels, 0)
     return {"loss": loss} | {key: parameter.grad for key, parameter in net.named_parameters()}
 
 

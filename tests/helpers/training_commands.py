@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "digits.toml"
+DOUBLE = "tests.helpers.double"  # the trainer in float64
 SMALL = ("train.epochs=1", "train.batch_size=128", "train.checkpoint_every_steps=4", "train.keep_checkpoints=9")
 
 
@@ -16,8 +17,8 @@ def command(*words: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process: the same arithmetic whatever the machine."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread a process, or as many as the environment says (``make test-isa``)."""
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def run(*words: object, code: int = 0, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
@@ -29,9 +30,11 @@ def run(*words: object, code: int = 0, timeout_s: float = 200) -> subprocess.Com
     return done
 
 
-def train_words(data: Path, folder: Path, *more: object, overrides: tuple[str, ...] = ()) -> list[object]:
-    """``trainer train`` on a small piece of work: 11 steps, checkpoints at 4, 8 and 11."""
-    words: list[object] = ["trainer", "train", "--config", CONFIG, "--data", data, "--run", folder]
+def train_words(
+    data: Path, folder: Path, *more: object, overrides: tuple[str, ...] = (), program: str = "trainer"
+) -> list[object]:
+    """``trainer train`` on a small piece of work: 11 steps, checkpoints at 4, 8 and 11; or another ``program``'s."""
+    words: list[object] = [program, "train", "--config", CONFIG, "--data", data, "--run", folder]
     for override in (*SMALL, *overrides):
         words += ["--set", override]
     return words + list(more)
