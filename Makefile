@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow test-isa lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: lint  ## lint and the fast tests
 
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
+
+test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
+	$(PY) -m tests.isa
 
 bench: setup  ## measure everything on this machine and print the table (about 100 minutes, 7 GB under $(BENCH))
 	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare

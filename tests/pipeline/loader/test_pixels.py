@@ -13,6 +13,8 @@ from pipeline.loader.open_split import read_statistics
 from pipeline.manifest import read_manifest
 from tests.helpers.loader_data_set import load_reference, make_data_set
 
+pytestmark = pytest.mark.numeric
+
 CROP = 32
 BATCH = 6
 

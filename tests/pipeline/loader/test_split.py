@@ -15,6 +15,8 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.loader.share import SplitFeed
 from tests.helpers.loader_data_set import make_encodings
 
+pytestmark = pytest.mark.numeric
+
 CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")
 BATCH = 6
 

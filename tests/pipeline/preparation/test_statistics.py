@@ -10,6 +10,8 @@ import pytest
 from pipeline.preparation import products, statistics
 from pipeline.preparation.statistics import Accumulator, Totals, eigen, summarise, to_npz, totals_from_json
 
+pytestmark = pytest.mark.numeric
+
 
 def pictures(count: int, channels: int = 3, side: int = 12) -> np.ndarray:
     rng = np.random.default_rng(count)

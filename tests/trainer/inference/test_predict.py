@@ -20,6 +20,8 @@ from trainer.errors import RunError
 from trainer.inference.predict import Predictor, find_pictures
 from trainer.training.evaluate import evaluate_run
 
+pytestmark = pytest.mark.numeric
+
 NUM_VAL = 6
 RECIPES = [
     LoaderConfig(crop_px=32),

@@ -11,6 +11,8 @@ from trainer.config import load_config
 from trainer.model.alexnet import DropoutDraws, TwoTowerNet
 from trainer.planning.describe import count_crossings, count_layers, to_dict
 
+pytestmark = pytest.mark.numeric
+
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
@@ -52,7 +54,7 @@ def test_parameters_of_the_module_equal_the_counts(name: str) -> None:
 
 
 def grouped_net(net: TwoTowerNet, images: Tensor) -> Tensor:
-    """The paper's net as one net with grouped convolutions, written without trainer.model.alexnet's code."""
+    """The paper's net as one net with grouped convolutions, written without trainer.model.alexnet.alexnet's code."""
     tensors = dict(net.named_parameters())
     c = net.config
 
@@ -86,13 +88,14 @@ def grouped_net(net: TwoTowerNet, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["digits", "paper"])
 def test_equals_a_grouped_net(name: str) -> None:
-    """Logits on random pictures; the grouped net is the usual way to write the two towers down."""
+    """Logits on random pictures, float64; the grouped net is the usual way to write the two towers down."""
     config = load_config(CONFIGS / f"{name}.toml")
-    net = TwoTowerNet(config.model, seed=3)
+    net = TwoTowerNet(config.model, seed=3).double()
     side = config.model.image_px
-    images = torch.randn(2, config.model.channels, side, side) * 50
+    images = torch.randn(2, config.model.channels, side, side, dtype=torch.float64) * 50
     with torch.no_grad():
-        torch.testing.assert_close(net(images), grouped_net(net, images), rtol=1e-4, atol=1e-5)
+        expected = grouped_net(net, images)
+        torch.testing.assert_close(net(images), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def test_weights_do_not_depend_on_who_holds_them() -> None:

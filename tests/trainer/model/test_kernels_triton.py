@@ -11,6 +11,8 @@ import torch
 from trainer.model import kernels
 from trainer.model.response_norm import _KernelResponseNorm, response_norm
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("triton", reason="comes with torch's CUDA wheels")
 
 

@@ -9,6 +9,8 @@ from trainer.config import load_config
 from trainer.model.alexnet import DropoutDraws, TwoTowerNet
 from trainer.model.merged import MergedNet
 
+pytestmark = pytest.mark.numeric
+
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 

@@ -9,6 +9,8 @@ from tests.helpers import tower_work as work
 from tests.helpers.pair import run_pair
 from trainer.planning.describe import count_crossings
 
+pytestmark = pytest.mark.numeric
+
 # Two computations that add in another order. In fp32 a sum of n products is off by about sqrt(n) 2^-24 of its size.
 # Forward and backward of eight layers, n up to 288, then the sum over the pixels of a batch, n up to 3136:
 # sqrt(2) sqrt(16 x 288 + 3136) 2^-24 = 7e-6 between the two, typically, and several times that in a tensor of few
@@ -16,6 +18,7 @@ from trainer.planning.describe import count_crossings
 # where ReLU or pooling have kinks, or steps follow on steps, equality is a claim about float64: 7e-6 x 2^-29 = 1e-14.
 RELATIVE = 5e-5
 EXACT = 1e-12
+EXPLODING = 1e-9  # on noise the loss of the paper's net grows from 22 to 10^15 in five steps, and roundings with it
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -24,12 +27,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch_size", "steps", "dtype"),
-    [("digits", 16, 5, torch.float64), ("paper", 4, 5, torch.float64), ("smooth", 16, 1, torch.float32)],
+    ("name", "batch_size", "steps", "relative"),
+    [("digits", 16, 5, EXACT), ("paper", 4, 5, EXPLODING), ("smooth", 16, 1, RELATIVE)],
 )
-def test_two_processes_equal_serial(name: str, batch_size: int, steps: int, dtype: torch.dtype) -> None:
+def test_two_processes_equal_serial(name: str, batch_size: int, steps: int, relative: float) -> None:
     """Dropout on: loss and every gradient of the first step, and the weights after the last."""
-    relative = EXACT if dtype == torch.float64 else RELATIVE
+    dtype = torch.float32 if relative == RELATIVE else torch.float64
     serial = work.train_tower(None, name, batch_size, steps, dtype)
     towers = run_pair(work.train_tower, name, batch_size, steps, dtype)
     for ours, expected in zip(towers[0]["losses"], serial["losses"], strict=True):

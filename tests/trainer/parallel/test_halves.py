@@ -12,6 +12,8 @@ from trainer.parallel.halves import ConvolutionProduct, MatrixProduct, Product, 
 from trainer.parallel.mesh import MeshCoord
 from trainer.planning.scale import _fake_world
 
+pytestmark = pytest.mark.numeric
+
 CASES = (
     (MatrixProduct(), (3, 8), (5, 8)),
     (ConvolutionProduct(1, 1, 1), (2, 6, 7, 7), (4, 6, 3, 3)),

@@ -16,6 +16,8 @@ from trainer.planning.describe import to_dict
 from trainer.planning.dry_run import EchoJoin, plan_run
 from trainer.planning.dry_run_output import print_plan
 
+pytestmark = pytest.mark.numeric
+
 # What autograd keeps of one 28 px digit on one tower of configs/digits.toml, elements of 4 bytes.
 KEPT = {
     "image, conv1's input": 28 * 28,
@@ -100,16 +102,16 @@ def test_crossings_are_those_of_the_ledger(data):
 
 def test_a_tower_beside_its_echo_is_that_tower(data):
     config = digits_config().model
-    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    alone = TwoTowerNet(config, held=("a",), join=EchoJoin(), seed=3)
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
+    alone = TwoTowerNet(config, held=("a",), join=EchoJoin(), seed=3).double()
     loss = alone.loss(images, torch.tensor([1, 2]), DropoutDraws(0, 0))
     loss.backward()
-    twins = TwoTowerNet(config, seed=3)
+    twins = TwoTowerNet(config, seed=3).double()
     twins.tower("b").load_state_dict({k: v for k, v in alone.tower("a").state_dict().items() if "fc8" not in k})
     twins.tower("b").name = "a"
     for layer in ("fc6", "fc7"):
         getattr(twins.tower("b"), layer).tower = "a"  # the same dropout masks
-    assert twins.loss(images, torch.tensor([1, 2]), DropoutDraws(0, 0)).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert twins.loss(images, torch.tensor([1, 2]), DropoutDraws(0, 0)).item() == pytest.approx(loss.item(), rel=1e-12)
     assert all(parameter.grad is not None for parameter in alone.parameters())
 
 

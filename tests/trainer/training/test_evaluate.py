@@ -19,6 +19,8 @@ from trainer.errors import RunError
 from trainer.inference import confusion
 from trainer.training.evaluate import evaluate_net, evaluate_run, load_network
 
+pytestmark = pytest.mark.numeric
+
 TITLES = ["ant", "bee", "cat", "dog", "elk", "fox", "[red]gnu"]
 
 

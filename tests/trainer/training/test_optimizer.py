@@ -11,6 +11,8 @@ from trainer.config import LateRate, OptimizerConfig, load_config
 from trainer.errors import ConfigError
 from trainer.training.optimizer import PaperSGD, Rates, count_plateaus, rates_at
 
+pytestmark = pytest.mark.numeric
+
 
 class OneLayer(nn.Module):
     """A weight and a bias, each one number."""

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tests.helpers.training_commands import run, train_words
 from trainer.training.checkpoint import checkpoints, folder_of
 
+pytestmark = pytest.mark.numeric
+
 OVERRIDES = (
     "train.epochs=3",  # of 11 steps
     "train.evaluate_every_epochs=1",

@@ -44,11 +44,13 @@ def cut(folder: Path, new: Path, step: int) -> Path:
     return new
 
 
+@pytest.mark.numeric
 def test_two_pairs_equal_one_process(exact_serial: Path, exact_four: Path) -> None:
     """float64: losses, gradient norms, weights and velocities of a whole run."""
     assert_equal_runs(exact_four, exact_serial)
 
 
+@pytest.mark.numeric
 def test_a_run_of_two_pairs(serial: Path, four: Path) -> None:
     """fp32: the first loss, see test_training; one set of metrics; the sums are in the ledger."""
     first, expected = (rows(folder, "step")[0]["loss"] for folder in (four, serial))
@@ -62,6 +64,7 @@ def test_a_run_of_two_pairs(serial: Path, four: Path) -> None:
     assert sums["bytes"] == sum(tensor.nbytes for tensor in of_tower_a)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_resumed_equals_undisturbed(digits: Path, four: Path, tmp_path: Path) -> None:
     """Four processes go on from step 4 and end with the same bits."""
@@ -71,6 +74,7 @@ def test_resumed_equals_undisturbed(digits: Path, four: Path, tmp_path: Path) ->
     assert [row["loss"] for row in rows(folder, "step")] == [row["loss"] for row in rows(four, "step")]
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [False, True])
 def test_other_numbers_of_processes_go_on(
@@ -83,6 +87,7 @@ def test_other_numbers_of_processes_go_on(
     assert_equal_runs(folder, begun, after=4)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_split_feeding_with_replicas(digits: Path, tmp_path: Path) -> None:
     """Every process decodes a quarter of the batch; the pictures are the same, so training is the same bits."""

@@ -91,6 +91,7 @@ def test_a_run_leaves_everything(serial: Path) -> None:
     ).keys()
 
 
+@pytest.mark.numeric
 def test_two_processes_equal_one(exact_serial: Path, digits: Path, tmp_path: Path) -> None:
     """float64: losses, gradient norms, weights and velocities of a whole run.
 
@@ -101,6 +102,7 @@ def test_two_processes_equal_one(exact_serial: Path, digits: Path, tmp_path: Pat
     assert_equal_runs(tmp_path / "run", exact_serial)
 
 
+@pytest.mark.numeric
 def test_the_first_loss_of_two_processes_is_that_of_one(serial: Path, pair: Path) -> None:
     """fp32 as users run it. The first loss only: it has no kinks, and no update lies behind it."""
     ours, theirs = (rows(folder, "step")[0]["loss"] for folder in (pair, serial))
@@ -118,6 +120,7 @@ def test_result_holds_the_ledger(pair: Path) -> None:
     assert {r["kind"] for r in ledger} == {"crossing", "control"}
 
 
+@pytest.mark.numeric
 def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -> None:
     """Half the bytes on every crossing, nothing else changed; the first loss is that of full precision, nearly.
 
@@ -137,6 +140,7 @@ def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -
         assert "aten::" in (folder / "profile" / f"operators-{tower}.txt").read_text()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_equals_undisturbed(digits: Path, serial: Path, pair: Path, tmp_path: Path, processes: int) -> None:
     """Going on from step 4, as after a kill, gives the same bits; metrics have no gap and no double."""
@@ -160,6 +164,7 @@ def test_the_digits_recipe_learns(digits: Path, tmp_path: Path) -> None:
     assert result["top1"] >= 0.97
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: Path) -> None:
     """Each tower decodes half: the pixels are in the ledger as input, never as a crossing; training is the same bits."""
@@ -216,6 +221,7 @@ def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int)
         run("trainer", "evaluate", "--run", disk / "run", "--data", digits)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_pair_goes_on_from_a_serial_checkpoint(digits: Path, exact_serial: Path, tmp_path: Path) -> None:
     """The same checkpoint serves one process and two; float64, see :func:`test_two_processes_equal_one`."""
@@ -227,6 +233,7 @@ def test_pair_goes_on_from_a_serial_checkpoint(digits: Path, exact_serial: Path,
     assert_equal_runs(folder, exact_serial, after=4)  # without velocities it would be off at once
 
 
+@pytest.mark.numeric
 def test_evaluate_agrees_with_the_run(digits: Path, serial: Path) -> None:
     """evaluate reads the checkpoint again and finds what training found, on every held-out picture."""
     result = json.loads(run("trainer", "evaluate", "--run", serial, "--data", digits, "--json").stdout)
@@ -335,6 +342,7 @@ def test_not_finite_stops_before_the_update(digits: Path, tmp_path: Path) -> Non
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run", result["step"]).values())
 
 
+@pytest.mark.numeric
 def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path) -> None:
     """One has a C++ compiler, the other has not, or was told to do without: their roundings would differ."""
     if kernels.load() is None:
