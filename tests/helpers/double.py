@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from trainer.parallel import launch
 from trainer.__main__ import main
-from trainer.model.alexnet import TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.parallel import launch
 
 
 def use_float64() -> None:
     """New weights are float64; so is every picture that enters the net; processes started from here do the same."""
     torch.set_default_dtype(torch.float64)
-    forward, run_towers = TwoTowerNet.forward, launch.run_towers
+    forward, run_towers = AlexNet.forward, launch.run_towers
 
-    def in_float64(net: TwoTowerNet, images: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def in_float64(net: AlexNet, images: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return forward(net, images.double(), *arguments)
 
     def start(command: Sequence[str], world: int) -> int:
         return run_towers([__spec__.name if word == "trainer" else word for word in command], world)
 
-    TwoTowerNet.forward = in_float64  # type: ignore[method-assign]
+    AlexNet.forward = in_float64  # type: ignore[method-assign]
     launch.run_towers = start
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config import Config, load_config, to_toml
-from trainer.model.alexnet import TwoTowerNet
+from trainer.model.alexnet import AlexNet
 from trainer.planning.describe import count_crossings
 from trainer.report.images import PictureRow, PictureSet
 from trainer.training import checkpoint
@@ -64,11 +64,11 @@ def make_run(folder: Path, config: Config, *, steps: int = 440, ended: bool = Tr
     log.close()
     if not ended:
         return folder
-    net = TwoTowerNet(config.model, seed=1)
+    net = AlexNet(config.model, seed=1)
     checkpoint.save_towers(
         checkpoint.unfinished(folder, steps), net, PaperSGD(net.named_parameters(), config.optimizer)
     )
-    checkpoint.commit(folder, steps, config=config.fingerprint, loader={}, towers=net.held)
+    checkpoint.commit(folder, steps, config=config.fingerprint, loader={}, towers=net.towers)
     ending = Result(
         exit_reason="finished",
         reason="",

@@ -4,20 +4,22 @@ import collections
 import dataclasses
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.loader.share import BatchShare
-from trainer.config import Config, load_config
+from tests.helpers.side_by_side import SideBySide
+from trainer.config import TOWERS, Config, load_config
 from trainer.errors import PeerError
-from trainer.model.alexnet import TOWERS, Convolution, DropoutDraws, FullyConnected, LocalJoin, Summing, TwoTowerNet
-from trainer.parallel.crossing import WIRES, Crossing, Link, PairJoin
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
+from trainer.parallel import crossing
+from trainer.parallel.link import COMM_DTYPES, Link, Transfer
 from trainer.parallel.mesh import Mesh, MeshCoord
 from trainer.parallel.status import LocalStatus, all_reduce_status
 from trainer.training.optimizer import PaperSGD
@@ -65,47 +67,25 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class HalvesJoin(LocalJoin):
-    """Both towers here; a layer adds up the halves as a tower beside another process does: its own first.
-
-    For narrow wires and products: there it matters which half is rounded, and when. Plain operations: their gradients
-    are autograd's own.
-
-    Args:
-        wire: dtype in which the other's half, and its gradient, would have travelled.
-    """
-
-    def __init__(self, wire: torch.dtype | None) -> None:
-        self._wire = wire
-
-    def both(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> list[Tensor]:
-        """See :class:`trainer.model.alexnet.alexnet.Join`."""
-        return [self._sums(module, halves, own) for own, module in enumerate(modules)]
-
-    def onto_a(self, layer: str, halves: Sequence[Tensor], modules: Sequence[Summing]) -> Tensor:
-        """See :class:`trainer.model.alexnet.alexnet.Join`."""
-        return self._sums(modules[0], halves, 0)
-
-    def _sums(self, module: Summing, halves: Sequence[Tensor], own: int) -> Tensor:
-        """The own half's part and the bias, then the other half's."""
-        parts = module.weight.chunk(2, dim=1)
-        theirs = halves[1 - own]
-        theirs = theirs.to(self._wire).to(theirs.dtype) if self._wire else theirs
-        if isinstance(module, FullyConnected):
-            sums = functional.linear(halves[own], parts[own], module.bias)
-            return torch.addmm(sums, theirs, parts[1 - own].t())
-        assert isinstance(module, Convolution)
-        zeros = torch.zeros_like(module.bias)
-        sums = module.convolve(halves[own], parts[own], module.bias)
-        return sums + module.convolve(theirs, parts[1 - own], zeros)
+def make_net(config: Config, link: Link | None) -> AlexNet:
+    """One tower of two, or the whole net (without a link), as in training."""
+    return crossing.make_net(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=SEED)), link)
 
 
-def make_net(config: Config, link: Link | None) -> TwoTowerNet:
-    """One tower of two, or both side by side (without a link); as in training, and in its memory format."""
-    held = TOWERS if link is None else (link.tower,)
-    join = PairJoin(link) if link else LocalJoin()
-    net = TwoTowerNet(config.model, held=held, join=join, seed=SEED)
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def by_tower(net: AlexNet, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Copies of tensors by names of the state dict, cut by tower: ``{tower.name: tensor}``."""
+    parts = net.split_towers({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    return {f"{tower}.{name}": part.detach().clone() for tower, named in parts.items() for name, part in named.items()}
+
+
+def gradients_of(net: AlexNet) -> dict[str, Tensor]:
+    """Every gradient, by tower."""
+    return by_tower(net, {name: parameter.grad for name, parameter in net.named_parameters()})
+
+
+def weights_of(net: AlexNet) -> dict[str, Tensor]:
+    """Every weight, by tower."""
+    return by_tower(net, dict(net.named_parameters()))
 
 
 def use_threads() -> None:
@@ -114,7 +94,7 @@ def use_threads() -> None:
 
 
 def train_steps(
-    net: TwoTowerNet, config: Config, batch_size: int, steps: int, dtype: torch.dtype = torch.float64
+    net: AlexNet, config: Config, batch_size: int, steps: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     """Loss and gradients of the first step, weights after the last; ``{tower.layer: tensor}``."""
     net = net.to(dtype)
@@ -127,10 +107,9 @@ def train_steps(
         loss.backward()
         facts["losses"].append(loss.item())
         if step == 0:
-            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            facts["gradients"] = gradients_of(net)
         optimizer.step()
-    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
-    return facts
+    return facts | {"weights": weights_of(net)}
 
 
 def train_tower(link: Link | None, name: str, *how: Any) -> dict[str, Any]:
@@ -147,7 +126,7 @@ def train_rows(
     use_threads()
     config = recipe(name)
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=accumulate, seed=SEED)
-    place = mesh.coord if mesh else MeshCoord(0, 2)
+    coord = mesh.coord if mesh else MeshCoord(0, 2)
     net = make_net(config, mesh.link if mesh else None).to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     gradients = ForwardBackward(net, train, mesh=mesh)
@@ -156,13 +135,13 @@ def train_rows(
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
-        norms = dict.fromkeys(net.held, 1.0)
+        norms = dict.fromkeys(net.towers, 1.0)
         facts["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
-            facts["gradients"] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            facts["gradients"] = gradients_of(net)
         optimizer.step()
-    facts["weights"] = {name: p.detach().clone() for name, p in net.named_parameters()}
-    return facts | {"velocities": {name: optimizer.velocity(p).clone() for name, p in net.named_parameters()}}
+    velocities = {name: optimizer.velocity(parameter) for name, parameter in net.named_parameters()}
+    return facts | {"weights": weights_of(net), "velocities": by_tower(net, velocities)}
 
 
 def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) -> dict[str, Any]:
@@ -242,9 +221,9 @@ class EventLog(TorchDispatchMode):
         self.events: list[str] = []
         inner = link.wait
 
-        def wait(crossing: Crossing) -> Tensor:
-            self.events.append(f"wait {crossing.name}")
-            return inner(crossing)
+        def wait(transfer: Transfer) -> Tensor:
+            self.events.append(f"wait {transfer.name}")
+            return inner(transfer)
 
         link.wait = wait  # type: ignore[method-assign]
 
@@ -272,22 +251,22 @@ def events_of_one_step(link: Link, batch_size: int) -> tuple[list[str], list[str
 
 
 def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int) -> dict[str, Any]:
-    """Loss and gradients of one step of the digits' net as the trainer takes it: one tower of two, or both here.
+    """Loss and gradients of one step of the digits' net: one tower of two, or the reference with both side by side.
 
     In float64, which no wire is as wide as; only bfloat16 products need fp32 around them.
     """
     use_threads()
     config = load_config(CONFIGS / "digits.toml", [*overrides, f"train.batch_size={batch_size}"])
     dtype = torch.float32 if config.train.precision == "bf16" else torch.float64
-    net, wire = make_net(config, link).to(dtype), WIRES[config.train.wire]
+    net = make_net(config, link).to(dtype)
+    mesh = None
     if link:
-        link.wire_dtype = wire
-    else:
-        net.join = HalvesJoin(wire)
-    mesh = cast(Mesh, types.SimpleNamespace(place=MeshCoord(TOWERS.index(link.tower), 2), replicas=None)) if link else None
+        coord = MeshCoord(TOWERS.index(link.tower), 2)
+        mesh = cast(Mesh, types.SimpleNamespace(coord=coord, replicas=None))
+    reference = None if link else SideBySide(net, COMM_DTYPES[config.train.wire])
     images, labels = a_batch(config, 0, batch_size)
-    loss = ForwardBackward(net, config.train, mesh=mesh)(images.to(dtype), labels, 0)
-    return {"loss": loss} | {key: parameter.grad for key, parameter in net.named_parameters()}
+    loss = ForwardBackward(cast(AlexNet, reference or net), config.train, mesh=mesh)(images.to(dtype), labels, 0)
+    return {"loss": loss} | (reference.by_tower(gradients=True) if reference else gradients_of(net))
 
 
 def overlap_facts(link: Link, variants: Sequence[Sequence[str]], batch_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shlex
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from pipeline.loader.augmentation import Augmentation
-from trainer.config import Config, load_config
-from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from tests.helpers.side_by_side import lone_tower
+from trainer.config import LAYERS, Config, load_config
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
 from trainer.planning.describe import to_dict
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD, rates_at
@@ -69,12 +72,13 @@ def a_batch(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 @functools.cache
 def two_steps(config: Config) -> dict[str, torch.Tensor]:
     """Trains two steps. Returns the logits before and after, tested; checks that every parameter has learnt."""
-    net = TwoTowerNet(config.model, seed=3)
+    net = AlexNet(config.model, seed=3)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     images, labels = a_batch(config)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     with torch.no_grad():
-        logits = {"before": net(images)}
+        logits = {"before": net.eval()(images)}
+    net.train()
     for step in range(2):
         optimizer.zero_grad()
         net.loss(images, labels, DropoutDraws(0, step)).backward()
@@ -82,11 +86,11 @@ def two_steps(config: Config) -> dict[str, torch.Tensor]:
         optimizer.step()
     for name, parameter in net.named_parameters():
         assert torch.isfinite(parameter).all(), name
-        if name.endswith("bias") and name.replace("bias", "scale") in before:
+        if f"{name.removesuffix('bias').replace('conv', 'post')}batch_norm.bias" in before:
             continue  # batch norm subtracts what such a bias adds, so its gradient is zero
         assert not torch.equal(parameter, before[name]), f"{name} has no gradient"
     with torch.no_grad():
-        return logits | {"after": net(images)}
+        return logits | {"after": net.eval()(images)}
 
 
 def test_the_table_of_ablations_is_read() -> None:
@@ -272,7 +276,7 @@ def test_nets_of_the_ablations() -> None:
     net_147 = recipe("original", *ablations["pooling without overlap"]).model
     assert list(net_147.map_sizes().values()) == [55, 28, 26, 13, 13, 13, 11, 6]
     net_150 = recipe("original", *ablations["no crossings but fc8's"]).model
-    shapes = {name: tuple(p.shape) for name, p in TwoTowerNet(net_150).tower("a").named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in lone_tower(net_150, "a").named_parameters()}
     assert shapes["conv2.weight"] == (160, 48, 5, 5)
     assert shapes["conv3.weight"] == (192, 160, 3, 3)
     assert shapes["fc6.weight"] == (4096, 128 * 36)
@@ -311,15 +315,19 @@ def test_large_recipes_say_that_nothing_was_measured(name: str) -> None:
 def test_batch_norm_parameters_are_counted_and_named() -> None:
     """scale and shift a map, undecayed; describe counts them; nothing more crosses than with response normalisation."""
     model = recipe("batchnorm", *SMALL).model
-    net = TwoTowerNet(model)
-    names = {name for name, _ in net.tower("b").named_parameters()}
-    assert {f"conv{i}.{kind}" for i in range(1, 6) for kind in ("weight", "bias", "scale", "shift")} <= names
+    net = AlexNet(model)
+    names = set(lone_tower(model, "b").state_dict())
+    norms = {
+        f"post{i}.batch_norm.{kind}" for i in range(1, 6) for kind in ("weight", "bias", "running_mean", "running_var")
+    }
+    assert names == norms | {f"{layer}.{kind}" for layer in LAYERS[:7] for kind in ("weight", "bias")}
     for tower in ("a", "b"):
-        assert sum(p.numel() for p in net.tower(tower).parameters()) == to_dict(model)[f"parameters_{tower}"]
+        count = sum(p.numel() for p in lone_tower(model, tower).parameters())
+        assert count == to_dict(model)[f"parameters_{tower}"]
     assert to_dict(recipe("batchnorm").model)["crossings"] == to_dict(recipe("paper").model)["crossings"]
     optimizer = PaperSGD(net.named_parameters(), recipe("batchnorm").optimizer)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {id(p) for name, p in net.named_parameters() if name.endswith("weight")}
+    assert decayed == {id(p) for name, p in net.named_parameters() if name.endswith("weight") and "norm" not in name}
 
 
 def test_batch_norm_trains_on_the_batch_and_tests_on_what_it_has_seen() -> None:
@@ -328,18 +336,19 @@ def test_batch_norm_trains_on_the_batch_and_tests_on_what_it_has_seen() -> None:
     float64; the deviation is 1 but for batch normalisation's epsilon.
     """
     config = recipe("batchnorm", *SMALL, "model.after=['batch_norm', 'batch_norm relu', 'relu', 'relu', '']")
-    net = TwoTowerNet(config.model, seed=1).double()
+    net = AlexNet(config.model, seed=1).double()
     images, labels = a_batch(config)
     images = images.double()
     net.loss(images, labels, DropoutDraws(0, 0))
-    maps = net.tower("a").conv1(images)  # (8, 6, 15, 15), still in training
+    raw = net.conv1(images)  # (8, 12, 15, 15)
+    maps = net.post1(raw)  # still in training
     assert maps.mean((0, 2, 3)).abs().max() < 1e-12
-    ones = torch.ones(6, dtype=torch.float64)
+    ones = torch.ones(12, dtype=torch.float64)
     torch.testing.assert_close(maps.var((0, 2, 3), unbiased=False), ones, rtol=1e-4, atol=0)
-    raw = net.tower("a").conv1.convolve(images, net.tower("a").conv1.weight, net.tower("a").conv1.bias)
     seen = 2  # twice above, a tenth each: 1 - 0.9^2 of the batch's mean
     wanted = (1 - 0.9**seen) * raw.mean((0, 2, 3))
-    torch.testing.assert_close(net.tower("a").conv1.running_mean, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net.post1.batch_norm.running_mean, wanted, rtol=1e-12, atol=1e-12)
+    net.eval()
     with torch.no_grad():
         alone, together = net(images[:1]), net(images)[:1]
     torch.testing.assert_close(alone, together, rtol=1e-12, atol=1e-12)
@@ -348,17 +357,18 @@ def test_batch_norm_trains_on_the_batch_and_tests_on_what_it_has_seen() -> None:
 def test_batch_norm_statistics_travel_in_checkpoints(tmp_path: Path) -> None:
     """Saved by two processes, read by one: the same logits to the bit; without them other ones."""
     config = recipe("batchnorm", *SMALL)
-    trained = TwoTowerNet(config.model, seed=1)
+    trained = AlexNet(config.model, seed=1)
     images, labels = a_batch(config)
     for step in range(3):
         trained.loss(images, labels, DropoutDraws(0, step))
     unfinished = checkpoint.unfinished(tmp_path, 3)
     for tower in ("b", "a"):
-        half = TwoTowerNet(config.model, held=(tower,), seed=1)
-        half.tower(tower).load_state_dict(trained.tower(tower).state_dict())
+        half = lone_tower(config.model, tower, 1)
+        half.load_state_dict(trained.split_towers(trained.state_dict())[tower])
         checkpoint.save_towers(unfinished, half, PaperSGD(half.named_parameters(), config.optimizer))
     folder = checkpoint.commit(tmp_path, 3, config="c", loader={}, towers=("a", "b"))
-    fresh = TwoTowerNet(config.model, seed=1)
+    fresh = AlexNet(config.model, seed=1)
+    trained.eval(), fresh.eval()
     with torch.no_grad():
         expected = trained(images)
         assert not torch.allclose(fresh(images), expected, rtol=1e-2)

@@ -7,6 +7,7 @@ that sees its own tower is grouped: the usual way to write two towers down, and 
 import dataclasses
 import hashlib
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
         elif name == "pool":
             module = nn.MaxPool2d(config.pool_px, config.pool_stride, ceil_mode=config.pool_ceil)
         elif name == "batch_norm":  # per channel, so the towers' statistics never meet
-            module = _batch_norm(channels * num_towers)
+            module = BatchNorm2d(channels * num_towers)
         elif name == "norm":  # within a tower: channels 47 and 48 of conv1 are no neighbors
             rectify = bool(modules) and modules[-1][0] == "relu"
             if rectify:
@@ -128,10 +129,16 @@ def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
 
 
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
-    norm.num_batches_tracked = None  # a count that nothing reads, and no slice of it is a tower's
-    return norm
+class BatchNorm2d(nn.BatchNorm2d):
+    """Without torch's count of batches: nothing reads it, and no slice of it is a tower's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *more: Any) -> None:
+        """A plain dict says no version, and torch would add the count for one that is older than it."""
+        super()._load_from_state_dict(state_dict, prefix, {**metadata, "version": 2}, *more)
 
 
 @dataclasses.dataclass(frozen=True)

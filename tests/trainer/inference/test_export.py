@@ -93,7 +93,7 @@ def a_run(folder, *changes: str):
     for buffer in net.buffers():
         buffer.uniform_(1, 9, generator=generator)
     checkpoint.save_towers(checkpoint.unfinished(run, 3), net, PaperSGD(net.named_parameters(), config.optimizer))
-    checkpoint.commit(run, 3, config=config.fingerprint, loader={}, towers=net.held)
+    checkpoint.commit(run, 3, config=config.fingerprint, loader={}, towers=net.towers)
     return run
 
 
@@ -140,10 +140,10 @@ def test_the_plain_module_notices_swapped_towers(tmp_path):
 
 def test_the_papers_shapes():
     from trainer.inference.weights import merge_towers
-    from trainer.model.alexnet import TwoTowerNet
+    from trainer.model.alexnet import AlexNet
 
     config = load_config(None, ["model.units=[16, 16]"]).model  # the full fully connected layers take a second to draw
-    shapes = {name: tuple(tensor.shape) for name, tensor in merge_towers(TwoTowerNet(config)).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in merge_towers(AlexNet(config)).items()}
     assert shapes["conv1.weight"] == (96, 3, 11, 11)
     assert shapes["conv2.weight"] == (256, 48, 5, 5)
     assert shapes["conv3.weight"] == (384, 256, 3, 3)

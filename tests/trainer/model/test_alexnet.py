@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from trainer.config import load_config
-from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from tests.helpers.side_by_side import SideBySide, lone_tower
+from trainer.config import LAYERS, TOWERS, load_config
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers
 from trainer.planning.describe import count_crossings, count_layers, to_dict
 
 pytestmark = pytest.mark.numeric
@@ -49,65 +50,55 @@ def test_parameters_of_the_module_equal_the_counts(name: str) -> None:
     """describe counts from the recipe; the module has exactly that many, tower by tower."""
     model = load_config(CONFIGS / f"{name}.toml").model
     for tower in ("a", "b"):
-        net = TwoTowerNet(model, held=(tower,))
-        assert sum(p.numel() for p in net.parameters()) == to_dict(model)[f"parameters_{tower}"]
+        assert sum(p.numel() for p in lone_tower(model, tower).parameters()) == to_dict(model)[f"parameters_{tower}"]
 
 
-def grouped_net(net: TwoTowerNet, images: Tensor) -> Tensor:
-    """The paper's net as one net with grouped convolutions, written without trainer.model.alexnet.alexnet's code."""
-    tensors = dict(net.named_parameters())
-    c = net.config
-
-    def both(layer: str, what: str) -> Tensor:
-        return torch.cat((tensors[f"towers.a.{layer}.{what}"], tensors[f"towers.b.{layer}.{what}"]))
-
-    def lrn(x: Tensor) -> Tensor:
-        halves = x.chunk(2, dim=1)
-        norm = nn.LocalResponseNorm(c.norm.size, alpha=c.norm.alpha * c.norm.size, beta=c.norm.beta, k=c.norm.k)
-        return torch.cat([norm(half) for half in halves], dim=1)
-
-    def conv(x: Tensor, layer: str, index: int, groups: int) -> Tensor:
-        before, after = c.pads[index]
-        x = functional.pad(x, (before, after, before, after))
-        return functional.conv2d(x, both(layer, "weight"), both(layer, "bias"), stride=c.strides[index], groups=groups)
-
-    def pool(x: Tensor) -> Tensor:
-        return functional.max_pool2d(x, 3, 2)
-
-    x = pool(lrn(conv(images, "conv1", 0, 1).relu()))
-    x = pool(lrn(conv(x, "conv2", 1, 2).relu()))
-    x = conv(x, "conv3", 2, 1).relu()
-    x = conv(x, "conv4", 3, 2).relu()
-    x = pool(conv(x, "conv5", 4, 2).relu())
-    x = torch.cat([half.flatten(1) for half in x.chunk(2, dim=1)], dim=1)
-    kept = 1.0 if c.dropout_kind == "inverted" else 1 - c.dropout
-    x = functional.linear(x, both("fc6", "weight"), both("fc6", "bias")).relu() * kept
-    x = functional.linear(x, both("fc7", "weight"), both("fc7", "bias")).relu() * kept
-    return functional.linear(x, tensors["towers.a.fc8.weight"], tensors["towers.a.fc8.bias"])
-
-
-@pytest.mark.parametrize("name", ["digits", "paper"])
-def test_equals_a_grouped_net(name: str) -> None:
-    """Logits on random pictures, float64; the grouped net is the usual way to write the two towers down."""
-    config = load_config(CONFIGS / f"{name}.toml")
-    net = TwoTowerNet(config.model, seed=3).double()
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("digits", []),
+        ("digits", ['model.crossings=["fc8"]']),
+        ("digits", ['model.crossings=["fc6", "fc8"]', "model.units=[24, 40]", "model.activation=tanh"]),
+        ("digits", ["model.pool_px=2", "model.pool_ceil=true", "model.pads=[[2, 1], [2, 2], [0, 2], [1, 1], [1, 1]]"]),
+        ("original", ["model.classes=10"]),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_towers_side_by_side(name: str, overrides: list[str], training: bool) -> None:
+    """float64, loss and every gradient against dense layers, a tower each; in training with dropout."""
+    config = load_config(CONFIGS / f"{name}.toml", overrides)
+    if name == "original" and not training:
+        return  # once is enough: it takes seconds
+    net = AlexNet(config.model, seed=3).double().to(memory_format=torch.channels_last).train(training)
+    reference = SideBySide(net).train(training)
     side = config.model.image_px
-    images = torch.randn(2, config.model.channels, side, side, dtype=torch.float64) * 50
-    with torch.no_grad():
-        expected = grouped_net(net, images)
-        torch.testing.assert_close(net(images), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.model.channels, side, side, generator=generator, dtype=torch.float64) * 50
+    labels, draws = torch.tensor([1, 3]), DropoutDraws(0, 0) if training else None
+    ours, expected = net.loss(images, labels, draws), reference.loss(images, labels, draws)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
+    ours.backward()
+    expected.backward()
+    gradients = net.split_towers({name: p.grad for name, p in net.named_parameters()})
+    for key, gradient in reference.by_tower(gradients=True).items():
+        tower, _, tensor = key.partition(".")
+        assert gradient.norm() > 0, key
+        assert (gradients[tower][tensor] - gradient).norm() <= 1e-10 * gradient.norm(), key
 
 
 def test_weights_do_not_depend_on_who_holds_them() -> None:
     """A tower alone starts from the weights it has beside the other one."""
     model = load_config(CONFIGS / "digits.toml").model
-    both = dict(TwoTowerNet(model, seed=4).named_parameters())
-    for tower in ("a", "b"):
-        for name, parameter in TwoTowerNet(model, held=(tower,), seed=4).named_parameters():
-            assert torch.equal(parameter, both[name]), name
-    other = dict(TwoTowerNet(model, seed=5).named_parameters())
-    assert not torch.equal(other["towers.a.conv1.weight"], both["towers.a.conv1.weight"])
-    assert not torch.equal(both["towers.a.conv1.weight"], both["towers.b.conv1.weight"])
+    net = AlexNet(model, seed=4)
+    both = net.split_towers(dict(net.named_parameters()))
+    for tower in TOWERS:
+        lone = dict(lone_tower(model, tower, 4).named_parameters())
+        assert lone.keys() == both[tower].keys()
+        for name, parameter in lone.items():
+            assert torch.equal(parameter, both[tower][name]), name
+    other = AlexNet(model, seed=5)
+    assert not torch.equal(other.conv1.weight, net.conv1.weight)
+    assert not torch.equal(both["a"]["conv1.weight"], both["b"]["conv1.weight"])
 
 
 def test_dropout_masks_are_pure_and_differ() -> None:
@@ -137,33 +128,94 @@ def test_a_piece_of_a_batch_has_its_rows_of_the_mask() -> None:
 
 
 @pytest.mark.parametrize("kind", ["original", "inverted"])
-def test_expected_output_of_dropout_is_the_tested_one(kind: str) -> None:
-    """Averaged over many masks, fc7's input in training equals the one in testing, for both kinds."""
-    config = load_config(CONFIGS / "digits.toml", [f"model.dropout_kind={kind}"])
-    layer = TwoTowerNet(config.model, seed=0).towers["a"].fc6
-    x = torch.randn(4, layer.weight.shape[1])
-    with torch.no_grad():
-        mean = torch.stack([layer(x, DropoutDraws(0, step)) for step in range(3000)]).mean(0)
-        torch.testing.assert_close(mean, layer(x, None), rtol=0.1, atol=0.02)
+@pytest.mark.parametrize("layer", ["fc6", "fc7"])
+def test_dropout_in_training_and_in_testing(kind: str, layer: str) -> None:
+    """Averaged over many masks, a layer's output in training equals the one in testing, for both kinds."""
+    config = load_config(CONFIGS / "digits.toml", [f"model.dropout_kind={kind}"]).model
+    dropout = Dropout(config, layer, TOWERS)
+    x = torch.randn(4, 2 * config.units[0])
+    mean = torch.stack([dropout.train()(x, DropoutDraws(0, step)) for step in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, dropout.eval()(x, None), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("layer", ["fc6", "fc7"])
+def test_training_drops_units_of_both_layers(layer: str) -> None:
+    """In training about the recipe's share of what fc6 and fc7 hand on is zero, other units each step; none in testing.
+
+    Seen where the next layer takes it in, so that no layer can be left out.
+    """
+    config = load_config(CONFIGS / "digits.toml", ["model.activation=tanh", "model.dropout=0.3"]).model
+    net, seen = AlexNet(config, seed=0), []
+    following = {"fc6": net.fc7, "fc7": net.fc8}[layer]
+    following.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(16, 1, 28, 28)
+    for step in (0, 1):
+        net.train()(images, DropoutDraws(0, step))
+    net.eval()(images)
+    first, second, tested = ((x == 0) for x in seen)
+    for dropped in (first, second):
+        for half in dropped.chunk(2, dim=1):  # each tower's own units
+            assert 0.25 < half.double().mean() < 0.35
+    assert not torch.equal(first, second)
+    assert not tested.any()
+
+
+def test_the_loss_is_a_mean_over_the_batch() -> None:
+    """A batch twice over has the loss and the gradients of the batch: neither is a sum."""
+    config = load_config(CONFIGS / "digits.toml", ["model.dropout=0"]).model
+    net = AlexNet(config, seed=0).double()
+    images, labels = torch.randn(3, 1, 28, 28, dtype=torch.float64), torch.tensor([1, 2, 3])
+    expected = -net(images).log_softmax(1)[torch.arange(3), labels].sum().item() / 3
+    once, twice = net.loss(images, labels), net.loss(images.repeat(2, 1, 1, 1), labels.repeat(2))
+    assert (once.item(), twice.item()) == (pytest.approx(expected, rel=1e-12), pytest.approx(expected, rel=1e-12))
+    for ours, theirs in zip(
+        *(torch.autograd.grad(loss, list(net.parameters())) for loss in (once, twice)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_training_without_draws_is_refused() -> None:
+    """A net in training mode cannot guess what to drop; a net in testing mode needs no draws."""
+    net = AlexNet(load_config(CONFIGS / "digits.toml").model)
+    with pytest.raises(AssertionError, match="what to drop"):
+        net(torch.randn(2, 1, 28, 28))
+    assert net.eval()(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_towers_do_not_talk_before_conv3() -> None:
     """Changing tower b's conv2 leaves what tower a sees untouched; through conv3 it reaches everything."""
-    model = load_config(CONFIGS / "digits.toml").model
-    net = TwoTowerNet(model, seed=1)
+    net = AlexNet(load_config(CONFIGS / "digits.toml").model, seed=1).eval()
     images = torch.randn(2, 1, 28, 28)
+
+    def seen_by_a() -> Tensor:
+        return net.post2(net.conv2(net.post1(net.conv1(images)))).chunk(2, dim=1)[0]
+
     with torch.no_grad():
-        before, logits = net.towers["a"].see(images), net(images)
-        net.towers["b"].conv2.weight.mul_(1.5)
-        assert torch.equal(net.towers["a"].see(images), before)
+        before, logits = seen_by_a(), net(images)
+        net.split_towers(dict(net.named_parameters()))["b"]["conv2.weight"].mul_(1.5)
+        assert torch.equal(seen_by_a(), before)
         assert not torch.allclose(net(images), logits)
 
 
 def test_one_tower_and_no_crossings() -> None:
     """The half net and the ablation without crossings have inputs of their own half only."""
     half = load_config(CONFIGS / "digits.toml", ["model.towers=1"]).model
-    net = TwoTowerNet(half)
-    assert net.held == ("a",)
+    net = AlexNet(half).eval()
+    assert net.towers == WholeNetLayers(half).towers == ("a",)
     assert net(torch.randn(2, 1, 28, 28)).shape == (2, 10)
     alone = load_config(CONFIGS / "digits.toml", ['model.crossings=["fc8"]']).model
-    assert TwoTowerNet(alone).towers["b"].conv3.weight.shape[1] == alone.maps[1]
+    assert AlexNet(alone).conv3.weight.shape[1] == alone.maps[1]
+    assert lone_tower(alone, "b").conv3.weight.shape[1] == alone.maps[1]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_state_dict_of_one_tower_is_a_slice_of_the_whole(layer: str) -> None:
+    """Rows of every weight and bias: tower a's first; fc8 is tower a's alone."""
+    model = load_config(CONFIGS / "digits.toml").model
+    whole = AlexNet(model, seed=2)
+    tensors = whole.state_dict()
+    for number, tower in enumerate(TOWERS):
+        for name, tensor in lone_tower(model, tower, 2).state_dict().items():
+            if name.startswith(layer):
+                rows = len(tensor)
+                assert torch.equal(tensor, tensors[name][number * rows : (number + 1) * rows]), name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import OptimizerConfig
-from trainer.model.alexnet import kernels
+from trainer.model import kernels
 from trainer.model.response_norm import response_norm
 from trainer.training.optimizer import PaperSGD, Rates
 
@@ -278,7 +278,7 @@ def test_a_second_openmp_runtime_is_refused(cache: Path, monkeypatch: pytest.Mon
 
 FRESH = """
 import torch
-from trainer.model.alexnet import kernels
+from trainer.model import kernels
 from trainer.model.response_norm import response_norm
 torch.set_num_threads(2)
 x = torch.randn(2, 96, 55, 55).to(memory_format=torch.channels_last)

@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from tests.helpers.loader_data_set import photo_crop
 from trainer.config import ModelConfig, NormConfig, load_config
-from trainer.model.alexnet import Convolution, DropoutDraws, FullyConnected, TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops
 
 pytestmark = pytest.mark.numeric
 
@@ -102,9 +103,9 @@ def real_photos() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def net() -> TwoTowerNet:
+def net() -> AlexNet:
     """The recipe's net, each bias moved off its constant so that no two maps have the same one."""
-    net = TwoTowerNet(ORIGINAL.model, seed=145)
+    net = AlexNet(ORIGINAL.model, seed=145).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -114,15 +115,14 @@ def net() -> TwoTowerNet:
 
 
 @pytest.fixture(scope="module")
-def expected(net: TwoTowerNet) -> np.ndarray:
+def expected(net: AlexNet) -> np.ndarray:
     """The reference's logits, (2, 1000) float64."""
-    weights = {}
-    for tower in ("a", "b"):
-        weights[tower] = {n: p.detach().double().numpy() for n, p in net.tower(tower).named_parameters()}
-    return run_145(real_photos(), weights["a"], weights["b"])
+    towers = net.split_towers({name: parameter.detach().double() for name, parameter in net.named_parameters()})
+    a, b = ({name: part.numpy() for name, part in towers[tower].items()} for tower in ("a", "b"))
+    return run_145(real_photos(), a, b)
 
 
-def logits_of(net: TwoTowerNet, dtype: torch.dtype = torch.float64) -> np.ndarray:
+def logits_of(net: AlexNet, dtype: torch.dtype = torch.float64) -> np.ndarray:
     with torch.no_grad():
         return copy.deepcopy(net).to(dtype)(torch.from_numpy(real_photos()).to(dtype)).double().numpy()
 
@@ -133,7 +133,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
-def test_equals_run_145(net: TwoTowerNet, expected: np.ndarray, dtype: torch.dtype, most: float) -> None:
+def test_equals_run_145(net: AlexNet, expected: np.ndarray, dtype: torch.dtype, most: float) -> None:
     """Logits, and what tells two photos apart in them as well.
 
     fp32: eight layers, sums of up to 9,216 products, a random walk: 8 sqrt(9216) 2^-24 = 5e-5.
@@ -156,18 +156,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("change", list(OTHERS), ids=str)
-def test_would_notice_another_net(net: TwoTowerNet, expected: np.ndarray, change: str) -> None:
+def test_would_notice_another_net(net: AlexNet, expected: np.ndarray, change: str) -> None:
     """The same weights in a net that differs in one of the program's peculiarities are off by far more than 1e-4."""
-    config = dataclasses.replace(ORIGINAL.model, **OTHERS[change])
-    try:
-        for module in net.modules():
-            if hasattr(module, "config"):
-                module.config = config
-        assert error(logits_of(net), expected) > 1e-3
-    finally:
-        for module in net.modules():
-            if hasattr(module, "config"):
-                module.config = ORIGINAL.model
+    other = AlexNet(dataclasses.replace(ORIGINAL.model, **OTHERS[change])).eval()
+    other.load_state_dict(net.state_dict())
+    assert error(logits_of(other), expected) > 1e-3
 
 
 # --- every operator's gradient ----------------------------------------------------------------------------------------
@@ -220,14 +213,9 @@ def check(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
     assert torch.autograd.gradcheck(function, (x, *values), fast_mode=fast)
 
 
-def operator(after: str, **changes: object) -> Convolution:
-    """A layer of six maps that sees six, 3x3, with one operation behind."""
-    changes = {"after": ("", after, "", "", ""), **changes}
-    layer = Convolution(dataclasses.replace(TINY, **changes), 1, 6)
-    generator = torch.Generator().manual_seed(4)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, 0.5, 0.3, generator=generator)
-    return layer
+def operators(after: str, **changes: object) -> nn.Module:
+    """What follows a layer of six maps."""
+    return post_ops(dataclasses.replace(TINY, **{"after": ("", after, "", "", ""), **changes}), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +235,10 @@ def operator(after: str, **changes: object) -> Convolution:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_gradient_of_what_follows(after: str, changes: dict[str, object], layout: torch.memory_format) -> None:
     """Pooling, activations and norms, alone and in the program's orders; the norms have kernels for both layouts."""
-    layer = operator(after, **changes)
+    following = operators(after, **changes)
 
     def function(x: Tensor) -> Tensor:
-        return layer.follow((x * 1.0).contiguous(memory_format=layout))  # on a copy, as some work in place
+        return following((x * 1.0).contiguous(memory_format=layout))  # on a copy, as some work in place
 
     assert torch.autograd.gradcheck(function, (distinct(2, 6, 5, 5),))
 
@@ -258,39 +246,45 @@ def test_gradient_of_what_follows(after: str, changes: dict[str, object], layout
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_of_batch_norm(training: bool) -> None:
     """By input, scale and shift; in training through the batch's own mean and deviation."""
-    layer = operator("batch_norm").double().train(training)
+    following = operators("batch_norm").double().train(training)
     x = numbers(3, 6, 4, 4, seed=5, scale=2.0)
+    generator = torch.Generator().manual_seed(4)
+    scale, shift = (
+        (torch.randn(6, generator=generator, dtype=torch.float64) * 0.3 + 0.5).requires_grad_() for _ in range(2)
+    )
 
     def function(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return functional_call(layer, {"scale": scale, "shift": shift}, (x,))
+        return functional_call(following, {"batch_norm.weight": scale, "batch_norm.bias": shift}, (x,))
 
-    scale, shift = (p.detach().clone().requires_grad_() for p in (layer.scale, layer.shift))
     assert torch.autograd.gradcheck(function, (x, scale, shift))
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_gradient_of_convolutions(index: int) -> None:
-    """conv1 with its stride and zeros on two sides only, and one with zeros all around; input, weight and bias."""
-    config = dataclasses.replace(TINY, after=("",) * 5)
-    layer = Convolution(config, index, 3)
-    for parameter in layer.parameters():
+@pytest.mark.parametrize("layer", ["conv1", "conv2"])
+def test_gradient_of_convolutions(layer: str) -> None:
+    """conv1 with its stride and zeros on two sides only, and a grouped one with zeros all around."""
+    module = WholeNetLayers(TINY).conv(layer, 3, TINY.maps[0], image=layer == "conv1")
+    for parameter in module.parameters():
         nn.init.normal_(parameter, 0, 0.5, generator=torch.Generator().manual_seed(7))
-    side = 9 if index == 0 else 5
-    check(layer, lambda module, x: module(x), numbers(2, 3, side, side, seed=8))
+    channels, side = (3, 9) if layer == "conv1" else (6, 5)
+    check(module, lambda module, x: module(x), numbers(2, channels, side, side, seed=8))
+
+
+@pytest.mark.parametrize("crossings", [TINY.crossings, ("fc8",)], ids=["crossing", "own half"])
+def test_gradient_of_fully_connected_layers(crossings: tuple[str, ...]) -> None:
+    """Dense where the towers cross, grouped where they do not; by input, weight and bias."""
+    module = WholeNetLayers(dataclasses.replace(TINY, crossings=crossings)).linear("fc6", 4, 3)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0.1, 0.5, generator=generator)
+    check(module, lambda module, x: module(x), numbers(4, 8, seed=10))
 
 
 @pytest.mark.parametrize("kind", ["original", "inverted"])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_of_fully_connected_with_dropout(kind: str, activation: str, training: bool) -> None:
-    """Both kinds of dropout with a fixed mask, and in testing; by input, weight and bias."""
-    config = dataclasses.replace(TINY, dropout_kind=kind, activation=activation)
-    layer = FullyConnected(config, "fc6", "a", 7, 6)
-    generator = torch.Generator().manual_seed(9)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, 0.1, 0.5, generator=generator)
-    draws = DropoutDraws(3, 4) if training else None
-    check(layer, lambda module, x: module(x, draws), numbers(4, 7, seed=10))
+def test_gradient_of_dropout(kind: str, training: bool) -> None:
+    """Both kinds with a fixed mask, and in testing."""
+    module = Dropout(dataclasses.replace(TINY, dropout_kind=kind), "fc6", ("a", "b")).train(training)
+    check(module, lambda module, x: module(x, DropoutDraws(3, 4)), numbers(4, 14, seed=10))
 
 
 WITH_BATCH_NORM = ("batch_norm pool relu", "batch_norm pool tanh", "relu", "tanh", "pool relu")
@@ -298,7 +292,7 @@ WITH_BATCH_NORM = ("batch_norm pool relu", "batch_norm pool tanh", "relu", "tanh
 
 @pytest.mark.parametrize("after", [TINY.after, WITH_BATCH_NORM], ids=["original", "batch norm"])
 def test_gradient_of_the_whole_net(after: tuple[str, ...]) -> None:
-    """Both towers with all crossings and dropout: logits by the images and all 32 or 40 parameters."""
-    net = TwoTowerNet(dataclasses.replace(TINY, after=after), seed=11)
+    """Both towers with all crossings and dropout: logits by the images and all parameters."""
+    net = AlexNet(dataclasses.replace(TINY, after=after), seed=11)
     draws = DropoutDraws(5, 6)
     check(net, lambda module, x: module(x, draws), numbers(2, 3, 31, 31, seed=12), fast=True)

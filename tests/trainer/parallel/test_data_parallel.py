@@ -9,8 +9,8 @@ import torch
 from tests.helpers import tower_work as work
 from tests.helpers.pair import run_mesh
 from tests.trainer.parallel.test_equality import EXACT, EXPLODING, RELATIVE, relative_error
-from trainer.planning.describe import count_crossings
 from trainer.parallel.data_parallel import BUCKET_BYTES
+from trainer.planning.describe import count_crossings
 
 pytestmark = pytest.mark.numeric
 

@@ -12,8 +12,8 @@ from trainer.planning.describe import count_crossings
 pytestmark = pytest.mark.numeric
 
 BATCH = 4
-# bfloat16 rounds by 2^-8 at most, by 2^-9 usually, in each of 16 layers (there and back) about four times: 8 x 2^-9 = 0.016
-# for a loss or a large tensor, several times that where a tensor has few numbers. A missing half would be off by 0.7.
+# bfloat16 rounds by 2^-8 at most, by 2^-9 usually, in each of 16 layers (there and back) about four times: 8 x 2^-9 =
+# 0.016 for a loss or a large tensor, several times that where a tensor has few numbers. A missing half: 0.7.
 BF16_LOSS, BF16 = 0.016, 0.1
 VARIANTS = (
     ("train.precision=bf16", *work.SMOOTH),

@@ -9,11 +9,12 @@ from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.synthetic_run import ROOT, digits_config, ledger_of, make_run
 from trainer.__main__ import main
 from trainer.config import load_config
-from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
 from trainer.parallel import launch
 from trainer.planning import dry_run
 from trainer.planning.describe import to_dict
-from trainer.planning.dry_run import EchoJoin, plan_run
+from trainer.planning.dry_run import EchoLink, plan_run
 from trainer.planning.dry_run_output import print_plan
 
 pytestmark = pytest.mark.numeric
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
 
 def test_memory_of_a_tower_by_hand():
     config = digits_config()
-    net = TwoTowerNet(config.model, held=("a",), join=EchoJoin())
+    net = dry_run._lone_tower(config, EchoLink("a"))
     one, two, five = (dry_run._kept_bytes(config, net, count) for count in (1, 2, 5))
     assert two - one == 4 * sum(KEPT.values())
     assert five == one + 4 * (two - one)
@@ -101,16 +102,16 @@ def test_crossings_are_those_of_the_ledger(data):
 
 
 def test_a_tower_beside_its_echo_is_that_tower(data):
-    config = digits_config().model
+    config = digits_config()
     images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
-    alone = TwoTowerNet(config, held=("a",), join=EchoJoin(), seed=3).double()
+    alone = dry_run._lone_tower(config, EchoLink("a")).double()
     loss = alone.loss(images, torch.tensor([1, 2]), DropoutDraws(0, 0))
     loss.backward()
-    twins = TwoTowerNet(config, seed=3).double()
-    twins.tower("b").load_state_dict({k: v for k, v in alone.tower("a").state_dict().items() if "fc8" not in k})
-    twins.tower("b").name = "a"
-    for layer in ("fc6", "fc7"):
-        getattr(twins.tower("b"), layer).tower = "a"  # the same dropout masks
+    twins = AlexNet(config.model).double()
+    for parts in twins.split_towers(twins.state_dict()).values():
+        for name, part in parts.items():
+            part.copy_(alone.state_dict()[name])
+    twins.drop6.towers = twins.drop7.towers = ("a", "a")  # the same dropout masks
     assert twins.loss(images, torch.tensor([1, 2]), DropoutDraws(0, 0)).item() == pytest.approx(loss.item(), rel=1e-12)
     assert all(parameter.grad is not None for parameter in alone.parameters())
 

@@ -27,7 +27,7 @@ TITLES = ["ant", "bee", "cat", "dog", "elk", "fox", "[red]gnu"]
 class Lookup(torch.nn.Module):
     """A net whose logits are its input: pictures (N, 7, 1, 1)."""
 
-    held = ("a", "b")
+    towers = ("a", "b")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)

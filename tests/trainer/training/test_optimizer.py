@@ -19,7 +19,7 @@ class OneLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+        self.weight = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
         self.bias = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
 
 
@@ -31,7 +31,7 @@ def test_five_steps_by_hand() -> None:
     w, vw, b, vb = 1.0, 0.0, 0.5, 0.0
     for step, (gw, gb) in enumerate([(0.3, -1.0), (0.1, 0.2), (-0.5, 0.7), (0.4, 0.0), (0.25, -0.125)]):
         factor = 1.0 if step < 3 else 0.1
-        layer.weight.grad = torch.tensor([gw], dtype=torch.float64)
+        layer.weight.grad = torch.tensor([[gw]], dtype=torch.float64)
         layer.bias.grad = torch.tensor([gb], dtype=torch.float64)
         optimizer.set_rates(Rates(0.01 * factor, 0.02 * factor))
         optimizer.step()
@@ -70,7 +70,7 @@ class ThreeLayers(nn.Module):
         super().__init__()
         for name in ("conv1", "conv2"):
             layer = nn.Module()
-            layer.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            layer.weight = nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
             layer.bias = nn.Parameter(torch.ones(1, dtype=torch.float64))
             self.add_module(name, layer)
         self.conv1.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))

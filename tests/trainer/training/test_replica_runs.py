@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.training_commands import DOUBLE, ROOT, command, environment, run, train_words
-from tests.trainer.training.test_runs import FIRST_LOSS, ROUND_PIXELS, STEPS, assert_equal_runs, assert_same, child_with, free_port, rows, wait_for_steps, weights
+from tests.trainer.training.test_runs import (
+    FIRST_LOSS,
+    ROUND_PIXELS,
+    STEPS,
+    assert_equal_runs,
+    assert_same,
+    child_with,
+    free_port,
+    rows,
+    wait_for_steps,
+    weights,
+)
 from trainer.__main__ import main
 from trainer.training.checkpoint import checkpoints, folder_of
 

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.helpers.training_commands import CONFIG, DOUBLE, ROOT, command, environment, run, train_words
 from tests.helpers.small_disk import small_disk
-from trainer.model import kernels
+from tests.helpers.training_commands import CONFIG, DOUBLE, ROOT, command, environment, run, train_words
 from trainer.__main__ import main
-from trainer.model.alexnet import kernels
+from trainer.model import kernels
 from trainer.parallel.launch import tower_environment
 from trainer.training.checkpoint import checkpoints, folder_of
 
@@ -167,7 +166,7 @@ def test_the_digits_recipe_learns(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.numeric
 @pytest.mark.slow
 def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: Path) -> None:
-    """Each tower decodes half: the pixels are in the ledger as input, never as a crossing; training is the same bits."""
+    """Each tower decodes half: the pixels are in the ledger as input, no crossing; training is the same bits."""
     for name, feed in (("full", ()), ("run", ("data.feed=split",))):
         run(*train_words(digits, tmp_path / name, "--processes", 2, overrides=(*ROUND_PIXELS, *feed)))
     assert_same(tmp_path / "run", tmp_path / "full")
