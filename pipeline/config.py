@@ -15,6 +15,7 @@ ON_ERROR = ("quarantine", "fail")
 CHROMA = "420"  # half of the chroma samples each way: what nearly every photo source has, and the fastest to decode
 MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
 FILTER = "centre square, then antialiased bicubic"
+FILTERS = {"bicubic": FILTER, "area": "centre square, then area averaging, halves rounded up"}  # as manifests say it
 ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
 
 
@@ -28,6 +29,7 @@ class PictureSettings:
             if DALI's decoder takes them).
         quality: JPEG quality, 1 to 100.
         channels: 3 for RGB, 1 for gray.
+        filter: of resizing, one of :data:`FILTERS`: ``bicubic``, or ``area`` as cuda-convnet2's preparation has it.
         max_pixels: a picture of more pixels is refused before it is decoded.
         max_bytes: a file of more bytes is refused before it is read.
     """
@@ -38,6 +40,7 @@ class PictureSettings:
     channels: int = 3
     max_pixels: int = 100_000_000
     max_bytes: int = 256 * 2**20
+    filter: str = "bicubic"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ class PrepareOptions:
         label_order: ``default`` (the source's own), ``alphabetical`` or ``ilsvrc``.
         max_errors: stop when more pictures than this cannot be used, ``N`` or ``P%``; None for no limit.
         verify_source: check the published md5 of the input before anything else.
+        filter: of resizing, one of :data:`FILTERS`.
     """
 
     source: str
@@ -85,6 +89,7 @@ class PrepareOptions:
     label_order: str = "default"
     max_errors: str | None = None
     verify_source: bool = False
+    filter: str = "bicubic"
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
@@ -94,6 +99,7 @@ class PrepareOptions:
         _require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "a share from 0 to below 1")
         _require(self.on_error in ON_ERROR, "--on-error", self.on_error, " or ".join(ON_ERROR))
         _require(self.encoding in (*ENCODINGS, "default"), "--encoding", self.encoding, ", ".join(ENCODINGS))
+        _require(self.filter in FILTERS, "--filter", self.filter, " or ".join(FILTERS))
         _require(self.max_pixels >= 1, "--max-pixels", self.max_pixels, "1 or more")
         _require(self.max_bytes >= 1, "--max-bytes", self.max_bytes, "1 or more")
         _require(self.limit is None or self.limit >= 1, "--limit", self.limit, "1 or more")
@@ -119,11 +125,12 @@ class PrepareOptions:
             channels: channels of the source's pictures.
 
         Raises:
-            ConfigError: ``original`` was asked of a source that holds pixels.
+            ConfigError: ``original`` was asked of a source that holds pixels, or a filter where nothing is resized.
         """
         resize_px = 256 if encoded else None
         if self.resize != "default":
             resize_px = None if self.resize == "none" else int(self.resize)
+        _require(resize_px or self.filter == "bicubic", "--filter", self.filter, "--resize N beside it")
         encoding = self.encoding
         if encoding == "default":
             encoding = ("original" if resize_px is None else "jpeg") if encoded else "png"
@@ -138,6 +145,7 @@ class PrepareOptions:
             channels=channels,
             max_pixels=self.max_pixels,
             max_bytes=self.max_bytes,
+            filter=self.filter,
         )
 
     def error_limit(self, total: int) -> float:
@@ -161,13 +169,13 @@ def byte_settings(picture: PictureSettings) -> dict[str, Any]:
         "encoding": picture.encoding,
         "quality": picture.quality if jpeg else None,
         "chroma": CHROMA if jpeg and picture.channels == 3 else None,
-        "filter": FILTER if picture.resize_px else None,
+        "filter": FILTERS[picture.filter] if picture.resize_px else None,
         "orientation": ORIENTATION,
         "max_pixels": picture.max_pixels,
         "max_bytes": picture.max_bytes,
     }
 
 
-def _require(holds: bool, option: str, value: object, expected: str) -> None:
+def _require(holds: object, option: str, value: object, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{option} {value}: expected {expected}")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import ENCODINGS, ON_ERROR, PrepareOptions
+from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
 from pipeline.files import place
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
 from pipeline.preparation.publish import is_url, staging_folder
@@ -81,6 +81,12 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quality", type=int, default=_default("quality"), metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--filter",
+        default=_default("filter"),
+        metavar="|".join(FILTERS),
+        help="of resizing: bicubic, or averaging the area that each pixel covers (default: %(default)s)",
     )
     group.add_argument(
         "--label-order",

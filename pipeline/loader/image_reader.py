@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import PictureSettings
+from pipeline.config import FILTERS, PictureSettings
 from pipeline.errors import ConfigError, PictureError
 from pipeline.loader.augmentation import Augmentation, Draws, centre_geometry, ten_views
 from pipeline.loader.config import LoaderConfig
@@ -115,6 +115,7 @@ def settings_of(manifest: Manifest) -> PictureSettings:
         channels=picture.channels,
         max_pixels=recorded.get("max_pixels") or standard.max_pixels,
         max_bytes=recorded.get("max_bytes") or standard.max_bytes,
+        filter=next((name for name, words in FILTERS.items() if words == recorded.get("filter")), standard.filter),
     )
 
 

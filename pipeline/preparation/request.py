@@ -79,6 +79,6 @@ def _libraries(picture: PictureSettings) -> dict[str, str]:
     names = ["pillow"]
     if picture.encoding in ("jpeg", "original") or picture.channels == 3:
         names.append("simplejpeg")
-    if picture.resize_px and picture.channels == 3:
+    if picture.resize_px and picture.channels == 3 and picture.filter == "bicubic":
         names.append("torch")
     return {name: metadata.version(name) for name in names}
