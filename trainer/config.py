@@ -314,6 +314,12 @@ class Config:
             self.train.evaluate_every_epochs,
             "1 or more: optimizer.schedule = plateau looks at the evaluations",
         )
+        require(
+            self.data.last_batch == "drop" or self.train.accumulate == 1,
+            "train.accumulate",
+            self.train.accumulate,
+            "1 with data.last_batch = partial",
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -95,10 +95,18 @@ class Augmentation:
         geometry[:, 2] = uniform[:, 2] < config.mirror
         return Draws(geometry, self._shift(epoch, first, count))
 
+    def colour_is_on(self, epoch: int) -> bool:
+        """Whether the pictures of an epoch get colour noise."""
+        config = self.config
+        return config.colour != "none" and config.colour_sigma > 0 and not 0 <= config.colour_off_epoch <= epoch
+
+    def divisor(self, epoch: int) -> float:
+        """What the images of an epoch are divided by: part of the colour noise, as in the original's convdata.py."""
+        return self.config.colour_divisor if self.colour_is_on(epoch) else 1.0
+
     def _shift(self, epoch: int, first: int, count: int) -> np.ndarray:
         channels = len(self.steps)
-        off = 0 <= self.config.colour_off_epoch <= epoch
-        if self.config.colour == "none" or off:
+        if not self.colour_is_on(epoch):
             return np.zeros((count, channels), np.float32)
         normals = _normal(_uniform(self.seed, epoch, _COLOUR, first, count))[:, :channels]
         return (normals @ self.steps.T).astype(np.float32)

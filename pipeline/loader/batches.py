@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _LOGGER = logging.getLogger(__name__)
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 
 class _Opened:
@@ -62,7 +62,7 @@ class _Opened:
 
 
 class TrainingLoader:
-    """Endless training batches: shuffled anew each epoch, the last partial batch of an epoch dropped.
+    """Endless training batches. By default each epoch is shuffled anew, and its last partial batch dropped.
 
     Args:
         data: a prepared data set; a URL is staged to the local cache first.
@@ -80,7 +80,7 @@ class TrainingLoader:
             are then the same for any number of processes.
 
     Attributes:
-        steps_per_epoch: batches in an epoch, the same for every replica.
+        steps_per_epoch: batches in an epoch, the same for every replica; a partial one counts.
         num_classes: rows of the class table.
         channels: of the pictures.
 
@@ -112,16 +112,23 @@ class TrainingLoader:
         self._rows = self._share.rows(batch_size)
         steps = colour_steps(config, statistics)
         self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
-        self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, True, replica, replicas))
+        shuffle = config.shuffle == "epoch"
+        self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, shuffle, replica, replicas))
         self.num_classes = len(split.manifest.classes)
         self.channels = split.manifest.picture.channels
-        self.steps_per_epoch = split.num_samples // replicas // batch_size
+        if config.last_batch == "partial":
+            if replicas * self._share.parts > 1:
+                raise ConfigError("data.last_batch is 'partial': expected 'drop' with more than one replica")
+            self.steps_per_epoch = self._reader.batches_per_epoch
+        else:
+            self.steps_per_epoch = split.num_samples // replicas // batch_size
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"batch size {batch_size} x {replicas} replica(s) is more than the {split.num_samples} training samples"
             )
         self._normaliser = Normaliser(config, statistics, self._reader, defer_mean_image=True)
-        self._mean_image = _deferred(self._normaliser)
+        self._mean_image: MeanImage | None = None
+        self._mean_image_divisor = 0.0
         self._split_feed = _check_feed(config, split_feed, batch_size)
         self._torch_normaliser = TorchNormaliser(self._normaliser, statistics, device) if self._split_feed else None
         self._restored = state
@@ -145,7 +152,8 @@ class TrainingLoader:
         draws = self._augmentation.draw(epoch, (position * replicas + replica) * size, size)
         x, y = positions(draws.geometry, self._reader)
         mirror = np.ascontiguousarray(draws.geometry[:, 2])
-        return draws.geometry, x, y, mirror, draws.shift, self._normaliser.mean - draws.shift
+        std = np.tile(self._normaliser.std * np.float32(self._augmentation.divisor(epoch)), (size, 1))
+        return draws.geometry, x, y, mirror, draws.shift, self._normaliser.mean - draws.shift, std
 
     def next(self) -> Batch:
         """The next batch.
@@ -166,14 +174,16 @@ class TrainingLoader:
 
     def _batch(self, outputs: Any, epoch: int, position: int) -> Batch:
         pixels, labels, source, geometry, shift = outputs
-        keys = read_keys(source)
-        whole = Draws(np.array(geometry.as_array()), np.array(shift.as_array()))
+        size, divisor = self._reader.batch_size, self._augmentation.divisor(epoch)
+        count = min(size, self._reader.split.num_samples - position * size * self._reader.replicas)
+        keys = read_keys(source)[:count]  # what follows in a partial batch is padding
+        whole = Draws(np.array(geometry.as_array())[:count], np.array(shift.as_array())[:count])
         draws = Draws(whole.geometry[self._rows], whole.shift[self._rows])
-        images = torch.from_dlpack(pixels.as_tensor())
+        images = torch.from_dlpack(pixels.as_tensor())[:count]
         if self._split_feed and self._torch_normaliser:
-            images = self._torch_normaliser(self._split_feed.exchange(images), draws)
-        elif self._mean_image:
-            self._mean_image.subtract(images.numpy(), draws.geometry, out=images.numpy())
+            images = self._torch_normaliser(self._split_feed.exchange(images), draws, divisor)
+        elif self._normaliser.deferred_mean_image is not None:
+            self._deferred(divisor).subtract(images.numpy(), draws.geometry, out=images.numpy())
         return Batch(
             images=images,
             labels=read_labels(labels, keys, self.num_classes)[self._rows].to(self._reader.device),
@@ -183,6 +193,16 @@ class TrainingLoader:
             position=position,
             fingerprint=fingerprint(keys, whole, epoch=epoch, position=position),
         )
+
+    def _deferred(self, divisor: float) -> MeanImage:
+        """The mean image, scaled as DALI has scaled the crops; made anew when the colour noise ends."""
+        if self._mean_image is None or self._mean_image_divisor != divisor:
+            image, config = self._normaliser.deferred_mean_image, self._normaliser.config
+            assert image is not None
+            std = self._normaliser.std * np.float32(divisor)
+            self._mean_image = MeanImage(image, std, config.crop_px, centre=config.mean == "centre")
+            self._mean_image_divisor = divisor
+        return self._mean_image
 
     @property
     def queue_fill(self) -> QueueFill:
@@ -214,7 +234,9 @@ class TrainingLoader:
             "seed": self._reader.seed,
             "replica": self._reader.replica,
             "replicas": self._reader.replicas,
+            "shuffle": self._reader.config.shuffle,
             "shuffle_buffer": self._reader.config.shuffle_buffer,
+            "last_batch": self._reader.config.last_batch,
         }
 
     def _check_state(self, state: dict[str, Any]) -> tuple[bytes, int]:
@@ -311,14 +333,6 @@ def _check_batch(batch_size: int, replica: int, replicas: int) -> None:
         raise ConfigError(f"batch size is {batch_size!r}: expected 1 or more")
     if not 0 <= replica < replicas:
         raise ConfigError(f"replica {replica} of {replicas}: expected 0..{replicas - 1}")
-
-
-def _deferred(normaliser: Normaliser) -> MeanImage | None:
-    """The mean image, if it is not subtracted by DALI."""
-    image, config = normaliser.deferred_mean_image, normaliser.config
-    if image is None:
-        return None
-    return MeanImage(image, normaliser.std, config.crop_px, centre=config.mean == "centre")
 
 
 def _check_feed(config: LoaderConfig, split_feed: SplitFeed | None, batch_size: int) -> SplitFeed | None:

@@ -116,7 +116,7 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
         config = dataclasses.replace(config, threads=options.threads)
     batch_size = options.batch_size or min(128, split.num_samples)
     check_limits(len(split.tars), mmap=False)
-    reader = Reader(split, config, batch_size, options.device, 0, True)
+    reader = Reader(split, config, batch_size, options.device, 0, config.shuffle == "epoch")
     if config.hw_decoder_load < 0:
         reader = dataclasses.replace(reader, config=dataclasses.replace(config, hw_decoder_load=0.65))
 

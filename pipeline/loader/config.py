@@ -9,6 +9,8 @@ CHOICES = {
     "mean": ("none", "channel", "pixel", "centre"),
     "scale": ("255", "std", "standardise"),
     "colour": ("none", "eigenvalue", "deviation"),
+    "shuffle": ("epoch", "once"),
+    "last_batch": ("drop", "partial"),
     "feed": ("each", "split"),
 }
 
@@ -17,7 +19,8 @@ CHOICES = {
 class LoaderConfig:
     """What is done to a stored picture before the network sees it, and how the reading is arranged.
 
-    A picture x (0..255) becomes ``(crop(x) - mean + colour) / std / divisor``, float32.
+    A picture x (0..255) becomes ``(crop(x) - mean + colour) / std``, float32; in training with
+    colour noise it is divided by ``colour_divisor`` besides.
 
     Attributes:
         crop_px: side of the square crop, pixels, >= 1 and at most the stored picture's side. Paper: 224 of 256.
@@ -37,10 +40,18 @@ class LoaderConfig:
             grey levels (eigenvalue) at colour_sigma 0.1.
         colour_sigma: size of the colour shift, no unit, >= 0.
         colour_off_epoch: first epoch (0-based) without colour shift; -1: never off.
-        divisor: the result is divided by it, > 0. 1.1 in the original program.
-        shuffle_buffer: samples held by the reader to be drawn from at random, >= 1. Costs their encoded bytes. With
-            400,000 samples in tars of 4,000, two samples of a batch meet again in the next epoch 85, 14, 2.1 and 1.04
-            times as often as in a perfect shuffle with buffers of 1,024, 4,096, 16,384 and 65,536 (measured).
+        colour_divisor: training images are divided by it while the colour noise is on, > 0; 1.1 in the original
+            program, which thereby brings noisy images to the scale of test images; never applied in testing, nor once
+            ``colour_off_epoch`` is reached, nor where colour is none (or colour_sigma 0). ``scale = "standardise"``
+            comes after it and undoes it.
+        shuffle: ``epoch``: another order every epoch; ``once``: the stored order (``prepare`` has shuffled it), every
+            epoch the same batches in the same order, as the original program does.
+        last_batch: what an epoch's last samples become where they fill no batch. ``drop``: nothing; ``partial``: a
+            smaller batch, as in the original program.
+        shuffle_buffer: samples held by the reader to be drawn from at random, >= 1; of ``shuffle = "epoch"``. Costs
+            their encoded bytes. With 400,000 samples in tars of 4,000, two samples of a batch meet again in the next
+            epoch 85, 14, 2.1 and 1.04 times as often as in a perfect shuffle with buffers of 1,024, 4,096, 16,384 and
+            65,536 (measured).
         threads: decoding threads of one loader, 0: as many as this process may use cores.
         prefetch: batches prepared ahead, 1..64. Each costs its float32 pictures, 77 MB for 128 of 224 px.
         feed: ``each``: each tower decodes the whole batch; ``split``: each decodes half, and the towers exchange uint8
@@ -61,7 +72,9 @@ class LoaderConfig:
     colour: str = "none"
     colour_sigma: float = 0.1
     colour_off_epoch: int = -1
-    divisor: float = 1.0
+    colour_divisor: float = 1.0
+    shuffle: str = "epoch"
+    last_batch: str = "drop"
     shuffle_buffer: int = 4096
     threads: int = 0
     prefetch: int = 2
@@ -72,7 +85,7 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
             _check_integer(name, getattr(self, name), low, high)
-        for name in ("mirror", "colour_sigma", "divisor", "hw_decoder_load"):
+        for name in ("mirror", "colour_sigma", "colour_divisor", "hw_decoder_load"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"data.{name} is {value!r}: expected a finite number")
@@ -80,8 +93,8 @@ class LoaderConfig:
             raise ConfigError(f"data.mirror is {self.mirror}: expected a probability, 0..1")
         if self.colour_sigma < 0:
             raise ConfigError(f"data.colour_sigma is {self.colour_sigma}: expected 0 or more")
-        if self.divisor <= 0:
-            raise ConfigError(f"data.divisor is {self.divisor}: expected more than 0")
+        if self.colour_divisor <= 0:
+            raise ConfigError(f"data.colour_divisor is {self.colour_divisor}: expected more than 0")
         if not (0 <= self.hw_decoder_load <= 1 or self.hw_decoder_load == -1):
             raise ConfigError(f"data.hw_decoder_load is {self.hw_decoder_load}: expected 0..1, or -1 to measure it")
         if not isinstance(self.mmap, bool):
@@ -90,6 +103,15 @@ class LoaderConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"data.{name} is {value!r}: expected one of {', '.join(choices)}")
+        if self.shuffle == "once" and self.shuffle_buffer != LoaderConfig.shuffle_buffer:
+            raise ConfigError(
+                f"data.shuffle_buffer is {self.shuffle_buffer}: expected none beside data.shuffle = 'once', which "
+                "reads in stored order"
+            )
+        if self.last_batch == "partial" and self.feed == "split":
+            raise ConfigError(
+                "data.last_batch is 'partial': expected 'drop' with data.feed = 'split'; use feed = 'each'"
+            )
 
 
 _INTEGER_RANGES = {

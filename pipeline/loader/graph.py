@@ -63,6 +63,8 @@ class Normaliser:
         defer_mean_image: leave the mean image to :class:`pipeline.loader.mean_image.MeanImage`, where that can be.
 
     Attributes:
+        mean: (C,) float32 channel mean, zeros where the recipe subtracts none or an image.
+        std: (C,) float32, ones where the recipe does not divide.
         deferred_mean_image: (H, W, C) mean image that is still to be subtracted, or None.
     """
 
@@ -76,32 +78,34 @@ class Normaliser:
         self.zeros = [0.0] * channels
         self.mean = (statistics.mean if config.mean == "channel" else np.zeros(channels)).astype(np.float32)
         std = np.where(statistics.std > 0, statistics.std, 1.0) if config.scale == "std" else np.ones(channels)
-        divisor = 1.0 if config.scale == "standardise" else config.divisor
-        self.std = [float(value) for value in std * divisor]
+        self.std = std.astype(np.float32)
         self.mean_image = _mean_image(config, statistics)
         can_wait = config.mean in ("pixel", "centre") and config.scale != "standardise" and reader.device_id is None
         self.deferred_mean_image = self.mean_image if defer_mean_image and can_wait else None
 
-    def __call__(self, pixels: Any, x: Any, y: Any, mirror: Any, mean: Any, *, cropped: bool = False) -> Any:
+    def __call__(self, pixels: Any, x: Any, y: Any, mirror: Any, mean: Any, std: Any, *, cropped: bool = False) -> Any:
         """uint8 HWC pixels to float32 CHW.
 
         Args:
             pixels: the pictures, already cropped if ``cropped``.
-            x, y: crop position as a share of its range, mirror: 0/1, mean: (C,) channel mean less colour shift.
+            x, y: crop position as a share of its range.
+            mirror: 0/1.
+            mean: (C,) channel mean less colour shift.
+            std: (C,) channel deviation times colour divisor: the end of the colour noise changes it in mid-run.
             cropped: the decoder has cut out the crop.
         """
         fn = _dali().fn
         window = {"crop": (self.config.crop_px, self.config.crop_px), "crop_pos_x": x, "crop_pos_y": y}
         result = fn.crop_mirror_normalize(
-            pixels, mirror=mirror, mean=mean, std=self.std, output_layout="CHW", **({} if cropped else window)
+            pixels, mirror=mirror, mean=mean, std=std, output_layout="CHW", **({} if cropped else window)
         )
         if self.mean_image is not None and self.deferred_mean_image is None:
-            result = result - self._aligned(mirror, window)
+            result = result - self._aligned(mirror, std, window)
         if self.config.scale == "standardise":
-            result = fn.normalize(result, epsilon=STANDARDISE_EPSILON, scale=1.0 / self.config.divisor)
+            result = fn.normalize(result, epsilon=STANDARDISE_EPSILON)
         return result
 
-    def _aligned(self, mirror: Any, window: dict[str, Any]) -> Any:
+    def _aligned(self, mirror: Any, std: Any, window: dict[str, Any]) -> Any:
         """The mean image under each crop, mirrored with it, or always its centre: CHW, scaled like the crops."""
         fn, types = _dali().fn, _dali().types
         image = np.ascontiguousarray(self.mean_image, np.float32)
@@ -110,7 +114,7 @@ class Normaliser:
             mirror, window = 0, {"crop": window["crop"], "rounding": "truncate"}  # DALI's default place is the middle
         # A second fused kernel over the mean image costs less than subtracting before the crop would (measured).
         return fn.crop_mirror_normalize(
-            constant, mirror=mirror, mean=self.zeros, std=self.std, output_layout="CHW", **window
+            constant, mirror=mirror, mean=self.zeros, std=std, output_layout="CHW", **window
         )
 
 
@@ -262,15 +266,15 @@ def training_graph(
         reader: what to read.
         normaliser: what to make of it.
         feed: callback of DALI's external source: BatchInfo to geometry (N, 3) int32, x and y (N,) float32, mirror (N,)
-            int32, shift (N, C) and channel mean less shift (N, C) float32.
+            int32, shift (N, C), channel mean less shift (N, C) and deviation times divisor (N, C) float32.
         part, parts: rows to decode: an equal part of the batch, see :class:`pipeline.loader.share.BatchShare`.
     """
     encoded, labels, source = read_encoded(reader)
-    geometry, x, y, mirror, shift, mean = _draws(feed, 6)
-    encoded, x, y, mirror, mean = _part_of(reader, (encoded, x, y, mirror, mean), part, parts)
+    geometry, x, y, mirror, shift, mean, std = _draws(feed, 7)
+    encoded, x, y, mirror, mean, std = _part_of(reader, (encoded, x, y, mirror, mean, std), part, parts)
     roi = _roi(reader, x, y)
     pixels = decode(reader, encoded, roi)
-    images = normaliser(pixels, x, y, mirror, mean, cropped=roi is not None)
+    images = normaliser(pixels, x, y, mirror, mean, std, cropped=roi is not None)
     return images, labels, source, geometry, shift
 
 
@@ -320,9 +324,9 @@ def evaluation_graph(reader: Reader, normaliser: Normaliser, views: str) -> tupl
     geometry = ten_views(**size) if views == "ten" else centre_geometry(1, **size)
     encoded, labels, source = read_encoded(reader)
     pixels = decode(reader, encoded)
-    mean = normaliser.mean.tolist()
+    mean, std = normaliser.mean.tolist(), normaliser.std.tolist()
     pictures = [
-        normaliser(pixels, float(x), float(y), int(mirror), mean)
+        normaliser(pixels, float(x), float(y), int(mirror), mean, std)
         for x, y, mirror in zip(*positions(geometry, reader), geometry[:, 2], strict=True)
     ]
     return (_dali().fn.stack(*pictures) if views == "ten" else pictures[0]), labels, source

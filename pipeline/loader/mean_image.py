@@ -15,13 +15,13 @@ class MeanImage:
 
     Args:
         image: (H, W, C) mean image, 0..255.
-        std: (C,) what the crops have been divided by.
+        std: (C,) float32, what the crops have been divided by.
         crop_px: side of the crops.
         centre: always subtract the centre of the mean image, never mirrored.
     """
 
-    def __init__(self, image: np.ndarray, std: list[float], crop_px: int, *, centre: bool = False) -> None:
-        scaled = image.transpose(2, 0, 1).astype(np.float32) * (1 / np.array(std, np.float32))[:, None, None]
+    def __init__(self, image: np.ndarray, std: np.ndarray, crop_px: int, *, centre: bool = False) -> None:
+        scaled = image.transpose(2, 0, 1).astype(np.float32) * (1 / std)[:, None, None]
         self._image = np.ascontiguousarray(scaled)  # (C, H, W)
         self._mirrored = np.ascontiguousarray(scaled[:, :, ::-1])
         self._crop_px = crop_px

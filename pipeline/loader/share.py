@@ -84,8 +84,7 @@ class TorchNormaliser:
         self._config = normaliser.config
         self._size = {"height_px": normaliser.height_px, "width_px": normaliser.width_px}
         self._device = device
-        self._std = torch.tensor(normaliser.std, device=device).reshape(1, -1, 1, 1)
-        self._scaled = any(value != 1.0 for value in normaliser.std)
+        self._std = normaliser.std
         self._mean = normaliser.mean
         self._mean_image: torch.Tensor | None = None
         self._views: MeanImage | None = None
@@ -94,20 +93,23 @@ class TorchNormaliser:
             image = np.ascontiguousarray(statistics.mean_image.transpose(2, 0, 1), dtype=np.float32)
             self._mean_image = torch.from_numpy(image).to(device)  # (C, H, W)
             centre = self._config.mean == "centre"
-            self._views = MeanImage(statistics.mean_image, [1.0] * len(image), self._config.crop_px, centre=centre)
+            self._views = MeanImage(
+                statistics.mean_image, np.ones(len(image), np.float32), self._config.crop_px, centre=centre
+            )
 
-    def __call__(self, crops: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """(N, C, S, S) uint8 to float32."""
+    def __call__(self, crops: torch.Tensor, draws: Draws, divisor: float = 1.0) -> torch.Tensor:
+        """(N, C, S, S) uint8 to float32; ``divisor`` is that of the colour noise."""
         result = self._less_mean_image(crops, draws.geometry)
         offset = draws.shift - self._mean
         if offset.any():
             result += torch.from_numpy(offset).to(self._device, non_blocking=True)[:, :, None, None]
-        if self._scaled:
-            result /= self._std
+        std = self._std * np.float32(divisor)
+        if (std != 1).any():
+            result /= torch.from_numpy(std).to(self._device, non_blocking=True)[:, None, None]
         if self._config.scale == "standardise":
             result -= result.mean(dim=(1, 2, 3), keepdim=True)
             variance = result.square().mean(dim=(1, 2, 3), keepdim=True)
-            result *= torch.rsqrt(variance + STANDARDISE_EPSILON) / self._config.divisor
+            result *= torch.rsqrt(variance + STANDARDISE_EPSILON)
         return result
 
     def _less_mean_image(self, crops: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:

@@ -55,7 +55,7 @@ def _pairs(batch: np.ndarray) -> int:
 
 def read_orders(folder: Path, config: LoaderConfig, *, batch_size: int, seed: int, epochs: int) -> list[np.ndarray]:
     """The orders in which the training samples come, as sample numbers; reads without decoding (100,000 samples/s)."""
-    reader = Reader(open_split(folder, "train"), config, batch_size, "cpu", seed, True)
+    reader = Reader(open_split(folder, "train"), config, batch_size, "cpu", seed, config.shuffle == "epoch")
     pipeline = build_pipeline(reader, lambda: encoded_graph(reader))
     numbers: dict[str, int] = {}
     orders = []

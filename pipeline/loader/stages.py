@@ -98,11 +98,12 @@ def open_stage(
         ConfigError, DatasetError: as the loader.
     """
     split = open_split(data, "train")
+    config = dataclasses.replace(config, last_batch="drop")  # every batch measured is a whole one
     loader: RunningPipeline | TrainingLoader
     if stage == "read" and not (config.mmap and split.manifest.picture.encoding == "raw"):
         # Mapped files that nobody decodes are never read, so this stage reads them as files.
         copying = dataclasses.replace(config, mmap=False, hw_decoder_load=abs(config.hw_decoder_load))
-        reader = Reader(split, copying, batch_size, device, seed, True)
+        reader = Reader(split, copying, batch_size, device, seed, config.shuffle == "epoch")
         loader = reading = RunningPipeline(reader, lambda: encoded_graph(reader))
         take: Callable[[], Any] = reading.run
     elif stage != "whole":

@@ -141,7 +141,7 @@ def test_facts_of_run_145() -> None:
     assert (model.norm.size * model.norm.alpha, model.norm.k, model.norm.beta) == (pytest.approx(1e-4), 2, 0.75)
     assert (25 * model.norm.spatial_alpha, model.norm.spatial_size) == (pytest.approx(1e-3), 5)
     assert (model.pads[0], model.dropout, model.dropout_kind) == ((0, 3), 0.5, "original")
-    assert (data.crop_px, data.crop_shared_by, data.mean, data.divisor) == (224, 32, "centre", 1.1)
+    assert (data.crop_px, data.crop_shared_by, data.mean, data.colour_divisor) == (224, 32, "centre", 1.1)
     assert (data.colour, data.colour_sigma, data.colour_off_epoch, data.scale) == ("deviation", 0.1, 67, "255")
     assert (train.epochs, train.batch_size) == (91, 128)
     assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 0.0005)

@@ -75,7 +75,7 @@ def _facts(config: Config, step: str, manifest: Manifest | None) -> dict[str, st
         "test_factor": str(testing_factor(model)),
         "input": (
             f"(N, {model.channels}, {model.image_px}, {model.image_px}) float32: pixels 0..255, mean '{data.mean}' "
-            f"of the training set subtracted, scale '{data.scale}', divided by {data.divisor}"
+            f"of the training set subtracted, scale '{data.scale}'"
         ),
         "step": step,
         "config": to_toml(config),

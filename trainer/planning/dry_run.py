@@ -76,7 +76,7 @@ class RunPlan:
         config: the recipe.
         device: ``cpu`` or ``cuda:N``.
         processes: 1 or 2.
-        steps_per_epoch: whole batches of the training split.
+        steps_per_epoch: batches of the training split.
         done: steps that a checkpoint has already.
         memory: of each process.
         available_bytes: free memory of the device now; None where that is not known.
@@ -182,14 +182,14 @@ def plan_run(
         device: ``cpu`` or ``cuda:N``.
         measure: time steps of the whole batch; left out where they would not fit into memory.
     """
-    samples = read_manifest(data).splits["train"].num_samples
+    samples, size = read_manifest(data).splits["train"].num_samples, config.train.batch_size
     newest = choose(run) if run is not None else None
     memory, crossings = _count(config, processes, config.train.batch_size // replicas)
     plan = RunPlan(
         config=config,
         device=device,
         processes=processes,
-        steps_per_epoch=samples // config.train.batch_size,
+        steps_per_epoch=-(-samples // size) if config.data.last_batch == "partial" else samples // size,
         done=newest[1].step if newest else 0,
         memory=memory,
         available_bytes=_available_bytes(device),

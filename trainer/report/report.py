@@ -125,7 +125,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
     wrong = np.flatnonzero(result.labels != result.predicted)
     most_confident = heapq.nlargest(NUM_WRONG, wrong.tolist(), key=lambda index: (result.confidence[index], -index))
     shown = dict.fromkeys([*range(min(NUM_FIRST, result.num_samples)), *most_confident])
-    plain = dataclasses.replace(config.data, mean="none", scale="255", colour="none", divisor=1.0)
+    plain = dataclasses.replace(config.data, mean="none", scale="255", colour="none")
     images = _images_at(EvaluationLoader(data, plain, batch_size=size, split=split), {result.keys[i] for i in shown})
     names = [record.title for record in manifest.classes]
     rows = {

@@ -78,6 +78,7 @@ class Trainer:
         self.held_out_errors = self._read_errors()
         self.rates: list[float] = []
         self.ledger: list[dict[str, Any]] = []
+        self.ledger_rows = 0
         self._handshake()
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
@@ -222,10 +223,11 @@ class Trainer:
         self.optimizer.set_rates(rates)
         self.optimizer.step()
         self.step += 1
-        if self.link and not self.ledger:
-            self.ledger = [row.to_dict() for row in self.link.ledger.rows()]
+        rows = len(batch.keys)
+        if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
+            self.ledger, self.ledger_rows = [row.to_dict() for row in self.link.ledger.rows()], rows
         elapsed_s = time.perf_counter() - begin
-        self.rates.append(self.config.train.batch_size / elapsed_s)
+        self.rates.append(rows * self.place.replicas / elapsed_s)
         if self.log:
             row = {
                 "kind": "step",

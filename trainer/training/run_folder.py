@@ -130,7 +130,7 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
     for split in ("train", config.train.evaluate_split):
         if split not in manifest.splits:
             raise ConfigError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
-    if manifest.splits["train"].num_samples < config.train.batch_size:
+    if manifest.splits["train"].num_samples < config.train.batch_size and config.data.last_batch == "drop":
         found = manifest.splits["train"].num_samples
         raise ConfigError(
             f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training pictures"
@@ -150,6 +150,8 @@ def check_replicas(config: Config, replicas: int) -> None:
             f"train.batch_size = {train.batch_size} cannot be divided among {replicas} replicas x train.accumulate = "
             f"{train.accumulate}: use a multiple of {pieces}"
         )
+    if replicas > 1 and config.data.last_batch == "partial":
+        raise ConfigError(f"data.last_batch is 'partial': expected 'drop' with {replicas} replicas")
     if pieces > 1 and any("batch_norm" in text.split() for text in config.model.after):
         raise ConfigError(
             f"model.after has batch_norm, whose statistics are those of a whole batch: {replicas} replicas x "

@@ -42,8 +42,8 @@ class ForwardBackward:
             Mean loss of the rows here; nan on tower b, which does not know it.
         """
         images = images.contiguous(memory_format=torch.channels_last)
-        pieces, total = self._config.accumulate, self._config.batch_size
-        rows, first = len(images), self._coord.replica * len(images)
+        pieces, rows = self._config.accumulate, len(images)
+        first, total = self._coord.replica * rows, self._coord.replicas * rows  # fewer in an epoch's partial last batch
         size = rows // pieces
         self._net.zero_grad(set_to_none=True)
         losses = []

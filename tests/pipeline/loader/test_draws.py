@@ -140,7 +140,8 @@ def test_neighbouring_seeds_get_unrelated_reader_seeds() -> None:
     [
         ("crop_px", 0), ("crop_px", 2.5), ("crop_px", True), ("crop_shared_by", 0), ("mirror", 1.5), ("mirror", "yes"),
         ("mirror", float("nan")), ("mean", "median"), ("scale", "1"), ("colour", "on"), ("colour_sigma", -1.0),
-        ("colour_off_epoch", -2), ("divisor", 0.0), ("shuffle_buffer", 0), ("threads", -1), ("prefetch", 0),
+        ("colour_off_epoch", -2), ("colour_divisor", 0.0), ("shuffle_buffer", 0), ("threads", -1), ("prefetch", 0),
+        ("shuffle", "never"), ("last_batch", "keep"),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_named(field: str, value: object) -> None:

@@ -13,10 +13,12 @@ from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader.batch import Batch
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
+from pipeline.loader.share import BatchShare
 from pipeline.manifest import MANIFEST_NAME, read_manifest
 from tests.helpers.loader_data_set import make_data_set
 
 CONFIG = LoaderConfig(crop_px=12, colour="deviation", mean="pixel", shuffle_buffer=9, threads=1)
+ONCE = dataclasses.replace(CONFIG, shuffle="once", shuffle_buffer=LoaderConfig.shuffle_buffer)
 NUM_TRAIN = 24
 
 
@@ -100,10 +102,57 @@ def test_the_last_partial_batch_is_dropped_and_the_next_epoch_is_whole(data: Pat
         assert len(keys) == len(set(keys)) == 21
 
 
-@pytest.mark.parametrize(("batch_size", "prefetch"), [(4, 1), (5, 2), (5, 5)])
-def test_interrupted_equals_uninterrupted(data: Path, batch_size: int, prefetch: int) -> None:
-    config = LoaderConfig(**{**vars(CONFIG), "prefetch": prefetch})
-    steps = 3 * (NUM_TRAIN // batch_size)
+@pytest.mark.parametrize("last_batch", ["drop", "partial"])
+def test_once_gives_the_stored_order_every_epoch(data: Path, last_batch: str) -> None:
+    config = dataclasses.replace(ONCE, last_batch=last_batch)
+    epochs = read(open_training(data, config=config, batch_size=7), 4)
+    assert epochs[0] == [f"train-{number:08d}" for number in range(21 if last_batch == "drop" else NUM_TRAIN)]
+    assert all(epoch == epochs[0] for epoch in epochs)
+    loader = open_training(data, config=config, batch_size=7)
+    first, second = ([loader.next().draws for _ in range(loader.steps_per_epoch)] for _ in range(2))
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second)), "crops are drawn anew every epoch"
+
+
+@pytest.mark.parametrize("shuffle", ["epoch", "once"])
+@pytest.mark.parametrize("batch_size", [5, 7, 24, 30])
+def test_a_partial_batch_has_the_rest_of_the_epoch(data: Path, shuffle: str, batch_size: int) -> None:
+    """Every key once an epoch; its images are those of the same samples and draws in whole batches."""
+    config = dataclasses.replace(CONFIG if shuffle == "epoch" else ONCE, last_batch="partial")
+    loader = open_training(data, config=config, batch_size=batch_size)
+    one_by_one = open_training(data, config=config, batch_size=1)
+    assert loader.steps_per_epoch == -(-NUM_TRAIN // batch_size)
+    for epoch in range(4):
+        keys: list[str] = []
+        for position in range(loader.steps_per_epoch):
+            batch = loader.next()
+            size = min(batch_size, NUM_TRAIN - position * batch_size)
+            assert (batch.epoch, batch.position, len(batch.keys)) == (epoch, position, size)
+            assert len(batch.images) == len(batch.labels) == len(batch.draws) == size
+            singles = [one_by_one.next() for _ in range(size)]
+            assert batch.keys == sum((single.keys for single in singles), ())
+            assert all(single.images[0].equal(image) for single, image in zip(singles, batch.images, strict=True))
+            keys += batch.keys
+        assert sorted(keys) == [f"train-{number:08d}" for number in range(NUM_TRAIN)]
+
+
+def test_what_does_not_go_together_is_refused(data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shuffle_buffer is 9: expected none beside data\.shuffle = 'once'"):
+        dataclasses.replace(CONFIG, shuffle="once")
+    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.feed = 'split'"):
+        dataclasses.replace(CONFIG, last_batch="partial", feed="split")
+    partial = dataclasses.replace(CONFIG, last_batch="partial")
+    with pytest.raises(ConfigError, match="last_batch is 'partial': expected 'drop' with more than one replica"):
+        open_training(data, config=partial, share=BatchShare(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "changes"),
+    [(4, {"prefetch": 1}), (5, {"prefetch": 2}), (5, {"prefetch": 5}), (7, {"shuffle": "once", "shuffle_buffer": 4096}),
+     (7, {"last_batch": "partial"}), (7, {"shuffle": "once", "shuffle_buffer": 4096, "last_batch": "partial"})],
+)  # fmt: skip
+def test_interrupted_equals_uninterrupted(data: Path, batch_size: int, changes: dict[str, Any]) -> None:
+    config = LoaderConfig(**{**vars(CONFIG), **changes})
+    steps = 3 * (NUM_TRAIN // batch_size + (config.last_batch == "partial"))
     loader = open_training(data, config=config, batch_size=batch_size)
     states, whole = [loader.state()], []
     for _ in range(steps + 3):
@@ -155,7 +204,9 @@ def test_state_tells_the_next_batch(data: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "name"),
     [({"seed": 9}, "seed"), ({"batch_size": 3}, "batch size"), ({"replicas": 2}, "replicas"),
-     ({"config": LoaderConfig(**{**vars(CONFIG), "shuffle_buffer": 8})}, "shuffle_buffer")],
+     ({"config": LoaderConfig(**{**vars(CONFIG), "shuffle_buffer": 8})}, "shuffle_buffer"),
+     ({"config": LoaderConfig(**{**vars(CONFIG), "last_batch": "partial"})}, "last_batch"),
+     ({"config": ONCE}, "shuffle")],
 )  # fmt: skip
 def test_a_state_of_another_run_is_refused_by_name(data: Path, changed: dict[str, Any], name: str) -> None:
     loader = open_training(data)

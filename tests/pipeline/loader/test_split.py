@@ -70,9 +70,9 @@ def read_both(
     "recipe",
     [
         {"mean": "pixel"},
-        {"mean": "centre", "divisor": 1.1},
+        {"mean": "centre", "colour_divisor": 1.1},
         {"mean": "channel", "scale": "std"},
-        {"mean": "none", "scale": "standardise", "divisor": 1.1},
+        {"mean": "none", "scale": "standardise", "colour_divisor": 1.1},
     ],
 )
 def test_split_equals_each(folders: dict[str, Path], encoding: str, recipe: dict[str, object]) -> None:

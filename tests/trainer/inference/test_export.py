@@ -35,7 +35,8 @@ SMALL = [
 ORIGINAL = [
     'model.after=["norm pool relu", "relu norm spatial_norm pool", "relu", "relu", "pool relu"]',
     "model.norm.alpha=2e-5",
-    "data.divisor=1.1",
+    'data.colour="deviation"',
+    "data.colour_divisor=1.1",
 ]
 VARIANTS = {
     "paper": [],
@@ -204,16 +205,16 @@ def test_export_and_import_are_exact(tmp_path, changes):
 
 
 def test_metadata_says_how_the_weights_lie(tmp_path):
-    path = export_run(a_run(tmp_path / "run"), tmp_path / "net.safetensors")
+    path = export_run(a_run(tmp_path / "run", *ORIGINAL), tmp_path / "net.safetensors")
     with safe_open(path, "pt") as file:
         facts = file.metadata()
     assert json.loads(facts["groups"])["conv2"] == 2
     assert json.loads(facts["groups"])["conv3"] == 1
     assert facts["step"] == "3"
-    assert "(N, 3, 80, 80)" in facts["input"]
+    assert "(N, 3, 80, 80)" in facts["input"] and "divided" not in facts["input"]
     toml = tmp_path / "recipe.toml"
     toml.write_text(facts["config"])
-    assert load_config(toml) == recipe()
+    assert load_config(toml) == recipe(*ORIGINAL)
 
 
 def test_weights_of_another_net_are_refused_by_name(tmp_path):

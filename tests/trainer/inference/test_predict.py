@@ -25,7 +25,7 @@ pytestmark = pytest.mark.numeric
 NUM_VAL = 6
 RECIPES = [
     LoaderConfig(crop_px=32),
-    LoaderConfig(crop_px=30, mean="centre", divisor=1.1),
+    LoaderConfig(crop_px=30, mean="centre", colour="deviation", colour_divisor=1.1),
     LoaderConfig(crop_px=33, mean="channel", scale="std", colour="deviation"),
     LoaderConfig(crop_px=32, mean="none", scale="standardise"),
 ]
