@@ -1,4 +1,4 @@
-"""``data.last_batch = "partial"``: the last, smaller batch of an epoch is trained too, by the mean over its own rows."""
+"""``data.last_batch = "partial"``: an epoch's last, smaller batch is trained too, by the mean over its own rows."""
 
 import json
 import shutil
