@@ -227,7 +227,7 @@ class Trainer:
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
             self.ledger, self.ledger_rows = [row.to_dict() for row in self.link.ledger.rows()], rows
         elapsed_s = time.perf_counter() - begin
-        self.rates.append(rows * self.place.replicas / elapsed_s)
+        self.rates.append(rows * self.coord.replicas / elapsed_s)
         if self.log:
             row = {
                 "kind": "step",
