@@ -23,10 +23,6 @@ def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
     try:
-        if getattr(arguments, "data", None) is not None:
-            from pipeline.loader.staging import stage
-
-            arguments.data = stage(arguments.data)  # a URL becomes a local folder
         return arguments.command(arguments)
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,30 +39,40 @@ def _load(arguments: argparse.Namespace) -> "Config":
     return load_config(arguments.config or Path(__file__).parent.parent / "configs" / "paper.toml", arguments.set)
 
 
+def _stage(arguments: argparse.Namespace) -> None:
+    """Makes a local folder of a data set at a URL."""
+    if arguments.data is not None:
+        from pipeline.loader.staging import stage
+
+        arguments.data = stage(arguments.data)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     """Opens the run once, then starts the towers; under torchrun this process is one of them."""
     from pipeline.manifest import read_manifest
     from trainer.errors import ConfigError
-    from trainer.parallel import launch
-    from trainer.training import run_folder as run
+    from trainer.training import run_folder
 
     config = _load(arguments)
-    run.check_fits(config, read_manifest(arguments.data), arguments.data)
-    launch.choose_device(arguments.device)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise ConfigError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     if arguments.replicas > 1 and arguments.processes == 1:
         raise ConfigError("--replicas: a replica is a pair of processes; add --processes 2")
-    run.check_replicas(config, _replicas(arguments))
+    run_folder.check_replicas(config, _replicas(arguments))
+    _stage(arguments)
+    run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
+    from trainer.parallel import launch  # imports torch: what can be refused without it has been
+
+    device = launch.choose_device(arguments.device)
     if arguments.dry_run:
-        return _dry_run(arguments, config)
+        return _dry_run(arguments, config, device)
     if os.environ.get("RANK", "0") == "0":
         resume = arguments.resume == "auto"
-        run.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
+        run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
     if "RANK" in os.environ:
         return _join_and_train(arguments, config)
     if arguments.processes == 1:
-        return _work(arguments, config, None, launch.choose_device(arguments.device))
+        return _work(arguments, config, None, device)
     status = launch.start_towers(
         arguments.run,
         arguments.data,
@@ -75,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> int:
         replicas=arguments.replicas,
         profile_steps=arguments.profile,
     )
-    run.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
+    run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
 
 
@@ -85,7 +91,7 @@ def _replicas(arguments: argparse.Namespace) -> int:
     Raises:
         PeerError: torchrun started processes that make no pairs.
     """
-    from trainer.parallel.mesh import check_world
+    from trainer.config import check_world
 
     if "RANK" not in os.environ:
         return int(arguments.replicas)
@@ -131,13 +137,11 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
     return 0 if result.exit_reason == "finished" else 3
 
 
-def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
+def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> int:
     """Says what training would take."""
-    from trainer.parallel.launch import choose_device
     from trainer.planning.dry_run import plan_run
     from trainer.planning.dry_run_output import print_plan
 
-    device = choose_device(arguments.device)
     run = arguments.run if arguments.resume == "auto" else None
     processes, replicas = arguments.processes, arguments.replicas
     plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
@@ -145,8 +149,17 @@ def _dry_run(arguments: argparse.Namespace, config: "Config") -> int:
     return 0
 
 
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Refuses a run that is none, and stages the data set, before torch is imported."""
+    from trainer.training.run_folder import read_run_config
+
+    read_run_config(arguments.run)
+    _stage(arguments)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
+    _check_run(arguments)
     from pipeline.manifest import read_manifest
     from trainer.inference import confusion
     from trainer.parallel.launch import choose_device
@@ -177,6 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of pictures; status 3 where some could not be used."""
+    _check_run(arguments)
     from trainer.inference import output as prediction_output
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
@@ -244,6 +258,7 @@ def _scale(arguments: argparse.Namespace, config: "Config") -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Writes the report and prints where it is."""
+    _stage(arguments)
     from trainer.report.report import write_report
 
     print(write_report(arguments.run, arguments.data))
@@ -252,6 +267,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     """Writes the weights and prints where they are."""
+    _check_run(arguments)
     from trainer.inference.export import export_run
 
     print(export_run(arguments.run, arguments.output, data=arguments.data, which=arguments.checkpoint))
@@ -268,6 +284,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
+    _stage(arguments)
     from trainer.bench.command import run
 
     return run(arguments, _load)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import PipelineError
 from pipeline.loader.config import LoaderConfig
 from trainer.config_toml import build, dump, override, require
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, PeerError
 
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -325,6 +325,12 @@ class Config:
     def fingerprint(self) -> str:
         """sha256 of the resolved recipe: equal on every rank of a run, and kept in checkpoints."""
         return hashlib.sha256(to_toml(self).encode()).hexdigest()
+
+
+def check_world(world: int) -> None:
+    """Raises PeerError for a number of processes that makes no pairs."""
+    if world % 2 or world < 2:
+        raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.config import TOWERS
+from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
 from trainer.parallel.link import Ledger, Link
 
@@ -202,12 +202,6 @@ def connect(timeout_s: float, backend: str) -> Mesh:
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
     return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
-
-
-def check_world(world: int) -> None:
-    """Raises PeerError for a number of processes that makes no pairs."""
-    if world % 2 or world < 2:
-        raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
 
 
 def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:

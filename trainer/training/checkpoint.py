@@ -16,17 +16,16 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import sync_folder, write_atomic
 from trainer.errors import CheckpointError
-from trainer.model.alexnet import AlexNet
-from trainer.training.optimizer import PaperSGD
+
+if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
+    from torch import Tensor
+
+    from trainer.model.alexnet import AlexNet
+    from trainer.training.optimizer import PaperSGD
 
 RECORD = "checkpoint.json"
 
@@ -55,15 +54,17 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def snapshot(net: AlexNet, optimizer: PaperSGD) -> dict[str, dict[str, Tensor]]:
+def snapshot(net: "AlexNet", optimizer: "PaperSGD") -> "dict[str, dict[str, Tensor]]":
     """A copy of the towers that this process holds, as they are written: ``{tower: {name: tensor on the CPU}}``."""
+    import torch
+
     return {
         tower: {name: part.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, part in parts.items()}
         for tower, parts in net.split_towers(_tensors(net, optimizer)).items()
     }
 
 
-def _tensors(net: AlexNet, optimizer: PaperSGD | None) -> dict[str, Tensor]:
+def _tensors(net: "AlexNet", optimizer: "PaperSGD | None") -> "dict[str, Tensor]":
     """Weights and running statistics, and the velocities where an optimizer is given; not copies."""
     tensors: dict[str, Tensor] = dict(net.state_dict())
     if optimizer is not None:
@@ -71,8 +72,10 @@ def _tensors(net: AlexNet, optimizer: PaperSGD | None) -> dict[str, Tensor]:
     return tensors
 
 
-def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
+def write_towers(folder: Path, towers: "Mapping[str, dict[str, Tensor]]") -> None:
     """Writes a :func:`snapshot` into an unfinished folder (see :func:`unfinished`)."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in towers.items():
         path = folder / f"tower-{name}.safetensors"
@@ -81,7 +84,7 @@ def write_towers(folder: Path, towers: Mapping[str, dict[str, Tensor]]) -> None:
             os.fsync(file.fileno())
 
 
-def save_towers(folder: Path, net: AlexNet, optimizer: PaperSGD) -> None:
+def save_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD") -> None:
     """Writes the towers that this process holds into an unfinished folder."""
     write_towers(folder, snapshot(net, optimizer))
 
@@ -205,13 +208,16 @@ def read_record(folder: Path) -> CheckpointRecord:
     return record
 
 
-@torch.no_grad()
-def load_towers(folder: Path, net: AlexNet, optimizer: PaperSGD | None = None) -> None:
+def load_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD | None" = None) -> None:
     """Loads the towers that this process holds, and their velocities where an optimizer is given.
 
     Raises:
         CheckpointError: a file does not fit the net.
     """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     for tower, parts in net.split_towers(_tensors(net, optimizer)).items():
         path = folder / f"tower-{tower}.safetensors"
         try:
@@ -223,7 +229,8 @@ def load_towers(folder: Path, net: AlexNet, optimizer: PaperSGD | None = None) -
             if tensor is None or tensor.shape != target.shape:
                 found = "nothing" if tensor is None else tuple(tensor.shape)
                 raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
-            target.copy_(tensor)
+            with torch.no_grad():
+                target.copy_(tensor)
 
 
 def _facts(path: Path) -> dict[str, Any]:

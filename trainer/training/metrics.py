@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.manifest import write_atomic
-from trainer.model import kernels
 from trainer.training.epochs import EpochTable
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -23,6 +21,10 @@ WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these st
 
 def describe_environment(argv: list[str]) -> dict[str, Any]:
     """Commit, versions and machine, so that a figure can be traced."""
+    import torch  # takes a second, which what only refuses an option need not wait for
+
+    from trainer.model import kernels
+
     return {
         "command": " ".join(argv),
         "commit": _commit(),
