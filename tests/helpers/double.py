@@ -24,8 +24,8 @@ def use_float64() -> None:
     def in_float64(net: AlexNet, images: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return forward(net, images.double(), *arguments)
 
-    def start(command: Sequence[str], world: int) -> int:
-        return run_towers([__spec__.name if word == "trainer" else word for word in command], world)
+    def start(command: Sequence[str], world: int, **more: Any) -> int:
+        return run_towers([__spec__.name if word == "trainer" else word for word in command], world, **more)
 
     AlexNet.forward = in_float64  # type: ignore[method-assign]
     launch.run_towers = start

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from trainer.config import NormConfig
 from trainer.model import kernels
+from trainer.model.kernels.interface import BETA, SIZES, Kernels, Norm
 
 BLOCK_ELEMENTS = 1 << 18  # elements a pass on a CPU: 1 MiB, so that the few scratch tensors stay in a core's cache
 
@@ -88,7 +89,7 @@ class _KernelResponseNorm(torch.autograd.Function):
     """The same across maps, a ReLU before it where asked for, by compiled kernels. Saves x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: kernels.Norm, functions: kernels.Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm, functions: Kernels) -> Tensor:
         ctx.save_for_backward(x)
         ctx.arguments = (norm, functions)
         return functions.norm_forward(x, norm)
@@ -232,8 +233,8 @@ def response_norm(
     """
     maps = maps or x.shape[1]
     rows = x.is_contiguous(memory_format=torch.channels_last)
-    if rows and size in kernels.SIZES and beta == kernels.BETA and (functions := kernels.of(x)):
-        norm = kernels.Norm(x.numel() // maps, maps, size, alpha, k, rectify)
+    if rows and size in SIZES and beta == BETA and (functions := kernels.of(x)):
+        norm = Norm(x.numel() // maps, maps, size, alpha, k, rectify)
         return _KernelResponseNorm.apply(x, norm, functions)
     x = x.relu_() if rectify else x
     if rows and x.device.type == "cpu":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from trainer.config import TOWERS
 from trainer.errors import RunError
+from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
@@ -79,10 +80,10 @@ def start_towers(
     command += ["--device", device] if device else []
     command += ["--skip-list", str(skip_list)] if skip_list else []
     command += ["--profile", str(profile_steps)] if profile_steps else []
-    return run_towers(command, 2 * replicas)
+    return run_towers(command, 2 * replicas, device=choose_device(device))
 
 
-def run_towers(command: Sequence[str], world: int) -> int:
+def run_towers(command: Sequence[str], world: int, *, device: str = "cpu") -> int:
     """Runs a command as ``world`` towers on this machine, each with its share of the cores, to the end of all.
 
     SIGTERM and SIGINT are passed on; in training each tower then finishes its step and saves. If one tower ends badly,
@@ -95,7 +96,7 @@ def run_towers(command: Sequence[str], world: int) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // world)
     children = []
     for rank in range(world):
-        environment = tower_environment(rank, store.port, world)
+        environment = tower_environment(rank, store.port, world) | kernels.environment(device)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
     with _passing_signals(children):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.config import OptimizerConfig
 from trainer.model import kernels
 from trainer.model.alexnet import layer_of
+from trainer.model.kernels.interface import Factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class PaperSGD(torch.optim.Optimizer):
             if rest and (guard is None or guard):
                 self._foreach(rest, factors)
 
-    def _fused(self, parameter: Tensor, factors: kernels.Factors, guard: Tensor | None) -> bool:
+    def _fused(self, parameter: Tensor, factors: Factors, guard: Tensor | None) -> bool:
         """The rule in one pass over memory, where there is a kernel for it."""
         velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
         dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
@@ -104,7 +105,7 @@ class PaperSGD(torch.optim.Optimizer):
         torch.autograd.graph.increment_version((parameter, velocity))
         return True
 
-    def _foreach(self, weights: list[Tensor], factors: kernels.Factors) -> None:
+    def _foreach(self, weights: list[Tensor], factors: Factors) -> None:
         """The rule in four passes, for any tensors."""
         momentum, decay, rate = factors
         velocities = [self.velocity(parameter) for parameter in weights]

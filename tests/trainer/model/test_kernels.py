@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from trainer.config import OptimizerConfig
 from trainer.model import kernels
+from trainer.model.kernels import cpp
 from trainer.model.response_norm import response_norm
 from trainer.training.optimizer import PaperSGD, Rates
 
@@ -178,8 +179,8 @@ def test_a_guard_of_zero_leaves_everything_as_it_was() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder that is not there yet, and a compiler that copies a library made before and counts its calls."""
     made = tmp_path / "made.so"
-    plain = [flag for flag in kernels.FLAGS if not flag.startswith(("-O", "-march"))]
-    command = [*kernels._compiler(), *plain, str(kernels.SOURCE), "-o", str(made)]
+    plain = [flag for flag in cpp.FLAGS if not flag.startswith(("-O", "-march"))]
+    command = [*cpp._compiler(), *plain, str(cpp.SOURCE), "-o", str(made)]
     subprocess.run(command, check=True)
     script = tmp_path / "compiler"
     script.write_text(
@@ -202,7 +203,7 @@ def test_a_library_is_kept_and_a_damaged_or_foreign_one_is_made_again(cache: Pat
     """Torn in the middle; empty; another user's; something else with a right digest."""
     foreign = b"\x7fELF of another machine"
     cache.mkdir(mode=0o700, parents=True)
-    library = cache / f"kernels-{kernels._fingerprint(kernels._compiler())}.so"
+    library = cache / f"kernels-{cpp._fingerprint(cpp._compiler())}.so"
     library.write_bytes(foreign + hashlib.sha256(foreign).digest())
     assert kernels.load.__wrapped__() and kernels.load.__wrapped__() and calls(cache) == 1
     whole = library.read_bytes()
@@ -255,12 +256,16 @@ def test_without_a_compiler_torch_does_it_and_one_line_says_so(
     monkeypatch.setenv(kernels.SWITCH, "")
     if compiler is None:
         monkeypatch.setenv("PATH", str(tmp_path))
-    found = kernels.load.__wrapped__()
+    load = kernels.load
+    found = load.__wrapped__()
     said = capsys.readouterr().err
     assert found is None and message in said and said.count("\n") == 1
-    assert kernels.load.__wrapped__() is None and not capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(kernels, "load", lambda: None)
+    assert kernels.environment("cpu") == {kernels.SWITCH: "off"}  # processes started from here need not try, nor say
+    with monkeypatch.context() as switched:
+        switched.setenv(kernels.SWITCH, "off")
+        assert load.__wrapped__() is None and not capsys.readouterr().err
     assert kernels.describe("cpu") == "torch"
     assert kernels.of(x) is None
     torch.testing.assert_close(response_norm(x, size=5, maps=9, rectify=True, **CONSTANTS), compiled)
@@ -271,7 +276,7 @@ def test_a_second_openmp_runtime_is_refused(cache: Path, monkeypatch: pytest.Mon
     """Both would keep a thread a core."""
     monkeypatch.setenv(kernels.SWITCH, "")
     answers = iter([{"/lib/libgomp.so.1"}, {"/lib/libgomp.so.1", "/lib/libiomp5.so"}])
-    monkeypatch.setattr(kernels, "openmp_runtimes", lambda: next(answers))
+    monkeypatch.setattr(cpp, "openmp_runtimes", lambda: next(answers))
     assert kernels.load.__wrapped__() is None
     assert "a second OpenMP runtime would be loaded, /lib/libiomp5.so" in capsys.readouterr().err
 
@@ -279,11 +284,12 @@ def test_a_second_openmp_runtime_is_refused(cache: Path, monkeypatch: pytest.Mon
 FRESH = """
 import torch
 from trainer.model import kernels
+from trainer.model.kernels import cpp
 from trainer.model.response_norm import response_norm
 torch.set_num_threads(2)
 x = torch.randn(2, 96, 55, 55).to(memory_format=torch.channels_last)
 response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0, maps=48)
-print(kernels.describe("cpu"), len(kernels.openmp_runtimes()))
+print(kernels.describe("cpu"), len(cpp.openmp_runtimes()))
 """
 
 
@@ -296,4 +302,4 @@ def test_two_processes_may_build_at_once_and_have_one_openmp_runtime_each(cache:
     assert [process.communicate()[0].strip() for process in processes] == ["C++ 1", "C++ 1"]
     (library,) = cache.iterdir()
     assert oct(cache.stat().st_mode & 0o777) == "0o700"
-    assert kernels._is_whole(library)
+    assert cpp._is_whole(library)

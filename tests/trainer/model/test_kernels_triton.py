@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.model import kernels
+from trainer.model.kernels import interface
 from trainer.model.response_norm import _KernelResponseNorm, response_norm
 
 pytestmark = pytest.mark.numeric
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.numeric
 pytest.importorskip("triton", reason="comes with torch's CUDA wheels")
 
 
-def check_norm(functions: kernels.Kernels, device: str) -> None:
+def check_norm(functions: interface.Kernels, device: str) -> None:
     """Values and gradients of all sizes and dtypes against the torch operations in float64; two towers."""
     for dtype, step in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
-        for size in kernels.SIZES:
+        for size in interface.SIZES:
             for rectify in (False, True):
                 x = (torch.randn(3, 18, 5, 7, device=device) * 3).to(dtype).to(memory_format=torch.channels_last)
                 x, g = x.requires_grad_(), torch.randn_like(x)
-                norm = kernels.Norm(x.numel() // 9, 9, size, 0.2, 2.0, rectify)
+                norm = interface.Norm(x.numel() // 9, 9, size, 0.2, 2.0, rectify)
                 y = _KernelResponseNorm.apply(x, norm, functions)
                 y.backward(g)
                 exact = x.detach().double().contiguous().requires_grad_()
@@ -35,16 +35,16 @@ def check_norm(functions: kernels.Kernels, device: str) -> None:
                 torch.testing.assert_close(x.grad.double(), exact.grad, rtol=step, atol=4 * step)
 
 
-def check_not_finite(functions: kernels.Kernels, device: str) -> None:
+def check_not_finite(functions: interface.Kernels, device: str) -> None:
     """NaN comes out where it goes in and beside it, and nowhere else."""
     x = torch.randn(1, 12, 2, 2, device=device).to(memory_format=torch.channels_last)
     x[0, 5, 1, 1] = float("nan")
     for rectify in (False, True):
-        y = functions.norm_forward(x, kernels.Norm(4, 12, 5, 0.2, 2.0, rectify))
+        y = functions.norm_forward(x, interface.Norm(4, 12, 5, 0.2, 2.0, rectify))
         assert [index[1] for index in y.isnan().nonzero().tolist()] == [3, 4, 5, 6, 7]
 
 
-def check_update(functions: kernels.Kernels, device: str) -> None:
+def check_update(functions: interface.Kernels, device: str) -> None:
     """Against the formula; guards of 0 and 1."""
     for guard in (None, 1.0, 0.0):
         w, v, g = torch.randn(3, 2500, device=device)

@@ -1,117 +1,34 @@
-"""The loops of ``kernels.cpp``, compiled at first use for this very processor, and the Triton ones of a GPU.
+"""Compiled kernels where they can be had: ``cpp.py`` on a CPU, ``triton.py`` on a GPU.
 
 A compiler is no requirement: without one, or with ``TWOTOWER_KERNELS=off``, the same is done by torch operations, and
-one line says so. The library lies in ``$XDG_CACHE_HOME/twotower`` (``~/.cache/twotower``) under a name that depends on
-the source, the compiler and the processor; its last bytes are the digest of what is before them.
+one line says so. The first tensor that asks has them built; :func:`of` and :func:`describe` do that.
 """
 
-import contextlib
-import ctypes
 import functools
-import hashlib
 import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trainer.model.kernels.cpp import CppKernels, KernelError, open_library
+from trainer.model.kernels.interface import DTYPES, Kernels
+
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-COMPILERS = ("c++", "g++", "clang++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # as by_type() in kernels.cpp numbers them
-SIZES, BETA = (3, 5, 7), 0.75  # of the response normalisation; the paper's are 5 and 0.75
-Factors = tuple[float, float, float]  # momentum, weight decay times rate, rate
-OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
-
-
-class KernelError(Exception):
-    """There are no compiled kernels; says why."""
-
-
-class Norm(ctypes.Structure):
-    """``struct Norm`` of ``kernels.cpp``."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("maps", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("alpha", ctypes.c_double),
-        ("k", ctypes.c_double),
-        ("rectify", ctypes.c_bool),
-    )
-
-
-class Kernels(Protocol):
-    """What compiled kernels do, in C++ or in Triton."""
-
-    def norm_forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """The normalised maps, like x, which is dense: ``norm.rows`` rows of ``norm.maps`` maps."""
-
-    def norm_backward(self, x: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
-        """The gradient to x; ``gradient`` has x's dtype and strides."""
-
-    def update(self, w: Tensor, v: Tensor, g: Tensor, factors: Factors, guard: Tensor | None) -> None:
-        """``v = momentum v - decay w - rate g; w = w + v`` in place, of dense tensors of one dtype and layout.
-
-        Args:
-            w: weights.
-            v: velocity.
-            g: gradient.
-            factors: momentum, decay times rate, rate.
-            guard: a scalar on the same device; where it is 0, nothing is done.
-        """
-
-
-class CppKernels:
-    """:class:`Kernels` of CPU tensors. Rows and elements are independent: any number of threads gives the same bits.
-
-    Args:
-        library: ``kernels.cpp``, compiled and loaded.
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.norm_forward.argtypes = (number, pointer, pointer, ctypes.POINTER(Norm), number)
-        library.norm_backward.argtypes = (number, *[pointer] * 3, ctypes.POINTER(Norm), number)
-        library.sgd_update.argtypes = (number, *[pointer] * 3, count, *[ctypes.c_double] * 3, number)
-        for function in (library.norm_forward, library.norm_backward, library.sgd_update):
-            function.restype = None
-
-    def norm_forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """See :class:`Kernels`."""
-        y = torch.empty_like(x)
-        self._library.norm_forward(DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), norm, torch.get_num_threads())
-        return y
-
-    def norm_backward(self, x: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
-        """See :class:`Kernels`."""
-        dx, threads = torch.empty_like(x), torch.get_num_threads()
-        pointers = x.data_ptr(), gradient.data_ptr(), dx.data_ptr()
-        self._library.norm_backward(DTYPES[x.dtype], *pointers, norm, threads)
-        return dx
-
-    def update(self, w: Tensor, v: Tensor, g: Tensor, factors: Factors, guard: Tensor | None) -> None:
-        """See :class:`Kernels`."""
-        if guard is None or guard:
-            pointers = w.data_ptr(), v.data_ptr(), g.data_ptr()
-            self._library.sgd_update(DTYPES[w.dtype], *pointers, w.numel(), *factors, torch.get_num_threads())
 
 
 def of(x: Tensor) -> Kernels | None:
-    """The kernels that work on tensors like x, if there are any."""
+    """The kernels that work on tensors like x, if there are any; built at the first call."""
     if x.device.type == "cpu":
         return load() if x.dtype in DTYPES else None
     return load_triton() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def describe(device: str) -> str:
+    """Which kernels work on a device, built at the first call: ``C++``, ``Triton`` or ``torch``."""
+    if device.startswith("cuda"):
+        return "Triton" if load_triton() else "torch"
+    return "C++" if load() else "torch"
 
 
 @functools.cache
@@ -120,9 +37,9 @@ def load() -> CppKernels | None:
     if os.environ.get(SWITCH) == "off":
         return None
     try:
-        return CppKernels(_open_library())
+        return CppKernels(open_library())
     except KernelError as error:
-        _do_without(str(error))
+        _say(str(error))
         return None
 
 
@@ -138,138 +55,17 @@ def load_triton() -> Kernels | None:
         w, v, g = torch.ones(3, 1, device="cuda").unbind()
         found.update(w, v, g, (1.0, 0.0, 0.0), None)
     except Exception as error:  # Triton needs a C compiler and a GPU that it knows, and says so in many ways
-        _do_without(f"{type(error).__name__}: {error}".splitlines()[0])
+        _say(f"{type(error).__name__}: {error}".splitlines()[0])
         return None
     return found
 
 
-def _do_without(why: str) -> None:
-    """One line: what is missing costs time and changes nothing else. Processes started from here need not try again."""
-    os.environ[SWITCH] = "off"
+def environment(device: str) -> dict[str, str]:
+    """For processes started from here: what could not be had for this device, they need not try again, nor say."""
+    return {SWITCH: "off"} if describe(device) == "torch" else {}
+
+
+def _say(why: str) -> None:
+    """One line: what is missing costs time and changes nothing else."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: torch operations instead of compiled kernels, slower: {why}", file=sys.stderr, flush=True)
-
-
-def describe(device: str) -> str:
-    """Which kernels work on a device: ``C++``, ``Triton`` or ``torch``."""
-    if device.startswith("cuda"):
-        return "Triton" if load_triton() else "torch"
-    return "C++" if load() else "torch"
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries lie; the user's own."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "twotower"
-
-
-def _open_library() -> ctypes.CDLL:
-    """Compiles where the cache has no whole library of this name, and loads it.
-
-    Raises:
-        KernelError: it cannot be had.
-    """
-    command = _compiler()
-    before = openmp_runtimes()
-    try:
-        library = _cached_or_built(command)
-    except OSError as error:
-        raise KernelError(f"the compiled library does not load ({error})") from None
-    if more := openmp_runtimes() - before:
-        raise KernelError(f"a second OpenMP runtime would be loaded, {', '.join(sorted(more))}")
-    return library
-
-
-def _cached_or_built(command: list[str]) -> ctypes.CDLL:
-    """The library from the cache, or a new one, which is left in the cache where that can be written."""
-    name = f"kernels-{_fingerprint(command)}.so"
-    try:
-        cached = cache_folder() / name
-    except RuntimeError:  # no home folder
-        cached = None
-    if cached and _is_whole(cached):
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(cached))
-    with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
-        built = Path(folder) / name
-        _build(command, built)
-        with contextlib.suppress(OSError):
-            if cached:
-                _publish(built, cached)
-                return ctypes.CDLL(str(cached))
-        return ctypes.CDLL(str(built))
-
-
-def _compiler() -> list[str]:
-    """The command of the C++ compiler: ``$CXX``, or the first of ``COMPILERS`` there is."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [[name] for name in COMPILERS]:
-        if shutil.which(command[0]):
-            return command
-    raise KernelError(f"no C++ compiler: {named[0] if named else ', '.join(COMPILERS)} not found")
-
-
-def _fingerprint(command: list[str]) -> str:
-    """Names what a compiled library depends on: source, flags, compiler, processor."""
-    try:
-        version = subprocess.run([*command, "--version"], capture_output=True, timeout=60, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{command[0]} does not run ({error})") from None
-    processor = platform.processor() + platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    parts = (SOURCE.read_bytes(), version, processor.encode(), " ".join([*command, *FLAGS]).encode())
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
-
-
-def _build(command: list[str], path: Path) -> None:
-    """Compiles ``kernels.cpp`` and appends the digest.
-
-    Raises:
-        KernelError: with the compiler's first words.
-    """
-    try:
-        whole = [*command, *FLAGS, str(SOURCE), "-o", str(path)]
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=300, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{command[0]} does not run ({error})") from None
-    if done.returncode or not path.is_file():
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise KernelError(f"{command[0]} ends with status {done.returncode}: {said}")
-    content = path.read_bytes()
-    path.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a library is this user's and ends with the digest of the rest; a torn one could end the process."""
-    try:
-        if path.stat().st_uid != os.getuid():
-            return False
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def _publish(built: Path, cached: Path) -> None:
-    """Copies a library into the cache under a name of its own, then renames it: two towers may do so at once."""
-    cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=cached.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(built.read_bytes())
-        Path(temporary).chmod(0o700)
-        Path(temporary).replace(cached)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def openmp_runtimes() -> set[str]:
-    """Files of the OpenMP runtimes in this process; two of them would fight over the cores."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:  # not Linux
-        return set()
-    return {path for line in lines if OPENMP.search(path := line.split(maxsplit=5)[-1])}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernels import Factors, Norm
+from trainer.model.kernels.interface import Factors, Norm
 
 BLOCK = 1024  # elements a program
 FUSED = {
