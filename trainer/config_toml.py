@@ -1,4 +1,8 @@
-"""Between TOML and frozen dataclasses: every key known, every value of its field's type, and back to text."""
+"""Between TOML and frozen dataclasses: every key known, every value of its field's type, and back to text.
+
+Ninety lines instead of a library (msgspec, dacite): those name an unknown key, but not the nearest known one, and none
+of them writes TOML back, which makes RUN/config.toml.
+"""
 
 import dataclasses
 import difflib

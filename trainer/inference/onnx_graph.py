@@ -1,7 +1,8 @@
 """The merged net as an ONNX graph, written node by node: input ``images``, output ``logits``, both with a free batch.
 
-Built from the recipe rather than traced, so that every node has the layer's name and response normalisation is ONNX's
-own ``LRN``, one a tower. ONNX divides alpha by ``size``; the recipe's alpha is on the sum. The factor of dropout in
+Built from the recipe rather than by ``torch.onnx.export``, which would take response normalization apart into a dozen
+nodes and need onnxscript; here every node has its layer's name, and response normalization is ONNX's own ``LRN``, one
+for each tower. ONNX divides alpha by ``size``; the recipe's alpha is on the sum. The factor of dropout in
 testing is a node of its own.
 """
 
