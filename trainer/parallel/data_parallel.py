@@ -1,7 +1,7 @@
 """Gradients of one tower, summed over its replicas: flat buckets that travel while the backward still runs.
 
-What ``DistributedDataParallel`` does, without two things that are in the way here: it wraps the module, so that names of
-parameters change, and a lost peer ends as its own exception, which does not say which rank was lost and why (see
+What ``DistributedDataParallel`` does, without two things that are in the way here: it wraps the module, which changes
+the names of parameters, and a lost peer ends as its own exception, which does not say which rank was lost and why (see
 :class:`trainer.parallel.mesh.FailureStore`). Bytes are booked in the ledger.
 """
 
