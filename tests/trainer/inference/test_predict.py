@@ -115,6 +115,7 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("views", ["centre", "ten"])
 def test_predictions_are_those_of_an_evaluation(run_and_data, tmp_path, views):
+    """Batches of other sizes add in another order; what that makes of a probability: see test_evaluate.py."""
     run, data = run_and_data
     evaluation = evaluate_run(run, data, views=views)
     files = [source_file(tmp_path, 1000 + i, (32, 32), 1) for i in range(NUM_VAL)]

@@ -144,6 +144,10 @@ def test_command_prints_table_picture_and_json(run_and_data, tmp_path, monkeypat
 
 
 def test_ten_views_of_a_run_by_hand(run_and_data):
+    """A probability is off by its share of what its logit is off by, in fp32.
+
+    Logits up to 10, eight layers, sums of up to 288 products, a random walk: 10 x 8 sqrt(288) 2^-24 = 8e-5.
+    """
     run, data = run_and_data
     loaded = load_network(run)
     net, config = loaded.net, loaded.config
@@ -151,4 +155,4 @@ def test_ten_views_of_a_run_by_hand(run_and_data):
     loader = EvaluationLoader(data, config.data, batch_size=1, views="ten")
     with torch.no_grad():
         shares = [functional.softmax(net(batch.images[0]), dim=1).mean(0) for batch in loader]
-    np.testing.assert_allclose(found.confidence, torch.stack(shares).max(1).values, rtol=1e-5)
+    np.testing.assert_allclose(found.confidence, torch.stack(shares).max(1).values, rtol=1e-4)
