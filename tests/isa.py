@@ -83,6 +83,7 @@ def run(row: Row, selected: str, words: list[str]) -> tuple[bool, str]:
     """One pytest; whether it passed, and its summary with the names of what failed."""
     onednn, aten, threads, compiled = row
     settings = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten, "OMP_NUM_THREADS": threads}
+    settings["OMP_WAIT_POLICY"] = "PASSIVE"  # more threads than cores: those that wait must not hold up those that work
     environment = {key: value for key, value in os.environ.items() if key not in ("CXX", "TWOTOWER_KERNELS")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selected, *words]
     done = subprocess.run(

@@ -26,7 +26,7 @@ from trainer.training.checkpoint import checkpoints, folder_of
 STEPS = 1437 // 128
 ROUND_PIXELS = (  # whatever makes floats of them rounds nothing; conv1 is scaled for them, and must not run away
     "data.mean=none",
-    "data.scale=255",
+    'data.scale="255"',
     "model.init_std=[0.0022, 0.12, 0.1, 0.1, 0.1, 0.12, 0.12, 0.1]",
     'optimizer.late=[{layer="conv1", epoch=0, learning_rate=0, bias_learning_rate=0}]',
 )
