@@ -28,7 +28,7 @@ def test_equals_torch_whose_alpha_is_divided_by_size(
 ) -> None:
     """Values and gradients of nn.LocalResponseNorm(5, 5 alpha).
 
-    At most 15 roundings lie between x and a value, 36 between x and a gradient; that is a difference of numbers below 8.
+    At most 15 roundings lie between x and a value, 36 between x and a gradient, a difference of numbers below 8.
     """
     x = (torch.randn(2, maps, 9, 9, dtype=dtype) * 30).to(memory_format=memory_format).requires_grad_()
     rounding = torch.finfo(dtype).eps / 2
