@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster import commands
 from cluster.errors import ClusterError
 from cluster.local import default_folder
-from cluster.training import ray_train as training
+from cluster.training import ray_train
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -78,7 +78,7 @@ def _add_cluster_commands(add: Add) -> None:
             metavar="DIR",
             help="sockets and logs of the local cluster (default: %(default)s)",
         )
-    up.add_argument("--cpus", type=int, default=0, metavar="N", help="CPUs a node offers (default: all cores, shared)")
+    up.add_argument("--cpus", type=int, default=0, metavar="N", help="CPUs per node (default: all cores, shared)")
     up.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes on this machine (default: 1)")
     up.add_argument("--dashboard-port", type=int, default=8265, metavar="N", help="0: any (default: 8265)")
     up.add_argument(
@@ -108,7 +108,7 @@ def _add_job_commands(add: Add) -> None:
         "--every-node", action="store_true", help="run it on every node at once, for example a benchmark"
     )
     submit.add_argument("--print", action="store_true", help="only print the equal `ray job submit` command")
-    training.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
+    ray_train.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
     submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
     status = add(commands.status, "show jobs: state, progress, exit code", "python -m cluster status --json")
     status.add_argument("id", nargs="?", metavar="ID", help="one job (default: all)")

@@ -20,16 +20,13 @@ import requests
 
 from cluster import local
 from cluster.__main__ import main
-from cluster.auth import ensure_token, mode_too_wide, read_token
 from cluster.commands import full_disks
 from cluster.doctor import check_cluster
 from cluster.errors import ClusterError
 from cluster.host_checks import check_token
-from cluster.jobs import client
-from cluster.jobs import submission as jobs
-from cluster.jobs.bar import BarStream
-from cluster.jobs.client import Client, dashboard_address
-from cluster.jobs.progress import latest, parse
+from cluster.jobs import client, submission
+from cluster.jobs.client import Client, dashboard_address, ensure_token, mode_too_wide, read_token
+from cluster.jobs.progress import BarStream, latest, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -125,16 +122,16 @@ def test_print_shows_the_equal_ray_command(capsys):
 def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = ["python", "-m", "trainer", "train", "--config", "configs/digits.toml", "--data=d", "--run", "r"]
-    here = jobs.absolute_paths(command, "http://127.0.0.1:8265")
+    here = submission.absolute_paths(command, "http://127.0.0.1:8265")
     assert here[5:] == ("configs/digits.toml", f"--data={tmp_path}/d", "--run", f"{tmp_path}/r")
     with pytest.raises(ClusterError, match="absolute path"):
-        jobs.absolute_paths(command, "http://10.0.0.7:8265")
+        submission.absolute_paths(command, "http://10.0.0.7:8265")
     away = ["prepare", "--output", "s3://bucket/x", "--input", "/data"]
-    assert list(jobs.absolute_paths(away, "http://10.0.0.7:8265")) == away
+    assert list(submission.absolute_paths(away, "http://10.0.0.7:8265")) == away
 
 
 def test_job_ids_say_what_they_do_and_differ():
-    ids = {jobs.new_job_id(["python", "-m", "pipeline", "prepare", "--source", "digits"]) for _ in range(20)}
+    ids = {submission.new_job_id(["python", "-m", "pipeline", "prepare", "--source", "digits"]) for _ in range(20)}
     assert len(ids) == 20 and all(job.startswith("prepare-") for job in ids)
 
 
@@ -151,7 +148,7 @@ class BreakingClient:
         self._log, self._length = log, 0
         self.everything_served = threading.Event()
 
-    def follow_log_file(self, node_id, name):
+    def follow_log(self, job_id, node_id):
         self._length += 5
         yield self._log[:3]
         yield self._log[3 : self._length]
@@ -159,15 +156,15 @@ class BreakingClient:
             self.everything_served.set()
         raise requests.ConnectionError("broken")
 
-    def log_file(self, node_id, name, lines=-1):
+    def log(self, job_id, node_id, lines=-1):
         return self._log
 
 
 def test_log_is_shown_once_and_whole_though_the_connection_breaks(monkeypatch):
-    monkeypatch.setattr(jobs, "POLL_S", 0.001)
+    monkeypatch.setattr(submission, "POLL_S", 0.001)
     log = "zeile eins é\nzeile zwei ü\n".encode() * 4
     client, stream = BreakingClient(log), io.BytesIO()
-    follower = jobs.LogFollower(client, "job", stream)
+    follower = submission.LogFollower(client, "job", stream)
     follower.start("node")
     assert client.everything_served.wait(30)
     follower.finish("node")
@@ -188,7 +185,7 @@ def test_ending_without_a_result_file(job, outcome, code):
         def result(self, job):
             return None
 
-    end = jobs.ending(NoResult(), job)
+    end = submission.ending(NoResult(), job)
     assert (end.outcome, end.exit_code) == (outcome, code)
 
 
@@ -268,10 +265,10 @@ def test_a_server_that_never_answers_is_one_line(monkeypatch, capsys):
 
 def test_contact_that_is_lost_ends_the_wait(monkeypatch):
     """A cluster that goes away while a job is followed; nothing answers at its address any more."""
-    monkeypatch.setattr(jobs, "LOST_CONTACT_S", 0.1)
-    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    monkeypatch.setattr(submission, "LOST_CONTACT_S", 0.1)
+    monkeypatch.setattr(submission, "POLL_S", 0.01)
     with pytest.raises(ClusterError, match="lost contact with the cluster while waiting for job-7: no Ray cluster at"):
-        jobs.wait(Client(NOBODY), "job-7", None)
+        submission.wait(Client(NOBODY), "job-7", None)
 
 
 def test_local_folder_too_long_for_sockets(tmp_path):
@@ -324,7 +321,7 @@ def test_latest_progress_prefers_a_line_with_a_rate():
     ],
 )
 def test_stage_of_a_command(command, stage):
-    assert jobs.stage_of(command.split()) == stage
+    assert submission.stage_of(command.split()) == stage
 
 
 def test_bar_replaces_progress_lines_and_passes_all_others():
