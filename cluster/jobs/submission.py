@@ -1,7 +1,7 @@
 """Sends a command as a Ray job, follows its log to the end, and learns its true exit code.
 
 The log follower is our own. Ray's (`JobSubmissionClient.tail_job_logs`) is a websocket of text: it ends for good when a
-proxy cuts it, and it fails on a byte that is no UTF-8.
+proxy cuts it, and a log with a byte that is no UTF-8 is not shown, without a word (Ray 2.60).
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """The command line and its parts, without a cluster."""
 
+import ast
 import contextlib
 import io
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from cluster import local
 from cluster.__main__ import main
 from cluster.commands import full_disks
 from cluster.doctor import check_cluster
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, last_line
 from cluster.host_checks import check_token
 from cluster.jobs import client, submission
 from cluster.jobs.client import Client, dashboard_address, ensure_token, mode_too_wide, read_token
@@ -51,13 +53,39 @@ def test_every_subcommand_has_help_with_an_example(command, capsys):
     assert f"example:\n  python -m cluster {command}" in text
 
 
-def test_help_needs_neither_ray_nor_torch_nor_dali():
-    code = (
-        "import sys, cluster.__main__, cluster.jobs.entry\n"
-        "heavy = {'ray', 'torch', 'nvidia', 'pipeline', 'trainer'} & {name.split('.')[0] for name in sys.modules}\n"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+HEAVY = ("ray", "torch", "numpy", "rich", "nvidia", "pipeline", "trainer")
+REFUSED = (
+    ["sttus"],
+    ["up", "--nodes", "x"],
+    ["up", "--local", "--nodes", "0"],
+    ["up", "nothing.yaml"],
+    ["submit"],
+    ["submit", "--replicas", "3:2", "--", "true"],
+    ["submit", "--every-node", "--towers", "2", "--", "true"],
+    ["submit", "--address", "http://10.0.0.7:1", "--", "prepare", "--output", "x"],
+    ["submit", "--address", NOBODY, "--", "true"],
+    ["status", "--address", "ray://host:10001"],
+)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *REFUSED], ids=" ".join)
+def test_help_typos_and_refused_options_load_nothing_heavy(arguments):
+    """Ray alone takes half a second of processor time."""
+    code = "import sys, cluster.jobs.entry, cluster.jobs.every_node\nfrom cluster.__main__ import main\n"
+    code += f"try:\n    status = main({arguments!r})\nexcept SystemExit as end:\n    status = end.code\n"
+    code += f"loaded = set({HEAVY!r}) & {{name.split('.')[0] for name in sys.modules}}\n"
+    code += "sys.exit(f'loaded: {loaded}' if loaded else status)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").rglob("*.py")), ids=lambda path: path.name)
+def test_ray_is_imported_only_where_it_is_needed_and_then_inside_a_function(path):
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    rays = [node for node in imports if re.search(r"\bray\b", ast.unparse(node))]
+    assert not rays or path.parent.name in ("jobs", "training")
+    assert not set(rays) & set(tree.body)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +217,21 @@ def test_ending_without_a_result_file(job, outcome, code):
     assert (end.outcome, end.exit_code) == (outcome, code)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("", "none"), ("Traceback\n  a\nValueError: no\n.", "ValueError: no"), (" x \n\n", "x"), ("y" * 400, "y" * 300)],
+)
+def test_the_reason_is_the_last_line_that_says_something(text, line):
+    """Ray puts a full stop behind a server's traceback, on a line of its own."""
+    assert last_line(text, "none") == line
+
+
 Server = namedtuple("Server", "address handler")
 
 
 @contextlib.contextmanager
 def serving(answer):
-    """A server on loopback; `answer(handler)` gives the body of every GET, and the handler's class takes settings."""
+    """A server on loopback; `answer(handler)` gives the body of each answer, and the handler's class takes settings."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -203,6 +240,8 @@ def serving(answer):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_POST = do_GET
 
         def log_message(self, *_):
             pass
@@ -229,14 +268,40 @@ def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"),
+    ("theirs", "words"),
     [("2.40.0", "runs Ray 2.40.0, which has known remote holes"), ("2.999.0", "install the same version on both")],
 )
-def test_submit_refuses_another_ray(open_dashboard, capsys, version, words):
-    open_dashboard.handler.ray_version = version
+def test_submit_refuses_another_ray(open_dashboard, capsys, theirs, words):
+    open_dashboard.handler.ray_version = theirs
     assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_job_goes_to_the_given_address_and_nowhere_else(monkeypatch, capsys):
+    """Ray's client would prefer both variables to the address that it is given, and obey the proxy."""
+    asked = []
+
+    def answer(handler):
+        asked.append((handler.server.server_port, handler.command, handler.headers["Authorization"]))
+        if handler.command == "POST":
+            return json.dumps({"job_id": "x", "submission_id": "x"}).encode()
+        if "/nodes" in handler.path:
+            return json.dumps({"data": {"summary": []}}).encode()
+        return json.dumps({"ray_version": version("ray")}).encode()
+
+    ensure_token()
+    with serving(answer) as ours, serving(answer) as other:
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, other.address)
+        before = dict(os.environ)
+        assert main(["submit", "--no-wait", "--id", "x", "--address", ours.address, "--", "true"]) == 0
+    assert capsys.readouterr().out == "x\n"
+    assert dict(os.environ).items() - before.items() <= {("RAY_CLIENT_MODE", "0")}  # which importing Ray sets
+    assert before.keys() <= os.environ.keys()
+    assert {port for port, _, _ in asked} == {int(ours.address.rpartition(":")[2])}
+    assert {token for _, _, token in asked} == {f"Bearer {read_token()}"}
+    assert "POST" in {method for _, method, _ in asked}
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import pytest
 import requests
 
 from tests.helpers.cutting_proxy import cutting_proxy
-from tests.helpers.local_cluster import Machine, started, wait_until
+from tests.helpers.local_cluster import ROOT, Machine, started, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,16 @@ def test_log_is_whole_and_the_code_true_though_connections_are_cut(machine):
     assert proxy.cuts >= 1
     lines = [line for line in done.stdout.splitlines() if line.startswith("line ")]
     assert lines == [f"line {number}" for number in range(200)]
+
+
+def test_log_is_shown_byte_for_byte(machine):
+    """Also a byte that is no UTF-8, which Ray's own interface for logs refuses."""
+    code = "import sys; sys.stdout.buffer.write(b'caf\\xe9 \\xff\\n')"
+    machine.run("submit", "--no-wait", "--id", "bytes", "--", "python", "-c", code, expect=0)
+    for options in (("--follow",), ()):
+        command = [sys.executable, "-m", "cluster", "logs", *options, "bytes"]
+        done = subprocess.run(command, cwd=ROOT, env=machine.environment, capture_output=True, timeout=120)
+        assert done.returncode == 0 and b"caf\xe9 \xff\n" in done.stdout, done.stderr
 
 
 def test_killed_is_told_apart_from_failed(machine):
