@@ -95,3 +95,15 @@ def test_token_is_in_no_log(machine):
     assert not [path for path in logs if token in path.read_bytes()]
     shown = machine.run("doctor")
     assert shown.returncode == 0 and token.decode() not in shown.stdout + shown.stderr
+
+
+@pytest.mark.slow
+def test_a_command_runs_once_on_every_node_and_the_worst_exit_code_counts(tmp_path):
+    """On a cluster of two nodes each knows its name."""
+    code = "import os, sys; node = os.environ['TWOTOWER_NODE']\n"
+    code += f"open({str(tmp_path)!r} + '/' + node, 'x').close(); sys.exit(3 if node.endswith('-2') else 0)"
+    with started(cpus=1, nodes=2) as machine:
+        done = machine.run("submit", "--every-node", "--id", "both", "--", "python", "-c", code, expect=3)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert len(names) == 2 and [name[-2:] for name in names] == ["-1", "-2"]  # two nodes of one host
+        assert f"node {names[0]}: exit code 0" in done.stdout and f"node {names[1]}: exit code 3" in done.stdout
