@@ -24,7 +24,7 @@ FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 def up(arguments: argparse.Namespace) -> int:
     """Start a cluster."""
     if arguments.config:
-        return _ray("up", "--yes", _config(arguments))
+        return _ray("up", arguments)
     if arguments.nodes < 1 or arguments.cpus < 0 or arguments.stop_wait < 1:
         raise ClusterError("--nodes and --stop-wait must be 1 or more, --cpus 0 or more")
     options = local.LocalOptions(
@@ -42,24 +42,22 @@ def up(arguments: argparse.Namespace) -> int:
 def down(arguments: argparse.Namespace) -> int:
     """End a cluster."""
     if arguments.config:
-        return _ray("down", "--yes", _config(arguments))
+        return _ray("down", arguments)
     cluster = local.down(arguments.folder)
     _say(f"ended the cluster at {cluster.address}" if cluster else f"no local cluster is running in {arguments.folder}")
     return 0
 
 
-def _config(arguments: argparse.Namespace) -> str:
+def _ray(verb: str, arguments: argparse.Namespace) -> int:
+    """Ray's own `ray up` or `ray down` for CLUSTER.yaml; its exit code."""
     if arguments.local:
         raise ClusterError("give either --local or CLUSTER.yaml, not both")
     if not Path(arguments.config).is_file():
         example = "cluster/deploy/ray-cluster.yaml is an example"
         raise ClusterError(f"cluster file {arguments.config} does not exist; {example}")
     ensure_token()
-    return str(arguments.config)
-
-
-def _ray(*words: str) -> int:
-    return subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=False).returncode
+    words = [sys.executable, "-m", "ray.scripts.scripts", verb, "--yes", str(arguments.config)]
+    return subprocess.run(words, check=False).returncode
 
 
 def submit(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.client import Client, ServerError, Unreachable, ensure_token, token_path
+from cluster.jobs.entry import write_json
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
@@ -159,10 +160,8 @@ def stop_node(node: LocalNode, kill: bool = False) -> None:
 
 
 def save(folder: Path, cluster: LocalCluster) -> None:
-    """Write the record whole or not at all."""
-    part = folder / ".cluster.json"
-    part.write_text(json.dumps(asdict(cluster), indent=1))
-    part.replace(folder / "cluster.json")
+    """Write the record that `load` reads."""
+    write_json(folder / "cluster.json", asdict(cluster))
 
 
 def load(folder: Path) -> LocalCluster | None:

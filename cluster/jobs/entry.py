@@ -138,8 +138,8 @@ def _outcome(status: int) -> str:
     return "killed" if status < 0 else "failed"
 
 
-def write_result(path: Path, record: dict[str, Any]) -> None:
-    """Write the record whole or not at all."""
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a small file whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with part.open("w") as stream:
         json.dump(record, stream, indent=1)
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> int:
     record = run(command)
     if path := result_path(record["submission_id"]):
         try:
-            write_result(path, record)
+            write_json(path, record)
         except OSError as error:  # a full disk must not change the command's exit code
             print(f"warning: result file {path}: {error.strerror}", file=sys.stderr, flush=True)
     return int(record["exit_code"])

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs.entry import program_of
+from cluster.jobs.entry import program_of, write_json
 
 POLL_S = 0.1
 EXCHANGE_EVERY_S = 1.0
@@ -230,7 +230,7 @@ class PairMonitor:
             status = PREEMPTED
         done = self._folder / f"done-{self._attempt}-{self._replica}"
         if not done.exists():
-            write_mark(done, {"status": status})
+            write_json(done, {"status": status})
 
     def _exchange(self) -> int | None:
         """Learn what was asked of all pairs, and whether all have ended.
@@ -293,13 +293,6 @@ def common_exit_status(folder: Path, attempt: str, num_replicas: int) -> int | N
     if failed:
         return failed[0]
     return max(statuses) if len(statuses) == num_replicas else None
-
-
-def write_mark(path: Path, record: dict[str, Any]) -> None:
-    """Write a small JSON file whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(record))
-    part.replace(path)
 
 
 def say(text: str) -> None:

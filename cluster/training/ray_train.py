@@ -227,32 +227,16 @@ def _parse_replicas(text: str) -> tuple[int, int]:
 
 def add_options(parser: "argparse._ActionsContainer") -> None:
     """Add the options of a training job, which `submit` passes on, see `entrypoint`."""
-    parser.add_argument(
-        "--towers", type=int, choices=(1, 2), metavar="N", help="train with Ray Train, N processes per pair"
-    )
-    parser.add_argument(
-        "--replicas",
-        type=_parse_replicas,
-        metavar="N",
-        help="pairs of towers; LEAST:MOST: as many as there is room for",
-    )
-    parser.add_argument(
-        "--cpus-per-pair", type=int, default=0, metavar="N", help="CPUs per pair (default: one per tower)"
-    )
-    parser.add_argument("--gpus-per-pair", type=int, metavar="N", help="GPUs per pair (default: what the cluster has)")
-    parser.add_argument(
-        "--max-failures", type=int, default=3, metavar="N", help="restarts after lost workers (default: 3)"
-    )
-    parser.add_argument(
-        "--resize-every",
-        type=float,
-        default=60,
-        metavar="S",
-        help="with LEAST:MOST: seconds between two looks for room for more pairs (default: 60)",
-    )
-    parser.add_argument(
-        "--wait", type=float, default=60, metavar="S", help="seconds to wait for resources (default: 60)"
-    )
+    add = parser.add_argument
+    add("--towers", type=int, choices=(1, 2), metavar="N", help="train with Ray Train, N processes per pair")
+    fits = "pairs of towers; LEAST:MOST: as many as there is room for"
+    add("--replicas", type=_parse_replicas, metavar="N", help=fits)
+    add("--cpus-per-pair", type=int, default=0, metavar="N", help="CPUs per pair (default: one per tower)")
+    add("--gpus-per-pair", type=int, metavar="N", help="GPUs per pair (default: what the cluster has)")
+    add("--max-failures", type=int, default=3, metavar="N", help="restarts after lost workers (default: 3)")
+    looks = "with LEAST:MOST: seconds between two looks for room for more pairs (default: 60)"
+    add("--resize-every", type=float, default=60, metavar="S", help=looks)
+    add("--wait", type=float, default=60, metavar="S", help="seconds to wait for resources (default: 60)")
 
 
 def entrypoint(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.errors import ClusterError
+from cluster.jobs.entry import write_json
 from cluster.training import pair, ray_train
 from cluster.training.pair import latest_step
 from cluster.training.ray_train import Need, choose_gpus, fitting_pairs
@@ -110,11 +111,11 @@ def test_killed_and_crashed_towers_are_worth_another_try(statuses):
 
 def test_pairs_agree_on_the_end(tmp_path):
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None
-    pair.write_mark(tmp_path / "done-7-0", {"status": 0})
+    write_json(tmp_path / "done-7-0", {"status": 0})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None, "the other pair still works"
-    pair.write_mark(tmp_path / "done-6-1", {"status": 0})
+    write_json(tmp_path / "done-6-1", {"status": 0})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None, "a mark of an attempt before this one"
-    pair.write_mark(tmp_path / "done-7-1", {"status": 3})
+    write_json(tmp_path / "done-7-1", {"status": 3})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) == 3
 
 
@@ -135,14 +136,14 @@ def test_towers_that_our_own_signal_ended_are_not_lost(tmp_path, flag, status):
 
 
 def test_one_refusal_ends_all_pairs(tmp_path):
-    pair.write_mark(tmp_path / "done-7-1", {"status": 2})
+    write_json(tmp_path / "done-7-1", {"status": 2})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=4) == 2
 
 
 def test_a_preempted_pair_waits_for_the_others_to_save(tmp_path):
-    pair.write_mark(tmp_path / "done-7-0", {"status": pair.PREEMPTED})
+    write_json(tmp_path / "done-7-0", {"status": pair.PREEMPTED})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None
-    pair.write_mark(tmp_path / "done-7-1", {"status": pair.STOPPED})
+    write_json(tmp_path / "done-7-1", {"status": pair.STOPPED})
     assert pair.common_exit_status(tmp_path, "7", num_replicas=2) == pair.PREEMPTED
 
 
