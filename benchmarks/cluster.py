@@ -36,7 +36,7 @@ KINDS = {  # of processes, by the first pattern that their command line matches
     "Ray": r"ray::(Dashboard|RuntimeEnv|Job)|ray-dashboard|gcs_server|raylet/raylet|dashboard/|log_monitor|monitor\.py",
     "workers": r"ray::|default_worker\.py|setup_worker\.py",
     "submit": r" -m cluster submit",
-    "driver": r" -m (cluster\.entry|pipeline prepare)",
+    "driver": r" -m (cluster\.jobs\.entry|pipeline prepare)",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster import commands
 from cluster.errors import ClusterError
 from cluster.local import default_folder
-from cluster.training import ray_train as training
+from cluster.training import ray_train
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -52,11 +52,8 @@ def _example(*lines: str) -> str:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        metavar="URL",
-        help="dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)",
-    )
+    where = "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)"
+    parser.add_argument("--address", metavar="URL", help=where)
 
 
 def _add_cluster_commands(add: Add) -> None:
@@ -71,23 +68,13 @@ def _add_cluster_commands(add: Add) -> None:
     for parser in (up, down):
         parser.add_argument("config", nargs="?", metavar="CLUSTER.yaml", help="a `ray up` cluster")
         parser.add_argument("--local", action="store_true", help="on this machine (default without CLUSTER.yaml)")
-        parser.add_argument(
-            "--folder",
-            type=Path,
-            default=default_folder(),
-            metavar="DIR",
-            help="sockets and logs of the local cluster (default: %(default)s)",
-        )
-    up.add_argument("--cpus", type=int, default=0, metavar="N", help="CPUs a node offers (default: all cores, shared)")
+        place = "sockets and logs of the local cluster (default: %(default)s)"
+        parser.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help=place)
+    up.add_argument("--cpus", type=int, default=0, metavar="N", help="CPUs per node (default: all cores, shared)")
     up.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes on this machine (default: 1)")
     up.add_argument("--dashboard-port", type=int, default=8265, metavar="N", help="0: any (default: 8265)")
-    up.add_argument(
-        "--stop-wait",
-        type=int,
-        default=60,
-        metavar="S",
-        help="seconds that a stopped job has to save its work before it is killed (default: 60)",
-    )
+    time_to_save = "seconds that a stopped job has to save its work before it is killed (default: 60)"
+    up.add_argument("--stop-wait", type=int, default=60, metavar="S", help=time_to_save)
 
 
 def _add_job_commands(add: Add) -> None:
@@ -98,18 +85,15 @@ def _add_job_commands(add: Add) -> None:
         "python -m cluster submit --towers 2 -- python -m trainer train --config configs/digits.toml "
         "--data /data/digits --run /runs/one",
     )
-    submit.add_argument("--id", metavar="ID", help="job id, never used before on the cluster (default: a new one)")
-    submit.add_argument("--no-wait", action="store_true", help="return when the cluster has the job")
-    submit.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; repeatable")
-    submit.add_argument(
-        "--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)"
-    )
-    submit.add_argument(
-        "--every-node", action="store_true", help="run it on every node at once, for example a benchmark"
-    )
-    submit.add_argument("--print", action="store_true", help="only print the equal `ray job submit` command")
-    training.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
-    submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
+    option = submit.add_argument
+    option("--id", metavar="ID", help="job id, never used before on the cluster (default: a new one)")
+    option("--no-wait", action="store_true", help="return when the cluster has the job")
+    option("--env", action="append", default=[], metavar="NAME=VALUE", help="variable for the job; repeatable")
+    option("--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)")
+    option("--every-node", action="store_true", help="run it on every node at once, for example a benchmark")
+    option("--print", action="store_true", help="only print the equal `ray job submit` command")
+    ray_train.add_options(submit.add_argument_group("training", "with --towers or --replicas, through Ray Train"))
+    option("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
     status = add(commands.status, "show jobs: state, progress, exit code", "python -m cluster status --json")
     status.add_argument("id", nargs="?", metavar="ID", help="one job (default: all)")
     status.add_argument("--json", action="store_true", help="as JSON")

@@ -9,23 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import doctor as checks
 from cluster import local
-from cluster.auth import ensure_token
+from cluster.doctor import OLDEST_SAFE_RAY, examine, release
 from cluster.errors import ClusterError
-from cluster.jobs import submission as jobs
-from cluster.jobs.bar import BarStream
-from cluster.jobs.client import TERMINAL, Client, ServerError, dashboard_address, is_loopback
-from cluster.jobs.progress import Progress, latest
-from cluster.training import ray_train as training
+from cluster.jobs import submission
+from cluster.jobs.client import TERMINAL, Client, ServerError, dashboard_address, ensure_token, is_loopback
+from cluster.jobs.entry import command_of
+from cluster.jobs.progress import BarStream, Progress, latest
+from cluster.training import ray_train
 
-FULL_PERCENT = 95.0
+FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
 
 def up(arguments: argparse.Namespace) -> int:
     """Start a cluster."""
     if arguments.config:
-        return _ray("up", "--yes", _config(arguments))
+        return _ray("up", arguments)
     if arguments.nodes < 1 or arguments.cpus < 0 or arguments.stop_wait < 1:
         raise ClusterError("--nodes and --stop-wait must be 1 or more, --cpus 0 or more")
     options = local.LocalOptions(
@@ -43,39 +42,38 @@ def up(arguments: argparse.Namespace) -> int:
 def down(arguments: argparse.Namespace) -> int:
     """End a cluster."""
     if arguments.config:
-        return _ray("down", "--yes", _config(arguments))
+        return _ray("down", arguments)
     cluster = local.down(arguments.folder)
     _say(f"ended the cluster at {cluster.address}" if cluster else f"no local cluster is running in {arguments.folder}")
     return 0
 
 
-def _config(arguments: argparse.Namespace) -> str:
+def _ray(verb: str, arguments: argparse.Namespace) -> int:
+    """Ray's own `ray up` or `ray down` for CLUSTER.yaml; its exit code."""
     if arguments.local:
         raise ClusterError("give either --local or CLUSTER.yaml, not both")
     if not Path(arguments.config).is_file():
-        raise ClusterError(f"no cluster file {arguments.config}; cluster/deploy/ray-cluster.yaml is an example")
+        example = "cluster/deploy/ray-cluster.yaml is an example"
+        raise ClusterError(f"cluster file {arguments.config} does not exist; {example}")
     ensure_token()
-    return str(arguments.config)
-
-
-def _ray(*words: str) -> int:
-    return subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=False).returncode
+    words = [sys.executable, "-m", "ray.scripts.scripts", verb, "--yes", str(arguments.config)]
+    return subprocess.run(words, check=False).returncode
 
 
 def submit(arguments: argparse.Namespace) -> int:
     """Run a command as a job."""
-    words = arguments.entrypoint[1:] if arguments.entrypoint[:1] == ["--"] else arguments.entrypoint
+    words = command_of(arguments.entrypoint)
     if not words:
         raise ClusterError("submit: no command; expected: python -m cluster submit -- python -m pipeline prepare ...")
     address = dashboard_address(arguments.address)
-    command = training.entrypoint(arguments, jobs.absolute_paths(words, address))
+    command = ray_train.entrypoint(arguments, submission.absolute_paths(words, address))
     if arguments.every_node:
         if arguments.towers or arguments.replicas:
             raise ClusterError("--every-node runs a command of its own on each node: leave --towers and --replicas out")
         command = ("python", "-m", "cluster.jobs.every_node", "--", *command)
-    request = jobs.JobRequest(
+    request = submission.JobRequest(
         command=command,
-        job_id=arguments.id or jobs.new_job_id(words),
+        job_id=arguments.id or submission.new_job_id(words),
         environment=_commit() | _environment(arguments.env),
         python=arguments.python,
     )
@@ -88,7 +86,7 @@ def submit(arguments: argparse.Namespace) -> int:
     if not is_loopback(address) and address.startswith("http://"):
         _say(f"warning: {address} is not encrypted, so your token can be read on the way; use an SSH tunnel or https")
     started = time.time()
-    jobs.submit(client, request)
+    submission.submit(client, request)
     if arguments.no_wait:
         print(request.job_id)
         return 0
@@ -97,21 +95,27 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def _follow(client: Client, job_id: str, started: float | None = None) -> int:
-    """Show the log to the end, say how the job ended and return its exit code."""
-    stream = BarStream(jobs.binary_stdout()) if sys.stdout.isatty() else jobs.binary_stdout()
+    """Show the log to the end, say how the job ended and return its exit code.
+
+    Args:
+        client: the cluster.
+        job_id: the job.
+        started: when it was submitted, s since 1970; None if that is not known.
+    """
+    stream = BarStream(sys.stdout.buffer) if sys.stdout.isatty() else sys.stdout.buffer
     try:
-        job, follower = jobs.wait(client, job_id, stream)
+        job, follower = submission.wait(client, job_id, stream)
     except KeyboardInterrupt:
         _say(f"\njob {job_id} goes on; end it with `python -m cluster stop {job_id}`")
         return 130
     finally:
         if isinstance(stream, BarStream):
             stream.close()
-    end = jobs.ending(client, job)
+    end = submission.ending(client, job)
     first = follower.first_byte_at if follower and started else None
     times = f"{((job.get('end_time') or 0) - (job.get('start_time') or 0)) / 1000:.1f} s"
     times += f", first log line {first - started:.1f} s after submit" if first and started else ""
-    _say(f"job {job_id} {end.outcome}{' ' + end.note if end.note else ''}: exit code {end.exit_code} ({times})")
+    _say(f"job {job_id} {end} ({times})")
     return end.exit_code
 
 
@@ -131,7 +135,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     over = job["status"] in TERMINAL
-    end = jobs.ending(client, job) if over else None
+    end = submission.ending(client, job) if over else None
     progress = _progress(client, job)
     entrypoint = job["entrypoint"].partition(" -- ")[2] or job["entrypoint"]
     now_ms = (job.get("end_time") if over else None) or time.time() * 1000
@@ -140,7 +144,7 @@ def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
         "state": end.outcome if end else job["status"].lower(),
         "exit_code": end.exit_code if end else None,
         "elapsed_s": round((now_ms - (job.get("start_time") or now_ms)) / 1000, 1),
-        "stage": jobs.stage_of(entrypoint.split()),
+        "stage": submission.stage_of(entrypoint.split()),
         "done": progress.done if progress else None,
         "total": progress.total if progress else None,
         "images_per_s": progress.images_per_s if progress else None,
@@ -153,7 +157,7 @@ def _progress(client: Client, job: dict[str, Any]) -> Progress | None:
     if not job.get("driver_node_id"):
         return None
     try:
-        text = client.log_file(job["driver_node_id"], f"job-driver-{job['submission_id']}.log", lines=30)
+        text = client.log(job["submission_id"], job["driver_node_id"], lines=30)
     except ServerError:
         return None
     return latest(text.decode(errors="replace"))
@@ -177,10 +181,14 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def logs(arguments: argparse.Namespace) -> int:
     """Show a job's log."""
     client = Client(dashboard_address(arguments.address))
-    client.job(arguments.id)
+    job = client.job(arguments.id)
     if arguments.follow:
         return _follow(client, arguments.id)
-    jobs.binary_stdout().write(client.log(arguments.id))
+    try:
+        text = client.log(arguments.id, job.get("driver_node_id"))
+    except ServerError:  # it has a node, and no file there yet
+        text = client.log(arguments.id, None)
+    sys.stdout.buffer.write(text)
     sys.stdout.flush()
     return 0
 
@@ -191,15 +199,15 @@ def stop(arguments: argparse.Namespace) -> int:
     job = client.job(arguments.id)
     if job["status"] not in TERMINAL:
         client.stop(arguments.id)
-        job, _ = jobs.wait(client, arguments.id, None)
-    end = jobs.ending(client, job)
-    _say(f"job {arguments.id} {end.outcome}{' ' + end.note if end.note else ''}: exit code {end.exit_code}")
+        job, _ = submission.wait(client, arguments.id, None)
+    end = submission.ending(client, job)
+    _say(f"job {arguments.id} {end}")
     return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Check the machine and the cluster."""
-    findings = checks.examine(dashboard_address(arguments.address), arguments.folder)
+    findings = examine(dashboard_address(arguments.address), arguments.folder)
     if arguments.json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:
@@ -210,7 +218,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _commit() -> dict[str, str]:
     """TWOTOWER_COMMIT for the job, whose copy of the tree has no history; nothing outside a checkout."""
-    git = ["git", "-C", str(jobs.ROOT)]
+    git = ["git", "-C", str(submission.ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
@@ -231,9 +239,9 @@ def _check_version(client: Client) -> None:
     from importlib.metadata import version
 
     theirs, ours = client.version(), version("ray")
-    if checks.release(theirs) < checks.OLDEST_SAFE_RAY:
+    if release(theirs) < OLDEST_SAFE_RAY:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
-    if checks.release(theirs) != checks.release(ours):
+    if release(theirs) != release(ours):
         raise ClusterError(f"{client.address} runs Ray {theirs}, this machine {ours}: install the same version on both")
 
 
@@ -247,7 +255,7 @@ def _check_disks(client: Client) -> None:
 
 
 def full_disks(nodes: Sequence[dict[str, Any]]) -> list[tuple[str, bool, str, float]]:
-    """The disks that Ray calls full (95 %): address of the node, whether it is the head, mount, per cent."""
+    """The disks that Ray calls full: address of the node, whether it is the head, mount, per cent."""
     found = []
     for node in nodes:
         raylet = node.get("raylet", {})

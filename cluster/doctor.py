@@ -1,4 +1,4 @@
-"""`doctor`: checks of a cluster; every finding says what to do. The checks of this machine are in machine.py."""
+"""`doctor`: the checks of a cluster. Every finding says what to do. Those of this machine are in host_checks.py."""
 
 import socket
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,9 @@ from urllib.parse import urlparse
 
 import requests
 
-from cluster import host_checks as machine
-from cluster import local
+from cluster import host_checks, local
 from cluster.errors import ClusterError
-from cluster.findings import Finding, bad, note, ok
+from cluster.host_checks import Finding, bad, note, ok
 from cluster.jobs.client import Client, is_loopback
 
 CLOCK_TOLERANCE_S = 15.0  # a node's clock is reported every few seconds
@@ -27,9 +26,8 @@ def examine(address: str, folder: Path) -> list[Finding]:
         address: the dashboard.
         folder: the folder of the local cluster.
     """
-    findings = [*check_ray(), *machine.check_token(), *check_cluster(address)]
-    findings += [*check_binding(address, folder), *machine.check_disk(folder), *machine.check_shared_memory()]
-    return [*findings, *machine.check_file_limit(), *machine.check_gpu(), *machine.check_dali()]
+    findings = [*check_ray(), *host_checks.check_token(), *check_cluster(address)]
+    return [*findings, *check_binding(address, folder), *host_checks.check_host(folder)]
 
 
 def release(text: str) -> tuple[int, int]:
@@ -39,7 +37,7 @@ def release(text: str) -> tuple[int, int]:
 
 
 def check_ray() -> Iterator[Finding]:
-    """Ray's version here."""
+    """Ray's version on this machine."""
     ours = version("ray")
     if release(ours) < OLDEST_SAFE_RAY:
         yield bad("ray", f"{ours} here has known holes ({HOLES})", "pip install -e . -c constraints.txt")
@@ -48,7 +46,7 @@ def check_ray() -> Iterator[Finding]:
 
 
 def check_cluster(address: str) -> Iterator[Finding]:
-    """The cluster: does it answer, does it ask for the token, is it the same Ray, do its clocks agree."""
+    """Whether the cluster answers, asks for the token, runs the same Ray, and its clocks agree."""
     try:
         status = _status_without_token(address)
     except requests.RequestException:
@@ -99,7 +97,7 @@ def _check_version(theirs: str) -> Iterator[Finding]:
 
 
 def check_nodes(nodes: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    """Living and lost nodes, and whether their clocks agree.
+    """How many nodes live and were lost, and whether the clocks of the living agree.
 
     Args:
         nodes: the dashboard's summary of each node; `now` is its clock, in s since 1970.
@@ -124,12 +122,12 @@ def check_nodes(nodes: Sequence[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def check_binding(address: str, folder: Path) -> Iterator[Finding]:
-    """Which addresses the local cluster listens on."""
+    """Which of the local cluster's ports listen on all interfaces."""
     cluster = local.load(folder)
     if cluster is None or cluster.address != address:
         return
     port = urlparse(address).port or 0
-    sockets = machine.listening({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
+    sockets = host_checks.listening({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
     if any(open_port == port for open_port in sockets):
         fix = "restart it with `python -m cluster up --local`, which binds it to 127.0.0.1"
         yield bad("dashboard", f"port {port} listens on all interfaces", fix)

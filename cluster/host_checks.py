@@ -1,4 +1,7 @@
-"""The checks of `doctor` that concern this machine. Versions are read from metadata: nothing heavy is imported."""
+"""The checks of `doctor` that concern this machine, and what a check reports.
+
+Versions are read from metadata: nothing heavy is imported.
+"""
 
 import os
 import re
@@ -6,14 +9,58 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from cluster.auth import mode_too_wide, token_path
-from cluster.findings import Finding, bad, note, ok
+from cluster.jobs.client import mode_too_wide, token_path
 
 GIB = 1 << 30
 MANY_SHARDS = 4096
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check reports.
+
+    Attributes:
+        level: ok; note (worth knowing); bad (something to do).
+        check: what was checked.
+        seen: what was found.
+        fix: what to do about it, "" if nothing.
+    """
+
+    level: str
+    check: str
+    seen: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:4}  {self.check}: {self.seen}" + (f"\n      -> {self.fix}" if self.fix else "")
+
+
+def ok(check: str, seen: str) -> Finding:
+    """All is well."""
+    return Finding("ok", check, seen)
+
+
+def note(check: str, seen: str, fix: str = "") -> Finding:
+    """Worth knowing."""
+    return Finding("note", check, seen, fix)
+
+
+def bad(check: str, seen: str, fix: str) -> Finding:
+    """Something to do."""
+    return Finding("bad", check, seen, fix)
+
+
+def check_host(folder: Path) -> Iterator[Finding]:
+    """All checks of this machine but the token's; `folder` is the local cluster's."""
+    yield from check_disk(folder)
+    yield from check_shared_memory()
+    yield from check_file_limit()
+    yield from check_gpu()
+    yield from check_dali()
 
 
 def check_token() -> Iterator[Finding]:
@@ -32,9 +79,9 @@ def check_token() -> Iterator[Finding]:
 
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Free disk where Ray keeps logs and spills objects."""
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    usage = shutil.disk_usage(place)
-    seen = f"{usage.free / GIB:.0f} GiB free of {usage.total / GIB:.0f} at {place}"
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    usage = shutil.disk_usage(existing)
+    seen = f"{usage.free / GIB:.0f} GiB free of {usage.total / GIB:.0f} at {existing}"
     if usage.free < 0.05 * usage.total or usage.free < 5 * GIB:
         yield bad("disk", seen, "free some: Ray places no work on a disk that is 95 % full; or choose --folder DIR")
     else:
@@ -53,7 +100,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_file_limit() -> Iterator[Finding]:
-    """Open files: DALI opens every tar of a data set at once."""
+    """The limit of open files: DALI opens every tar of a data set at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < MANY_SHARDS:
         yield note("open files", f"limit {soft}: too few for data sets of that many shards", f"ulimit -n {hard}")
@@ -64,7 +111,7 @@ def check_file_limit() -> Iterator[Finding]:
 def check_gpu() -> Iterator[Finding]:
     """GPUs, the driver, and whether NCCL and DALI's CUDA fit it."""
     if not shutil.which("nvidia-smi"):
-        yield note("GPU", "none here (no nvidia-smi): towers train on CPUs and talk through gloo")
+        yield note("GPU", "none here (no nvidia-smi): the towers train on CPUs and talk through gloo")
         return
     try:
         done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30, check=True)
@@ -79,9 +126,9 @@ def judge_gpus(names: str, table: str, packages: dict[str, str]) -> Iterator[Fin
     """Findings from the output of `nvidia-smi -L` and `nvidia-smi`, and from the installed packages."""
     count = sum(line.startswith("GPU ") for line in names.splitlines())
     if count < 2:
-        yield note("GPU", f"{count}: both towers share it and talk through gloo; NCCL needs one GPU a tower")
+        yield note("GPU", f"{count}: both towers share it and talk through gloo; NCCL needs one GPU per tower")
     else:
-        yield ok("GPU", f"{count}: one a tower")
+        yield ok("GPU", f"{count}: one per tower")
     nccl = next((version for name, version in packages.items() if name.startswith("nvidia-nccl")), None)
     if nccl is None:
         yield bad("NCCL", "not installed", "pip install -e . -c constraints.txt (torch's CUDA build brings it)")
@@ -95,7 +142,7 @@ def judge_gpus(names: str, table: str, packages: dict[str, str]) -> Iterator[Fin
 
 
 def check_dali() -> Iterator[Finding]:
-    """DALI: is it here, and only once."""
+    """Whether DALI is installed, and only once."""
     found = {name: version for name, version in installed().items() if name.startswith("nvidia-dali-cuda")}
     if not found:
         yield bad("DALI", "not installed", "pip install -e . -c constraints.txt (Linux only)")

@@ -1,7 +1,9 @@
-"""A Ray cluster on this machine: one head, and if wanted more nodes, each a process group that we can end by its id.
+"""A Ray cluster on this machine: a head, and more nodes if wanted. Each can be ended without touching another cluster.
 
 `ray stop` ends every Ray process of the machine, also those of other clusters and of other people's tests. So each node
-runs here as `ray start --block` in a session of its own, and its process id and start time are written down.
+runs as `ray start --block` in a session of its own, and its process id and start time are written down.
+
+/proc is read by hand, for it takes a few lines: psutil comes inside Ray only, whose import takes half a second.
 """
 
 import contextlib
@@ -17,9 +19,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.auth import ensure_token, token_path
-from cluster.errors import ClusterError
-from cluster.jobs.client import Client, ServerError, Unreachable
+from cluster.errors import ClusterError, last_line
+from cluster.jobs.client import Client, ServerError, Unreachable, ensure_token, token_path
+from cluster.jobs.entry import write_json
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
@@ -29,7 +31,13 @@ NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
 
 @dataclass(frozen=True)
 class LocalNode:
-    """One node's process group: `pid` leads it; `started` (clock ticks since boot) tells it from a later namesake."""
+    """One node.
+
+    Attributes:
+        pid: its first process, which leads a session.
+        started: when that process began, in clock ticks since boot; tells it from a later process with the same id.
+        head: whether the node is the cluster's head.
+    """
 
     pid: int
     started: int
@@ -38,7 +46,13 @@ class LocalNode:
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """What `up --local` writes down for the other commands."""
+    """What `up --local` writes down for the other commands.
+
+    Attributes:
+        address: the dashboard, http://HOST:PORT.
+        gcs: where Ray's nodes and drivers meet, HOST:PORT.
+        nodes: the head first.
+    """
 
     address: str
     gcs: str
@@ -50,10 +64,10 @@ class LocalOptions:
     """How a local cluster is made.
 
     Attributes:
-        folder: sockets, logs and our record; short, for a socket's path may have 107 characters.
+        folder: sockets, logs and our record. It must be short: a socket's path may have 107 characters.
         dashboard_port: 0 picks a free one.
-        num_cpus: CPUs a node offers; 0: all cores this process may use, shared out between the nodes.
-        num_nodes: nodes on this machine; more than one shows what a lost node does.
+        num_cpus: CPUs per node; 0: all cores that this process may use, shared out between the nodes.
+        num_nodes: nodes on this machine; with more than one, the loss of a node can be tried.
         stop_wait_s: how long a stopped job may take to save its work before SIGKILL.
     """
 
@@ -146,10 +160,8 @@ def stop_node(node: LocalNode, kill: bool = False) -> None:
 
 
 def save(folder: Path, cluster: LocalCluster) -> None:
-    """Write the record whole or not at all."""
-    part = folder / ".cluster.json"
-    part.write_text(json.dumps(asdict(cluster), indent=1))
-    part.replace(folder / "cluster.json")
+    """Write the record that `load` reads."""
+    write_json(folder / "cluster.json", asdict(cluster))
 
 
 def load(folder: Path) -> LocalCluster | None:
@@ -163,7 +175,11 @@ def load(folder: Path) -> LocalCluster | None:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Make the folder; Ray makes its session folders world-writable, so this one above them shuts everyone else out."""
+    """Make the folder and shut everyone else out of it: Ray's own folders below are world-writable.
+
+    Raises:
+        ClusterError: the folder cannot be made, is somebody else's, is on a full disk, or has too long a path.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
@@ -198,8 +214,7 @@ def _start_node(options: LocalOptions, arguments: list[str], number: int) -> Loc
             cwd=options.folder,
             start_new_session=True,
         )
-    started = _start_time(process.pid)
-    return LocalNode(process.pid, started, head="--head" in arguments)
+    return LocalNode(process.pid, _start_time(process.pid), head="--head" in arguments)
 
 
 def _environment(options: LocalOptions) -> dict[str, str]:
@@ -215,13 +230,18 @@ def _environment(options: LocalOptions) -> dict[str, str]:
 
 
 def wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) -> None:
-    """Wait until `wanted` nodes are alive in the dashboard's eyes."""
+    """Wait until the dashboard knows `wanted` living nodes.
+
+    Raises:
+        ClusterError: the newest node has ended, or the nodes do not come in time.
+    """
     client = Client(cluster.address)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if not is_alive(cluster.nodes[-1]):
             log = _node_log(options.folder, len(cluster.nodes) - 1)
-            raise ClusterError(f"Ray did not start: {_last_words(log)}")
+            said = last_line(log.read_text(errors="replace"), "no output")
+            raise ClusterError(f"Ray did not start: {said} (all of it: {log})")
         with contextlib.suppress(Unreachable, ServerError, KeyError, ValueError):
             alive = [node for node in client.nodes() if node.get("raylet", {}).get("state") == "ALIVE"]
             if len(alive) >= wanted:
@@ -237,13 +257,8 @@ def _node_log(folder: Path, number: int) -> Path:
     return folder / f"node-{number}.log"
 
 
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return (lines[-1] if lines else "no output") + f" (all of it: {log})"
-
-
 def _node_ip() -> str:
-    """The address that Ray gives this machine; it replaces loopback by it on purpose."""
+    """The address that Ray gives this machine. Ray replaces loopback by it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))  # no packet is sent: the kernel only chooses the interface
@@ -271,7 +286,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the command's name: state, parent, group, session, ...; [] if gone."""
+    """The fields of /proc/PID/stat after the command's name: state, parent, group, session, ...; [] if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -284,13 +299,13 @@ def _start_time(pid: int) -> int:
 
 
 def is_alive(node: LocalNode) -> bool:
-    """Whether the node's first process lives and is not a later namesake."""
+    """Whether the node's first process lives, and its number was not given to another one."""
     fields = _stat_fields(node.pid)
     return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started
 
 
 def session_members(session: int) -> list[int]:
-    """The living processes of a session: all that a node started and that did not leave it."""
+    """The living processes of a session: all that a node started, except those that left it."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     fields = {pid: _stat_fields(pid) for pid in pids}
     return [pid for pid, stat in fields.items() if stat and stat[0] != "Z" and int(stat[3]) == session]

@@ -1,6 +1,6 @@
-"""A Ray job's entrypoint: runs one command and records how it ended. `python -m cluster.jobs.entry -- COMMAND...`.
+"""The entrypoint of a job: runs one command and records how it ended. `python -m cluster.jobs.entry -- COMMAND...`.
 
-Ray tells a job's submitter only "failed" (`ray job submit` exits 1 whatever the code), so the true exit code, or the
+Ray tells a job's submitter only "failed" (`ray job submit` exits 1 whatever the code). So the true exit code, or the
 signal that killed the command, goes to a small JSON file. It lies beside the job's log, where the dashboard serves it
 to anyone with the token; no shared file system is needed. Standard library only: it starts in milliseconds.
 """
@@ -13,11 +13,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-CANNOT_START = 127
+CANNOT_START = 127  # as a shell
+
+
+def command_of(words: Sequence[str]) -> list[str]:
+    """The command in `[--] COMMAND...`; [] if there is none."""
+    return list(words[1:] if words[:1] == ["--"] else words)
+
+
+def program_of(command: Sequence[str]) -> list[str]:
+    """The command as it is started: `python` stands for the interpreter that runs this."""
+    return [sys.executable, *command[1:]] if command[0] in ("python", "python3") else list(command)
+
+
+def shell_code(status: int) -> int:
+    """A process's exit status as a shell has it: 128 + N after signal N."""
+    return status if status >= 0 else 128 - status
 
 
 def job_settings() -> dict[str, Any]:
@@ -40,10 +56,10 @@ def result_path(job_id: str | None) -> Path | None:
 
 
 def child_environment() -> dict[str, str]:
-    """The command's environment: as here, less the thread limit that Ray sets for a job that reserves no CPU.
+    """The command's environment: this one, without the thread limit that Ray sets for a job that reserves no CPU.
 
-    Ray gives such a job OMP_NUM_THREADS=1, which makes PyTorch several times slower than the same command run
-    directly. A value that the submitter asked for stays.
+    Ray gives such a job OMP_NUM_THREADS=1, and PyTorch is then several times slower than in the same command without
+    Ray. A value that the submitter asked for stays.
     """
     environment = dict(os.environ)
     wanted = job_settings().get("runtime_env", {}).get("env_vars", {})
@@ -83,21 +99,20 @@ def run(command: list[str]) -> dict[str, Any]:
     """Run the command to its end.
 
     Args:
-        command: program and arguments; `python` stands for the interpreter that runs this wrapper.
+        command: program and arguments, see `program_of`.
 
     Returns:
         The record for the result file: outcome succeeded, failed, killed or stopped; exit_code as a shell has it
         (128 + N after signal N); signal by name or None; times in seconds since 1970.
     """
     stopped = Stopped()
-    program = [sys.executable, *command[1:]] if command[0] in ("python", "python3") else command
     started = time.time()
     status, error = CANNOT_START, None
     try:
         if stopped.asked:
             status = -signal.SIGTERM
         else:
-            status = stopped.wait_for(subprocess.Popen(program, env=child_environment()))
+            status = stopped.wait_for(subprocess.Popen(program_of(command), env=child_environment()))
     except OSError as failure:
         error = f"cannot start {command[0]!r}: {failure.strerror}"
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -105,8 +120,8 @@ def run(command: list[str]) -> dict[str, Any]:
     return {
         "submission_id": job_settings().get("metadata", {}).get("job_submission_id"),
         "command": command,
-        "outcome": _outcome(status, stopped.asked),
-        "exit_code": status if status >= 0 else 128 - status,
+        "outcome": "stopped" if stopped.asked else _outcome(status),
+        "exit_code": shell_code(status),
         "signal": signal.Signals(-status).name if status < 0 else None,
         "error": error,
         "started": started,
@@ -117,16 +132,14 @@ def run(command: list[str]) -> dict[str, Any]:
     }
 
 
-def _outcome(status: int, stopped: bool) -> str:
-    if stopped:
-        return "stopped"
+def _outcome(status: int) -> str:
     if status == 0:
         return "succeeded"
     return "killed" if status < 0 else "failed"
 
 
-def write_result(path: Path, record: dict[str, Any]) -> None:
-    """Write the record whole or not at all."""
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a small file whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with part.open("w") as stream:
         json.dump(record, stream, indent=1)
@@ -137,21 +150,17 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run `-- COMMAND...` and return its exit code."""
-    command = arguments[1:] if arguments[:1] == ["--"] else arguments
+    command = command_of(arguments)
     if not command:
-        print(
-            "error: no command; expected: python -m cluster.jobs.entry -- COMMAND...",
-            file=sys.stderr,
-        )
+        print("error: no command; expected: python -m cluster.jobs.entry -- COMMAND...", file=sys.stderr)
         return 2
     if wanted := os.environ.get("TWOTOWER_PID"):  # who wants to stop us from outside Ray signals this process
         with contextlib.suppress(OSError):  # a full disk must not keep the command from running
             Path(wanted).write_text(str(os.getpid()))
     record = run(command)
-    path = result_path(record["submission_id"])
-    if path:
+    if path := result_path(record["submission_id"]):
         try:
-            write_result(path, record)
+            write_json(path, record)
         except OSError as error:  # a full disk must not change the command's exit code
             print(f"warning: result file {path}: {error.strerror}", file=sys.stderr, flush=True)
     return int(record["exit_code"])

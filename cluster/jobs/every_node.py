@@ -1,10 +1,10 @@
-"""Runs one command on every node of a Ray cluster, all at once: what ``submit --every-node`` makes of a command.
+"""Runs one command on every node of a cluster at once: `python -m cluster.jobs.every_node -- COMMAND...`.
 
-Each node is asked for all of its processors and GPUs, so that nothing else of Ray's runs beside a measurement. The
-command finds its node's name in ``TWOTOWER_NODE``, which differs between nodes also where hosts' names do not.
+`submit --every-node` makes this of a command. Each node is asked for all of its CPUs and GPUs, so that nothing else of
+Ray's runs beside a measurement. The command finds its node's name in TWOTOWER_NODE, which differs between nodes also
+where hosts' names do not.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import ClusterError
-from cluster.jobs.entry import child_environment
+from cluster.jobs.entry import child_environment, command_of, program_of, shell_code
 
 NODE = "TWOTOWER_NODE"
 
 
 def unique_names(hosts: Sequence[str]) -> list[str]:
-    """Names of nodes: the host's, numbered where several nodes are on one host."""
+    """A name for each node: its host's, with a number where several nodes are on one host."""
     counts, seen, names = Counter(hosts), Counter[str](), []
     for host in hosts:
         seen[host] += 1
@@ -28,14 +28,13 @@ def unique_names(hosts: Sequence[str]) -> list[str]:
 
 
 def run_here(command: list[str], node: str) -> int:
-    """Runs a command on the node where this is called; its exit code as a shell has it."""
-    program = [sys.executable, *command[1:]] if command[0] in ("python", "python3") else command
-    status = subprocess.Popen(program, env=child_environment() | {NODE: node}).wait()
-    return status if status >= 0 else 128 - status
+    """Run a command on the node where this is called, and return its exit code as a shell has it."""
+    process = subprocess.Popen(program_of(command), env=child_environment() | {NODE: node})
+    return shell_code(process.wait())
 
 
 def run_everywhere(command: list[str]) -> dict[str, int]:
-    """Exit code of the command by node.
+    """Run a command on all living nodes that have a CPU; its exit code by node.
 
     Raises:
         ClusterError: a node has gone.
@@ -64,15 +63,10 @@ def run_everywhere(command: list[str]) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs ``-- COMMAND...`` everywhere; the largest exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.jobs.every_node", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    command = parser.parse_args(arguments).command
-    command = command[1:] if command[:1] == ["--"] else command
+    """Run `-- COMMAND...` everywhere, and return the largest exit code."""
+    command = command_of(arguments)
     if not command:
-        print("error: cluster.jobs.every_node: no command", file=sys.stderr)
+        print("error: no command; expected: python -m cluster.jobs.every_node -- COMMAND...", file=sys.stderr)
         return 2
     try:
         codes = run_everywhere(command)

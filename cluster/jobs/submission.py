@@ -1,4 +1,8 @@
-"""Submit a command as a Ray job, follow it to its end, and learn its true exit code."""
+"""Sends a command as a Ray job, follows its log to the end, and learns its true exit code.
+
+The log follower is our own. Ray's (`JobSubmissionClient.tail_job_logs`) is a websocket of text: it ends for good when a
+proxy cuts it, and a log with a byte that is no UTF-8 is not shown, without a word (Ray 2.60).
+"""
 
 import contextlib
 import itertools
@@ -7,18 +11,18 @@ import logging
 import os
 import secrets
 import shlex
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import requests
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, last_line
 from cluster.jobs.client import TERMINAL, Client, ServerError, Unreachable, is_loopback
+from cluster.jobs.progress import BarStream
 
 POLL_S = 0.5
 LOST_CONTACT_S = 120.0
@@ -59,21 +63,6 @@ class JobRequest:
         return f"RAY_AUTH_MODE=token {shlex.join(words)} -- {self.entrypoint}"
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a job ended.
-
-    Attributes:
-        outcome: succeeded, failed, killed, stopped or lost.
-        exit_code: the command's own, 128 + N after signal N, 70 if nobody knows.
-        note: the rest in words.
-    """
-
-    outcome: str
-    exit_code: int
-    note: str = ""
-
-
 def new_job_id(command: Sequence[str]) -> str:
     """A unique id that says what the job does and when it was sent, such as prepare-20261122-103000-1f3a."""
     return f"{stage_of(command)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -89,7 +78,7 @@ def stage_of(command: Sequence[str]) -> str:
 
 
 def absolute_paths(command: Sequence[str], address: str) -> tuple[str, ...]:
-    """Make the values of --output, --input, --data, --run, --json and --html absolute.
+    """The command with absolute values of --output, --input, --data, --run, --json and --html.
 
     A job runs in a copy of the working tree that Ray deletes: a result written to a relative path would be lost. On a
     cluster of this machine such a path means the same as without a cluster; elsewhere it is refused.
@@ -117,19 +106,41 @@ def submit(client: Client, request: JobRequest) -> None:
     Raises:
         ClusterError: the tree is too large, the id was used before, or the cluster refuses.
     """
-    os.environ["RAY_AUTH_MODE"] = "token"  # the cluster decides; this only lets Ray's client send the token
-    from ray.job_submission import JobSubmissionClient  # a second to import: only here
-
-    for name in ("ray", JobSubmissionClient.__module__, "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     runtime_env: dict[str, Any] = {"working_dir": str(request.working_dir)}
     if request.environment:
         runtime_env["env_vars"] = request.environment
+    with _only_to(client.address):
+        from ray.job_submission import JobSubmissionClient  # half a second to import: only here
+
+        for name in ("ray", JobSubmissionClient.__module__, "ray.dashboard.modules.dashboard_sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            sender = JobSubmissionClient(client.address, headers=dict(client.headers))
+            sender.submit_job(entrypoint=request.entrypoint, submission_id=request.job_id, runtime_env=runtime_env)
+        except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
+            raise ClusterError(_why_refused(request, error)) from error
+
+
+@contextlib.contextmanager
+def _only_to(address: str) -> Iterator[None]:
+    """Let Ray's client send tree, job and token to this address only, and the same way as ours (client.py).
+
+    Ray's client prefers RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, to the address that it is given, goes through proxies
+    and takes passwords from ~/.netrc. RAY_AUTH_MODE lets it send the token; whether one is asked for is the cluster's
+    decision.
+    """
+    names = {"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "NETRC": os.devnull}
+    names |= {"no_proxy": "*", "NO_PROXY": "*"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
     try:
-        sender = JobSubmissionClient(client.address, headers=dict(client.headers))
-        sender.submit_job(entrypoint=request.entrypoint, submission_id=request.job_id, runtime_env=runtime_env)
-    except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
-        raise ClusterError(_why_refused(request, error)) from error
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _why_refused(request: JobRequest, error: Exception) -> str:
@@ -138,8 +149,25 @@ def _why_refused(request: JobRequest, error: Exception) -> str:
         return f"job id {request.job_id!r} was used before on this cluster; choose another with --id"
     if "exceeds the maximum size" in text or "is too large" in text:
         return f"{request.working_dir} is larger than Ray's 512 MiB; name what a job does not need in .rayignore"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"the cluster refused the job: {lines[-1][:300] if lines else type(error).__name__}"
+    return f"the cluster refused the job: {last_line(text, type(error).__name__)}"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended.
+
+    Attributes:
+        outcome: succeeded, failed, killed, stopped or lost.
+        exit_code: the command's own, 128 + N after signal N, 70 if nobody knows.
+        note: the rest in words.
+    """
+
+    outcome: str
+    exit_code: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.outcome}{' ' + self.note if self.note else ''}: exit code {self.exit_code}"
 
 
 def ending(client: Client, job: dict[str, Any]) -> Ending:
@@ -152,18 +180,8 @@ def ending(client: Client, job: dict[str, Any]) -> Ending:
     code = job.get("driver_exit_code")
     if code is not None and (code < 0 or code > 128):
         return Ending("killed", 128 - code if code < 0 else code, "together with its wrapper")
-    lines = [line for line in (job.get("message") or "no reason given").strip().splitlines() if line.strip()]
-    return Ending("failed" if code else "lost", code or EXIT_LOST, lines[0][:300])
-
-
-class ByteStream(Protocol):
-    """What a log is written to."""
-
-    def write(self, data: bytes, /) -> int:
-        """Take bytes."""
-
-    def flush(self) -> None:
-        """Pass on what is buffered."""
+    message = (job.get("message") or "").strip() or "no reason given"
+    return Ending("failed" if code else "lost", code or EXIT_LOST, message.splitlines()[0][:300])
 
 
 class LogFollower:
@@ -173,9 +191,9 @@ class LogFollower:
     is fetched once the job is over.
     """
 
-    def __init__(self, client: Client, job_id: str, stream: ByteStream) -> None:
+    def __init__(self, client: Client, job_id: str, stream: BinaryIO | BarStream) -> None:
         self._client, self._job_id, self._stream = client, job_id, stream
-        self._shown = 0
+        self._shown = 0  # bytes
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -191,9 +209,7 @@ class LogFollower:
         """Show what has not been shown yet; the job must be over."""
         self._over.set()
         with contextlib.suppress(ServerError):
-            # The file itself, for what follows counts bytes; a job that never reached a node has only a message.
-            name = f"job-driver-{self._job_id}.log"
-            whole = self._client.log_file(node_id, name) if node_id else self._client.log(self._job_id)
+            whole = self._client.log(self._job_id, node_id)
             with self._lock:
                 self._show(whole, 0)
 
@@ -201,7 +217,7 @@ class LogFollower:
         while not self._over.is_set():
             seen = 0
             try:
-                for chunk in self._client.follow_log_file(node_id, f"job-driver-{self._job_id}.log"):
+                for chunk in self._client.follow_log(self._job_id, node_id):
                     with self._lock:
                         if self._over.is_set():
                             return
@@ -222,13 +238,16 @@ class LogFollower:
         self._stream.flush()
 
 
-def wait(client: Client, job_id: str, stream: ByteStream | None) -> tuple[dict[str, Any], LogFollower | None]:
+def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tuple[dict[str, Any], LogFollower | None]:
     """Poll a job until it is over, showing its log on the way.
 
     Args:
         client: the cluster.
         job_id: the job.
         stream: where the log goes; None to show nothing.
+
+    Returns:
+        The job's record, and what showed its log.
 
     Raises:
         ClusterError: the cluster does not answer for two minutes, or there is no such job.
@@ -251,8 +270,3 @@ def wait(client: Client, job_id: str, stream: ByteStream | None) -> tuple[dict[s
                 follower.finish(job.get("driver_node_id"))
             return job, follower
         time.sleep(POLL_S)
-
-
-def binary_stdout() -> BinaryIO:
-    """Standard output for bytes: logs are passed on as they are."""
-    return sys.stdout.buffer

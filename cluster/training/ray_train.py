@@ -1,7 +1,8 @@
 """Trains with Ray Train V2: `python -m cluster.training.ray_train --replicas N -- python -m trainer train ...`.
 
-Places one worker a tower pair (``pair.py``), restarts the run from its last checkpoint when a worker or a node
-is lost, passes a stop request on, and exits with the training command's own status.
+Places one worker per pair of towers (pair.py), starts the run again from its last checkpoint when a worker or a node is
+lost, passes a stop request on, and exits with the training command's own status. `submit` with --towers or --replicas
+makes this of a training command.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.errors import ClusterError
-from cluster.training.pair import PREEMPTED, PairSettings, run_pair
+from cluster.errors import ClusterError, last_line
+from cluster.jobs.entry import command_of
+from cluster.training.pair import PREEMPTED, PairSettings, run_pair, save_before_resize
 
 WAIT_LINE_S = 10.0
 
@@ -30,9 +32,9 @@ WAIT_LINE_S = 10.0
 class Need:
     """The resources of one pair, and how many pairs."""
 
-    cpus: int
-    gpus: int
-    replicas: int
+    num_cpus: int
+    num_gpus: int
+    num_replicas: int
 
 
 def fitting_pairs(nodes: Sequence[dict[str, float]], need: Need) -> int:
@@ -44,16 +46,16 @@ def fitting_pairs(nodes: Sequence[dict[str, float]], need: Need) -> int:
     """
     total = 0
     for node in nodes:
-        by_cpu = int(node.get("CPU", 0) // need.cpus)
-        total += min(by_cpu, int(node.get("GPU", 0) // need.gpus)) if need.gpus else by_cpu
+        by_cpu = int(node.get("CPU", 0) // need.num_cpus)
+        total += min(by_cpu, int(node.get("GPU", 0) // need.num_gpus)) if need.num_gpus else by_cpu
     return total
 
 
-def choose_gpus(nodes: Sequence[dict[str, float]], towers: int, replicas: int) -> int:
-    """GPUs a pair: one a tower where they suffice, else one for both towers, else none (gloo on CPUs)."""
-    for gpus in (towers, 1):
-        if fitting_pairs(nodes, Need(1, gpus, replicas)) >= replicas:
-            return gpus
+def choose_gpus(nodes: Sequence[dict[str, float]], num_towers: int, num_replicas: int) -> int:
+    """GPUs per pair: one per tower where they suffice, else one for both towers, else none (gloo on CPUs)."""
+    for num_gpus in (num_towers, 1):
+        if fitting_pairs(nodes, Need(1, num_gpus, num_replicas)) >= num_replicas:
+            return num_gpus
     return 0
 
 
@@ -64,14 +66,15 @@ def wait_for_room(need: Need, timeout_s: float) -> None:
         ClusterError: it cannot after `timeout_s`; Ray Train itself would wait for ever.
     """
     deadline, asked = time.monotonic() + timeout_s, False
+    bundle = {"CPU": need.num_cpus} | ({"GPU": need.num_gpus} if need.num_gpus else {})
     try:
-        while (found := fitting_pairs(_nodes(), need)) < need.replicas:
+        while (found := fitting_pairs(_nodes(), need)) < need.num_replicas:
             shows = ", ".join(f"{node.get('CPU', 0):g} CPUs {node.get('GPU', 0):g} GPUs" for node in _nodes())
             if time.monotonic() >= deadline:
                 raise ClusterError(_missing(need, shows))
-            print(f"waiting for resources: {found}/{need.replicas} pairs fit (nodes: {shows})", flush=True)
+            print(f"waiting for resources: {found}/{need.num_replicas} pairs fit (nodes: {shows})", flush=True)
             if not asked:
-                _ask_autoscaler([{"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})] * need.replicas)
+                _ask_autoscaler([bundle] * need.num_replicas)
                 asked = True
             time.sleep(min(WAIT_LINE_S, max(0.1, deadline - time.monotonic())))
     finally:
@@ -80,7 +83,7 @@ def wait_for_room(need: Need, timeout_s: float) -> None:
 
 
 def _missing(need: Need, shows: str) -> str:
-    wants = f"{need.replicas} x {need.cpus} CPUs" + (f" and {need.gpus} GPUs" if need.gpus else "")
+    wants = f"{need.num_replicas} x {need.num_cpus} CPUs" + (f" and {need.num_gpus} GPUs" if need.num_gpus else "")
     return (
         f"missing resources: the towers need {wants}, each on one node; the nodes have: {shows}; "
         "add nodes, or lower --replicas or --cpus-per-pair"
@@ -100,16 +103,6 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def option(command: Sequence[str], name: str) -> str:
-    """The value of an option of the training command, "" if it is not given."""
-    for position, word in enumerate(command):
-        if word == name and position + 1 < len(command):
-            return command[position + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return ""
-
-
 def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """Run the training command on the cluster and return its exit status.
 
@@ -118,7 +111,7 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """
     import ray
 
-    run = option(command, "--run")
+    run = _option(command, "--run")
     if not run or not Path(run).is_absolute():
         raise ClusterError(
             f"--run {run or '(missing)'}: the training command needs an absolute folder that all nodes see"
@@ -126,17 +119,18 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     # Ray gives the job's address to this process only, and Ray Train's own actors look for it, too.
     address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
     ray.init(address="auto", logging_level=logging.ERROR, runtime_env={"env_vars": address})
-    _, most = arguments.replicas
+    least, most = arguments.replicas
     gpus = arguments.gpus_per_pair
     gpus = choose_gpus(_nodes(), arguments.towers, most) if gpus is None else gpus
-    need = Need(arguments.cpus_per_pair or arguments.towers, gpus, arguments.replicas[0])
+    need = Need(arguments.cpus_per_pair or arguments.towers, gpus, least)
     wait_for_room(need, arguments.wait)
     folder = Path(run).parent / f".{Path(run).name}.ray" / f"job-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
-    settings = PairSettings(tuple(command), str(folder), arguments.towers, max(1, need.cpus // arguments.towers), run)
+    num_threads = max(1, need.num_cpus // arguments.towers)
+    settings = PairSettings(tuple(command), str(folder), arguments.towers, num_threads, run)
     _pass_stop_on(folder)
-    place = f"{most} pair{'s' if most > 1 else ''} of {arguments.towers} towers"
-    print(f"train: {place}, {need.cpus} CPUs and {need.gpus} GPUs each, on {len(_nodes())} nodes", flush=True)
+    pairs = f"{most} pair{'s' if most > 1 else ''} of {arguments.towers} towers"
+    print(f"train: {pairs}, {need.num_cpus} CPUs and {need.num_gpus} GPUs each, on {len(_nodes())} nodes", flush=True)
     try:
         for attempt in itertools.count():
             status = _fit(settings, need, arguments, attempt)
@@ -152,6 +146,26 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             folder.parent.rmdir()  # unless another job of this run uses it
 
 
+def _option(command: Sequence[str], name: str) -> str:
+    """The value of an option of the training command, "" if it is not given."""
+    for position, word in enumerate(command):
+        if word == name and position + 1 < len(command):
+            return command[position + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _pass_stop_on(folder: Path) -> None:
+    """SIGTERM and SIGINT, which Ray sends to this process only, reach the towers through a file that they look for."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        (folder / "stop").touch()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+
+
 def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, attempt: int) -> int:
     """Hand the run to Ray Train; its exit status, or PREEMPTED."""
     from ray.train import TrainingFailedError
@@ -159,29 +173,24 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, atte
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     least, most = arguments.replicas
-    resources: dict[str, float] = {"CPU": float(need.cpus)}
-    if need.gpus:
-        resources["GPU"] = float(need.gpus)
+    resources: dict[str, float] = {"CPU": float(need.num_cpus)}
+    if need.num_gpus:
+        resources["GPU"] = float(need.num_gpus)
     workers: Any = most if least == most else (least, most)
-    callbacks: list[Any] = []
-    if least < most:
-        from cluster.training.resize import SaveBeforeResize
-
-        callbacks.append(SaveBeforeResize(settings.folder))
-    name = f"{Path(settings.folder).name}-{attempt}"  # never used before: Ray Train resumes a run by its name, silently
+    folder = Path(settings.folder)
     run_config: Any = RunConfig(
-        name=name,
-        storage_path=str(Path(settings.folder).parent),
+        name=f"{folder.name}-{attempt}",  # never used before: Ray Train resumes a run by its name, silently
+        storage_path=str(folder.parent),
         failure_config=FailureConfig(max_failures=arguments.max_failures),
         logging_config=LoggingConfig(log_level="WARNING"),
-        callbacks=callbacks,
+        callbacks=[save_before_resize(folder)] if least < most else [],
     )
     trainer = DataParallelTrainer(
         run_pair,
         train_loop_config=asdict(settings),
         scaling_config=ScalingConfig(
             num_workers=workers,
-            use_gpu=need.gpus > 0,
+            use_gpu=need.num_gpus > 0,
             resources_per_worker=resources,
             placement_strategy="SPREAD",
             elastic_resize_monitor_interval_s=arguments.resize_every,
@@ -201,53 +210,33 @@ def _fit(settings: PairSettings, need: Need, arguments: argparse.Namespace, atte
 def _cause(error: BaseException) -> str:
     """The last line of what the workers reported."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    text = str(next(iter(failures.values())))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return last_line(str(next(iter(failures.values()))), type(error).__name__)
 
 
-def _pass_stop_on(folder: Path) -> None:
-    """SIGTERM and SIGINT, which Ray sends to this process only, reach the towers through a file that they look for."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        (folder / "stop").touch()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-
-
-def _replicas(text: str) -> tuple[int, int]:
+def _parse_replicas(text: str) -> tuple[int, int]:
     """N, or LEAST:MOST for an elastic run."""
-    least, _, most = text.partition(":")
-    pair = int(least), int(most or least)
-    if not 1 <= pair[0] <= pair[1]:
+    first, _, second = text.partition(":")
+    try:
+        least, most = int(first), int(second or first)
+    except ValueError:
+        least, most = 0, 0
+    if not 1 <= least <= most:
         raise argparse.ArgumentTypeError(f"{text!r}: expected N, or LEAST:MOST with 1 <= LEAST <= MOST")
-    return pair
+    return least, most
 
 
 def add_options(parser: "argparse._ActionsContainer") -> None:
-    """The options that `submit` passes on, see `entrypoint`."""
-    parser.add_argument(
-        "--towers", type=int, choices=(1, 2), metavar="N", help="train with Ray Train, N processes a pair"
-    )
-    parser.add_argument(
-        "--replicas", type=_replicas, metavar="N", help="tower pairs; LEAST:MOST: as many as there is room for"
-    )
-    parser.add_argument("--cpus-per-pair", type=int, default=0, metavar="N", help="CPUs a pair (default: one a tower)")
-    parser.add_argument("--gpus-per-pair", type=int, metavar="N", help="GPUs a pair (default: what the cluster has)")
-    parser.add_argument(
-        "--max-failures", type=int, default=3, metavar="N", help="restarts after lost workers (default: 3)"
-    )
-    parser.add_argument(
-        "--resize-every",
-        type=float,
-        default=60,
-        metavar="S",
-        help="with LEAST:MOST: seconds between two looks for room for more pairs (default: 60)",
-    )
-    parser.add_argument(
-        "--wait", type=float, default=60, metavar="S", help="seconds to wait for resources (default: 60)"
-    )
+    """Add the options of a training job, which `submit` passes on, see `entrypoint`."""
+    add = parser.add_argument
+    add("--towers", type=int, choices=(1, 2), metavar="N", help="train with Ray Train, N processes per pair")
+    fits = "pairs of towers; LEAST:MOST: as many as there is room for"
+    add("--replicas", type=_parse_replicas, metavar="N", help=fits)
+    add("--cpus-per-pair", type=int, default=0, metavar="N", help="CPUs per pair (default: one per tower)")
+    add("--gpus-per-pair", type=int, metavar="N", help="GPUs per pair (default: what the cluster has)")
+    add("--max-failures", type=int, default=3, metavar="N", help="restarts after lost workers (default: 3)")
+    looks = "with LEAST:MOST: seconds between two looks for room for more pairs (default: 60)"
+    add("--resize-every", type=float, default=60, metavar="S", help=looks)
+    add("--wait", type=float, default=60, metavar="S", help="seconds to wait for resources (default: 60)")
 
 
 def entrypoint(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[str, ...]:
@@ -255,15 +244,8 @@ def entrypoint(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[s
     if arguments.towers is None and arguments.replicas is None:
         return tuple(command)
     least, most = arguments.replicas or (1, 1)
-    words = [
-        "python",
-        "-m",
-        "cluster.training.ray_train",
-        "--towers",
-        str(arguments.towers or 2),
-        "--replicas",
-        f"{least}:{most}",
-    ]
+    words = ["python", "-m", "cluster.training.ray_train"]
+    words += ["--towers", str(arguments.towers or 2), "--replicas", f"{least}:{most}"]
     words += ["--cpus-per-pair", str(arguments.cpus_per_pair), "--max-failures", str(arguments.max_failures)]
     words += ["--wait", f"{arguments.wait:g}", "--resize-every", f"{arguments.resize_every:g}"]
     if arguments.gpus_per_pair is not None:
@@ -278,7 +260,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.set_defaults(towers=2, replicas=(1, 1))
     parser.add_argument("command", nargs=argparse.REMAINDER)
     parsed = parser.parse_args(arguments)
-    return parsed, parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
+    return parsed, command_of(parsed.command)
 
 
 def main(arguments: list[str]) -> int:

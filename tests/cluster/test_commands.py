@@ -1,11 +1,10 @@
 """The command line and its parts, without a cluster."""
 
+import ast
 import contextlib
-import io
 import json
 import os
 import re
-import shlex
 import socket
 import stat
 import subprocess
@@ -13,23 +12,19 @@ import sys
 import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import requests
 
 from cluster import local
 from cluster.__main__ import main
-from cluster.auth import ensure_token, mode_too_wide, read_token
 from cluster.commands import full_disks
 from cluster.doctor import check_cluster
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, last_line
 from cluster.host_checks import check_token
-from cluster.jobs import client
-from cluster.jobs import submission as jobs
-from cluster.jobs.bar import BarStream
-from cluster.jobs.client import Client, dashboard_address
-from cluster.jobs.progress import latest, parse
+from cluster.jobs import client, submission
+from cluster.jobs.client import Client, dashboard_address, ensure_token, mode_too_wide, read_token
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -54,13 +49,39 @@ def test_every_subcommand_has_help_with_an_example(command, capsys):
     assert f"example:\n  python -m cluster {command}" in text
 
 
-def test_help_needs_neither_ray_nor_torch_nor_dali():
-    code = (
-        "import sys, cluster.__main__, cluster.jobs.entry\n"
-        "heavy = {'ray', 'torch', 'nvidia', 'pipeline', 'trainer'} & {name.split('.')[0] for name in sys.modules}\n"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+HEAVY = ("ray", "torch", "numpy", "rich", "nvidia", "pipeline", "trainer")
+REFUSED = (
+    ["sttus"],
+    ["up", "--nodes", "x"],
+    ["up", "--local", "--nodes", "0"],
+    ["up", "nothing.yaml"],
+    ["submit"],
+    ["submit", "--replicas", "3:2", "--", "true"],
+    ["submit", "--every-node", "--towers", "2", "--", "true"],
+    ["submit", "--address", "http://10.0.0.7:1", "--", "prepare", "--output", "x"],
+    ["submit", "--address", NOBODY, "--", "true"],
+    ["status", "--address", "ray://host:10001"],
+)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *REFUSED], ids=" ".join)
+def test_help_typos_and_refused_options_load_nothing_heavy(arguments):
+    """Ray alone takes half a second of processor time."""
+    code = "import sys, cluster.jobs.entry, cluster.jobs.every_node\nfrom cluster.__main__ import main\n"
+    code += f"try:\n    status = main({arguments!r})\nexcept SystemExit as end:\n    status = end.code\n"
+    code += f"loaded = set({HEAVY!r}) & {{name.split('.')[0] for name in sys.modules}}\n"
+    code += "sys.exit(f'loaded: {loaded}' if loaded else status)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").rglob("*.py")), ids=lambda path: path.name)
+def test_ray_is_imported_only_where_it_is_needed_and_then_inside_a_function(path):
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    rays = [node for node in imports if re.search(r"\bray\b", ast.unparse(node))]
+    assert not rays or path.parent.name in ("jobs", "training")
+    assert not set(rays) & set(tree.body)
 
 
 @pytest.mark.parametrize(
@@ -111,85 +132,19 @@ def test_empty_token_file_is_named():
         Client(NOBODY)
 
 
-def test_print_shows_the_equal_ray_command(capsys):
-    command = ["python", "-m", "pipeline", "prepare", "--output", "/data/a b"]
-    assert main(["submit", "--print", "--id", "x", "--env", "A=1", "--", *command]) == 0
-    line = capsys.readouterr().out.strip()
-    assert line.startswith("RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --submission-id x ")
-    assert line.endswith("-- exec python -m cluster.jobs.entry -- python -m pipeline prepare --output '/data/a b'")
-    words = shlex.split(line)
-    variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
-    assert variables["A"] == "1" and set(variables) <= {"A", "TWOTOWER_COMMIT"}
-
-
-def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    command = ["python", "-m", "trainer", "train", "--config", "configs/digits.toml", "--data=d", "--run", "r"]
-    here = jobs.absolute_paths(command, "http://127.0.0.1:8265")
-    assert here[5:] == ("configs/digits.toml", f"--data={tmp_path}/d", "--run", f"{tmp_path}/r")
-    with pytest.raises(ClusterError, match="absolute path"):
-        jobs.absolute_paths(command, "http://10.0.0.7:8265")
-    away = ["prepare", "--output", "s3://bucket/x", "--input", "/data"]
-    assert list(jobs.absolute_paths(away, "http://10.0.0.7:8265")) == away
-
-
-def test_job_ids_say_what_they_do_and_differ():
-    ids = {jobs.new_job_id(["python", "-m", "pipeline", "prepare", "--source", "digits"]) for _ in range(20)}
-    assert len(ids) == 20 and all(job.startswith("prepare-") for job in ids)
-
-
 def test_addresses():
     assert dashboard_address(None) == "http://127.0.0.1:8265"
     assert dashboard_address("head:8265") == "http://head:8265"
     assert dashboard_address("https://head:443/") == "https://head:443"
 
 
-class BreakingClient:
-    """A log whose connection breaks after every few bytes, also in the middle of a character."""
-
-    def __init__(self, log: bytes) -> None:
-        self._log, self._length = log, 0
-        self.everything_served = threading.Event()
-
-    def follow_log_file(self, node_id, name):
-        self._length += 5
-        yield self._log[:3]
-        yield self._log[3 : self._length]
-        if self._length > len(self._log) // 2:
-            self.everything_served.set()
-        raise requests.ConnectionError("broken")
-
-    def log_file(self, node_id, name, lines=-1):
-        return self._log
-
-
-def test_log_is_shown_once_and_whole_though_the_connection_breaks(monkeypatch):
-    monkeypatch.setattr(jobs, "POLL_S", 0.001)
-    log = "zeile eins é\nzeile zwei ü\n".encode() * 4
-    client, stream = BreakingClient(log), io.BytesIO()
-    follower = jobs.LogFollower(client, "job", stream)
-    follower.start("node")
-    assert client.everything_served.wait(30)
-    follower.finish("node")
-    assert stream.getvalue() == log
-
-
 @pytest.mark.parametrize(
-    ("job", "outcome", "code"),
-    [
-        ({"status": "STOPPED"}, "stopped", 137),
-        ({"status": "FAILED", "driver_exit_code": -9, "message": "x"}, "killed", 137),
-        ({"status": "FAILED", "driver_exit_code": 3, "message": "x"}, "failed", 3),
-        ({"status": "FAILED", "driver_exit_code": None, "message": "The node died"}, "lost", 70),
-    ],
+    ("text", "line"),
+    [("", "none"), ("Traceback\n  a\nValueError: no\n.", "ValueError: no"), (" x \n\n", "x"), ("y" * 400, "y" * 300)],
 )
-def test_ending_without_a_result_file(job, outcome, code):
-    class NoResult:
-        def result(self, job):
-            return None
-
-    end = jobs.ending(NoResult(), job)
-    assert (end.outcome, end.exit_code) == (outcome, code)
+def test_the_reason_is_the_last_line_that_says_something(text, line):
+    """Ray puts a full stop behind a server's traceback, on a line of its own."""
+    assert last_line(text, "none") == line
 
 
 Server = namedtuple("Server", "address handler")
@@ -197,7 +152,7 @@ Server = namedtuple("Server", "address handler")
 
 @contextlib.contextmanager
 def serving(answer):
-    """A server on loopback; `answer(handler)` gives the body of every GET, and the handler's class takes settings."""
+    """A server on loopback; `answer(handler)` gives the body of each answer, and the handler's class takes settings."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -206,6 +161,8 @@ def serving(answer):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_POST = do_GET
 
         def log_message(self, *_):
             pass
@@ -232,14 +189,40 @@ def test_doctor_finds_an_open_cluster_and_an_old_ray(open_dashboard):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"),
+    ("theirs", "words"),
     [("2.40.0", "runs Ray 2.40.0, which has known remote holes"), ("2.999.0", "install the same version on both")],
 )
-def test_submit_refuses_another_ray(open_dashboard, capsys, version, words):
-    open_dashboard.handler.ray_version = version
+def test_submit_refuses_another_ray(open_dashboard, capsys, theirs, words):
+    open_dashboard.handler.ray_version = theirs
     assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_job_goes_to_the_given_address_and_nowhere_else(monkeypatch, capsys):
+    """Ray's client would prefer both variables to the address that it is given, and obey the proxy."""
+    asked = []
+
+    def answer(handler):
+        asked.append((handler.server.server_port, handler.command, handler.headers["Authorization"]))
+        if handler.command == "POST":
+            return json.dumps({"job_id": "x", "submission_id": "x"}).encode()
+        if "/nodes" in handler.path:
+            return json.dumps({"data": {"summary": []}}).encode()
+        return json.dumps({"ray_version": version("ray")}).encode()
+
+    ensure_token()
+    with serving(answer) as ours, serving(answer) as other:
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, other.address)
+        before = dict(os.environ)
+        assert main(["submit", "--no-wait", "--id", "x", "--address", ours.address, "--", "true"]) == 0
+    assert capsys.readouterr().out == "x\n"
+    assert dict(os.environ).items() - before.items() <= {("RAY_CLIENT_MODE", "0")}  # which importing Ray sets
+    assert before.keys() <= os.environ.keys()
+    assert {port for port, _, _ in asked} == {int(ours.address.rpartition(":")[2])}
+    assert {token for _, _, token in asked} == {f"Bearer {read_token()}"}
+    assert "POST" in {method for _, method, _ in asked}
 
 
 @pytest.mark.parametrize(
@@ -268,10 +251,10 @@ def test_a_server_that_never_answers_is_one_line(monkeypatch, capsys):
 
 def test_contact_that_is_lost_ends_the_wait(monkeypatch):
     """A cluster that goes away while a job is followed; nothing answers at its address any more."""
-    monkeypatch.setattr(jobs, "LOST_CONTACT_S", 0.1)
-    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    monkeypatch.setattr(submission, "LOST_CONTACT_S", 0.1)
+    monkeypatch.setattr(submission, "POLL_S", 0.01)
     with pytest.raises(ClusterError, match="lost contact with the cluster while waiting for job-7: no Ray cluster at"):
-        jobs.wait(Client(NOBODY), "job-7", None)
+        submission.wait(Client(NOBODY), "job-7", None)
 
 
 def test_local_folder_too_long_for_sockets(tmp_path):
@@ -285,60 +268,6 @@ def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path
     assert local.load(tmp_path) is None
     local.stop_node(ours)  # must not end this very process
     assert local.down(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("line", "done", "total", "rate", "left"),
-    [
-        ("prepared 239 / 1,797 pictures, 48 images/s, 33 s left", 239, 1797, 48.0, "33 s"),
-        ("(RayTrainWorker pid=7) step 55/88  epoch 3  loss 1.7552  921 images/s", 55, 88, 921.0, ""),
-        ("epoch 2/4: top-1 0.5222, top-5 0.9389 on 360 held-out pictures, 1,742.5 images/s", 2, 4, 1742.5, ""),
-        ("shards 3/12", 3, 12, None, ""),
-    ],
-)
-def test_progress_lines(line, done, total, rate, left):
-    progress = parse(line)
-    assert (progress.done, progress.total, progress.images_per_s, progress.left) == (done, total, rate, left)
-
-
-@pytest.mark.parametrize(
-    "line", ["data set: /data/1/2 (7710be)", "finished at step 88: /runs/1", "", "2026/11/22 10:00"]
-)
-def test_other_lines_are_no_progress(line):
-    assert parse(line) is None
-
-
-def test_latest_progress_prefers_a_line_with_a_rate():
-    assert latest("step 1/4 10 images/s\nstep 2/4 10 images/s\ndone 4/4\n").done == 2
-    assert latest("shards 1/4\nshards 2/4\n").done == 2
-    assert latest("nothing here\n") is None
-
-
-@pytest.mark.parametrize(
-    ("command", "stage"),
-    [
-        ("python -m pipeline prepare --output /data/train", "prepare"),
-        ("python -m cluster.training.ray_train --towers 2 -- python -m trainer train --run /r", "train"),
-        ("/usr/bin/sleep 3", "sleep"),
-        ("python -c pass", "job"),
-    ],
-)
-def test_stage_of_a_command(command, stage):
-    assert jobs.stage_of(command.split()) == stage
-
-
-def test_bar_replaces_progress_lines_and_passes_all_others():
-    terminal = io.BytesIO()
-    stream = BarStream(terminal)
-    log = b"begin\nprepared 2 / 8 pictures, 48 images/s, 33 s left\nwarning\nprepared 8 / 8 pictures, 50 images/s\nend"
-    for start in range(0, len(log), 5):  # pieces that end anywhere
-        stream.write(log[start : start + 5])
-    stream.close()
-    shown = terminal.getvalue().decode()
-    assert "prepared" not in shown
-    assert "25%  2/8  48 images/s  33 s left" in shown and "100%  8/8" in shown
-    plain = [line.rpartition("\x1b[K")[2] for line in shown.split("\n")]
-    assert plain[:2] == ["begin", "warning"] and plain[-2:] == ["end", ""]
 
 
 def test_full_disks_of_living_nodes():

@@ -218,8 +218,8 @@ def test_ray_submit_takes_the_line_that_the_script_documents():
         line for line in (FILES / "run_command.py").read_text().splitlines() if line.startswith("    ray submit")
     )
     context = submit.make_context("submit", line.split()[2:])
-    assert context.params["script"] == "cluster/jobs/run_command.py"
-    command = "python -m pipeline prepare --source digits --output /shared/digits"
+    assert context.params["script"] == "cluster/deploy/run_command.py"
+    command = "python -m pipeline prepare --source digits --output /shared/d"
     assert " ".join(context.params["script_args"]) == command
     assert not context.params["stop"] and not context.params["port_forward"], "none of the words is Ray's"
 

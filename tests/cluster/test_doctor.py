@@ -9,9 +9,8 @@ from importlib.metadata import version
 
 import pytest
 
-from cluster import doctor, local
-from cluster import host_checks as machine
-from cluster.findings import Finding
+from cluster import doctor, host_checks, local
+from cluster.host_checks import Finding
 
 SMI = "| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: {} |"
 TWO = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"
@@ -40,35 +39,37 @@ def test_lost_nodes_are_shown_and_their_clocks_are_not_read():
     assert (seen.level, seen.seen) == ("note", "1 alive with 4 CPUs and 0 GPUs, 1 lost")
 
 
-@pytest.mark.parametrize("free", [0, 4 * machine.GIB])
+@pytest.mark.parametrize("free", [0, 4 * host_checks.GIB])
 def test_full_disk(monkeypatch, tmp_path, free):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: Usage(1000 * machine.GIB, 0, free))
-    assert levels(machine.check_disk(tmp_path / "not" / "yet" / "made")) == ["bad"]
+    monkeypatch.setattr(host_checks.shutil, "disk_usage", lambda place: Usage(1000 * host_checks.GIB, 0, free))
+    assert levels(host_checks.check_disk(tmp_path / "not" / "yet" / "made")) == ["bad"]
 
 
 def test_small_shared_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: Usage(64 << 20, 0, 64 << 20))  # docker's default
-    assert levels(machine.check_shared_memory(tmp_path)) == ["bad"]
-    assert levels(machine.check_shared_memory(tmp_path / "missing")) == ["bad"]
+    monkeypatch.setattr(
+        host_checks.shutil, "disk_usage", lambda place: Usage(64 << 20, 0, 64 << 20)
+    )  # docker's default
+    assert levels(host_checks.check_shared_memory(tmp_path)) == ["bad"]
+    assert levels(host_checks.check_shared_memory(tmp_path / "missing")) == ["bad"]
 
 
 def test_few_open_files(monkeypatch):
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (1024, 1048576))
-    (finding,) = machine.check_file_limit()
+    monkeypatch.setattr(host_checks.resource, "getrlimit", lambda which: (1024, 1048576))
+    (finding,) = host_checks.check_file_limit()
     assert finding.level == "note" and finding.fix == "ulimit -n 1048576"
 
 
 def test_no_gpu_is_no_fault(monkeypatch):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    assert levels(machine.check_gpu()) == ["note"]
+    monkeypatch.setattr(host_checks.shutil, "which", lambda name: None)
+    assert levels(host_checks.check_gpu()) == ["note"]
 
 
 def test_gpus_nccl_and_driver():
-    assert levels(machine.judge_gpus(TWO, SMI.format("13.0"), PACKAGES)) == ["ok", "ok"]
-    old = list(machine.judge_gpus(TWO, SMI.format("12.8"), PACKAGES))
+    assert levels(host_checks.judge_gpus(TWO, SMI.format("13.0"), PACKAGES)) == ["ok", "ok"]
+    old = list(host_checks.judge_gpus(TWO, SMI.format("12.8"), PACKAGES))
     assert levels(old) == ["ok", "ok", "bad"] and "supports CUDA 12.8" in old[-1].seen
     one = TWO.splitlines()[0]
-    assert levels(machine.judge_gpus(one, SMI.format("13.0"), {})) == ["note", "bad"]
+    assert levels(host_checks.judge_gpus(one, SMI.format("13.0"), {})) == ["note", "bad"]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,12 @@ def test_gpus_nccl_and_driver():
     ],
 )
 def test_dali(monkeypatch, packages, level):
-    monkeypatch.setattr(machine, "installed", lambda: packages)
-    assert levels(machine.check_dali()) == [level]
+    monkeypatch.setattr(host_checks, "installed", lambda: packages)
+    assert levels(host_checks.check_dali()) == [level]
 
 
 def test_dali_of_this_installation_is_found():
-    assert levels(machine.check_dali()) == ["ok"]
+    assert levels(host_checks.check_dali()) == ["ok"]
 
 
 @pytest.mark.parametrize(("ours", "level"), [("2.54.1", "bad"), ("2.60.0", "ok"), ("3.0.0", "ok")])
@@ -96,7 +97,7 @@ def test_ray_with_known_holes(monkeypatch, ours, level):
 
 def test_token_in_the_environment_is_worth_a_note(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret-of-this-test")
-    (finding,) = machine.check_token()
+    (finding,) = host_checks.check_token()
     assert finding.level == "note" and "secret-of-this-test" not in str(finding)
 
 
@@ -106,10 +107,10 @@ def test_ports_that_listen_on_all_interfaces():
         loopback.bind(("127.0.0.1", 0))
         everywhere.listen()
         loopback.listen()
-        ports = machine.listening({os.getpid()})
+        ports = host_checks.listening({os.getpid()})
         assert everywhere.getsockname()[1] in ports
         assert loopback.getsockname()[1] not in ports
-        assert everywhere.getsockname()[1] not in machine.listening({1})
+        assert everywhere.getsockname()[1] not in host_checks.listening({1})
 
 
 @pytest.mark.parametrize(("host", "wanted"), [("0.0.0.0", ["bad", "note"]), ("127.0.0.1", ["ok"])])

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from cluster import local
-from cluster.training.gauges import latest_step
+from cluster.training.pair import latest_step
 from tests.helpers.digits_jobs import (
     PREPARE,
     STEPS,

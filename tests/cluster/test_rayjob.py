@@ -198,8 +198,8 @@ def test_the_image_holds_what_the_pods_run(rayjob):
     lines = (ROOT / "cluster" / "deploy" / "Dockerfile").read_text().splitlines()
     copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
     assert all((ROOT / name).exists() for name in copied)
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {package.partition(".")[0] for package in packages} | {"configs", "constraints.txt"} <= copied
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert {name.rstrip("*") for name in packages["include"]} | {"configs", "constraints.txt"} <= copied
     (folder,) = (line.split()[1] for line in lines if line.startswith("WORKDIR "))
     for group in groups(rayjob["spec"]):
         (container,) = group["template"]["spec"]["containers"]

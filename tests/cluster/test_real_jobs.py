@@ -2,12 +2,14 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import pytest
 import requests
 
 from tests.helpers.cutting_proxy import cutting_proxy
-from tests.helpers.local_cluster import Machine, started, wait_until
+from tests.helpers.local_cluster import ROOT, Machine, started, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,16 @@ def test_log_is_whole_and_the_code_true_though_connections_are_cut(machine):
     assert lines == [f"line {number}" for number in range(200)]
 
 
+def test_log_is_shown_byte_for_byte(machine):
+    """Also a byte that is no UTF-8, which Ray's own interface for logs refuses."""
+    code = "import sys; sys.stdout.buffer.write(b'caf\\xe9 \\xff\\n')"
+    machine.run("submit", "--no-wait", "--id", "bytes", "--", "python", "-c", code, expect=0)
+    for options in (("--follow",), ()):
+        command = [sys.executable, "-m", "cluster", "logs", *options, "bytes"]
+        done = subprocess.run(command, cwd=ROOT, env=machine.environment, capture_output=True, timeout=120)
+        assert done.returncode == 0 and b"caf\xe9 \xff\n" in done.stdout, done.stderr
+
+
 def test_killed_is_told_apart_from_failed(machine):
     done = machine.run("submit", "--id", "killed", "--", "bash", "-c", "kill -9 $$")
     assert done.returncode == 137
@@ -83,3 +95,15 @@ def test_token_is_in_no_log(machine):
     assert not [path for path in logs if token in path.read_bytes()]
     shown = machine.run("doctor")
     assert shown.returncode == 0 and token.decode() not in shown.stdout + shown.stderr
+
+
+@pytest.mark.slow
+def test_a_command_runs_once_on_every_node_and_the_worst_exit_code_counts(tmp_path):
+    """On a cluster of two nodes each knows its name."""
+    code = "import os, sys; node = os.environ['TWOTOWER_NODE']\n"
+    code += f"open({str(tmp_path)!r} + '/' + node, 'x').close(); sys.exit(3 if node.endswith('-2') else 0)"
+    with started(cpus=1, nodes=2) as machine:
+        done = machine.run("submit", "--every-node", "--id", "both", "--", "python", "-c", code, expect=3)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert len(names) == 2 and [name[-2:] for name in names] == ["-1", "-2"]  # two nodes of one host
+        assert f"node {names[0]}: exit code 0" in done.stdout and f"node {names[1]}: exit code 3" in done.stdout

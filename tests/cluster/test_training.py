@@ -13,9 +13,9 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.errors import ClusterError
-from cluster.training import pair
-from cluster.training import ray_train as training
-from cluster.training.gauges import latest_step
+from cluster.jobs.entry import write_json
+from cluster.training import pair, ray_train
+from cluster.training.pair import latest_step
 from cluster.training.ray_train import Need, choose_gpus, fitting_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,36 +50,36 @@ def test_a_pair_is_never_split_over_nodes(nodes, need, pairs):
     ],
 )
 def test_gpus_are_used_where_they_suffice(nodes, replicas, gpus):
-    assert choose_gpus(nodes, towers=2, replicas=replicas) == gpus
+    assert choose_gpus(nodes, num_towers=2, num_replicas=replicas) == gpus
 
 
 def test_missing_resources_end_in_one_line_instead_of_waiting_for_ever(monkeypatch):
-    monkeypatch.setattr(training, "_nodes", lambda: [node(1), node(1)])
+    monkeypatch.setattr(ray_train, "_nodes", lambda: [node(1), node(1)])
     with pytest.raises(ClusterError, match=r"missing resources: the towers need 1 x 2 CPUs.*1 CPUs 0 GPUs, 1 CPUs"):
-        training.wait_for_room(Need(2, 0, 1), timeout_s=0.0)
+        ray_train.wait_for_room(Need(2, 0, 1), timeout_s=0.0)
 
 
 @pytest.mark.parametrize("comes", [True, False])
 def test_an_autoscaler_is_asked_once_and_the_request_taken_back(monkeypatch, comes):
     asked = []
-    monkeypatch.setattr(training, "_ask_autoscaler", asked.append)
-    monkeypatch.setattr(training, "_nodes", lambda: [node(4, 2)] if comes and asked else [node(1)])
-    monkeypatch.setattr(training, "WAIT_LINE_S", 0.0)
+    monkeypatch.setattr(ray_train, "_ask_autoscaler", asked.append)
+    monkeypatch.setattr(ray_train, "_nodes", lambda: [node(4, 2)] if comes and asked else [node(1)])
+    monkeypatch.setattr(ray_train, "WAIT_LINE_S", 0.0)
     if comes:
-        training.wait_for_room(Need(2, 1, 2), timeout_s=60.0)
+        ray_train.wait_for_room(Need(2, 1, 2), timeout_s=60.0)
     else:
         with pytest.raises(ClusterError, match="missing resources: the towers need 2 x 2 CPUs and 1 GPUs"):
-            training.wait_for_room(Need(2, 1, 2), timeout_s=0.05)
+            ray_train.wait_for_room(Need(2, 1, 2), timeout_s=0.05)
     assert asked == [[{"CPU": 2, "GPU": 1}] * 2, []]
 
 
 def settings(towers: int = 2) -> pair.PairSettings:
-    return pair.PairSettings(("python", "x"), "/shared", towers, threads=1)
+    return pair.PairSettings(("python", "x"), "/shared", towers, num_threads=1)
 
 
 def test_ranks_are_those_of_torchrun():
-    places = [pair.Place(replica, 3, "10.0.0.1", 29500) for replica in range(3)]
-    environments = [pair.tower_environment(settings(), place, tower) for place in places for tower in range(2)]
+    rendezvous = [pair.Rendezvous(replica, 3, "10.0.0.1", 29500) for replica in range(3)]
+    environments = [pair.tower_environment(settings(), place, tower) for place in rendezvous for tower in range(2)]
     assert [int(environment["RANK"]) for environment in environments] == list(range(6))
     assert [int(environment["LOCAL_RANK"]) for environment in environments] == [0, 1] * 3
     assert {environment["WORLD_SIZE"] for environment in environments} == {"6"}
@@ -87,36 +87,36 @@ def test_ranks_are_those_of_torchrun():
 
 
 def test_one_process_has_no_rank():
-    environment = pair.tower_environment(settings(towers=1), pair.Place(0, 1, "127.0.0.1", 1), 0)
+    environment = pair.tower_environment(settings(towers=1), pair.Rendezvous(0, 1, "127.0.0.1", 1), 0)
     assert "RANK" not in environment and "MASTER_ADDR" not in environment
 
 
 def test_restart_resumes_and_overwrites_nothing():
     command = ["python", "-m", "trainer", "train", "--run", "/r", "--overwrite", "--resume", "never"]
-    again = pair.resumed(command)
+    again = pair.resume_command(command)
     assert "--overwrite" not in again and again[-2:] == ["--resume", "auto"]
     assert command[-3] == "--overwrite", "the first start keeps what the user said"
 
 
 @pytest.mark.parametrize(("statuses", "status"), [([0, 0], 0), ([3, 3], 3), ([0, 3], 3), ([2, 0], 2), ([2, 2], 2)])
 def test_foreseen_ends_are_final(statuses, status):
-    assert pair.verdict(statuses) == status
+    assert pair.exit_status(statuses) == status
 
 
 @pytest.mark.parametrize("statuses", [[-9, 2], [0, -15], [1, 2], [2, 1], [4, 0], [4, 4], [-9, 4]])
 def test_killed_and_crashed_towers_are_worth_another_try(statuses):
     with pytest.raises(pair.TowerLost, match=r"tower [ab] (was ended by SIG|crashed|lost another one)"):
-        pair.verdict(statuses)
+        pair.exit_status(statuses)
 
 
 def test_pairs_agree_on_the_end(tmp_path):
-    assert pair.agreed_end(tmp_path, "7", replicas=2) is None
-    pair.write_mark(tmp_path / "done-7-0", {"status": 0})
-    assert pair.agreed_end(tmp_path, "7", replicas=2) is None, "the other pair still works"
-    pair.write_mark(tmp_path / "done-6-1", {"status": 0})
-    assert pair.agreed_end(tmp_path, "7", replicas=2) is None, "a mark of an attempt before this one"
-    pair.write_mark(tmp_path / "done-7-1", {"status": 3})
-    assert pair.agreed_end(tmp_path, "7", replicas=2) == 3
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None
+    write_json(tmp_path / "done-7-0", {"status": 0})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None, "the other pair still works"
+    write_json(tmp_path / "done-6-1", {"status": 0})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None, "a mark of an attempt before this one"
+    write_json(tmp_path / "done-7-1", {"status": 3})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) == 3
 
 
 @pytest.mark.parametrize(
@@ -124,26 +124,27 @@ def test_pairs_agree_on_the_end(tmp_path):
 )
 def test_towers_that_our_own_signal_ended_are_not_lost(tmp_path, flag, status):
     """It may come while they still import, before they can catch it."""
-    watch = pair.Watch(pair.PairSettings(("x",), str(tmp_path), 2, 1), 0, 1, (), "7")
+    settings = pair.PairSettings(("x",), str(tmp_path), 2, 1)
+    monitor = pair.PairMonitor(settings, pair.Rendezvous(0, 1, "127.0.0.1", 1), (), "7")
     with pytest.raises(pair.TowerLost):
-        watch._note_end([-signal.SIGTERM, 0])
-    setattr(watch, flag, True)
-    watch._note_end([-signal.SIGTERM, 0])
-    assert pair.agreed_end(tmp_path, "7", replicas=1) == status
+        monitor._record_end([-signal.SIGTERM, 0])
+    setattr(monitor, flag, True)
+    monitor._record_end([-signal.SIGTERM, 0])
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=1) == status
     with pytest.raises(pair.TowerLost, match="SIGKILL"):
-        watch._note_end([-signal.SIGKILL, 0])
+        monitor._record_end([-signal.SIGKILL, 0])
 
 
 def test_one_refusal_ends_all_pairs(tmp_path):
-    pair.write_mark(tmp_path / "done-7-1", {"status": 2})
-    assert pair.agreed_end(tmp_path, "7", replicas=4) == 2
+    write_json(tmp_path / "done-7-1", {"status": 2})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=4) == 2
 
 
 def test_a_preempted_pair_waits_for_the_others_to_save(tmp_path):
-    pair.write_mark(tmp_path / "done-7-0", {"status": pair.PREEMPTED})
-    assert pair.agreed_end(tmp_path, "7", replicas=2) is None
-    pair.write_mark(tmp_path / "done-7-1", {"status": pair.STOPPED})
-    assert pair.agreed_end(tmp_path, "7", replicas=2) == pair.PREEMPTED
+    write_json(tmp_path / "done-7-0", {"status": pair.PREEMPTED})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) is None
+    write_json(tmp_path / "done-7-1", {"status": pair.STOPPED})
+    assert pair.common_exit_status(tmp_path, "7", num_replicas=2) == pair.PREEMPTED
 
 
 def test_pairs_are_asked_to_save_and_waited_for(tmp_path):
@@ -190,7 +191,7 @@ def test_towers_do_not_outlive_their_worker(tmp_path):
     tower = f"import os, time; open({str(child)!r} + '.part', 'w').write(str(os.getpid()));"
     tower += f"os.rename({str(child)!r} + '.part', {str(child)!r}); time.sleep(600)"
     worker = "import os, subprocess, sys, time\n"
-    worker += "command = [sys.executable, '-m', 'cluster.training.run_with_parent', str(os.getpid()), "
+    worker += "command = [sys.executable, '-m', 'cluster.training.pair', str(os.getpid()), "
     worker += f"sys.executable, '-c', {tower!r}]\n"
     worker += "subprocess.Popen(command); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT)
@@ -207,7 +208,7 @@ def test_towers_do_not_outlive_their_worker(tmp_path):
 
 
 def test_orphan_ends_at_once():
-    command = [sys.executable, "-m", "cluster.training.run_with_parent", "1", sys.executable, "-c", "print('never')"]
+    command = [sys.executable, "-m", "cluster.training.pair", "1", sys.executable, "-c", "print('never')"]
     assert os.getpid() != 1
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL and not done.stdout
