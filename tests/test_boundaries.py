@@ -24,7 +24,7 @@ FLOORS = {
         "bench",
         "cli",
     ),
-    "cluster": ("errors", "local", "jobs", "training", "doctor", "commands"),
+    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
 SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
 # Who may know of what, as prefixes of modules.
@@ -34,7 +34,7 @@ KNOW = {
         "trainer.bench",
         "trainer.planning.scale",
     ),  # scale: a fake group, to count
-    "ray": ("pipeline.preparation.ray_run", "cluster"),
+    "ray": ("pipeline.preparation.ray_run", "cluster.jobs", "cluster.training"),
     "nvidia.dali": ("pipeline.loader.graph",),
     "torch": ("trainer", "pipeline.loader", "pipeline.preparation.image"),
     "trainer": ("trainer",),
