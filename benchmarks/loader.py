@@ -46,11 +46,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pipeline.loader.batch import SplitFeed  # noqa: E402
 from pipeline.loader.batches import TrainingLoader  # noqa: E402
 from pipeline.loader.bench import BenchOptions, run_bench  # noqa: E402
 from pipeline.loader.config import LoaderConfig  # noqa: E402
 from pipeline.loader.open_split import Statistics, open_split, read_statistics  # noqa: E402
-from pipeline.loader.share import SplitFeed  # noqa: E402
 
 BATCH = 128
 CROP = 224

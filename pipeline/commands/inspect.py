@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
 
@@ -113,28 +111,16 @@ def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
         print(
             f"  ... {len(rest) - SHOWN_CLASSES:,} more classes; smallest {min(rest):,}, largest {max(rest):,} samples"
         )
-    for name, values in _size_columns(contents).items():
-        quantiles = np.percentile(values, QUANTILES)
-        print(
-            f"  {name:10s}" + "".join(f"  {q:3d}%: {value:8.4g}" for q, value in zip(QUANTILES, quantiles, strict=True))
-        )
+    for name, values in contents.quantiles(QUANTILES).items():
+        print(f"  {name:10s}" + "".join(f"  {q:3d}%: {value:8.4g}" for q, value in zip(QUANTILES, values, strict=True)))
     for words, count in contents.converted.most_common():
         print(f"  converted: {words}: {count:,}")
 
 
-def _size_columns(contents: "Contents") -> dict[str, np.ndarray]:
-    return {
-        "width": contents.widths_px,
-        "height": contents.heights_px,
-        "aspect": contents.widths_px / contents.heights_px,
-    }
-
-
 def _figures(manifest: Manifest, contents: "Contents") -> dict[str, object]:
-    columns = _size_columns(contents)
     return {
         "num_samples": sum(contents.classes.values()),
         "classes": [contents.classes[label] for label in range(len(manifest.classes))],
-        "quantiles": {name: np.percentile(values, QUANTILES).tolist() for name, values in columns.items()},
+        "quantiles": contents.quantiles(QUANTILES),
         "converted": dict(contents.converted),
     }

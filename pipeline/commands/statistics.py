@@ -4,14 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from pipeline.errors import DatasetError
-from pipeline.manifest import STATISTICS_NAME, read_manifest
-
-SIDE_PX = 256
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations along an eigenvector
+from pipeline.manifest import read_manifest
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,42 +26,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints and draws."""
-    manifest = read_manifest(args.folder)
-    if STATISTICS_NAME not in manifest.files:
-        raise DatasetError(f"{args.folder} has no train split, so it has no statistics")
-    try:
-        with np.load(args.folder / STATISTICS_NAME, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{args.folder / STATISTICS_NAME}: {error}: run prepare again") from None
+    from pipeline.inspection.inspect import draw_statistics, read_statistics
+
+    arrays = read_statistics(args.folder, read_manifest(args.folder))
     numbers = {name: array.tolist() for name, array in arrays.items() if name != "mean_image"}
-    numbers["deviations"] = np.sqrt(np.maximum(arrays["eigenvalues"], 0)).tolist()
+    numbers["deviations"] = [max(value, 0.0) ** 0.5 for value in numbers["eigenvalues"]]
     if args.json:
         print(json.dumps(numbers))
     else:
         _print(numbers)
     if args.picture:
-        draw(arrays).save(args.picture, "PNG")
+        draw_statistics(arrays).save(args.picture, "PNG")
     return 0
-
-
-def draw(arrays: dict[str, np.ndarray]) -> Image.Image:
-    """The mean image (or mean colour) beside the colours along the eigenvectors."""
-    channels = len(arrays["mean"])
-    mean = arrays.get("mean_image")
-    left = np.broadcast_to(arrays["mean"], (SIDE_PX, SIDE_PX, channels)) if mean is None else mean
-    picture = Image.new("RGB", (2 * SIDE_PX, SIDE_PX))
-    picture.paste(_image(left).resize((SIDE_PX, SIDE_PX), Image.Resampling.NEAREST), (0, 0))
-    deviations = np.sqrt(np.maximum(arrays["eigenvalues"], 0))
-    steps = np.array(STEPS)[None, :, None]
-    colours = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
-    picture.paste(_image(colours).resize((SIDE_PX, SIDE_PX), Image.Resampling.NEAREST), (SIDE_PX, 0))
-    return picture
-
-
-def _image(values: np.ndarray) -> Image.Image:
-    pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 
 
 def _print(numbers: dict[str, list]) -> None:

@@ -38,8 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the findings."""
-    from pipeline.inspection.decoding import undecodable
-    from pipeline.inspection.verify import check_dataset
+    from pipeline.inspection.verify import check_dataset, undecodable
     from pipeline.preparation.progress import ProgressLine
 
     manifest = read_manifest(args.folder)

@@ -4,20 +4,22 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import DatasetError
-from pipeline.manifest import Manifest, PictureFormat
+from pipeline.manifest import STATISTICS_NAME, Manifest, PictureFormat
 from pipeline.preparation.index import Component, read_index
 from pipeline.sources.tar_reader import read_range
 
 CELL_PX = 112
 CAPTION_PX = 14
 COLUMNS = 8
+STATISTICS_PX = 256
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations along an eigenvector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Contents:
     widths_px: np.ndarray
     heights_px: np.ndarray
     converted: Counter[str]
+
+    def quantiles(self, percents: Sequence[int]) -> dict[str, list[float]]:
+        """Widths, heights and aspects (width / height) of the sources at some percentiles."""
+        columns = {"width": self.widths_px, "height": self.heights_px, "aspect": self.widths_px / self.heights_px}
+        return {name: np.percentile(values, percents).tolist() for name, values in columns.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +131,37 @@ def open_picture(data: bytes, form: PictureFormat) -> Image.Image:
         pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
         return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
     return Image.open(io.BytesIO(data))
+
+
+def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The arrays of ``statistics.npz``.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+    """
+    if STATISTICS_NAME not in manifest.files:
+        raise DatasetError(f"{folder} has no train split, so it has no statistics")
+    try:
+        with np.load(folder / STATISTICS_NAME, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{folder / STATISTICS_NAME}: {error}: run prepare again") from None
+
+
+def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
+    """The mean image (or mean colour) beside the colours along the eigenvectors."""
+    side, channels = STATISTICS_PX, len(arrays["mean"])
+    mean = arrays.get("mean_image")
+    left = np.broadcast_to(arrays["mean"], (side, side, channels)) if mean is None else mean
+    deviations = np.sqrt(np.maximum(arrays["eigenvalues"], 0))
+    steps = np.array(STEPS)[None, :, None]
+    colours = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
+    picture = Image.new("RGB", (2 * side, side))
+    for number, values in enumerate((left, colours)):
+        pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        half = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
+        picture.paste(half.resize((side, side), Image.Resampling.NEAREST), (number * side, 0))
+    return picture
 
 
 def _sample(folder: Path, shard: str, components: tuple[Component, ...]) -> StoredSample:

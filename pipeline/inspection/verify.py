@@ -11,8 +11,6 @@ from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import BLOCK, INDEX_VERSION, Member, read_members
 
-LEVELS = ("fast", "hashes", "full")
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -77,6 +75,22 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
         problems += [Problem(shard.index_name, reason) for reason in index_problems(folder / shard.index_name, samples)]
     if level == "full" or shard.name in damaged:
         problems += [Problem(shard.name, reason) for reason in seal_problems(folder / shard.name, samples)]
+    return problems
+
+
+def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
+    """The samples whose picture DALI's decoder does not take, so that no training run is the first to find them."""
+    from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, which only --full needs
+
+    problems = []
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            with (folder / shard.name).open("rb") as file:
+                for sample in read_samples(folder / shard.name):
+                    picture = sample.members[0]
+                    file.seek(picture.offset)
+                    if not dali_accepts(file.read(picture.size)):
+                        problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
     return problems
 
 

@@ -76,15 +76,12 @@ class Augmentation:
     steps: np.ndarray
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.config.crop_px > min(self.height_px, self.width_px):
-            raise ConfigError(
-                f"data.crop_px is {self.config.crop_px}, but the pictures are {self.width_px}x{self.height_px}: "
-                "use a smaller crop, or prepare with a larger --resize"
-            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed!r}: expected a whole number, 0..{MAX_SEED}")
+        check_crop(self.config, self.height_px, self.width_px)
 
     def draw(self, epoch: int, first: int, count: int) -> Draws:
-        """Draws for the samples at positions first .. first + count - 1 of an epoch (0-based, over all replicas)."""
+        """Draws for the samples at positions first .. first + count - 1 of an epoch, 0-based."""
         config = self.config
         groups = np.arange(first, first + count) // config.crop_shared_by
         words = _uniform(self.seed, epoch, _GEOMETRY, int(groups[0]), int(groups[-1] - groups[0]) + 1)
@@ -112,10 +109,13 @@ class Augmentation:
         return (normals @ self.steps.T).astype(np.float32)
 
 
-def check_seed(seed: int) -> None:
-    """Raises ConfigError for a seed that the generators cannot take."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"seed is {seed!r}: expected a whole number, 0..{MAX_SEED}")
+def check_crop(config: LoaderConfig, height_px: int, width_px: int) -> None:
+    """Raises ConfigError for a crop larger than the stored pictures."""
+    if config.crop_px > min(height_px, width_px):
+        raise ConfigError(
+            f"data.crop_px is {config.crop_px}, but the pictures are {width_px}x{height_px}: "
+            "use a smaller crop, or prepare with a larger --resize"
+        )
 
 
 def reader_seed(seed: int) -> int:

@@ -1,13 +1,18 @@
-"""One batch, and how keys and labels are read out of what DALI returns."""
+"""One batch, parts of one, and how keys and labels are read out of what DALI returns.
+
+With ``feed = "split"`` each tower decodes half of a batch and the uint8 crops are exchanged. The exchange itself is the
+trainer's: it is handed in as a function, so that nothing here knows about process groups.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.errors import DatasetError
+from pipeline.errors import ConfigError, DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,63 @@ class Batch:
     epoch: int
     position: int
     fingerprint: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShare:
+    """The rows of every batch that a data-parallel replica takes: an equal part, parts in order.
+
+    All replicas read the same batches, so order, draws and state do not depend on how many they are, and a run can go
+    on with another number of them. Each decodes its own rows only, and with ``mmap`` leaves the others' bytes alone.
+
+    Attributes:
+        part: number of this replica, 0-based.
+        parts: how many there are; must divide the batch size.
+    """
+
+    part: int = 0
+    parts: int = 1
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch of ``batch_size``.
+
+        Raises:
+            ConfigError: it cannot be divided evenly.
+        """
+        _check_part(self.part, self.parts)
+        if batch_size % self.parts:
+            raise ConfigError(f"batch size {batch_size} cannot be divided among {self.parts} replicas: use a multiple")
+        size = batch_size // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFeed:
+    """This process' share of the decoding.
+
+    Attributes:
+        part: number of this process, 0-based: it decodes part ``part`` of each batch.
+        parts: processes that share a batch; must divide the batch size.
+        exchange: gets this part's crops, (N / parts, C, S, S) uint8 on the loader's device, and returns those of all
+            rows that this process trains on, parts in order. Called once a batch, by every process.
+    """
+
+    part: int
+    parts: int
+    exchange: Callable[[torch.Tensor], torch.Tensor]
+
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigError for a batch that cannot be split evenly."""
+        _check_part(self.part, self.parts)
+        if batch_size % self.parts:
+            raise ConfigError(
+                f"batch size {batch_size} cannot be split among {self.parts}: use a multiple, or feed = 'each'"
+            )
+
+
+def _check_part(part: int, parts: int) -> None:
+    if not 0 <= part < parts:
+        raise ConfigError(f"part {part} of {parts}: expected 0..{parts - 1}")
 
 
 def _texts(padded: Any) -> list[bytes]:

@@ -13,11 +13,10 @@ import torch
 
 from pipeline.config import FILTERS, PictureSettings
 from pipeline.errors import ConfigError, PictureError
-from pipeline.loader.augmentation import Augmentation, Draws, centre_geometry, ten_views
+from pipeline.loader.augmentation import Draws, centre_geometry, check_crop, ten_views
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Normaliser, Reader
-from pipeline.loader.open_split import OpenSplit, read_statistics
-from pipeline.loader.share import TorchNormaliser
+from pipeline.loader.normalize import Normalizer
+from pipeline.loader.open_split import read_statistics
 from pipeline.loader.staging import stage
 from pipeline.manifest import Manifest, read_manifest
 
@@ -52,13 +51,12 @@ class PictureReader:
             raise ConfigError(f"{data} holds pictures of different sizes: prepare it with --resize to feed a network")
         self._height_px, self._width_px = picture.height_px, picture.width_px
         statistics = read_statistics(folder, self.manifest)
-        Augmentation(config, 0, self._height_px, self._width_px, statistics.eigenvectors)  # checks the crop
+        check_crop(config, self._height_px, self._width_px)
         size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
-        self._views = ten_views(**size) if views == "ten" else centre_geometry(1, **size)
-        self._ten = views == "ten"
+        self._centre = centre_geometry(1, **size)
+        self._views = ten_views(**size) if views == "ten" else self._centre
         self._crop_px = config.crop_px
-        reader = Reader(_nothing_to_read(folder, self.manifest), config, 1, device, 0, False)
-        self._normalise = TorchNormaliser(Normaliser(config, statistics, reader), statistics, device)
+        self._normalize = Normalizer(config, statistics, device=device)
         self._device = device
 
     def read(self, path: Path) -> np.ndarray:
@@ -91,13 +89,12 @@ class PictureReader:
         geometry = np.tile(self._views, (len(pictures), 1))
         draws = Draws(geometry, np.zeros((len(geometry), crops.shape[-1]), np.float32))
         tensor = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).to(self._device)
-        images = self._normalise(tensor, draws)
-        return images.unflatten(0, (-1, count)) if self._ten else images
+        images = self._normalize(tensor, draws)
+        return images.unflatten(0, (-1, count)) if count > 1 else images
 
     def centre(self, picture: np.ndarray) -> np.ndarray:
         """The centre crop of a stored picture, uint8 (S, S, C): what the net looks at, for people."""
-        size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": self._crop_px}
-        return _cut(picture, centre_geometry(1, **size)[0], self._crop_px)
+        return _cut(picture, self._centre[0], self._crop_px)
 
 
 def settings_of(manifest: Manifest) -> PictureSettings:
@@ -124,20 +121,3 @@ def _cut(picture: np.ndarray, view: np.ndarray, side_px: int) -> np.ndarray:
     x, y, mirror = (int(number) for number in view)
     crop = picture[y : y + side_px, x : x + side_px]
     return crop[:, ::-1] if mirror else crop
-
-
-def _nothing_to_read(folder: Path, manifest: Manifest) -> OpenSplit:
-    """A split without files, for the parts of the loader that only ask for the pictures' size."""
-    picture = manifest.picture
-    assert picture.height_px is not None and picture.width_px is not None
-    return OpenSplit(
-        folder=folder,
-        manifest=manifest,
-        record=next(iter(manifest.splits.values())),
-        tars=(),
-        indexes=(),
-        num_samples=0,
-        skipped=(),
-        height_px=picture.height_px,
-        width_px=picture.width_px,
-    )

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.loader.batch import read_keys, read_shards
-from pipeline.loader.dali_state import graft, strip
 from pipeline.loader.graph import Reader, build_pipeline, encoded_graph, reason_of
+from pipeline.loader.state import graft, strip
 
 _READY_S = 0.001  # handing over a batch that was ready takes 0.05 to 0.3 ms
 
@@ -163,8 +163,8 @@ def _accepts(reader: Reader, data: bytes) -> bool:
 def describe_memory(reader: Reader) -> str:
     """What bounds the loader's memory, in words: the shuffle buffer and the batches prepared ahead."""
     split, config = reader.split, reader.config
-    sample_bytes = sum(shard.size_bytes for shard in split.record.shards) / split.record.num_samples
-    buffer_mb = min(config.shuffle_buffer, split.num_samples) * sample_bytes / 1e6
+    buffer = min(config.shuffle_buffer, split.num_samples) if reader.shuffle else 0
+    buffer_mb = buffer * split.sample_bytes / 1e6
     channels = split.manifest.picture.channels
     pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
     ahead_mb = (config.prefetch + 1) * reader.batch_size * pixels / 1e6

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.graph import Reader, cropped_graph, encoded_graph
-from pipeline.loader.open_split import OpenSplit, open_split
+from pipeline.loader.open_split import open_split
 from pipeline.loader.running import RunningPipeline
 
 STAGES = ("read", "decode", "whole")
@@ -57,22 +57,17 @@ def describe_pictures(data: Path) -> StoredPictures:
         width_px=split.width_px,
         channels=picture.channels,
         num_samples=split.num_samples,
-        sample_bytes=sample_bytes(split),
+        sample_bytes=split.sample_bytes,
         tars=split.tars,
         fingerprint=split.manifest.fingerprint,
     )
-
-
-def sample_bytes(split: OpenSplit) -> float:
-    """Bytes of the tars a sample."""
-    return sum(shard.size_bytes for shard in split.record.shards) / split.record.num_samples
 
 
 class _Cropped(TrainingLoader):
     """The loader up to the decoder: the crops that training uses, uint8."""
 
     def _graph(self) -> tuple[Any, ...]:
-        return cropped_graph(self._reader, self._feed)
+        return cropped_graph(self._reader, self._draw)
 
     def run(self) -> None:
         """Decodes the next batch."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetError
-from pipeline.loader.open_split import file_sha256
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json, sync_folder, write_atomic
 
 CACHE_VARIABLE = "TWOTOWER_CACHE"
@@ -76,7 +75,10 @@ def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
 
 def _is_whole(folder: Path, name: str, size_bytes: int, sha256: str) -> bool:
     path = folder / name
-    return path.is_file() and path.stat().st_size == size_bytes and file_sha256(path) == sha256
+    if not path.is_file() or path.stat().st_size != size_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.loader.batch import SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader
+from pipeline.loader.graph import DECODER_SHARES, Reader, measure_decoder_shares, with_decoder_share
 from pipeline.loader.open_split import open_split
-from pipeline.loader.share import SplitFeed
-from pipeline.loader.sweep import SHARES, measure_shares, with_decoder_share
 from tests.helpers.loader_data_set import make_data_set
 
 pytestmark = [
@@ -137,6 +136,6 @@ def test_the_sweep_measures_every_share_and_chooses_one(folders: dict[str, Path]
     config = LoaderConfig(**{**vars(CONFIG), "hw_decoder_load": -1})
     split = open_split(folders["jpeg"], "train")
     chosen = with_decoder_share(Reader(split, config, BATCH, "cuda:0", 0, True))
-    assert chosen.config.hw_decoder_load in SHARES
-    rates = measure_shares(Reader(split, CONFIG, BATCH, "cuda:0", 0, True))
-    assert set(rates) == set(SHARES) and min(rates.values()) > 0
+    assert chosen.config.hw_decoder_load in DECODER_SHARES
+    rates = measure_decoder_shares(Reader(split, CONFIG, BATCH, "cuda:0", 0, True))
+    assert set(rates) == set(DECODER_SHARES) and min(rates.values()) > 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.loader.share import BatchShare
+from pipeline.loader.batch import BatchShare
 from tests.helpers.side_by_side import SideBySide
 from trainer.config import TOWERS, Config, load_config
 from trainer.errors import PeerError

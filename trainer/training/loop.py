@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from pipeline.loader.batch import Batch
+from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
-from pipeline.loader.share import BatchShare, SplitFeed
 from pipeline.manifest import read_manifest
 from trainer.config import Config
 from trainer.errors import DivergedError, LostError, RunError

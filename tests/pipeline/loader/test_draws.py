@@ -1,5 +1,8 @@
 """The random draws: pure functions of (seed, epoch, position), with the distributions that the recipes name."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -147,6 +150,20 @@ def test_neighbouring_seeds_get_unrelated_reader_seeds() -> None:
 def test_a_bad_field_is_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{field} is "):
         LoaderConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["loader.config", *(f"commands.{name}" for name in ("bench", "inspect", "statistics", "status", "verify"))],
+)
+def test_a_recipe_and_a_parser_need_no_heavy_library(module: str) -> None:
+    """A typo or --help must not wait for imports."""
+    program = (
+        f"import sys, pipeline.{module}; "
+        "print([name for name in ('numpy', 'PIL', 'torch', 'nvidia', 'ray', 'fsspec') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63, 1.0, True])

@@ -1,8 +1,7 @@
-"""Epochs, replicas, resuming, exact counts, and refusals."""
+"""Epochs, resuming, exact counts, and refusals."""
 
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, DatasetError
-from pipeline.loader.batch import Batch
+from pipeline.loader.batch import Batch, BatchShare
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.share import BatchShare
 from pipeline.manifest import MANIFEST_NAME, read_manifest
 from tests.helpers.loader_data_set import make_data_set
 
@@ -62,34 +60,6 @@ def test_towers_get_equal_batches(data: Path) -> None:
     for _ in range(8):
         a, b = (tower.next() for tower in towers)
         assert identity(a) == identity(b)
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_replicas_are_disjoint_and_complete(data: Path, replicas: int, batch_size: int) -> None:
-    loaders = [open_training(data, batch_size=batch_size, replica=i, replicas=replicas) for i in range(replicas)]
-    assert len({loader.steps_per_epoch for loader in loaders}) == 1
-    parts = [read(loader, 3) for loader in loaders]
-    for epoch in range(3):
-        counts = Counter(key for part in parts for key in part[epoch])
-        whole = NUM_TRAIN // replicas // batch_size * batch_size * replicas
-        assert max(counts.values()) == 1 and len(counts) == whole
-
-
-def test_unequal_replicas_make_equally_many_steps_and_never_repeat(data: Path) -> None:
-    """24 samples on 5 replicas: shares of 4 and 5, so everybody stops after 4."""
-    for epochs in zip(
-        *(read(open_training(data, batch_size=2, replica=i, replicas=5), 4) for i in range(5)), strict=True
-    ):
-        keys = [key for part in epochs for key in part]
-        assert len(keys) == len(set(keys)) == 20
-
-
-def test_draws_belong_to_the_position_over_all_replicas(data: Path) -> None:
-    whole = open_training(data, batch_size=6)
-    halves = [open_training(data, batch_size=3, replica=i, replicas=2) for i in range(2)]
-    for _ in range(6):
-        assert np.array_equal(whole.next().draws, np.concatenate([half.next().draws for half in halves]))
 
 
 def test_the_last_partial_batch_is_dropped_and_the_next_epoch_is_whole(data: Path) -> None:
@@ -165,8 +135,8 @@ def test_interrupted_equals_uninterrupted(data: Path, batch_size: int, changes: 
         assert resumed.state() == states[cut + 3]
 
 
-def test_resuming_a_replica_and_resuming_twice(data: Path) -> None:
-    arguments = {"batch_size": 2, "replica": 1, "replicas": 3}
+def test_resuming_twice(data: Path) -> None:
+    arguments = {"batch_size": 2}
     loader = open_training(data, **arguments)
     for _ in range(5):
         loader.next()
@@ -203,7 +173,7 @@ def test_state_tells_the_next_batch(data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "name"),
-    [({"seed": 9}, "seed"), ({"batch_size": 3}, "batch size"), ({"replicas": 2}, "replicas"),
+    [({"seed": 9}, "seed"), ({"batch_size": 3}, "batch size"),
      ({"config": LoaderConfig(**{**vars(CONFIG), "shuffle_buffer": 8})}, "shuffle_buffer"),
      ({"config": LoaderConfig(**{**vars(CONFIG), "last_batch": "partial"})}, "last_batch"),
      ({"config": ONCE}, "shuffle")],
@@ -284,10 +254,8 @@ def test_a_data_set_that_is_not_whole_is_refused_by_name(tmp_path: Path, name: s
 def test_bad_arguments_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch size is 0"):
         open_training(data, batch_size=0)
-    with pytest.raises(ConfigError, match="batch size 25 x 1 replica"):
+    with pytest.raises(ConfigError, match="batch size 25 is more than the 24 training samples"):
         open_training(data, batch_size=25)
-    with pytest.raises(ConfigError, match="replica 2 of 2"):
-        open_training(data, replica=2, replicas=2)
     with pytest.raises(ConfigError, match="device is 'tpu"):
         open_training(data, device="tpu")
     with pytest.raises(DatasetError, match="no split 'test': it has train, val"):

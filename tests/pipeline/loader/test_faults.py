@@ -12,14 +12,13 @@ import pytest
 
 from pipeline.errors import DatasetError
 from pipeline.loader import batches as loader
-from pipeline.loader import limits as loader_limits
+from pipeline.loader import open_split as loader_open_split
 from pipeline.loader import running as loader_running
 from pipeline.loader import staging
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.graph import Reader
-from pipeline.loader.limits import check_limits
-from pipeline.loader.open_split import open_split
+from pipeline.loader.open_split import check_limits, open_split
 from pipeline.loader.running import RunningPipeline
 from pipeline.loader.staging import stage
 from pipeline.manifest import MANIFEST_NAME, read_manifest
@@ -114,17 +113,6 @@ def test_a_skip_list_can_empty_a_shard_but_not_the_split(tmp_path: Path, caplog:
         EvaluationLoader(folder, CONFIG, batch_size=4, skip_list=tmp_path / "none.txt")
 
 
-def test_hashes_are_checked_on_request(tmp_path: Path) -> None:
-    folder = make(tmp_path)
-    path = folder / "train/train-000002.tar"
-    data = bytearray(path.read_bytes())
-    data[700] ^= 1
-    path.write_bytes(data)
-    TrainingLoader(folder, CONFIG, batch_size=4, seed=1).close()
-    with pytest.raises(DatasetError, match=r"train-000002\.tar is not the tar that the manifest records"):
-        TrainingLoader(folder, CONFIG, batch_size=4, seed=1, verify=True)
-
-
 def test_a_raw_picture_of_another_size_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path, encoding="raw")
     manifest = read_manifest(folder)
@@ -172,7 +160,7 @@ def test_too_many_shards_for_the_hard_limit_are_refused(monkeypatch: pytest.Monk
 def test_too_many_mappings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "max_map_count"
     limit.write_text("65530\n")
-    monkeypatch.setattr(loader_limits, "_MAX_MAPS", limit)
+    monkeypatch.setattr(loader_open_split, "_MAX_MAPS", limit)
     check_limits(50_000, mmap=True)
     with pytest.raises(DatasetError, match=r"70000 shards need 74096 memory mappings and this system allows 65530"):
         check_limits(70_000, mmap=True)

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.loader.augmentation import ten_views
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Normaliser, Reader, define_pipeline, evaluation_graph, split_graph, training_graph
-from pipeline.loader.open_split import open_split, read_statistics
+from pipeline.loader.graph import Reader, define_pipeline, evaluation_graph, split_graph, training_graph
+from pipeline.loader.open_split import open_split
 from tests.helpers.loader_data_set import make_data_set
 
 ENCODINGS = {
@@ -36,12 +38,13 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
     config = LoaderConfig(**{"crop_px": 12, **fields})
     split = open_split(folder, "train")
     reader = Reader(split, config, 2, device, 0, graph != "evaluation")
-    normaliser = Normaliser(config, read_statistics(folder, split.manifest), reader)
+    views = ten_views(height_px=16, width_px=16, crop_px=12)
+    zeros, ones = np.zeros(split.manifest.picture.channels), np.ones(split.manifest.picture.channels)
     graphs = {
-        "training": lambda: training_graph(reader, normaliser, lambda _: ()),
+        "training": lambda: training_graph(reader, lambda _: ()),
         "split": lambda: split_graph(reader, lambda _: (), part=1, parts=2),
-        "evaluation": lambda: evaluation_graph(reader, normaliser, "centre"),
-        "ten": lambda: evaluation_graph(reader, normaliser, "ten"),
+        "evaluation": lambda: evaluation_graph(reader, views[2:3], zeros, ones),
+        "ten": lambda: evaluation_graph(reader, views, zeros, ones),
     }
     pipeline = define_pipeline(reader, graphs[graph], checkpointing=graph in ("training", "split"))
     found: dict[str, list[str]] = {}
@@ -55,16 +58,13 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
 
 @pytest.mark.parametrize("graph", ["training", "split", "evaluation", "ten"])
 @pytest.mark.parametrize("name", list(ENCODINGS))
-@pytest.mark.parametrize("mean", ["pixel", "centre", "channel"])
-def test_the_gpu_decodes_and_normalises(folders: dict[str, Path], name: str, graph: str, mean: str) -> None:
-    found = operators(folders[name], graph, "cuda:0", mean=mean, scale="standardise")
+def test_the_gpu_decodes_and_crops(folders: dict[str, Path], name: str, graph: str) -> None:
+    found = operators(folders[name], graph, "cuda:0")
     decoders = [
         device for operator, devices in found.items() if operator.startswith("decoders__") for device in devices
     ]
     assert decoders == ([] if name == "raw" else ["mixed"])
     assert set(found["CropMirrorNormalize"]) == {"gpu"}
-    if graph != "split":
-        assert set(found["Normalize"]) == {"gpu"}
     assert found["readers__Webdataset"] == ["cpu"]
 
 
@@ -76,7 +76,7 @@ def test_the_cpu_graph_stays_on_the_cpu(folders: dict[str, Path]) -> None:
 
 
 def test_ten_views_decode_once(folders: dict[str, Path]) -> None:
-    found = operators(folders["jpeg"], "ten", "cuda:0", mean="channel")
+    found = operators(folders["jpeg"], "ten", "cuda:0")
     assert len(found["decoders__Image"]) == 1 and len(found["CropMirrorNormalize"]) == 10
 
 

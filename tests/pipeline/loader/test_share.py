@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.loader.batch import Batch
+from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.share import BatchShare, SplitFeed
 from tests.helpers.loader_data_set import make_encodings
 
 CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.loader.bench import compare_orders, measure_shuffle, read_orders
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.shuffle_quality import compare_orders, measure_shuffle, read_orders
 from tests.helpers.loader_data_set import make_data_set
 
 

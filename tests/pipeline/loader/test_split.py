@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.loader.batch import Batch
+from pipeline.loader.batch import Batch, SplitFeed
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.share import SplitFeed
 from tests.helpers.loader_data_set import make_encodings
 
 pytestmark = pytest.mark.numeric

@@ -1,0 +1,136 @@
+"""What happens to an image's values after the crop: mean, colour noise, scale.
+
+With m and s of :meth:`Normalizer.affine`, a crop x (0..255) becomes ``(x - m) / s - mean image / s``, and is then
+standardised where the recipe says so. DALI's ``crop_mirror_normalize`` does the first part in the pass that crops. The
+mean image comes after, in place: DALI's operators would copy the aligned piece of it for each image and write the
+difference to a third buffer. Measured on 2 busy cores, 224 of 256 px: 130 microseconds of processor time an image less,
+of 800 for JPEG and 540 for raw shards; the same bits.
+"""
+
+import numpy as np
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.loader.augmentation import Draws, Statistics, centre_geometry
+from pipeline.loader.config import LoaderConfig
+
+STANDARDISE_EPSILON = 1e-3  # grey levels squared, added to the variance: a flat picture becomes 0, not a division by 0
+
+
+class MeanImage:
+    """Subtracts the mean image under each crop, mirrored with it; or always its centre, never mirrored.
+
+    Args:
+        image: (H, W, C) mean image, 0..255.
+        std: (C,) float32, what the crops have been divided by.
+        crop_px: side of the crops.
+        centre: always the centre.
+        device: where the crops are.
+    """
+
+    def __init__(self, image: np.ndarray, std: np.ndarray, crop_px: int, *, centre: bool, device: str) -> None:
+        scaled = image.transpose(2, 0, 1).astype(np.float32) * (1 / std)[:, None, None]  # as DALI rounds
+        self._image = np.ascontiguousarray(scaled)  # (C, H, W)
+        self._mirrored = np.ascontiguousarray(scaled[:, :, ::-1])
+        self._on_device = torch.from_numpy(self._image).to(device)
+        self._crop_px = crop_px
+        middle = centre_geometry(1, height_px=image.shape[0], width_px=image.shape[1], crop_px=crop_px)
+        self._centre = middle if centre else None
+
+    def subtract(self, crops: torch.Tensor, geometry: np.ndarray) -> None:
+        """Changes crops in place.
+
+        Args:
+            crops: (N, C, S, S) float32, mirrored where ``geometry`` says so.
+            geometry: (N, 3) crop x, crop y, mirror.
+        """
+        if self._centre is not None:
+            geometry = np.broadcast_to(self._centre, geometry.shape)
+        if crops.is_cuda:
+            crops -= self._gather(geometry if self._centre is None else self._centre)
+            return
+        # Views of the image and of its mirror image need no copy and stay in the cache; a gather is slow on a CPU.
+        for crop, (x, y, mirror) in zip(crops.numpy(), geometry.tolist(), strict=True):
+            np.subtract(crop, self._view(x, y, mirror), out=crop)
+
+    def _view(self, x: int, y: int, mirror: int) -> np.ndarray:
+        """(C, S, S) float32, a view."""
+        size = self._crop_px
+        if mirror:
+            left = self._image.shape[2] - size - x
+            return self._mirrored[:, y : y + size, left : left + size]
+        return self._image[:, y : y + size, x : x + size]
+
+    def _gather(self, geometry: np.ndarray) -> torch.Tensor:
+        """(N, C, S, S) for (N, 3) geometry, in one kernel instead of N."""
+        steps, device = np.arange(self._crop_px), self._on_device.device
+        rows = torch.from_numpy(geometry[:, 1:2] + steps).to(device)
+        columns = geometry[:, 0:1] + np.where(geometry[:, 2:3] == 1, steps[::-1], steps)
+        return self._on_device[:, rows[:, :, None], torch.from_numpy(columns).to(device)[:, None, :]].transpose(0, 1)
+
+
+class Normalizer:
+    """The recipe's mean, colour noise and scale.
+
+    Args:
+        config: the recipe.
+        statistics: of the training set.
+        device: where the images are.
+
+    Raises:
+        ConfigError: the recipe subtracts the mean image, and the data set has none.
+    """
+
+    def __init__(self, config: LoaderConfig, statistics: Statistics, *, device: str = "cpu") -> None:
+        self._config, self._device = config, device
+        channels = len(statistics.mean)
+        self._mean = (statistics.mean if config.mean == "channel" else np.zeros(channels)).astype(np.float32)
+        std = np.where(statistics.std > 0, statistics.std, 1.0) if config.scale == "std" else np.ones(channels)
+        self._std = std.astype(np.float32)
+        self._image = statistics.mean_image if config.mean in ("pixel", "centre") else None
+        if config.mean in ("pixel", "centre") and self._image is None:
+            raise ConfigError(f"data.mean is {config.mean!r}, but the data set has no mean image: use mean = 'channel'")
+        self._mean_images: dict[float, MeanImage] = {}
+
+    def affine(self, shift: np.ndarray, divisor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """What is subtracted from a crop, and what the difference is divided by.
+
+        Args:
+            shift: (N, C) colour noise, grey levels.
+            divisor: that belongs to the noise (:meth:`pipeline.loader.augmentation.Augmentation.divisor`).
+
+        Returns:
+            Two (N, C) float32 arrays.
+        """
+        return self._mean - shift, np.tile(self._std * np.float32(divisor), (len(shift), 1))
+
+    def finish(self, images: torch.Tensor, geometry: np.ndarray, divisor: float = 1.0) -> torch.Tensor:
+        """The mean image and ``standardise``, in place.
+
+        Args:
+            images: (N, C, S, S) float32: crops after :meth:`affine`.
+            geometry: (N, 3) crop x, crop y, mirror.
+            divisor: as that of :meth:`affine`.
+        """
+        if self._image is not None:
+            if divisor not in self._mean_images:  # the first batch, and the one at which the colour noise ends
+                std, centre = self._std * np.float32(divisor), self._config.mean == "centre"
+                mean_image = MeanImage(self._image, std, self._config.crop_px, centre=centre, device=self._device)
+                self._mean_images = {divisor: mean_image}
+            self._mean_images[divisor].subtract(images, geometry)
+        if self._config.scale == "standardise":
+            images -= images.mean(dim=(1, 2, 3), keepdim=True)
+            variance = images.square().mean(dim=(1, 2, 3), keepdim=True)
+            images *= torch.rsqrt(variance + STANDARDISE_EPSILON)
+        return images
+
+    def __call__(self, crops: torch.Tensor, draws: Draws, divisor: float = 1.0) -> torch.Tensor:
+        """All of it, for crops that DALI has not divided: (N, C, S, S) uint8, already mirrored, to float32."""
+        mean, std = (
+            torch.from_numpy(values).to(self._device, non_blocking=True)[:, :, None, None]
+            for values in self.affine(draws.shift, divisor)
+        )
+        images = crops - mean
+        if self._config.scale == "std" or divisor != 1:
+            images /= std
+        return self.finish(images, draws.geometry, divisor)
