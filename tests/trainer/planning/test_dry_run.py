@@ -13,8 +13,7 @@ from trainer.model.alexnet import DropoutDraws, TwoTowerNet
 from trainer.parallel import launch
 from trainer.planning import dry_run
 from trainer.planning.describe import to_dict
-from trainer.planning.dry_run import EchoJoin, plan_run
-from trainer.planning.dry_run_output import print_plan
+from trainer.planning.dry_run import EchoJoin, plan_run, print_plan
 
 # What autograd keeps of one 28 px digit on one tower of configs/digits.toml, elements of 4 bytes.
 KEPT = {

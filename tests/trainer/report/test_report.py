@@ -13,10 +13,9 @@ from tests.helpers.loader_data_set import load_reference, make_data_set
 from tests.helpers.synthetic_run import digits_config, make_run, some_pictures
 from trainer.errors import RunError, TrainerError
 from trainer.planning.describe import count_crossings, count_layers
-from trainer.report.images import PictureRow, PictureSet
-from trainer.report.report import Report, predict_pictures, render_report, write_report
+from trainer.report.net_drawing import format_bytes
+from trainer.report.report import PictureRow, PictureSet, Report, predict_pictures, render_report, write_report
 from trainer.report.run_data import read_run
-from trainer.report.svg import format_bytes
 from trainer.training.evaluate import evaluate_run
 
 
@@ -66,7 +65,15 @@ def test_report_asks_for_nothing_outside_itself(run: Path) -> None:
     page = render_report(Report(read_run(run), some_pictures()))
     assert all(address.startswith("data:") for address in parse(page).addresses)
     assert not re.search(r"url\(|@import|<script|<iframe", page)
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_page_forbids_scripts_and_loads_from_outside(run: Path) -> None:
+    page = render_report(Report(read_run(run), some_pictures()))
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
+    assert page.index(policy) < page.index("<style")
 
 
 def test_report_says_the_result_of_the_run(run: Path) -> None:
