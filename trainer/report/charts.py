@@ -136,7 +136,8 @@ def _curve(line: Line) -> _Curve | None:
         chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * MOST_POINTS)).round().astype(int))
         xs, ys = xs[chosen], ys[chosen]
         return _Curve(line, xs, ys, ys, ys)
-    bins = np.array_split(np.arange(len(xs)), MOST_POINTS)
+    size = -(-len(xs) // MOST_POINTS)  # one size for all bins: where they were smaller, the line would look noisier
+    bins = np.array_split(np.arange(len(xs)), -(-len(xs) // size))
     take = [(xs[b].mean(), np.median(ys[b]), ys[b].min(), ys[b].max()) for b in bins]
     x, middle, low, high = (np.array(column) for column in zip(*take, strict=True))
     x[0], x[-1] = xs[0], xs[-1]
@@ -184,7 +185,7 @@ def _draw(axes: "Axes", curve: _Curve) -> None:
         )
     style = "steps-post" if line.steps else "default"
     axes.plot(curve.xs, curve.middle, color=colour, linewidth=1.6, drawstyle=style, clip_on=False, gid="line")
-    if not line.summarise and not line.steps and len(curve.xs) <= CROWDED:
+    if len(curve.xs) == 1 or (not line.summarise and not line.steps and len(curve.xs) <= CROWDED):
         axes.plot(
             curve.xs, curve.middle, "o", color=colour, markersize=4.8, markeredgewidth=0, clip_on=False, gid="dot"
         )

@@ -59,7 +59,7 @@ def curves(run: RunRecord) -> list[Curve]:
                     Line("training", steps, run.column("loss"), "soft", summarise=True),
                     Line("held out", at, [row["loss"] for row in evaluations]),
                 ],
-                Axis("Loss, nats", "{:.2g}".format, log=True),
+                Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
             ),
             "Loss. Cross entropy; training as the median and the range of neighbouring steps, with dropout on.",
             "No loss.",
@@ -94,7 +94,7 @@ def curves(run: RunRecord) -> list[Curve]:
         (
             line_chart(
                 [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarise=True) for t in "ab"],
-                Axis("Gradient norm", "{:.2g}".format, log=True, low=0),
+                Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
             ),
             "Gradients. Euclidean norm of all gradients of a tower.",
             "No gradient norms were recorded.",
@@ -102,7 +102,7 @@ def curves(run: RunRecord) -> list[Curve]:
         (
             line_chart(
                 [Line("weights", steps, run.column("learning_rate"), steps=True)],
-                Axis("Learning rate", "{:.2g}".format, log=True, low=0),
+                Axis("Learning rate", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
             ),
             "Learning rate. Of the weights.",
             "No learning rate was recorded.",

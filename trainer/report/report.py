@@ -35,6 +35,7 @@ FILES = {
     "config.toml": "the resolved recipe: the run can be repeated from it alone",
     "environment.json": "commit, versions, machine",
     "metrics.jsonl": "{steps} and {evaluations}, one JSON object a line",
+    "epochs.csv": "a line an epoch, for spreadsheets",
     "result.json": "final figures and how the run ended",
     "tensorboard": "the same curves: tensorboard --logdir RUN/tensorboard",
     "checkpoints": "weights and velocities, one safetensors file a tower",

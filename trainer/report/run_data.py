@@ -190,4 +190,4 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Command", str(found.get("command", ""))),
     ]
     known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
-    return rows + [(key.replace("_", " "), str(value)) for key, value in found.items() if key not in known]
+    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]
