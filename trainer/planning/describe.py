@@ -185,18 +185,18 @@ def print_tables(config: ModelConfig) -> None:
 
 def print_scale(table: Sequence[dict[str, Any]], pictures: int, wires: "Wires | None") -> None:
     """Prints what :mod:`trainer.planning.scale` counted, and the model where there is one."""
-    console = Console(width=None if Console().is_terminal else 120)
-    print(
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.out(
         f"{pluralize(pictures, 'picture')} a pair and step; counted by running the trainer's step on a fake process "
         "group. A GPU, a step:"
     )
     console.print(_counted(table))
     if wires is None:
-        print("Add --bandwidth-gb-s, --latency-us and --tflops for the predicted time of a step.")
+        console.out("Add --bandwidth-gb-s, --latency-us and --tflops for the predicted time of a step.")
         return
     console.print(_predicted(table))
-    print(FORMULA)
-    print(
+    console.out(FORMULA)
+    console.out(
         f"given: {wires.bandwidth_gb_s:g} GB/s between replicas, {wires.pair_bandwidth_gb_s:g} GB/s in a pair, "
         f"{wires.latency_us:g} us a message, {wires.tflops:g} TFLOP/s a GPU"
     )

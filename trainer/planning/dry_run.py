@@ -330,10 +330,10 @@ def print_plan(plan: RunPlan) -> None:
     train = plan.config.train
     towers = "one process" if plan.processes == 1 else "two processes, one a tower"
     towers = f"{plan.replicas} replicas of {towers}" if plan.replicas > 1 else towers
-    print(f"{towers}, {plan.device}, {train.precision}, batch {train.batch_size}")
+    console.out(f"{towers}, {plan.device}, {train.precision}, batch {train.batch_size}")
     more = f", {plan.done:,} of them done" if plan.done else ""
     epochs, steps = pluralize(train.epochs, "epoch"), pluralize(plan.steps_per_epoch, "step")
-    print(f"{epochs} of {steps}: {pluralize(plan.steps, 'step')}{more}")
+    console.out(f"{epochs} of {steps}: {pluralize(plan.steps, 'step')}{more}")
     table = Table(title="memory, MiB", title_justify="left")
     table.add_column("process")
     for heading in ("parameters", "gradients", "velocities", "kept for backward", "batches", "total"):
@@ -346,17 +346,19 @@ def print_plan(plan: RunPlan) -> None:
         fits = "fits" if plan.needed_bytes <= plan.available_bytes else "does NOT fit"
         where = "the device" if plan.device != "cpu" else "the machine"
         available, needed = plan.available_bytes / 2**20, plan.needed_bytes / 2**20
-        print(f"{fits}: {where} has {available:,.0f} MiB free, {needed:,.0f} are needed, and scratch memory on top")
+        console.out(
+            f"{fits}: {where} has {available:,.0f} MiB free, {needed:,.0f} are needed, and scratch memory on top"
+        )
     if plan.crossings:
         _print_crossings(plan.crossings, console)
     elif plan.config.model.towers == 2:
-        print("One process: nothing crosses.")
+        console.out("One process: nothing crosses.")
     if plan.step_s is None or plan.remaining_s is None:
-        print(f"time: {plan.measured}")
+        console.out(f"time: {plan.measured}")
         return
     rate = train.batch_size / plan.step_s
-    print(f"time: {plan.step_s:.3g} s a step, {rate:,.0f} images/s; {_duration(plan.remaining_s)} for the steps,")
-    print(f"      evaluations not counted ({plan.measured})")
+    console.out(f"time: {plan.step_s:.3g} s a step, {rate:,.0f} images/s; {_duration(plan.remaining_s)} for the steps,")
+    console.out(f"      evaluations not counted ({plan.measured})")
 
 
 def _print_crossings(rows: Sequence[CrossingRow], console: Console) -> None:

@@ -202,5 +202,5 @@ def _draw_matrix(
         axes.grid(which="minor", color=COLOURS["hair"], linewidth=0.6, clip_on=False)
     if classes <= COUNTED_CLASSES:
         for i, j in cells:
-            axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", size=12, gid="count")
+            axes.text(j, i, f"{counts[i, j]}", ha="center", va="center_baseline", size=12, gid="count")
     return figure
