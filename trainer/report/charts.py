@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import re
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,6 @@ CROWDED = 40  # more dots than this are a line without dots
 WIDTH, HEIGHT = 480, 252  # px
 LEFT, RIGHT, TOP, BOTTOM = 46, 84, 34, 36  # px around the plot; the right margin holds the lines' names
 ROLES = ("line", "band", "dot", "count")  # groups that keep their name, as a class, on the page
-SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +106,7 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> M
     if not curves:
         return Markup("")
     exact = axis.exact or axis.form
-    with drawing() as new_figure:
-        figure = new_figure(WIDTH, HEIGHT)
+    with drawing(WIDTH, HEIGHT) as figure:
         plot = (LEFT / WIDTH, BOTTOM / HEIGHT, (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
         axes = figure.add_axes(plot)
         _scale(axes, curves, axis)
@@ -209,67 +206,46 @@ def _name_ends(axes: "Axes", curves: Sequence[_Curve], exact: Callable[[float], 
 
 
 @contextlib.contextmanager
-def drawing() -> "Iterator[Callable[[float, float], Figure]]":
-    """Gives a maker of figures, (width, height) in px, in matplotlib's own style whatever the user's settings.
+def drawing(width: float, height: float) -> "Iterator[Figure]":
+    """Gives an empty figure, px; draw and write it inside, for matplotlib's own style to hold whatever the user's is.
 
-    A figure made here belongs to no window and no backend, and is the same bytes from the same input.
+    The figure belongs to no window and no backend, and becomes the same bytes from the same input.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLOURS["ink"]}
     with matplotlib.style.context(settings, after_reset=True):
-        yield lambda width, height: Figure(figsize=(width / 72, height / 72), dpi=72)
+        yield Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
 def inline_svg(figure: "Figure", label: str, *, tight: bool = False) -> Markup:
     """A figure as an ``<svg>`` element for a page; call it inside :func:`drawing`.
 
     matplotlib writes documents of their own. Inside a page its style sheet (``*{...}``) would reach everything, its ids
-    would meet those of the other figures, and its fonts and colours would not be the page's.
+    would be there once a figure, and its fonts and colours would not be the page's.
 
     Args:
         figure: drawn in ``COLOURS``, nothing clipped (clipping needs ``url()``).
         label: what it shows, for those who cannot see it.
         tight: cut it to what is drawn.
     """
-    buffer = io.BytesIO()
+    buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     box = "tight" if tight else None
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, bbox_inches=box, pad_inches=0.03)
-    root = ET.fromstring(buffer.getvalue())
-    width = float(root.attrib["viewBox"].split()[2])
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{SVG}style" or child.get("id") in ("patch_1", "patch_2"):  # backgrounds, not drawn
-                parent.remove(child)
-    for element in root.iter():
-        _tidy(element)
-    for name in ("width", "height", "version"):
-        del root.attrib[name]
-    root.attrib |= {"class": "chart", "style": f"max-width:{1.25 * width:.0f}px", "role": "img", "aria-label": label}
-    ET.register_namespace("", SVG.strip("{}"))
-    return Markup(ET.tostring(root, encoding="unicode"))
-
-
-def _tidy(element: ET.Element) -> None:
-    """Takes out of one element what belongs to a document of its own, and digits that no screen shows."""
-    name = element.attrib.pop("id", "")
-    if name in ROLES:
-        element.set("class", name)
-    elif element.tag != f"{SVG}g":
-        element.set("id", name) if name else None
-    if (target := element.attrib.pop(f"{XLINK}href", None)) is not None:
-        element.set("href", target)
-    if "d" in element.attrib:
-        element.set("d", re.sub(r"(\.\d)\d+", r"\1", " ".join(element.attrib["d"].split())))
-    if "transform" in element.attrib and "rotate(-0" in element.attrib["transform"]:
-        del element.attrib["transform"]
-    if "style" in element.attrib:
-        style = re.sub(r"font-family: [^;]*;? ?", "", element.attrib["style"])
-        for colour, code in COLOURS.items():
-            style = style.replace(code, f"var(--{colour})")
-        element.set("style", style)
-    if element.tag != f"{SVG}text":
-        element.text = None
-    element.tail = None
+    head, _, text = buffer.getvalue().partition("<defs>")
+    text = text.partition("</defs>")[2].replace("xlink:href", "href")  # without the style sheet
+    text = re.sub(rf'<g id="({"|".join(ROLES)})">', r'<g class="\1">', text)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r'(?<= )d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", " ".join(path[0].split())), text)
+    text = re.sub(r">\s+<", "><", text)
+    for name, code in COLOURS.items():
+        text = text.replace(code, f"var(--{name})")
+    (view,) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    width, height = map(float, view)
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {:.6g} {:.6g}" style="max-width:{:.0f}px"'
+        ' role="img" aria-label="{}">'
+    ).format(width, height, 1.25 * width, label) + Markup(text)

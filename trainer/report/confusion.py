@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +133,8 @@ def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
     views = "ten views" if result.views == "ten" else "centre crop"
     heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} pictures, {views}"
     buffer = io.BytesIO()
-    with drawing() as new_figure:
-        figure = _draw_matrix(new_figure, count_pairs(result, len(titles)), titles, heading)
+    with drawing(1, 1) as figure:
+        _draw_matrix(figure, count_pairs(result, len(titles)), titles, heading)
         figure.savefig(buffer, format="png", dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.2)
     try:
         write_atomic(path, buffer.getvalue())
@@ -149,14 +149,12 @@ def confusion_svg(counts: NDArray[np.int64], titles: Sequence[str]) -> Markup:
         counts: pictures of class i taken for class j, shape (C, C).
         titles: names of the classes, C of them.
     """
-    with drawing() as new_figure:
-        figure = _draw_matrix(new_figure, counts, titles, "")
+    with drawing(1, 1) as figure:
+        _draw_matrix(figure, counts, titles, "")
         return inline_svg(figure, "which class was taken for which", tight=True)
 
 
-def _draw_matrix(
-    new_figure: "Callable[[float, float], Figure]", counts: NDArray[np.int64], titles: Sequence[str], heading: str
-) -> "Figure":
+def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[str], heading: str) -> None:
     """Rows are the true classes, columns the predicted ones; the diagonal is right, the rest is wrong.
 
     Right cells are tinted by their share of the row, wrong ones by theirs beside that of the worst: on one scale,
@@ -166,8 +164,8 @@ def _draw_matrix(
     from matplotlib.colors import to_rgba
 
     classes = len(titles)
-    side = min(SIDE_PX, CELL_PX * classes)
-    figure = new_figure(side, side)
+    side = min(SIDE_PX, CELL_PX * classes) / figure.dpi
+    figure.set_size_inches(side, side)
     axes = figure.add_axes((0, 0, 1, 1))  # names lie outside; the cut around what is drawn makes room for them
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     worst = (share * (1 - np.eye(classes))).max() or 1.0
@@ -203,4 +201,3 @@ def _draw_matrix(
     if classes <= COUNTED_CLASSES:
         for i, j in cells:
             axes.text(j, i, f"{counts[i, j]}", ha="center", va="center_baseline", size=12, gid="count")
-    return figure

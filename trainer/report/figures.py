@@ -13,8 +13,6 @@ from trainer.report.charts import Axis, Line, line_chart
 from trainer.report.net_drawing import Crossing, crossings_of, draw_towers, layer_rows
 from trainer.report.run_data import RunRecord
 
-Curve = tuple[Markup, str, str]  # chart (empty where there is nothing to draw), caption, what to say in its place
-
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -41,8 +39,12 @@ class Traffic:
     parameters: int
 
 
-def curves(run: RunRecord) -> list[Curve]:
-    """Loss, accuracy, throughput, waiting, gradients and learning rate over the steps; empty before the first step."""
+def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
+    """Loss, accuracy, throughput, waiting, gradients and learning rate over the steps.
+
+    Returns:
+        Chart (empty where there is nothing to draw), caption, and what to say in its place; [] before the first step.
+    """
     if not run.steps:
         return []
     steps, evaluations = run.column("step"), run.evaluations
@@ -52,62 +54,51 @@ def curves(run: RunRecord) -> list[Curve]:
     wait = float(np.median(waits[measured])) if measured.any() else None
     split = evaluations[-1].get("split", "held-out") if evaluations else ""
     pictures = pluralize(evaluations[-1]["num_samples"], "picture") if evaluations else ""
-    return [
+    charts: list[tuple[str, str, Axis, list[Line]]] = [
         (
-            line_chart(
-                [
-                    Line("training", steps, run.column("loss"), "soft", summarise=True),
-                    Line("held out", at, [row["loss"] for row in evaluations]),
-                ],
-                Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
-            ),
             "Loss. Cross entropy; training as the median and the range of neighbouring steps, with dropout on.",
             "No loss.",
+            Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
+            [
+                Line("training", steps, run.column("loss"), "soft", summarise=True),
+                Line("held out", at, [row["loss"] for row in evaluations]),
+            ],
         ),
         (
-            line_chart(
-                [
-                    Line("top-1", at, [100 * row["top1"] for row in evaluations]),
-                    Line("top-5", at, [100 * row["top5"] for row in evaluations], "soft"),
-                ],
-                Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
-            ),
             f"Accuracy. Split {split}, {pictures}, centre crop.",
             "No accuracy curve: the run has not been evaluated yet.",
+            Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
+            [
+                Line("top-1", at, [100 * row["top1"] for row in evaluations]),
+                Line("top-5", at, [100 * row["top5"] for row in evaluations], "soft"),
+            ],
         ),
         (
-            line_chart(
-                [Line("median", steps, run.column("images_per_s"), summarise=True, shown=run.images_per_s)],
-                Axis("Images/s", _rate, low=0),
-            ),
             "Throughput. Pictures of one step over its wall time; median and range of neighbouring steps.",
             "No throughput was recorded.",
+            Axis("Images/s", _rate, low=0),
+            [Line("median", steps, run.column("images_per_s"), summarise=True, shown=run.images_per_s)],
         ),
         (
-            line_chart(
-                [Line("median", steps, waits, summarise=True, shown=wait)],
-                Axis("Waiting for data, %", "{:g}".format, "{:.1f}".format, low=0, high=10),
-            ),
             "Waiting. Share of a step's time spent waiting for the next batch.",
             "No waiting times were recorded.",
+            Axis("Waiting for data, %", "{:g}".format, "{:.1f}".format, low=0, high=10),
+            [Line("median", steps, waits, summarise=True, shown=wait)],
         ),
         (
-            line_chart(
-                [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarise=True) for t in "ab"],
-                Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
-            ),
             "Gradients. Euclidean norm of all gradients of a tower.",
             "No gradient norms were recorded.",
+            Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
+            [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarise=True) for t in "ab"],
         ),
         (
-            line_chart(
-                [Line("weights", steps, run.column("learning_rate"), steps=True)],
-                Axis("Learning rate", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
-            ),
             "Learning rate. Of the weights.",
             "No learning rate was recorded.",
+            Axis("Learning rate", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
+            [Line("weights", steps, run.column("learning_rate"), steps=True)],
         ),
     ]
+    return [(line_chart(lines, axis), caption, empty) for caption, empty, axis, lines in charts]
 
 
 def _rate(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,47 +57,27 @@ def render(template: Path, **values: Any) -> str:
     return ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(values).lstrip()
 
 
-# The parts of page.html for a page that is put together in Python (trainer/bench/page.py). Arguments that are called
-# parts, body or content are HTML; all others are text.
+# The parts of page.html for a page that is put together in Python, trainer/bench/page.py. Body, parts and content are
+# HTML; all other arguments are text.
+_ui: Any = ENVIRONMENT.get_template("page.html").module
+headline, facts, table = _ui.headline, _ui.facts, _ui.table
 
 
 def page(title: str, body: Iterable[str], *, style: str = "") -> str:
     """A whole document that asks for nothing outside itself; ``style`` is CSS besides page.css."""
-    return _part("page", title, style=Markup(style), caller=lambda: Markup("\n".join(filter(None, body)))).lstrip()
+    return _ui.page(title, Markup(style), caller=lambda: Markup("\n".join(filter(None, body)))).lstrip()
 
 
 def section(title: str, *parts: str) -> Markup:
     """A headed part of the page."""
-    return _part("section", title, caller=lambda: Markup("\n".join(filter(None, parts))))
+    return _ui.section(title, caller=lambda: Markup("\n".join(filter(None, parts))))
 
 
 def figure(content: str, caption: str) -> Markup:
     """A figure; the caption's part before its first full stop is set bold."""
-    return _part("figure", Markup(content), caption)
+    return _ui.figure(Markup(content), caption)
 
 
 def paragraph(text: str) -> Markup:
     """A paragraph of plain text."""
     return Markup("<p>{}</p>").format(text)
-
-
-def headline(figures: Sequence[tuple[str, str, str]]) -> Markup:
-    """The large figures: (what, figure, small print)."""
-    return _part("headline", figures)
-
-
-def facts(rows: Sequence[tuple[str, str]]) -> Markup:
-    """Name and value pairs; pairs without a value are left out."""
-    return _part("facts", rows)
-
-
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), sums: Sequence[int] = ()
-) -> Markup:
-    """A table; ``numbers`` are right-aligned columns, ``sums`` are rows set as totals."""
-    return _part("table", head, rows, numbers=numbers, sums=sums)
-
-
-def _part(name: str, *arguments: Any, **options: Any) -> Markup:
-    """A macro of page.html."""
-    return getattr(ENVIRONMENT.get_template("page.html").module, name)(*arguments, **options)
