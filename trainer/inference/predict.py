@@ -214,7 +214,7 @@ def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    template = Path(__file__).with_name("predictions.html")
+    template = Path(__file__).with_name("predictions.html.j2")
     page = render(
         template,
         name=run.resolve().name,

@@ -1,4 +1,4 @@
-"""Charts for a page: drawn by matplotlib, put inline as SVG that takes its colours and its font from the page."""
+"""Charts for a page: drawn by matplotlib, put inline as SVG that takes its colors and its font from the page."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The page's colours for a light screen, under the names that page.css gives them. A figure is drawn in these; on a page
+# The page's colors for a light screen, under the names that page.css gives them. A figure is drawn in these; on a page
 # each becomes var(--NAME), so that it is dark on light and light on dark.
-COLOURS = {
+COLORS = {
     "ink": "#1d1c1a",
     "soft": "#6a675f",
     "hair": "#d9d5cb",
@@ -25,7 +25,7 @@ COLOURS = {
     "b": "#a9660a",
     "wrong": "#a3163f",
 }
-MOST_POINTS = 100  # a line has at most this many; more are summarised
+MOST_POINTS = 100  # a line has at most this many; more are summarized
 CROWDED = 40  # more dots than this are a line without dots
 WIDTH, HEIGHT = 480, 252  # px
 LEFT, RIGHT, TOP, BOTTOM = 46, 84, 34, 36  # px around the plot; the right margin holds the lines' names
@@ -40,8 +40,8 @@ class Line:
         name: written at the line's end.
         xs: positions, ascending, shape (n,).
         ys: values, shape (n,); not-finite ones are left out.
-        css: colour of the page: ``ink``, ``soft``, ``a`` or ``b``.
-        summarise: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
+        css: color of the page: ``ink``, ``soft``, ``a`` or ``b``.
+        summarize: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
         steps: hold each value until the next (for a learning rate).
         shown: the figure written at the line's end; None for its last value.
     """
@@ -50,7 +50,7 @@ class Line:
     xs: ArrayLike
     ys: ArrayLike
     css: str = "ink"
-    summarise: bool = False
+    summarize: bool = False
     steps: bool = False
     shown: float | None = None
 
@@ -111,7 +111,7 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> M
         axes = figure.add_axes(plot)
         _scale(axes, curves, axis)
         figure.text(0, 1 - 14 / HEIGHT, axis.label, size=13.5, weight="bold")
-        figure.text(1 - RIGHT / WIDTH, 4 / HEIGHT, x_label, size=12, ha="right", color=COLOURS["soft"])
+        figure.text(1 - RIGHT / WIDTH, 4 / HEIGHT, x_label, size=12, ha="right", color=COLORS["soft"])
         for curve in curves:
             _draw(axes, curve)
         _name_ends(axes, curves, exact)
@@ -120,7 +120,7 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> M
 
 
 def _curve(line: Line) -> _Curve | None:
-    """Finite points of a line, summarised to at most ``MOST_POINTS`` bins; None where there are none."""
+    """Finite points of a line, summarized to at most ``MOST_POINTS`` bins; None where there are none."""
     xs, ys = np.asarray(line.xs, dtype=float), np.asarray(line.ys, dtype=float)
     finite = np.isfinite(xs) & np.isfinite(ys)
     xs, ys = xs[finite], ys[finite]
@@ -129,7 +129,7 @@ def _curve(line: Line) -> _Curve | None:
     if line.steps:  # both ends of every level, or a drop would be drawn as a slope
         keep = np.flatnonzero(np.r_[True, ys[1:] != ys[:-1]] | np.r_[ys[1:] != ys[:-1], True])
         xs, ys = xs[keep], ys[keep]
-    if not line.summarise or len(xs) <= MOST_POINTS:
+    if not line.summarize or len(xs) <= MOST_POINTS:
         chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * MOST_POINTS)).round().astype(int))
         xs, ys = xs[chosen], ys[chosen]
         return _Curve(line, xs, ys, ys, ys)
@@ -167,25 +167,23 @@ def _scale(axes: "Axes", curves: Sequence[_Curve], axis: Axis) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.form(value)))
-    axes.grid(axis="y", color=COLOURS["hair"], linewidth=0.7, clip_on=False)
-    axes.tick_params(labelsize=12, color=COLOURS["soft"], labelcolor=COLOURS["soft"])
+    axes.grid(axis="y", color=COLORS["hair"], linewidth=0.7, clip_on=False)
+    axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
     axes.tick_params("y", length=0, pad=7)
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set_color(COLOURS["soft"])
+    axes.spines["bottom"].set_color(COLORS["soft"])
 
 
 def _draw(axes: "Axes", curve: _Curve) -> None:
-    line, colour = curve.line, COLOURS[curve.line.css]
+    line, color = curve.line, COLORS[curve.line.css]
     if (curve.high > curve.low).any():
         axes.fill_between(
-            curve.xs, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0, clip_on=False, gid="band"
+            curve.xs, curve.low, curve.high, color=color, alpha=0.16, linewidth=0, clip_on=False, gid="band"
         )
     style = "steps-post" if line.steps else "default"
-    axes.plot(curve.xs, curve.middle, color=colour, linewidth=1.6, drawstyle=style, clip_on=False, gid="line")
-    if len(curve.xs) == 1 or (not line.summarise and not line.steps and len(curve.xs) <= CROWDED):
-        axes.plot(
-            curve.xs, curve.middle, "o", color=colour, markersize=4.8, markeredgewidth=0, clip_on=False, gid="dot"
-        )
+    axes.plot(curve.xs, curve.middle, color=color, linewidth=1.6, drawstyle=style, clip_on=False, gid="line")
+    if len(curve.xs) == 1 or (not line.summarize and not line.steps and len(curve.xs) <= CROWDED):
+        axes.plot(curve.xs, curve.middle, "o", color=color, markersize=4.8, markeredgewidth=0, clip_on=False, gid="dot")
 
 
 def _name_ends(axes: "Axes", curves: Sequence[_Curve], exact: Callable[[float], str]) -> None:
@@ -202,7 +200,7 @@ def _name_ends(axes: "Axes", curves: Sequence[_Curve], exact: Callable[[float], 
         x = axes.transData.transform((curve.xs[-1], 1.0))[0] + 8
         for text, size, weight, down in ((exact(curve.end), 13.5, "bold", 1), (curve.line.name, 12, "normal", 14)):
             at = ((x / WIDTH), (place + missing - down) / HEIGHT)
-            axes.figure.text(*at, text, size=size, weight=weight, color=COLOURS[curve.line.css])
+            axes.figure.text(*at, text, size=size, weight=weight, color=COLORS[curve.line.css])
 
 
 @contextlib.contextmanager
@@ -214,7 +212,7 @@ def drawing(width: float, height: float) -> "Iterator[Figure]":
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLOURS["ink"]}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLORS["ink"]}
     with matplotlib.style.context(settings, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72), dpi=72)
 
@@ -223,10 +221,10 @@ def inline_svg(figure: "Figure", label: str, *, tight: bool = False) -> Markup:
     """A figure as an ``<svg>`` element for a page; call it inside :func:`drawing`.
 
     matplotlib writes documents of their own. Inside a page its style sheet (``*{...}``) would reach everything, its ids
-    would be there once a figure, and its fonts and colours would not be the page's.
+    would be there once a figure, and its fonts and colors would not be the page's.
 
     Args:
-        figure: drawn in ``COLOURS``, nothing clipped (clipping needs ``url()``).
+        figure: drawn in ``COLORS``, nothing clipped (clipping needs ``url()``).
         label: what it shows, for those who cannot see it.
         tight: cut it to what is drawn.
     """
@@ -241,7 +239,7 @@ def inline_svg(figure: "Figure", label: str, *, tight: bool = False) -> Markup:
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(?<= )d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", " ".join(path[0].split())), text)
     text = re.sub(r">\s+<", "><", text)
-    for name, code in COLOURS.items():
+    for name, code in COLORS.items():
         text = text.replace(code, f"var(--{name})")
     (view,) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
     width, height = map(float, view)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
-from trainer.report.charts import COLOURS, drawing, inline_svg
+from trainer.report.charts import COLORS, drawing, inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,21 +172,21 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
     cells = np.argwhere(counts)  # (n, 2): row, column
     right = cells[:, 0] == cells[:, 1]
     shares = share[cells[:, 0], cells[:, 1]]
-    colours = np.where(right[:, None], to_rgba(COLOURS["a"]), to_rgba(COLOURS["wrong"]))
-    colours[:, 3] = np.where(right, 0.08 + 0.42 * shares, 0.12 + 0.48 * shares / worst)
+    colors = np.where(right[:, None], to_rgba(COLORS["a"]), to_rgba(COLORS["wrong"]))
+    colors[:, 3] = np.where(right, 0.08 + 0.42 * shares, 0.12 + 0.48 * shares / worst)
     if classes > COUNTED_CLASSES:  # no count has to be read on top of the tint
-        colours[:, 3] *= 1.6
+        colors[:, 3] *= 1.6
     corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
     squares = cells[:, None, ::-1] + corners  # (n, 4, 2): x, y
-    axes.add_collection(PolyCollection(squares, facecolors=colours, linewidths=0, clip_on=False))
+    axes.add_collection(PolyCollection(squares, facecolors=colors, linewidths=0, clip_on=False))
     axes.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5))
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
-    axes.tick_params(length=0, labelsize=12, labelcolor=COLOURS["soft"])
-    axes.set_xlabel("predicted", color=COLOURS["soft"], size=12, labelpad=8)
-    axes.set_ylabel("class", color=COLOURS["soft"], size=12, labelpad=8)
+    axes.tick_params(length=0, labelsize=12, labelcolor=COLORS["soft"])
+    axes.set_xlabel("predicted", color=COLORS["soft"], size=12, labelpad=8)
+    axes.set_ylabel("class", color=COLORS["soft"], size=12, labelpad=8)
     axes.set_title(heading, size=13.5, pad=14)
-    axes.spines[:].set_color(COLOURS["hair"])
+    axes.spines[:].set_color(COLORS["hair"])
     if classes <= NAMED_CLASSES:
         names = [title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1] + "\u2026" for title in titles]
         axes.set_xticks(range(classes), names)
@@ -197,7 +197,7 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
         axes.set_xticks(np.arange(0.5, classes - 1), minor=True)
         axes.set_yticks(np.arange(0.5, classes - 1), minor=True)
         axes.tick_params(which="minor", length=0)
-        axes.grid(which="minor", color=COLOURS["hair"], linewidth=0.6, clip_on=False)
+        axes.grid(which="minor", color=COLORS["hair"], linewidth=0.6, clip_on=False)
     if classes <= COUNTED_CLASSES:
         for i, j in cells:
             axes.text(j, i, f"{counts[i, j]}", ha="center", va="center_baseline", size=12, gid="count")

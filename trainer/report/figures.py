@@ -56,11 +56,11 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
     pictures = pluralize(evaluations[-1]["num_samples"], "picture") if evaluations else ""
     charts: list[tuple[str, str, Axis, list[Line]]] = [
         (
-            "Loss. Cross entropy; training as the median and the range of neighbouring steps, with dropout on.",
+            "Loss. Cross entropy; training as the median and the range of neighboring steps, with dropout on.",
             "No loss.",
             Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
             [
-                Line("training", steps, run.column("loss"), "soft", summarise=True),
+                Line("training", steps, run.column("loss"), "soft", summarize=True),
                 Line("held out", at, [row["loss"] for row in evaluations]),
             ],
         ),
@@ -74,22 +74,22 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
             ],
         ),
         (
-            "Throughput. Pictures of one step over its wall time; median and range of neighbouring steps.",
+            "Throughput. Pictures of one step over its wall time; median and range of neighboring steps.",
             "No throughput was recorded.",
             Axis("Images/s", _rate, low=0),
-            [Line("median", steps, run.column("images_per_s"), summarise=True, shown=run.images_per_s)],
+            [Line("median", steps, run.column("images_per_s"), summarize=True, shown=run.images_per_s)],
         ),
         (
             "Waiting. Share of a step's time spent waiting for the next batch.",
             "No waiting times were recorded.",
             Axis("Waiting for data, %", "{:g}".format, "{:.1f}".format, low=0, high=10),
-            [Line("median", steps, waits, summarise=True, shown=wait)],
+            [Line("median", steps, waits, summarize=True, shown=wait)],
         ),
         (
             "Gradients. Euclidean norm of all gradients of a tower.",
             "No gradient norms were recorded.",
             Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
-            [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarise=True) for t in "ab"],
+            [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarize=True) for t in "ab"],
         ),
         (
             "Learning rate. Of the weights.",
@@ -169,7 +169,7 @@ def _ledger_table(ledger: Sequence[dict[str, Any]]) -> tuple[list[list[str]], ra
 def kernel_sheet(weight: NDArray[np.float32], *, columns: int = 8, kernel_px: int = 66) -> NDArray[np.uint8]:
     """Kernels of a first layer as one picture, as in figure 3 of the paper.
 
-    Each kernel is shown on its own scale: zero is middle gray, its greatest absolute weight is black or full colour.
+    Each kernel is shown on its own scale: zero is middle gray, its greatest absolute weight is black or full color.
 
     Args:
         weight: shape (maps, 1 or 3, k, k).
@@ -197,15 +197,15 @@ def kernel_sheet(weight: NDArray[np.float32], *, columns: int = 8, kernel_px: in
     return sheet
 
 
-def colour_share(weight: NDArray[np.float32]) -> float:
-    """How much of a first layer is colour: the energy left without each kernel's gray part, median over kernels.
+def color_share(weight: NDArray[np.float32]) -> float:
+    """How much of a first layer is color: the energy left without each kernel's gray part, median over kernels.
 
-    0 where every kernel weighs red, green and blue alike, towards 1 where kernels look at colour differences only.
+    0 where every kernel weighs red, green and blue alike, towards 1 where kernels look at color differences only.
 
     Args:
         weight: shape (maps, 3, k, k).
     """
     gray = weight.mean(axis=1, keepdims=True)
     energy = (weight**2).sum(axis=(1, 2, 3))
-    colour = ((weight - gray) ** 2).sum(axis=(1, 2, 3))
-    return float(np.median(colour / np.where(energy > 0, energy, 1)))
+    color = ((weight - gray) ** 2).sum(axis=(1, 2, 3))
+    return float(np.median(color / np.where(energy > 0, energy, 1)))

@@ -164,7 +164,7 @@ def draw_towers(
         towers: 2, or 1 for a net of one tower, which has no crossings.
 
     Returns:
-        A whole SVG document that brings its own colours for light and dark, and may be put inline into HTML.
+        A whole SVG document that brings its own colors for light and dark, and may be put inline into HTML.
 
     Raises:
         ValueError: a crossing names a layer that is not in ``rows``, or there are no rows.

@@ -1,4 +1,4 @@
-"""HTML pages from templates: page.html has the frame and the parts that pages share, page.css their look."""
+"""HTML pages from templates: page.html.j2 has the frame and the parts that pages share, page.css their look."""
 
 import base64
 import io
@@ -53,13 +53,13 @@ ENVIRONMENT.tests["small"] = is_small
 
 
 def render(template: Path, **values: Any) -> str:
-    """A page from a template that imports ``page.html``; every value is escaped that is not :class:`Markup`."""
+    """A page from a template that imports ``page.html.j2``; every value is escaped that is not :class:`Markup`."""
     return ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(values).lstrip()
 
 
-# The parts of page.html for a page that is put together in Python, trainer/bench/page.py. Body, parts and content are
-# HTML; all other arguments are text.
-_ui: Any = ENVIRONMENT.get_template("page.html").module
+# The parts of page.html.j2 for a page that is put together in Python (trainer/bench/page.py). Body, parts and content
+# are HTML; all other arguments are text.
+_ui: Any = ENVIRONMENT.get_template("page.html.j2").module
 headline, facts, table = _ui.headline, _ui.facts, _ui.table
 
 

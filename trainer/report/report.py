@@ -1,7 +1,7 @@
 """``RUN/report.html``: what a run did, as one page that needs nothing outside itself.
 
 :func:`write_report` gathers: ``run_data`` reads the run folder, :func:`predict_pictures` asks the newest checkpoint.
-``figures`` and ``confusion`` draw. The page's words and order are in ``report.html``, its look in ``page.html``.
+``figures`` and ``confusion`` draw. The page's words and order are in ``report.html.j2``, its look in ``page.css``.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.loader.batch import Batch
 
 REPORT_NAME = "report.html"
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_PICTURES = 2000  # held-out pictures run through the net for the report; accuracy figures come from the run itself
 MOST_CLASSES = 20  # up to here the confusion matrix is drawn
 NUM_FIRST, NUM_WRONG = 30, 20  # pictures shown
@@ -43,7 +43,7 @@ FILES = {
 ENVIRONMENT.filters |= {
     "bytes": format_bytes,
     "kernel_sheet": figures.kernel_sheet,
-    "colour_share": figures.colour_share,
+    "color_share": figures.color_share,
 }
 
 
@@ -158,7 +158,7 @@ def render_report(report: Report) -> str:
         facts=facts(run, report.data),
         curves=figures.curves(run),
         traffic=figures.traffic_of(run),
-        colour=any(weight.shape[1] == 3 for weight in run.kernels.values()),
+        color=any(weight.shape[1] == 3 for weight in run.kernels.values()),
         pictures=found,
         no_pictures=report.no_pictures,
         confusion=confusion_svg(found.confusion, found.classes) if found and found.confusion is not None else "",

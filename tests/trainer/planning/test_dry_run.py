@@ -18,12 +18,12 @@ from trainer.planning.dry_run import EchoJoin, plan_run, print_plan
 # What autograd keeps of one 28 px digit on one tower of configs/digits.toml, elements of 4 bytes.
 KEPT = {
     "image, conv1's input": 28 * 28,
-    "conv1 after ReLU, the normalisation's input": 8 * 28 * 28,
-    "normalised, pool1's input": 8 * 28 * 28,
+    "conv1 after ReLU, the normalization's input": 8 * 28 * 28,
+    "normalized, pool1's input": 8 * 28 * 28,
     "pool1's indices, int64": 2 * 8 * 13 * 13,
     "pool1, conv2's input": 8 * 13 * 13,
     "conv2 after ReLU": 16 * 13 * 13,
-    "normalised, pool2's input": 16 * 13 * 13,
+    "normalized, pool2's input": 16 * 13 * 13,
     "pool2's indices, int64": 2 * 16 * 6 * 6,
     "both towers' pool2": 2 * 16 * 6 * 6,
     "conv3": 24 * 6 * 6,

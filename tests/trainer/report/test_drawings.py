@@ -13,7 +13,7 @@ from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart
 from trainer.report.confusion import confusion_svg
-from trainer.report.figures import colour_share, kernel_sheet
+from trainer.report.figures import color_share, kernel_sheet
 from trainer.report.net_drawing import Crossing, LayerRow, draw_net, draw_towers, format_bytes, write_drawing
 from trainer.report.run_data import interval
 
@@ -110,10 +110,10 @@ def test_log_ticks_are_inside() -> None:
     assert sorted(value for _, value in values) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
-def test_chart_keeps_every_extreme_of_a_summarised_line() -> None:
+def test_chart_keeps_every_extreme_of_a_summarized_line() -> None:
     values = np.ones(10_000)
     values[7_777] = 50.0
-    drawn = ET.fromstring(line_chart([Line("x", np.arange(10_000), values, summarise=True)], Axis("x", low=0)))
+    drawn = ET.fromstring(line_chart([Line("x", np.arange(10_000), values, summarize=True)], Axis("x", low=0)))
     (band,) = [group for group in drawn.iter(f"{SVG}g") if group.get("class") == "band"]
     outline, place = band.find(f".//{SVG}path"), band.find(f".//{SVG}use")
     assert outline is not None
@@ -123,7 +123,7 @@ def test_chart_keeps_every_extreme_of_a_summarised_line() -> None:
     assert len(heights) < 400
 
 
-def test_chart_takes_colours_and_font_from_the_page_and_is_the_same_again() -> None:
+def test_chart_takes_colors_and_font_from_the_page_and_is_the_same_again() -> None:
     lines = [Line("x", [0, 1, 2], [1, 3, 2]), Line("<b>", [0, 1, 2], [2, 1, 2], "a")]
     chart = line_chart(lines, Axis("x & y"))
     assert chart == line_chart(lines, Axis("x & y"))
@@ -154,11 +154,11 @@ def test_kernel_sheet_shows_each_kernel_on_its_own_scale() -> None:
     assert sheet[12, 40, 3] == 0  # no kernel there
 
 
-def test_colour_share_tells_gray_from_colour() -> None:
+def test_color_share_tells_gray_from_color() -> None:
     gray = np.repeat(np.random.default_rng(0).normal(size=(4, 1, 3, 3)), 3, axis=1).astype(np.float32)
     opponent = gray * np.array([1, -1, 0], np.float32).reshape(1, 3, 1, 1)
-    assert colour_share(gray) == pytest.approx(0, abs=1e-6)
-    assert colour_share(opponent) == pytest.approx(1)
+    assert color_share(gray) == pytest.approx(0, abs=1e-6)
+    assert color_share(opponent) == pytest.approx(1)
 
 
 def test_confusion_counts_are_all_shown() -> None:
@@ -168,11 +168,11 @@ def test_confusion_counts_are_all_shown() -> None:
     assert [text.text for text in shown if text is not None] == ["5", "2", "3"]
 
 
-def test_wrong_cells_have_another_colour_than_right_ones() -> None:
+def test_wrong_cells_have_another_color_than_right_ones() -> None:
     """The one mistake beside 999 right ones is as visible as a mistake can be."""
     drawn = confusion_svg(np.array([[999, 1], [0, 1000]]), ["0", "1"])
     tints = re.findall(r"fill: var\(--(a|wrong)\); (?:fill-)?opacity: ([\d.]+)", drawn)
-    assert [colour for colour, _ in tints] == ["a", "wrong", "a"]
+    assert [color for color, _ in tints] == ["a", "wrong", "a"]
     assert [float(tint) for _, tint in tints] == pytest.approx([0.08 + 0.42 * 0.999, 0.6, 0.5], abs=1e-3)
 
 
