@@ -8,9 +8,9 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from trainer.planning.describe import pluralize
+from trainer.planning.describe import CrossingCount, count_crossings, pluralize
 from trainer.report.charts import Axis, Line, line_chart
-from trainer.report.net_drawing import Crossing, crossings_of, draw_towers, layer_rows
+from trainer.report.net_drawing import draw_towers, layer_rows
 from trainer.report.run_data import RunRecord
 
 
@@ -111,7 +111,7 @@ def traffic_of(run: RunRecord) -> Traffic | None:
         return None
     model, ledger = run.config.model, run.result.get("ledger") or []
     pairs = max(1, run.result.get("processes", 0) // 2)
-    batch, rows, planned = run.config.train.batch_size // pairs, layer_rows(model), crossings_of(model)
+    batch, rows, planned = run.config.train.batch_size // pairs, layer_rows(model), count_crossings(model)
     crossings = _forward_crossings(ledger, batch, planned)
     if crossings:
         note = f"Bytes an image, forward, as counted in a step of {batch}. Gradients go back the same ways, reversed."
@@ -134,7 +134,9 @@ def traffic_of(run: RunRecord) -> Traffic | None:
     )
 
 
-def _forward_crossings(ledger: Sequence[dict[str, Any]], batch: int, planned: Sequence[Crossing]) -> list[Crossing]:
+def _forward_crossings(
+    ledger: Sequence[dict[str, Any]], batch: int, planned: Sequence[CrossingCount]
+) -> list[CrossingCount]:
     """The forward crossings of a ledger, an image; [] where it holds none."""
     found: dict[str, dict[str, float]] = {}
     for row in ledger:
@@ -143,7 +145,8 @@ def _forward_crossings(ledger: Sequence[dict[str, Any]], batch: int, planned: Se
             ways[row["direction"]] += row["bytes"] / batch
     elements = {crossing.layer: crossing.elements for crossing in planned}
     return [
-        Crossing(name, elements.get(name, 0), round(ways["a->b"]), round(ways["b->a"])) for name, ways in found.items()
+        CrossingCount(name, elements.get(name, 0), round(ways["a->b"]), round(ways["b->a"]))
+        for name, ways in found.items()
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.manifest import write_atomic
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
-from trainer.planning.describe import count_crossings, count_layers
+from trainer.planning.describe import CrossingCount, count_crossings, count_layers
 
 NOTES = {"norm": "LRN", "spatial_norm": "spatial norm", "batch_norm": "batch norm"}
 
@@ -60,26 +60,9 @@ class LayerRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Crossing:
-    """What crosses between the towers into one layer, forward.
-
-    Attributes:
-        layer: name of the layer that sees both towers.
-        elements: values one tower sends.
-        bytes_a_to_b: bytes from tower a to tower b; 0 where nothing goes that way.
-        bytes_b_to_a: bytes from tower b to tower a. With ``bytes_a_to_b == 0`` the layer lives on tower a alone.
-    """
-
-    layer: str
-    elements: int
-    bytes_a_to_b: int
-    bytes_b_to_a: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Placed:
     row: LayerRow
-    crossing: Crossing | None
+    crossing: CrossingCount | None
     top: float
     height: float
 
@@ -91,7 +74,7 @@ class _Placed:
 def draw_net(model: ModelConfig) -> str:
     """The net of a recipe as an SVG document; bytes on the crossings are an image's, forward, float32."""
     image = f"{model.image_px}x{model.image_px}x{model.channels}"
-    return draw_towers(layer_rows(model), crossings_of(model), image=image, towers=model.towers)
+    return draw_towers(layer_rows(model), count_crossings(model), image=image, towers=model.towers)
 
 
 def write_drawing(path: Path, model: ModelConfig) -> None:
@@ -106,11 +89,6 @@ def write_drawing(path: Path, model: ModelConfig) -> None:
         raise ConfigError(
             f"--svg {path} cannot be written ({error.strerror}): give a file in a folder of yours"
         ) from None
-
-
-def crossings_of(model: ModelConfig) -> list[Crossing]:
-    """What crosses in the forward of one image, float32."""
-    return [Crossing(row.layer, row.elements, row.bytes_a_to_b, row.bytes_b_to_a) for row in count_crossings(model)]
 
 
 def layer_rows(model: ModelConfig) -> list[LayerRow]:
@@ -148,7 +126,7 @@ def format_bytes(count: float) -> str:
 
 def draw_towers(
     rows: Sequence[LayerRow],
-    crossings: Sequence[Crossing],
+    crossings: Sequence[CrossingCount],
     *,
     image: str = "image",
     note: str = "Bytes an image, forward. Gradients go back the same ways, reversed.",
@@ -158,7 +136,8 @@ def draw_towers(
 
     Args:
         rows: the layers of one tower from the image to the classes.
-        crossings: what crosses, each naming its layer in ``rows``; line width is in proportion to bytes.
+        crossings: what crosses, each naming its layer in ``rows``; line width is in proportion to bytes. A layer that
+            nothing crosses to from a to b lives on tower a alone.
         image: text under the picture at the top, for example ``224x224x3``.
         note: what the bytes on the crossings mean; the last line of the drawing of two towers.
         towers: 2, or 1 for a net of one tower, which has no crossings.
@@ -184,7 +163,7 @@ def draw_towers(
         for tower in "ab"[:towers]:
             parts.append(_text(_left(tower) + _BOX - 12, placed[0].top - 8, "parameters", "soft", anchor="end"))
     parts.append(_loss(placed[-1], height, note if two else ""))
-    label = "Two towers of layers; what crosses: " + (
+    label = f"{'Two towers' if two else 'One tower'} of layers; what crosses: " + (
         ", ".join(f"{c.layer} {c.bytes_a_to_b} B a to b, {c.bytes_b_to_a} B b to a" for c in crossings) or "nothing"
     )
     return (
@@ -194,7 +173,7 @@ def draw_towers(
     )
 
 
-def _place(rows: Sequence[LayerRow], crossings: Sequence[Crossing]) -> list[_Placed]:
+def _place(rows: Sequence[LayerRow], crossings: Sequence[CrossingCount]) -> list[_Placed]:
     if not rows:
         raise ValueError("no layers to draw")
     by_layer = {crossing.layer: crossing for crossing in crossings}

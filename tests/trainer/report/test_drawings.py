@@ -11,10 +11,11 @@ import pytest
 from tests.helpers.synthetic_run import ROOT, digits_config
 from trainer.config import load_config
 from trainer.errors import ConfigError
+from trainer.planning.describe import CrossingCount
 from trainer.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart
 from trainer.report.confusion import confusion_svg
 from trainer.report.figures import color_share, kernel_sheet
-from trainer.report.net_drawing import Crossing, LayerRow, draw_net, draw_towers, format_bytes, write_drawing
+from trainer.report.net_drawing import LayerRow, draw_net, draw_towers, format_bytes, write_drawing
 from trainer.report.run_data import interval
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -35,7 +36,7 @@ PAPER_ROWS = [
 
 
 def test_width_of_a_crossing_is_in_proportion_to_its_bytes() -> None:
-    crossings = [Crossing("conv3", 21_632, 86_528, 86_528), Crossing("fc8", 10_816, 0, 43_264)]
+    crossings = [CrossingCount("conv3", 21_632, 86_528, 86_528), CrossingCount("fc8", 10_816, 0, 43_264)]
     drawn = ET.fromstring(draw_towers(PAPER_ROWS, crossings))
     widths = [
         float(path.get("stroke-width", "0")) for path in drawn.iter(f"{SVG}path") if path.get("class") == "ribbon"
@@ -45,14 +46,14 @@ def test_width_of_a_crossing_is_in_proportion_to_its_bytes() -> None:
 
 
 def test_layer_that_only_a_has_is_drawn_once() -> None:
-    drawn = ET.fromstring(draw_towers(PAPER_ROWS, [Crossing("fc8", 2048, 0, 8192)]))
+    drawn = ET.fromstring(draw_towers(PAPER_ROWS, [CrossingCount("fc8", 2048, 0, 8192)]))
     names = [text.text for text in drawn.iter(f"{SVG}text") if text.get("class") == "name"]
     assert names.count("conv3") == 2 and names.count("fc8") == 1
 
 
 def test_drawing_refuses_a_crossing_into_nowhere() -> None:
     with pytest.raises(ValueError, match="fc9"):
-        draw_towers(PAPER_ROWS, [Crossing("fc9", 1, 4, 4)])
+        draw_towers(PAPER_ROWS, [CrossingCount("fc9", 1, 4, 4)])
     with pytest.raises(ValueError, match="no layers"):
         draw_towers([], [])
 
