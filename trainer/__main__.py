@@ -222,8 +222,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
     from trainer.errors import ConfigError
-    from trainer.planning.describe import print_scale
-    from trainer.planning.scale import WORLDS, Wires, scale_table
+    from trainer.planning.scale import WORLDS, Wires, print_scale, scale_table
 
     if config.model.towers == 1:
         raise ConfigError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
