@@ -139,8 +139,7 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> int:
     """Says what training would take."""
-    from trainer.planning.dry_run import plan_run
-    from trainer.planning.dry_run_output import print_plan
+    from trainer.planning.dry_run import plan_run, print_plan
 
     run = arguments.run if arguments.resume == "auto" else None
     processes, replicas = arguments.processes, arguments.replicas
@@ -161,8 +160,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
     _check_run(arguments)
     from pipeline.manifest import read_manifest
-    from trainer.inference import confusion
     from trainer.parallel.launch import choose_device
+    from trainer.report import confusion
     from trainer.training.evaluate import evaluate_run
 
     device = choose_device(arguments.device)
@@ -191,7 +190,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of pictures; status 3 where some could not be used."""
     _check_run(arguments)
-    from trainer.inference import output as prediction_output
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
 
@@ -206,13 +204,13 @@ def _predict(arguments: argparse.Namespace) -> int:
     paths = predict.find_pictures(arguments.pictures)
     for result in predictor.predict(paths, top=arguments.top, images=arguments.html is not None):
         results.append(result)
-        prediction_output.print_error(result)
+        predict.print_error(result)
         if arguments.json:
-            prediction_output.print_json(result)
+            predict.print_json(result)
     if not arguments.json:
-        prediction_output.print_table(results)
+        predict.print_table(results)
     if arguments.html:
-        prediction_output.write_html(arguments.html, results, arguments.run)
+        predict.write_html(arguments.html, results, arguments.run)
     return 3 if any(result.error for result in results) else 0
 
 
@@ -238,8 +236,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
     from trainer.errors import ConfigError
-    from trainer.planning.scale import WORLDS, Wires, scale_table
-    from trainer.planning.scale_output import print_scale
+    from trainer.planning.scale import WORLDS, Wires, print_scale, scale_table
 
     if config.model.towers == 1:
         raise ConfigError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")

@@ -8,7 +8,7 @@ import numpy as np
 from trainer.config import Config, load_config, to_toml
 from trainer.model.alexnet import AlexNet
 from trainer.planning.describe import count_crossings
-from trainer.report.images import PictureRow, PictureSet
+from trainer.report.report import PictureRow, PictureSet
 from trainer.training import checkpoint
 from trainer.training.metrics import MetricsLog
 from trainer.training.optimizer import PaperSGD

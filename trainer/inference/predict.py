@@ -1,19 +1,27 @@
-"""What a run's net says about pictures that are in no data set."""
+"""What a run's net says about pictures that are in no data set: as a table, as lines of JSON, and as a page."""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch.nn import functional
 
 from pipeline.errors import PictureError
 from pipeline.loader.image_reader import PictureReader
+from pipeline.manifest import write_atomic
 from trainer.errors import RunError
+from trainer.report.page import percent, render
 from trainer.training.evaluate import load_network
 from trainer.training.run_folder import check_fits
+
+SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,3 +173,55 @@ def data_of(run: Path) -> Path:
         return Path(json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{run} does not say which data set it was trained on: name one with --data DIR") from None
+
+
+def print_table(results: Sequence[Prediction]) -> None:
+    """Prints a row for each picture that could be used."""
+    table = Table()
+    table.add_column("picture", overflow="fold")
+    table.add_column("likeliest", overflow="fold")
+    table.add_column("", justify="right")
+    table.add_column("then", overflow="fold")
+    for result in results:
+        if result.error:
+            continue
+        first, *others = result.classes
+        then = ", ".join(f"{share.title} {percent(share.probability)}" for share in others[:SHOWN_IN_TABLE])
+        table.add_row(escape(str(result.path)), escape(first.title), percent(first.probability), escape(then))
+    if table.row_count:  # in a file or a pipe no row is broken, so that grep finds a name
+        Console(width=None if Console().is_terminal else 10_000).print(table)
+
+
+def print_json(result: Prediction) -> None:
+    """Prints a JSON object: ``picture`` and either ``classes``, the likeliest first, or ``error``."""
+    row: dict[str, object] = {"picture": str(result.path)}
+    if result.error:
+        row["error"] = result.error
+    else:
+        row["classes"] = [dataclasses.asdict(share) for share in result.classes]
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def print_error(result: Prediction) -> None:
+    """Prints a line on stderr where the picture could not be used."""
+    if result.error:
+        print(f"error: {result.path}: {result.error}", file=sys.stderr)
+
+
+def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:
+    """Writes a self-contained page with every picture as the net saw it, and what it said.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    template = Path(__file__).with_name("predictions.html.j2")
+    page = render(
+        template,
+        name=run.resolve().name,
+        used=[result for result in results if not result.error],
+        refused=[result for result in results if result.error],
+    )
+    try:
+        write_atomic(path, page.encode())
+    except OSError as error:
+        raise RunError(f"--html {path} cannot be written: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""The net in numbers, counted from the recipe alone: layers, parameters, operations, and what crosses."""
+"""The net in numbers, counted from the recipe alone: layers, parameters, operations, what crosses; and as tables."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,11 @@ from rich.table import Table
 from trainer.config import LAYERS, ModelConfig
 
 BYTES = 4  # a float32
+
+
+def pluralize(number: int, noun: str) -> str:
+    """``1 step``, ``1,437 steps``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class CrossingCount:
 
 
 def count_layers(config: ModelConfig) -> list[LayerCount]:
-    """Counts every layer (NETWORK: sections 3.5 and figure 2 of the paper)."""
+    """Counts every layer (section 3.5 and figure 2 of the paper)."""
     sizes, towers = config.map_sizes(), config.towers
     rows = []
     inputs = config.channels

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from pipeline.manifest import read_manifest
@@ -22,6 +24,7 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.parallel.link import CONTROL_WORDS, Link
+from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.optimizer import PaperSGD
 
@@ -304,7 +307,7 @@ def _measure(plan: RunPlan) -> RunPlan:
         times.append(_time_step(config, net, optimizer, (images, labels), device))
     holder = "tower a alone" if alone else "both towers in this process" if config.model.towers == 2 else "the tower"
     steps = "one step" if len(times) == 2 else f"median of {len(times) - 1} steps"
-    share = f", {plan.pictures} pictures of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
+    share = f", {pluralize(plan.pictures, 'picture')} of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
     words = f"{steps} of {holder}{share} on made-up pictures, without loading and crossing{busy}"
     return dataclasses.replace(plan, step_s=statistics.median(times[1:]), measured=words)
 
@@ -327,3 +330,62 @@ def _time_step(config: Config, net: AlexNet, optimizer: PaperSGD, batch: tuple[T
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+def print_plan(plan: RunPlan) -> None:
+    """Prints a plan for people."""
+    console = Console(width=None if Console().is_terminal else 110, highlight=False)
+    train = plan.config.train
+    towers = "one process" if plan.processes == 1 else "two processes, one a tower"
+    towers = f"{plan.replicas} replicas of {towers}" if plan.replicas > 1 else towers
+    console.out(f"{towers}, {plan.device}, {train.precision}, batch {train.batch_size}")
+    more = f", {plan.done:,} of them done" if plan.done else ""
+    epochs, steps = pluralize(train.epochs, "epoch"), pluralize(plan.steps_per_epoch, "step")
+    console.out(f"{epochs} of {steps}: {pluralize(plan.steps, 'step')}{more}")
+    table = Table(title="memory, MiB", title_justify="left")
+    table.add_column("process")
+    for heading in ("parameters", "gradients", "velocities", "kept for backward", "batches", "total"):
+        table.add_column(heading, justify="right")
+    for row in plan.memory:
+        cells = (row.parameters, row.parameters, row.parameters, row.kept, row.batches, row.total)
+        table.add_row(row.holder, *(f"{cell / 2**20:,.1f}" for cell in cells))
+    console.print(table)
+    if plan.available_bytes is not None:
+        fits = "fits" if plan.needed_bytes <= plan.available_bytes else "does NOT fit"
+        where = "the device" if plan.device != "cpu" else "the machine"
+        available, needed = plan.available_bytes / 2**20, plan.needed_bytes / 2**20
+        console.out(
+            f"{fits}: {where} has {available:,.0f} MiB free, {needed:,.0f} are needed, and scratch memory on top"
+        )
+    if plan.crossings:
+        _print_crossings(plan.crossings, console)
+    elif plan.config.model.towers == 2:
+        console.out("One process: nothing crosses.")
+    if plan.step_s is None or plan.remaining_s is None:
+        console.out(f"time: {plan.measured}")
+        return
+    rate = train.batch_size / plan.step_s
+    console.out(f"time: {plan.step_s:.3g} s a step, {rate:,.0f} images/s; {_duration(plan.remaining_s)} for the steps,")
+    console.out(f"      evaluations not counted ({plan.measured})")
+
+
+def _print_crossings(rows: Sequence[CrossingRow], console: Console) -> None:
+    """The crossings of a step."""
+    total = sum(row.num_bytes for row in rows)
+    table = Table(title="what would cross in a step, bytes", title_justify="left", show_footer=True)
+    table.add_column("input of", footer="both ways")
+    table.add_column("phase")
+    table.add_column("direction")
+    table.add_column("bytes", justify="right", footer=f"{total:,}")
+    for row in rows:
+        table.add_row(row.name, row.phase, row.direction, f"{row.num_bytes:,}")
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,18 +1,35 @@
-"""Charts as inline SVG: hairline axes, lines named at their ends, colours from the page, for light and dark alike."""
+"""Charts for a page: drawn by matplotlib, put inline as SVG that takes its colors and its font from the page."""
 
+import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from html import escape
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-_WIDTH, _HEIGHT = 480, 252  # of the view box
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 84, 34, 36  # margins around the plot
-_MOST_POINTS = 100  # a line has at most this many; more are summarised
-_CROWDED = 40  # more dots than this are a line without dots
-_CELL = 33  # side of a cell of the confusion table
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The page's colors for a light screen, under the names that page.css gives them. A figure is drawn in these; on a page
+# each becomes var(--NAME), so that it is dark on light and light on dark.
+COLORS = {
+    "ink": "#1d1c1a",
+    "soft": "#6a675f",
+    "hair": "#d9d5cb",
+    "a": "#2b5f8f",
+    "b": "#a9660a",
+    "wrong": "#a3163f",
+}
+MOST_POINTS = 100  # a line has at most this many; more are summarized
+CROWDED = 40  # more dots than this are a line without dots
+WIDTH, HEIGHT = 480, 252  # px
+LEFT, RIGHT, TOP, BOTTOM = 46, 84, 34, 36  # px around the plot; the right margin holds the lines' names
+ROLES = ("line", "band", "dot", "count")  # groups that keep their name, as a class, on the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +40,8 @@ class Line:
         name: written at the line's end.
         xs: positions, ascending, shape (n,).
         ys: values, shape (n,); not-finite ones are left out.
-        css: colour class of the page: ``ink``, ``soft``, ``a`` or ``b``.
-        summarise: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
+        css: color of the page: ``ink``, ``soft``, ``a`` or ``b``.
+        summarize: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
         steps: hold each value until the next (for a learning rate).
         shown: the figure written at the line's end; None for its last value.
     """
@@ -33,7 +50,7 @@ class Line:
     xs: ArrayLike
     ys: ArrayLike
     css: str = "ink"
-    summarise: bool = False
+    summarize: bool = False
     steps: bool = False
     shown: float | None = None
 
@@ -61,44 +78,20 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
+    """A line's points as they are drawn: all of shape (n,), finite."""
+
     line: Line
-    end: float
     xs: NDArray[np.float64]
     middle: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Scale:
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        return self.start + (self.end - self.start) * ((math.log(value) if self.log else value) - low) / (high - low)
+    @property
+    def end(self) -> float:
+        return float(self.middle[-1]) if self.line.shown is None else self.line.shown
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) inside ``low``..``high``, about ``count`` of them."""
-    rough = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next((m for m in (1, 2, 5) if m * power >= rough * 0.8), 10)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside ``low``..``high``, with their doubles and fivefolds where the range is short."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high / low < 300 else (1,)
-    return [m * 10.0**k for k in decades for m in factors if low * 0.999 <= m * 10.0**k <= high * 1.001]
-
-
-def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> str:
+def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> Markup:
     """A line chart.
 
     Args:
@@ -107,22 +100,27 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> s
         x_label: quantity of ``xs``.
 
     Returns:
-        ``<svg class="chart">``; an empty string where there is nothing to draw.
+        ``<svg class="chart">``; empty where there is nothing to draw.
     """
     curves = [curve for line in lines if (curve := _curve(line)) is not None]
     if not curves:
-        return ""
-    x_scale, y_scale, exact = _x_scale(curves), _y_scale(curves, axis), axis.exact or axis.form
-    parts = [_frame(x_scale, y_scale, axis, x_label)]
-    parts += [_draw(curve, x_scale, y_scale) for curve in curves]
-    parts.append(_end_labels(curves, x_scale, y_scale, exact))
-    ends = ", ".join(f"{c.line.name} {exact(c.end)}" for c in curves)
-    about = escape(f"{axis.label}; at the end: {ends}")
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{about}">{"".join(parts)}</svg>'
+        return Markup("")
+    exact = axis.exact or axis.form
+    with drawing(WIDTH, HEIGHT) as figure:
+        plot = (LEFT / WIDTH, BOTTOM / HEIGHT, (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
+        axes = figure.add_axes(plot)
+        _scale(axes, curves, axis)
+        figure.text(0, 1 - 14 / HEIGHT, axis.label, size=13.5, weight="bold")
+        figure.text(1 - RIGHT / WIDTH, 4 / HEIGHT, x_label, size=12, ha="right", color=COLORS["soft"])
+        for curve in curves:
+            _draw(axes, curve)
+        _name_ends(axes, curves, exact)
+        ends = ", ".join(f"{curve.line.name} {exact(curve.end)}" for curve in curves)
+        return inline_svg(figure, f"{axis.label}; at the end: {ends}")
 
 
 def _curve(line: Line) -> _Curve | None:
-    """Finite points of a line, summarised to at most ``_MOST_POINTS`` bins; None where there are none."""
+    """Finite points of a line, summarized to at most ``MOST_POINTS`` bins; None where there are none."""
     xs, ys = np.asarray(line.xs, dtype=float), np.asarray(line.ys, dtype=float)
     finite = np.isfinite(xs) & np.isfinite(ys)
     xs, ys = xs[finite], ys[finite]
@@ -131,131 +129,121 @@ def _curve(line: Line) -> _Curve | None:
     if line.steps:  # both ends of every level, or a drop would be drawn as a slope
         keep = np.flatnonzero(np.r_[True, ys[1:] != ys[:-1]] | np.r_[ys[1:] != ys[:-1], True])
         xs, ys = xs[keep], ys[keep]
-    if not line.summarise or len(xs) <= _MOST_POINTS:
-        chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * _MOST_POINTS)).round().astype(int))
+    if not line.summarize or len(xs) <= MOST_POINTS:
+        chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * MOST_POINTS)).round().astype(int))
         xs, ys = xs[chosen], ys[chosen]
-        return _Curve(line, line.shown if line.shown is not None else ys[-1], xs, ys, ys, ys)
-    bins = np.array_split(np.arange(len(xs)), _MOST_POINTS)
+        return _Curve(line, xs, ys, ys, ys)
+    size = -(-len(xs) // MOST_POINTS)  # one size for all bins: where they were smaller, the line would look noisier
+    bins = np.array_split(np.arange(len(xs)), -(-len(xs) // size))
     take = [(xs[b].mean(), np.median(ys[b]), ys[b].min(), ys[b].max()) for b in bins]
     x, middle, low, high = (np.array(column) for column in zip(*take, strict=True))
     x[0], x[-1] = xs[0], xs[-1]
-    return _Curve(line, line.shown if line.shown is not None else middle[-1], x, middle, low, high)
+    return _Curve(line, x, middle, low, high)
 
 
-def _x_scale(curves: Sequence[_Curve]) -> _Scale:
-    low = min(0.0, *(float(curve.xs[0]) for curve in curves))  # from 0, so that charts side by side have one scale
-    high = max(float(curve.xs[-1]) for curve in curves)
-    return _Scale(low, high if high > low else low + 1, _LEFT, _WIDTH - _RIGHT)
+def _scale(axes: "Axes", curves: Sequence[_Curve], axis: Axis) -> None:
+    """Limits, ticks and grid lines."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-
-def _y_scale(curves: Sequence[_Curve], axis: Axis) -> _Scale:
-    low = min(float(c.low.min()) for c in curves)
-    high = max(float(c.high.max()) for c in curves)
-    start, end = _HEIGHT - _BOTTOM, _TOP
+    low = min(float(curve.low.min()) for curve in curves)
+    high = max(float(curve.high.max()) for curve in curves)
     if axis.log and low > 0 and high / low > 20:
-        return _Scale(low / 1.15, high * 1.1, start, end, log=True)
-    low = min(low, axis.low) if axis.low is not None else low
-    high = max(high, axis.high) if axis.high is not None else high
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
-        low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
-    ticks = nice_ticks(low, high)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
-    first, last = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    return _Scale(first, last, start, end)  # the axis ends on ticks
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.15, high * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        low = low if axis.low is None else min(low, axis.low)
+        high = high if axis.high is None else max(high, axis.high)
+        locator = MaxNLocator(nbins=6, steps=[1, 2, 5, 10])
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # one value only
+            low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
+        ticks = locator.tick_values(low, high)
+        axes.set_ylim(ticks[0], ticks[-1])  # the axis ends on ticks
+        axes.yaxis.set_major_locator(locator)
+    first = min(0.0, *(float(curve.xs[0]) for curve in curves))  # from 0, so that charts side by side have one scale
+    last = max(float(curve.xs[-1]) for curve in curves)
+    axes.set_xlim(first, last if last > first else first + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.form(value)))
+    axes.grid(axis="y", color=COLORS["hair"], linewidth=0.7, clip_on=False)
+    axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
+    axes.tick_params("y", length=0, pad=7)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLORS["soft"])
 
 
-def _frame(x_scale: _Scale, y_scale: _Scale, axis: Axis, x_label: str) -> str:
-    """Title, grid lines and tick labels."""
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    ticks = log_ticks(y_scale.low, y_scale.high) if y_scale.log else nice_ticks(y_scale.low, y_scale.high)
-    parts = [f'<text class="title" x="0" y="14">{escape(axis.label)}</text>']
-    for tick in ticks:
-        y = y_scale(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/>')
-        parts.append(_label(_LEFT - 7, y + 4, axis.form(tick), "end"))
-    for tick in nice_ticks(x_scale.low, x_scale.high):
-        x = x_scale(tick)
-        parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
-        parts.append(_label(x, bottom + 17, f"{tick:,.6g}", "middle"))
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    parts.append(_label(right, _HEIGHT - 4, x_label, "end"))
-    return "".join(parts)
-
-
-def _draw(curve: _Curve, x_scale: _Scale, y_scale: _Scale) -> str:
-    xs = [x_scale(x) for x in curve.xs]
-    ys = [y_scale(y) for y in curve.middle]
-    join = "H{0:.1f}V{1:.1f}" if curve.line.steps else "L{0:.1f} {1:.1f}"
-    path = f"M{xs[0]:.1f} {ys[0]:.1f}" + "".join(join.format(x, y) for x, y in zip(xs[1:], ys[1:], strict=True))
-    parts = [f'<path class="line" d="{path}"/>']
+def _draw(axes: "Axes", curve: _Curve) -> None:
+    line, color = curve.line, COLORS[curve.line.css]
     if (curve.high > curve.low).any():
-        upper = [f"{x:.1f} {y_scale(y):.1f}" for x, y in zip(xs, curve.high, strict=True)]
-        lower = [f"{x:.1f} {y_scale(y):.1f}" for x, y in zip(xs, curve.low, strict=True)]
-        parts.insert(0, f'<path class="band" d="M{"L".join(upper)}L{"L".join(reversed(lower))}z"/>')
-    if not curve.line.summarise and not curve.line.steps and len(xs) <= _CROWDED:
-        parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in zip(xs, ys, strict=True)]
-    return f'<g class="{curve.line.css}">{"".join(parts)}</g>'
-
-
-def _end_labels(curves: Sequence[_Curve], x_scale: _Scale, y_scale: _Scale, exact: Callable[[float], str]) -> str:
-    """Name and last value beside each line's end, pushed apart where they would overlap."""
-    order = sorted(curves, key=lambda c: y_scale(c.middle[-1]))
-    places: list[float] = []
-    for curve in order:
-        y = y_scale(curve.middle[-1])
-        places.append(max(y, places[-1] + 28) if places else max(y, _TOP))
-    overflow = max(0.0, places[-1] - (_HEIGHT - _BOTTOM - 8))
-    parts = []
-    for curve, place in zip(order, places, strict=True):
-        x, y = min(x_scale(curve.xs[-1]), _WIDTH - _RIGHT) + 8, place - overflow
-        value, name = escape(exact(curve.end)), escape(curve.line.name)
-        parts.append(
-            f'<g class="{curve.line.css}"><text class="end" x="{x:.1f}" y="{y + 1:.1f}">{value}</text>'
-            f'<text class="series" x="{x:.1f}" y="{y + 14:.1f}">{name}</text></g>'
+        axes.fill_between(
+            curve.xs, curve.low, curve.high, color=color, alpha=0.16, linewidth=0, clip_on=False, gid="band"
         )
-    return "".join(parts)
+    style = "steps-post" if line.steps else "default"
+    axes.plot(curve.xs, curve.middle, color=color, linewidth=1.6, drawstyle=style, clip_on=False, gid="line")
+    if len(curve.xs) == 1 or (not line.summarize and not line.steps and len(curve.xs) <= CROWDED):
+        axes.plot(curve.xs, curve.middle, "o", color=color, markersize=4.8, markeredgewidth=0, clip_on=False, gid="dot")
 
 
-def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> str:
-    """A table of true class (rows) against predicted class (columns) as SVG; the diagonal is right, the rest is wrong.
+def _name_ends(axes: "Axes", curves: Sequence[_Curve], exact: Callable[[float], str]) -> None:
+    """Last value and name beside each line's end, pushed apart where they would overlap."""
+    heights = [axes.transData.transform((curve.xs[-1], curve.middle[-1]))[1] for curve in curves]
+    order = np.argsort(heights, kind="stable")[::-1]
+    places: list[float] = []  # px above the figure's lower edge, from the top down
+    for index in order:
+        here = min(heights[index], HEIGHT - TOP)
+        places.append(min(here, places[-1] - 28) if places else here)
+    missing = max(0.0, BOTTOM + 8 - places[-1])
+    for index, place in zip(order, places, strict=True):
+        curve = curves[index]
+        x = axes.transData.transform((curve.xs[-1], 1.0))[0] + 8
+        for text, size, weight, down in ((exact(curve.end), 13.5, "bold", 1), (curve.line.name, 12, "normal", 14)):
+            at = ((x / WIDTH), (place + missing - down) / HEIGHT)
+            axes.figure.text(*at, text, size=size, weight=weight, color=COLORS[curve.line.css])
 
-    Right cells are tinted by their share of the row, wrong ones by theirs beside that of the worst.
+
+@contextlib.contextmanager
+def drawing(width: float, height: float) -> "Iterator[Figure]":
+    """Gives an empty figure, px; draw and write it inside, for matplotlib's own style to hold whatever the user's is.
+
+    The figure belongs to no window and no backend, and becomes the same bytes from the same input.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLORS["ink"]}
+    with matplotlib.style.context(settings, after_reset=True):
+        yield Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def inline_svg(figure: "Figure", label: str, *, tight: bool = False) -> Markup:
+    """A figure as an ``<svg>`` element for a page; call it inside :func:`drawing`.
+
+    matplotlib writes documents of their own. Inside a page its style sheet (``*{...}``) would reach everything, its ids
+    would be there once a figure, and its fonts and colors would not be the page's.
 
     Args:
-        counts: pictures of class i taken for class j, shape (C, C).
-        classes: names, C of them.
+        figure: drawn in ``COLORS``, nothing clipped (clipping needs ``url()``).
+        label: what it shows, for those who cannot see it.
+        tight: cut it to what is drawn.
     """
-    names = [name if len(name) <= 16 else name[:15] + "\u2026" for name in classes]
-    longest = max(len(name) for name in names)
-    tilted = longest > 3  # long column names do not fit above their cells
-    left, top = 34 + 6.6 * longest, 30 + 4.8 * longest if tilted else 44.0
-    size = _CELL * len(names)
-    width, height = left + size + (40 if tilted else 8), top + size + 6
-    parts = [_label(left - 8, top - 10, "true \u2193", "end"), _label(left, 12, "predicted \u2192", "start")]
-    for index, name in enumerate(names):
-        x, y = left + index * _CELL + _CELL / 2, top + index * _CELL + _CELL / 2 + 4
-        parts.append(_label(left - 8, y, name, "end"))
-        parts.append(_label(x, top - 8, name, "start" if tilted else "middle", turn=-35 if tilted else 0))
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    worst = (share * (1 - np.eye(len(names)))).max() or 1.0
-    for (i, j), count in np.ndenumerate(counts):
-        tint = 0.08 + 0.42 * share[i, j] if i == j else 0.12 + 0.48 * share[i, j] / worst
-        parts.append(_cell(left + j * _CELL, top + i * _CELL, int(count), tint if count else 0.0, right=i == j))
-    return (
-        f'<svg class="chart confusion" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{1.25 * width:.0f}px"'
-        f' role="img" aria-label="which class was taken for which">{"".join(parts)}</svg>'
-    )
-
-
-def _label(x: float, y: float, text: str, anchor: str, *, turn: int = 0) -> str:
-    turned = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
-
-
-def _cell(x: float, y: float, count: int, tint: float, *, right: bool) -> str:
-    middle, line = x + _CELL / 2, y + _CELL / 2 + 4
-    number = f'<text class="count" x="{middle:.1f}" y="{line:.1f}" text-anchor="middle">{count}</text>'
-    return (
-        f'<g class="{"right" if right else "wrong"}"><rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{_CELL - 1}"'
-        f' height="{_CELL - 1}" style="fill-opacity:{tint:.2f}"/>{number if count else ""}</g>'
-    )
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    box = "tight" if tight else None
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, bbox_inches=box, pad_inches=0.03)
+    head, _, text = buffer.getvalue().partition("<defs>")
+    text = text.partition("</defs>")[2].replace("xlink:href", "href")  # without the style sheet
+    text = re.sub(rf'<g id="({"|".join(ROLES)})">', r'<g class="\1">', text)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r'(?<= )d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", " ".join(path[0].split())), text)
+    text = re.sub(r">\s+<", "><", text)
+    for name, code in COLORS.items():
+        text = text.replace(code, f"var(--{name})")
+    (view,) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    width, height = map(float, view)
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {:.6g} {:.6g}" style="max-width:{:.0f}px"'
+        ' role="img" aria-label="{}">'
+    ).format(width, height, 1.25 * width, label) + Markup(text)

@@ -1,191 +1,214 @@
-"""The parts of the report, in their order on the page: each takes the run's record and gives HTML."""
+"""What the report draws of a run: curves over the steps, what crosses between the towers, and conv1's kernels."""
 
-import collections
-import math
+import dataclasses
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
-from trainer.report import page as html
-from trainer.report.charts import confusion_chart
-from trainer.report.images import SMALL_PX, PictureRow, PictureSet, colour_share, kernel_sheet, picture_address
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from trainer.planning.describe import CrossingCount, count_crossings, pluralize
+from trainer.report.charts import Axis, Line, line_chart
+from trainer.report.net_drawing import draw_towers, layer_rows
 from trainer.report.run_data import RunRecord
 
-FIGURE_3 = (
-    "In figure 3 of the paper tower a's kernels came out mostly colour-agnostic and tower b's mostly colour-specific, "
-    '"during every run".'
-)
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What crosses between the towers.
+
+    Attributes:
+        drawing: the net, with the crossings as ribbons: an ``<svg>`` element.
+        head: headings of the ledger.
+        ledger: rows of the ledger of one step as text, the totals last; empty where there is none.
+        sums: indices of the totals.
+        batch: pictures a pair of towers takes in a step.
+        pairs: pairs of towers; the ledger is that of the first.
+        step_bytes: bytes that cross in a step of a pair, forward and backward.
+        parameters: of the whole net.
+    """
+
+    drawing: Markup
+    head: Sequence[str]
+    ledger: Sequence[Sequence[str]]
+    sums: Sequence[int]
+    batch: int
+    pairs: int
+    step_bytes: int
+    parameters: int
 
 
-def opening(run: RunRecord, data: str) -> str:
-    """Title, one sentence, the large figures, and where they were made."""
-    return (
-        f'<header><p class="kicker">twotower, report of a run</p><h1>{escape(run.folder.resolve().name)}</h1>'
-        f'<p class="lede">{escape(_lede(run))}</p></header>'
-        + html.headline(_headline(run))
-        + html.facts(_facts(run, data))
-    )
+def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
+    """Loss, accuracy, throughput, waiting, gradients and learning rate over the steps.
 
-
-def _lede(run: RunRecord) -> str:
-    """How the run stands, in one sentence."""
-    result = run.result
+    Returns:
+        Chart (empty where there is nothing to draw), caption, and what to say in its place; [] before the first step.
+    """
     if not run.steps:
-        return "No step has finished yet."
-    reason = result.get("exit_reason")
-    done = f"{run.last_step:,} steps" + (f" of batch {result['batch_size']}" if result.get("batch_size") else "")
-    processes = result.get("processes", 0)
-    where = {1: " with both towers in one process", 2: " with one tower in each of two processes"}.get(
-        processes, f" by {processes // 2} pairs of towers, a process each" if processes > 2 else ""
-    )
-    ending = {
-        None: "The run has not ended: this is how far it has come.",
-        "finished": "It ran to the end of its recipe.",
-        "stopped": f"It was stopped early{_because(result)}, and can be resumed.",
-        "failed": f"It failed{_because(result)}.",
-    }.get(reason, f"It ended: {reason}.")
-    return f"AlexNet in two towers, trained for {done}{where}. {ending}"
-
-
-def _because(result: dict[str, Any]) -> str:
-    return f" ({result['reason'].rstrip('.')})" if result.get("reason") else ""
-
-
-def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
-    accuracy, result = run.accuracy, run.result
-    rows = []
-    if accuracy:
-        count = int(accuracy["num_samples"])
-        for name, key in (("top-1, held out", "top1"), ("top-5, held out", "top5")):
-            right = round(accuracy[key] * count)
-            small = f"{right:,} of {count:,} pictures" + (
-                f"; 95 % interval {interval(right, count)}" if key == "top1" else ""
-            )
-            rows.append((name, f"{100 * accuracy[key]:.2f} %", small))
-    else:
-        rows.append(("top-1, held out", "\u2013", "not evaluated yet"))
-    if run.images_per_s:
-        rows.append(("throughput, median", f"{run.images_per_s:,.0f}", "images/s"))
-    epochs = result.get("epoch")
-    rows.append(("steps", f"{run.last_step:,}", f"{epochs:.4g} epochs" if epochs else "finished so far"))
-    rows += _wall_time(run)
-    return rows
-
-
-def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Minutes of the process that ended the run; of the steps alone where the run was resumed, as only they add up."""
-    rates, batch = run.column("images_per_s"), run.result.get("batch_size")
-    steps_s = float((batch / rates[rates > 0]).sum()) if batch else 0.0
-    whole_s = run.result.get("elapsed_s") or 0.0
-    if not max(whole_s, steps_s):
         return []
-    minutes = max(whole_s, steps_s) / 60
-    small = "minutes, evaluation included" if whole_s > steps_s else "minutes in steps, over several starts"
-    return [("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", small)]
-
-
-def interval(right: int, count: int) -> str:
-    """Wilson's 95 % interval of a share, in percent."""
-    z, share = 1.96, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return f"{100 * (middle - half):.1f} to {100 * (middle + half):.1f} %"
-
-
-def _facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
-    found = run.environment
-    cores = f", {found['cores']} cores" if found.get("cores") else ""
-    gpus = collections.Counter(found.get("gpus") or [])
-    devices = ", ".join(f"{count} \u00d7 {name}" for name, count in gpus.items()) or "no GPU"
-    machine = "; ".join(filter(None, (f"{found.get('processor', 'unknown')}{cores}", devices, found.get("system"))))
-    known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
-    rows = [
-        ("Machine", machine if found else "not recorded"),
-        ("Commit", str(found.get("commit", ""))),
-        ("Versions", ", ".join(f"{name} {found[name]}" for name in ("python", "torch") if found.get(name))),
-        ("Data set", data or str(found.get("data", ""))),
-        ("Started", str(found.get("started", ""))),
-        ("Command", str(found.get("command", ""))),
-    ]
-    return rows + [(key.replace("_", " "), str(value)) for key, value in found.items() if key not in known]
-
-
-def kernels(run: RunRecord) -> str:
-    """conv1 of both towers beside each other."""
-    if not run.kernels:
-        return html.section("What conv1 learned", html.missing("No kernels: the run has no checkpoint yet."))
-    sheets = []
-    for tower, weight in run.kernels.items():
-        maps, channels, side, _ = weight.shape
-        colour = (
-            f"; {100 * colour_share(weight):.0f} % of the median kernel's energy is colour" if channels == 3 else ""
-        )
-        image = picture_address(kernel_sheet(weight))
-        sheets.append(
-            f'<figure><h3 class="t{tower}">tower {tower}</h3>'
-            f'<img class="sheet" alt="conv1 kernels, tower {tower}" src="{image}">'
-            f"<figcaption>{maps} kernels of {side} \u00d7 {side} \u00d7 {channels}{colour}.</figcaption></figure>"
-        )
-    several = len(run.kernels) > 1 and next(iter(run.kernels.values())).shape[1] == 3
-    text = f"Weights after step {run.kernels_step:,}, each kernel on its own scale; middle gray is zero."
-    return html.section(
-        "What conv1 learned",
-        html.paragraph(f"{text} {FIGURE_3 if several else ''}".strip()),
-        f'<div class="sheets">{"".join(sheets)}</div>',
-    )
-
-
-def pictures(found: PictureSet | None, why_not: str) -> str:
-    """Test pictures with their predictions, the wrong ones, and which class was taken for which."""
-    if found is None:
-        return html.section("Held-out pictures", html.missing(why_not))
-    count, total = found.num_samples, found.num_in_split
-    which = f"all {count:,}" if count == total else f"the first {count:,} of {total:,}"
-    parts = [
-        html.paragraph(
-            f"The newest checkpoint, run over {which} pictures: {count - found.num_wrong:,} right, "
-            f"{found.num_wrong:,} wrong. "
-            "Under each picture its class and the net's confidence; where it is wrong, what it was taken for."
+    steps, evaluations = run.column("step"), run.evaluations
+    at = [row["step"] for row in evaluations]
+    waits = 100 * run.column("data_wait_share")
+    measured = np.isfinite(waits)
+    wait = float(np.median(waits[measured])) if measured.any() else None
+    split = evaluations[-1].get("split", "held-out") if evaluations else ""
+    pictures = pluralize(evaluations[-1]["num_samples"], "picture") if evaluations else ""
+    charts: list[tuple[str, str, Axis, list[Line]]] = [
+        (
+            "Loss. Cross entropy; training as the median and the range of neighboring steps, with dropout on.",
+            "No loss.",
+            Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
+            [
+                Line("training", steps, run.column("loss"), "soft", summarize=True),
+                Line("held out", at, [row["loss"] for row in evaluations]),
+            ],
         ),
-        _picture_grid(f"The first {len(found.first)}, not selected", found.first),
+        (
+            f"Accuracy. Split {split}, {pictures}, centre crop.",
+            "No accuracy curve: the run has not been evaluated yet.",
+            Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
+            [
+                Line("top-1", at, [100 * row["top1"] for row in evaluations]),
+                Line("top-5", at, [100 * row["top5"] for row in evaluations], "soft"),
+            ],
+        ),
+        (
+            "Throughput. Pictures of one step over its wall time; median and range of neighboring steps.",
+            "No throughput was recorded.",
+            Axis("Images/s", _rate, low=0),
+            [Line("median", steps, run.column("images_per_s"), summarize=True, shown=run.images_per_s)],
+        ),
+        (
+            "Waiting. Share of a step's time spent waiting for the next batch.",
+            "No waiting times were recorded.",
+            Axis("Waiting for data, %", "{:g}".format, "{:.1f}".format, low=0, high=10),
+            [Line("median", steps, waits, summarize=True, shown=wait)],
+        ),
+        (
+            "Gradients. Euclidean norm of all gradients of a tower.",
+            "No gradient norms were recorded.",
+            Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
+            [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarize=True) for t in "ab"],
+        ),
+        (
+            "Learning rate. Of the weights.",
+            "No learning rate was recorded.",
+            Axis("Learning rate", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
+            [Line("weights", steps, run.column("learning_rate"), steps=True)],
+        ),
     ]
-    if found.wrong:
-        head = f"The {len(found.wrong)} most confident of {found.num_wrong:,} mistakes"
-        parts.append(_picture_grid(head if found.num_wrong > len(found.wrong) else "Every mistake", found.wrong))
-    if found.confusion is not None:
-        caption = f"Confusion. Rows are the true class, columns the predicted one; {count:,} pictures."
-        chart = html.figure(confusion_chart(found.confusion, found.classes), caption)
-        parts.append(f'<div class="confusion-figure">{chart}</div>')
-    return html.section("Held-out pictures", *parts)
+    return [(line_chart(lines, axis), caption, empty) for caption, empty, axis, lines in charts]
 
 
-def _picture_grid(head: str, rows: Sequence[PictureRow]) -> str:
-    items = []
-    for row in rows:
-        exact = ' class="exact"' if max(row.image.shape[:2]) <= SMALL_PX else ""
-        said = f'<span class="wrong">taken for {escape(row.predicted)}</span><br>' if row.wrong else ""
-        items.append(
-            f'<li class="{"miss" if row.wrong else "hit"}">'
-            f'<img{exact} alt="{escape(row.label, quote=True)}" src="{picture_address(row.image)}">'
-            f'{escape(row.label)}<br>{said}<span class="soft">{100 * row.confidence:.1f} %</span></li>'
-        )
-    return f'<h3 class="pictures-head">{escape(head)}</h3><ul class="pictures">{"".join(items)}</ul>'
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.3g}"
 
 
-def files(run: RunRecord) -> str:
-    """The files of the run, and its recipe."""
-    about = {
-        "config.toml": "the resolved recipe: the run can be repeated from it alone",
-        "environment.json": "commit, versions, machine",
-        "metrics.jsonl": f"{len(run.steps):,} steps and {len(run.evaluations):,} evaluations, one JSON object a line",
-        "result.json": "final figures and how the run ended",
-        "tensorboard": "the same curves: tensorboard --logdir RUN/tensorboard",
-        "checkpoints": "weights and velocities, one safetensors file a tower",
-    }
-    rows = [(name, what) for name, what in about.items() if (run.folder / name).exists()]
-    recipe = (
-        f"<details><summary>The recipe, config.toml</summary><pre>{escape(run.config_text)}</pre></details>"
-        if run.config_text
-        else ""
+def traffic_of(run: RunRecord) -> Traffic | None:
+    """What crosses between the towers, as the run counted it where it did; None without a recipe."""
+    if run.config is None:
+        return None
+    model, ledger = run.config.model, run.result.get("ledger") or []
+    pairs = max(1, run.result.get("processes", 0) // 2)
+    batch, rows, planned = run.config.train.batch_size // pairs, layer_rows(model), count_crossings(model)
+    crossings = _forward_crossings(ledger, batch, planned)
+    if crossings:
+        note = f"Bytes an image, forward, as counted in a step of {batch}. Gradients go back the same ways, reversed."
+    else:
+        crossings = planned
+        note = "Bytes an image, forward, in fp32, if each tower had its process. Gradients go back the same ways."
+    image = f"{model.image_px}x{model.image_px}x{model.channels}"
+    on_a_alone = {crossing.layer for crossing in crossings if not crossing.bytes_a_to_b}
+    replicas = any(row["kind"] == "replica" for row in ledger)
+    table, sums = _ledger_table(ledger)
+    return Traffic(
+        drawing=Markup(draw_towers(rows, crossings, image=image, note=note, towers=model.towers)),
+        head=["what", "phase", *(("sent by a", "sent by b") if replicas else ("a \u2192 b", "b \u2192 a"))],
+        ledger=table,
+        sums=sums,
+        batch=batch,
+        pairs=pairs,
+        step_bytes=2 * batch * sum(crossing.bytes_a_to_b + crossing.bytes_b_to_a for crossing in crossings),
+        parameters=sum(row.parameters * (1 if row.name in on_a_alone else model.towers) for row in rows),
     )
-    return html.section("Files", html.links(rows), recipe)
+
+
+def _forward_crossings(
+    ledger: Sequence[dict[str, Any]], batch: int, planned: Sequence[CrossingCount]
+) -> list[CrossingCount]:
+    """The forward crossings of a ledger, an image; [] where it holds none."""
+    found: dict[str, dict[str, float]] = {}
+    for row in ledger:
+        if row["kind"] == "crossing" and row["phase"] == "forward":
+            ways = found.setdefault(row["name"], {"a->b": 0, "b->a": 0})
+            ways[row["direction"]] += row["bytes"] / batch
+    elements = {crossing.layer: crossing.elements for crossing in planned}
+    return [
+        CrossingCount(name, elements.get(name, 0), round(ways["a->b"]), round(ways["b->a"]))
+        for name, ways in found.items()
+    ]
+
+
+def _ledger_table(ledger: Sequence[dict[str, Any]]) -> tuple[list[list[str]], range]:
+    """The exchange ledger of one step as text: a row a place and phase, then totals by kind; and where those stand."""
+    table: dict[tuple[str, str, str], dict[str, int]] = {}
+    totals: dict[str, int] = {}
+    for row in ledger:
+        name, way = row["name"], row["direction"]
+        if way[0] == way[-1]:  # a->a: what tower a sends to itself in other replicas
+            name, way = f"{name}, between replicas", {"a": "a->b", "b": "b->a"}[way[0]]
+        cell = table.setdefault((row["kind"], name, row["phase"]), {})
+        cell[way] = cell.get(way, 0) + row["bytes"]
+        totals[row["kind"]] = totals.get(row["kind"], 0) + row["bytes"]
+    rows = [
+        [name, phase, *(f"{cell[way]:,}" if way in cell else "\u2013" for way in ("a->b", "b->a"))]
+        for (_, name, phase), cell in table.items()
+    ]
+    sums = [[f"all {kind}", "", "", f"{total:,}"] for kind, total in totals.items()]
+    return rows + sums, range(len(rows), len(rows) + len(sums))
+
+
+def kernel_sheet(weight: NDArray[np.float32], *, columns: int = 8, kernel_px: int = 66) -> NDArray[np.uint8]:
+    """Kernels of a first layer as one picture, as in figure 3 of the paper.
+
+    Each kernel is shown on its own scale: zero is middle gray, its greatest absolute weight is black or full color.
+
+    Args:
+        weight: shape (maps, 1 or 3, k, k).
+        columns: kernels a row.
+        kernel_px: at most this many pixels a kernel's side; each weight is a whole number of pixels.
+
+    Returns:
+        uint8 (H, W, 4); transparent between kernels.
+    """
+    maps, channels, side, _ = weight.shape
+    most = np.abs(weight).reshape(maps, -1).max(axis=1).reshape(-1, 1, 1, 1)
+    shown = 127.5 + 127.5 * weight / np.where(most > 0, most, 1)
+    shown = np.broadcast_to(shown, (maps, 3, side, side)) if channels == 1 else shown
+    zoom = max(1, kernel_px // side)
+    pixels = (
+        shown.round().astype(np.uint8).transpose(0, 2, 3, 1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    )  # (maps, S, S, 3)
+    gap, cell = max(2, zoom // 2), side * zoom
+    rows = -(-maps // columns)
+    sheet = np.zeros((rows * (cell + gap) - gap, min(columns, maps) * (cell + gap) - gap, 4), np.uint8)
+    for index, kernel in enumerate(pixels):
+        top, left = (cell + gap) * (index // columns), (cell + gap) * (index % columns)
+        sheet[top : top + cell, left : left + cell, :3] = kernel
+        sheet[top : top + cell, left : left + cell, 3] = 255
+    return sheet
+
+
+def color_share(weight: NDArray[np.float32]) -> float:
+    """How much of a first layer is color: the energy left without each kernel's gray part, median over kernels.
+
+    0 where every kernel weighs red, green and blue alike, towards 1 where kernels look at color differences only.
+
+    Args:
+        weight: shape (maps, 3, k, k).
+    """
+    gray = weight.mean(axis=1, keepdims=True)
+    energy = (weight**2).sum(axis=(1, 2, 3))
+    color = ((weight - gray) ** 2).sum(axis=(1, 2, 3))
+    return float(np.median(color / np.where(energy > 0, energy, 1)))

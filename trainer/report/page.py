@@ -1,84 +1,83 @@
-"""The report as one HTML page: style, figures with captions, tables. Pure text from plain data."""
+"""HTML pages from templates: page.html.j2 has the frame and the parts that pages share, page.css their look."""
 
-from collections.abc import Iterable, Sequence
-from html import escape
+import base64
+import io
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-CODE = ("Commit", "Command")  # facts set as code
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.planning.describe import pluralize
+
+SMALL_PX = 96  # pictures up to this side stay exact (PNG) and are enlarged as squares; larger ones become JPEG
+
+
+def percent(share: float) -> str:
+    """0.973 as ``97.3 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def picture_address(image: NDArray[np.uint8]) -> str:
+    """A ``data:`` address of a picture, uint8 (H, W, 1, 3 or 4): PNG where small or with alpha, else JPEG."""
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    file = io.BytesIO()
+    if image.shape[2] == 4 or is_small(image):
+        Image.fromarray(pixels).save(file, "PNG", optimize=True)
+        kind = "png"
+    else:
+        Image.fromarray(pixels).save(file, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def is_small(image: NDArray[np.uint8]) -> bool:
+    """Whether a picture, (H, W, C), is shown with its pixels as squares."""
+    return max(image.shape[:2]) <= SMALL_PX
+
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters |= {"pluralize": pluralize, "percent": percent, "address": picture_address}
+ENVIRONMENT.tests["small"] = is_small
+
+
+def render(template: Path, **values: Any) -> str:
+    """A page from a template that imports ``page.html.j2``; every value is escaped that is not :class:`Markup`."""
+    return ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(values).lstrip()
+
+
+# The parts of page.html.j2 for a page that is put together in Python (trainer/bench/page.py). Body, parts and content
+# are HTML; all other arguments are text.
+_ui: Any = ENVIRONMENT.get_template("page.html.j2").module
+headline, facts, table = _ui.headline, _ui.facts, _ui.table
 
 
 def page(title: str, body: Iterable[str], *, style: str = "") -> str:
-    """A whole document that asks for nothing outside itself; ``style`` is CSS besides the report's."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n'
-        f"<body><main>\n{chr(10).join(part for part in body if part)}\n</main></body></html>\n"
-    )
+    """A whole document that asks for nothing outside itself; ``style`` is CSS besides page.css."""
+    return _ui.page(title, Markup(style), caller=lambda: Markup("\n".join(filter(None, body)))).lstrip()
 
 
-def section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> Markup:
     """A headed part of the page."""
-    inner = "\n".join(part for part in parts if part)
-    return f"<section><h2>{escape(title)}</h2>\n{inner}</section>"
+    return _ui.section(title, caller=lambda: Markup("\n".join(filter(None, parts))))
 
 
-def missing(sentence: str) -> str:
-    """What stands in the place of a part that cannot be shown, and why."""
-    return f'<p class="missing">{escape(sentence)}</p>'
-
-
-def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
-
-
-def figure(content: str, caption: str) -> str:
+def figure(content: str, caption: str) -> Markup:
     """A figure; the caption's part before its first full stop is set bold."""
-    head, stop, rest = caption.partition(". ")
-    return f"<figure>{content}<figcaption><b>{escape(head + stop.strip())}</b> {escape(rest)}</figcaption></figure>"
+    return _ui.figure(Markup(content), caption)
 
 
-def headline(figures: Sequence[tuple[str, str, str]]) -> str:
-    """The large figures: (what, figure, small print)."""
-    items = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(number)}<small>{escape(small)}</small></dd></div>"
-        for what, number, small in figures
-    )
-    return f'<dl class="headline">{items}</dl>'
-
-
-def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """Name and value pairs; pairs without a value are left out."""
-    shown = [
-        (name, f"<code>{escape(value)}</code>" if name in CODE else escape(value)) for name, value in rows if value
-    ]
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in shown)
-    return f'<dl class="facts">{items}</dl>'
-
-
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), sums: Sequence[int] = ()
-) -> str:
-    """A table; ``numbers`` are right-aligned columns, ``sums`` are rows set as totals."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if column in numbers else ''}>{escape(text)}</{tag}>"
-            for column, text in enumerate(row)
-        )
-
-    body = "".join(
-        f"<tr{' class=sum' if index in sums else ''}>{cells(row, 'td')}</tr>" for index, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def links(rows: Sequence[tuple[str, str]]) -> str:
-    """Paths inside the run folder, as links relative to the page, and what each holds."""
-    body = "".join(
-        f'<tr><td class="path"><a href="{escape(path, quote=True)}">{escape(path)}</a></td><td>{escape(what)}</td></tr>'
-        for path, what in rows
-    )
-    return f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
+def paragraph(text: str) -> Markup:
+    """A paragraph of plain text."""
+    return Markup("<p>{}</p>").format(text)

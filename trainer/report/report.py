@@ -1,14 +1,13 @@
 """``RUN/report.html``: what a run did, as one page that needs nothing outside itself.
 
-Reading order: :func:`write_report` gathers, :func:`render_report` lays out; ``report_run`` reads the run folder,
-``report_figures`` makes each part, ``report_charts``, ``report_pictures`` and ``drawing`` draw, ``report_page`` is the
-paper they are printed on.
+:func:`write_report` gathers: ``run_data`` reads the run folder, :func:`predict_pictures` asks the newest checkpoint.
+``figures`` and ``confusion`` draw. The page's words and order are in ``report.html.j2``, its look in ``page.css``.
 """
 
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,21 +15,81 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.manifest import Manifest, read_manifest, write_atomic
-from trainer.report import crossings as report_crossings
-from trainer.report import figures as figures
-from trainer.report import training as report_training
-from trainer.report.images import PictureRow, PictureSet
-from trainer.report.page import page
-from trainer.report.run_data import RunRecord, read_run
+from trainer.planning.describe import pluralize
+from trainer.report import figures
+from trainer.report.confusion import confusion_svg, count_pairs
+from trainer.report.net_drawing import format_bytes
+from trainer.report.page import ENVIRONMENT, render
+from trainer.report.run_data import RunRecord, facts, headline, read_run
 from trainer.training.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
     from pipeline.loader.batch import Batch
 
 REPORT_NAME = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_PICTURES = 2000  # held-out pictures run through the net for the report; accuracy figures come from the run itself
-MOST_CLASSES = 20  # up to here the confusion table is drawn
+MOST_CLASSES = 20  # up to here the confusion matrix is drawn
 NUM_FIRST, NUM_WRONG = 30, 20  # pictures shown
+FILES = {
+    "config.toml": "the resolved recipe: the run can be repeated from it alone",
+    "environment.json": "commit, versions, machine",
+    "metrics.jsonl": "{steps} and {evaluations}, one JSON object a line",
+    "epochs.csv": "a line an epoch, for spreadsheets",
+    "result.json": "final figures and how the run ended",
+    "tensorboard": "the same curves: tensorboard --logdir RUN/tensorboard",
+    "checkpoints": "weights and velocities, one safetensors file a tower",
+}
+ENVIRONMENT.filters |= {
+    "bytes": format_bytes,
+    "kernel_sheet": figures.kernel_sheet,
+    "color_share": figures.color_share,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRow:
+    """One test picture and what the net said.
+
+    Attributes:
+        image: uint8, shape (H, W, 1 or 3).
+        label: name of the true class.
+        predicted: name of the class with the greatest probability.
+        confidence: that probability, 0..1.
+    """
+
+    image: NDArray[np.uint8]
+    label: str
+    predicted: str
+    confidence: float
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the prediction is not the label."""
+        return self.label != self.predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """What was predicted for a split.
+
+    Attributes:
+        first: the first pictures of the split, right or wrong: not a selection.
+        wrong: pictures predicted wrongly, the most confident first.
+        num_wrong: wrong ones in all.
+        num_samples: pictures predicted, from the start of the split.
+        num_in_split: pictures in the split.
+        confusion: pictures of class i taken for class j, shape (C, C); None where there are too many classes to draw.
+        classes: names of the classes in label order.
+    """
+
+    first: Sequence[PictureRow]
+    wrong: Sequence[PictureRow]
+    num_wrong: int
+    num_samples: int
+    num_in_split: int
+    confusion: NDArray[np.int64] | None = None
+    classes: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +142,27 @@ def write_report(run: Path, data: Path | None = None, *, device: str = "cpu") ->
 
 def render_report(report: Report) -> str:
     """The page as HTML text."""
-    run = report.run
-    return page(
-        f"{run.folder.resolve().name}: two towers",
-        [
-            figures.opening(run, report.data),
-            report_training.curves(run),
-            report_crossings.towers(run),
-            figures.kernels(run),
-            figures.pictures(report.pictures, report.no_pictures),
-            figures.files(run),
-        ],
+    run, found = report.run, report.pictures
+    model = run.config.model if run.config else None
+    words = {
+        "steps": pluralize(len(run.steps), "step"),
+        "evaluations": pluralize(len(run.evaluations), "evaluation"),
+    }
+    return render(
+        TEMPLATE,
+        run=run,
+        result=run.result,
+        name=run.folder.resolve().name,
+        towers="one tower" if model and model.towers == 1 else "two towers",
+        headline=headline(run),
+        facts=facts(run, report.data),
+        curves=figures.curves(run),
+        traffic=figures.traffic_of(run),
+        color=any(weight.shape[1] == 3 for weight in run.kernels.values()),
+        pictures=found,
+        no_pictures=report.no_pictures,
+        confusion=confusion_svg(found.confusion, found.classes) if found and found.confusion is not None else "",
+        paths=[(path, what.format(**words)) for path, what in FILES.items() if (run.folder / path).exists()],
     )
 
 
@@ -143,7 +212,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
         num_wrong=len(wrong),
         num_samples=result.num_samples,
         num_in_split=manifest.splits[split].num_samples,
-        confusion=_count_pairs(result.labels, result.predicted, len(names)) if len(names) <= MOST_CLASSES else None,
+        confusion=count_pairs(result, len(names)) if len(names) <= MOST_CLASSES else None,
         classes=names,
     )
 
@@ -160,14 +229,10 @@ def _images_at(batches: "Iterable[Batch]", keys: set[str]) -> dict[str, NDArray[
     return found
 
 
-def _count_pairs(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Pictures of class i taken for class j, shape (classes, classes)."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-
-
 def _describe_data(data: Path, manifest: Manifest) -> str:
     """One line about a data set."""
     picture = manifest.picture
     sizes = f"{picture.width_px} \u00d7 {picture.height_px} px" if picture.height_px else "of many sizes"
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in sorted(manifest.splits.items()))
-    return f"{manifest.source}: {splits}; {len(manifest.classes)} classes; {picture.encoding}, {sizes} ({data})"
+    classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes):,} classes"
+    return f"{manifest.source}: {splits}; {classes}; {picture.encoding}, {sizes} ({data})"

@@ -1,7 +1,9 @@
 """What a run folder says about the run, read for the report; parts that are not there yet are None or empty."""
 
+import collections
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Config, load_config
 from trainer.errors import RunError
+from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.metrics import read_metrics
 
@@ -124,3 +127,67 @@ def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
         with safe_open(path, "numpy") as tensors:
             kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
     return record.step, kernels
+
+
+def headline(run: RunRecord) -> list[tuple[str, str, str]]:
+    """The large figures of the page: (what, figure, small print)."""
+    accuracy, rows = run.accuracy, []
+    if accuracy:
+        number = int(accuracy["num_samples"])
+        for name, key in (("top-1, held out", "top1"), ("top-5, held out", "top5")):
+            right = round(accuracy[key] * number)
+            small = f"{right:,} of {pluralize(number, 'picture')}"
+            small += f"; 95 % interval {interval(right, number)}" if key == "top1" else ""
+            rows.append((name, f"{100 * accuracy[key]:.2f} %", small))
+    else:
+        rows.append(("top-1, held out", "\u2013", "not evaluated yet"))
+    if run.images_per_s:
+        rows.append(("throughput, median", f"{run.images_per_s:,.0f}", "images/s"))
+    epochs = run.result.get("epoch")
+    finished = (f"{epochs:.4g} epoch" + ("" if epochs == 1 else "s")) if epochs else "finished so far"
+    rows.append(("steps", f"{run.last_step:,}", finished))
+    return rows + _wall_time(run)
+
+
+def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Minutes of the process that ended the run; of the steps alone where the run was resumed, as only they add up."""
+    rates, batch = run.column("images_per_s"), run.result.get("batch_size")
+    steps_s = float((batch / rates[rates > 0]).sum()) if batch else 0.0
+    whole_s = run.result.get("elapsed_s") or 0.0
+    if not max(whole_s, steps_s):
+        return []
+    minutes = max(whole_s, steps_s) / 60
+    small = "minutes, evaluation included" if whole_s > steps_s else "minutes in steps, over several starts"
+    return [("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", small)]
+
+
+def interval(right: int, number: int) -> str:
+    """Wilson's 95 % interval of a share, in percent."""
+    z, share = 1.96, right / number
+    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number)) / (1 + z * z / number)
+    return f"{100 * (middle - half):.1f} to {100 * (middle + half):.1f} %"
+
+
+def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
+    """Where and with what the run was made: (name, value), an empty value where it is not known.
+
+    Args:
+        run: the run.
+        data: the data set in words; empty for the folder that the run notes.
+    """
+    found = run.environment
+    gpus = collections.Counter(found.get("gpus") or [])
+    devices = ", ".join(f"{number} \u00d7 {name}" for name, number in gpus.items()) or "no GPU"
+    cores = f", {pluralize(found['cores'], 'core')}" if found.get("cores") else ""
+    machine = "; ".join(filter(None, (f"{found.get('processor', 'unknown')}{cores}", devices, found.get("system"))))
+    rows = [
+        ("Machine", machine if found else "not recorded"),
+        ("Commit", str(found.get("commit", ""))),
+        ("Versions", ", ".join(f"{name} {found[name]}" for name in ("python", "torch") if found.get(name))),
+        ("Data set", data or str(found.get("data", ""))),
+        ("Started", str(found.get("started", ""))),
+        ("Command", str(found.get("command", ""))),
+    ]
+    known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
+    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]

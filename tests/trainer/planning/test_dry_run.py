@@ -14,20 +14,19 @@ from trainer.model.layers import DropoutDraws
 from trainer.parallel import launch
 from trainer.planning import dry_run
 from trainer.planning.describe import to_dict
-from trainer.planning.dry_run import EchoLink, plan_run
-from trainer.planning.dry_run_output import print_plan
+from trainer.planning.dry_run import EchoLink, plan_run, print_plan
 
 pytestmark = pytest.mark.numeric
 
 # What autograd keeps of one 28 px digit on one tower of configs/digits.toml, elements of 4 bytes.
 KEPT = {
     "image, conv1's input": 28 * 28,
-    "conv1 after ReLU, the normalisation's input": 8 * 28 * 28,
-    "normalised, pool1's input": 8 * 28 * 28,
+    "conv1 after ReLU, the normalization's input": 8 * 28 * 28,
+    "normalized, pool1's input": 8 * 28 * 28,
     "pool1's indices, int64": 2 * 8 * 13 * 13,
     "pool1, conv2's input": 8 * 13 * 13,
     "conv2 after ReLU": 16 * 13 * 13,
-    "normalised, pool2's input": 16 * 13 * 13,
+    "normalized, pool2's input": 16 * 13 * 13,
     "pool2's indices, int64": 2 * 16 * 6 * 6,
     "both towers' pool2": 2 * 16 * 6 * 6,
     "conv3": 24 * 6 * 6,

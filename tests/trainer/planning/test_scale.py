@@ -10,7 +10,7 @@ from trainer.config import load_config
 from trainer.planning.describe import to_dict
 from trainer.planning.scale import Prediction, Traffic, Wires, count_traffic, predict
 
-PARAMETERS = {"a": 32_531_112, "b": 28_434_112}  # NETWORK: derived from the paper's figure 2
+PARAMETERS = {"a": 32_531_112, "b": 28_434_112}  # counted by hand from the paper's figure 2
 CROSSING_BYTES = {"a": 113_152, "b": 121_344}  # an image, forward, sent
 
 

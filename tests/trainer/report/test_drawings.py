@@ -11,11 +11,12 @@ import pytest
 from tests.helpers.synthetic_run import ROOT, digits_config
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.report.charts import Axis, Line, confusion_chart, line_chart, log_ticks, nice_ticks
-from trainer.report.figures import interval
-from trainer.report.images import colour_share, kernel_sheet
-from trainer.report.net_drawing import draw_net, write_drawing
-from trainer.report.svg import Crossing, LayerRow, draw_towers, format_bytes
+from trainer.planning.describe import CrossingCount
+from trainer.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart
+from trainer.report.confusion import confusion_svg
+from trainer.report.figures import color_share, kernel_sheet
+from trainer.report.net_drawing import LayerRow, draw_net, draw_towers, format_bytes, write_drawing
+from trainer.report.run_data import interval
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -35,7 +36,7 @@ PAPER_ROWS = [
 
 
 def test_width_of_a_crossing_is_in_proportion_to_its_bytes() -> None:
-    crossings = [Crossing("conv3", 21_632, 86_528, 86_528), Crossing("fc8", 10_816, 0, 43_264)]
+    crossings = [CrossingCount("conv3", 21_632, 86_528, 86_528), CrossingCount("fc8", 10_816, 0, 43_264)]
     drawn = ET.fromstring(draw_towers(PAPER_ROWS, crossings))
     widths = [
         float(path.get("stroke-width", "0")) for path in drawn.iter(f"{SVG}path") if path.get("class") == "ribbon"
@@ -45,14 +46,14 @@ def test_width_of_a_crossing_is_in_proportion_to_its_bytes() -> None:
 
 
 def test_layer_that_only_a_has_is_drawn_once() -> None:
-    drawn = ET.fromstring(draw_towers(PAPER_ROWS, [Crossing("fc8", 2048, 0, 8192)]))
+    drawn = ET.fromstring(draw_towers(PAPER_ROWS, [CrossingCount("fc8", 2048, 0, 8192)]))
     names = [text.text for text in drawn.iter(f"{SVG}text") if text.get("class") == "name"]
     assert names.count("conv3") == 2 and names.count("fc8") == 1
 
 
 def test_drawing_refuses_a_crossing_into_nowhere() -> None:
     with pytest.raises(ValueError, match="fc9"):
-        draw_towers(PAPER_ROWS, [Crossing("fc9", 1, 4, 4)])
+        draw_towers(PAPER_ROWS, [CrossingCount("fc9", 1, 4, 4)])
     with pytest.raises(ValueError, match="no layers"):
         draw_towers([], [])
 
@@ -77,25 +78,59 @@ def test_bytes_for_people(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
+def labels_of(chart: str) -> list[tuple[float, float, str]]:
+    """Texts of a chart with their places, (x, y, text)."""
+    found = []
+    for text in ET.fromstring(chart).iter(f"{SVG}text"):
+        moved = re.match(r"translate\(([\d.]+) ([\d.]+)\)", text.get("transform", ""))
+        x, y = moved.groups() if moved else (text.get("x", "nan"), text.get("y", "nan"))
+        found.append((float(x), float(y), text.text or ""))
+    return found
+
+
+def ticks_of(chart: str) -> tuple[list[tuple[float, float]], list[float]]:
+    """Tick labels of the values, (y, value), and places of those of the steps, x."""
+    labels = labels_of(chart)
+    values = [(y, float(text)) for x, y, text in labels if x < LEFT and text[-1].isdigit() and y > TOP - 1]
+    return values, [x for x, y, text in labels if HEIGHT - BOTTOM < y < HEIGHT - 10 and text[0].isdigit() and x >= LEFT]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 440), (3.2, 3.4), (-5, 17), (0, 1e9), (97.1, 99.9)])
 def test_ticks_are_inside_and_few(low: float, high: float) -> None:
-    ticks = nice_ticks(low, high)
-    assert 2 <= len(ticks) <= 11
-    assert low - 1e-9 * abs(high) <= ticks[0] < ticks[-1] <= high * (1 + 1e-9)
+    values, steps = ticks_of(line_chart([Line("x", [0, 880], [low, high])], Axis("x")))
+    assert 2 <= len(values) <= 11 and 2 <= len(steps) <= 11
+    half_a_line = 6
+    assert all(TOP <= y - half_a_line / 2 <= HEIGHT - BOTTOM + half_a_line for y, _ in values)
+    assert all(LEFT <= x <= WIDTH - RIGHT for x in steps)
+    ticks = sorted(value for _, value in values)
+    assert ticks[0] <= low + 1e-9 * abs(high) and ticks[-1] >= high * (1 - 1e-9)  # the axis ends on ticks
 
 
 def test_log_ticks_are_inside() -> None:
-    assert log_ticks(0.03, 2.4) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    values, _ = ticks_of(line_chart([Line("x", [0, 1], [0.03 * 1.15, 2.4 / 1.1])], Axis("x", log=True)))
+    assert sorted(value for _, value in values) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
-def test_chart_keeps_every_extreme_of_a_summarised_line() -> None:
+def test_chart_keeps_every_extreme_of_a_summarized_line() -> None:
     values = np.ones(10_000)
     values[7_777] = 50.0
-    drawn = ET.fromstring(line_chart([Line("x", np.arange(10_000), values, summarise=True)], Axis("x", low=0)))
-    band = next(path.get("d", "") for path in drawn.iter("path") if path.get("class") == "band")
-    heights = [float(pair.split()[1]) for pair in re.findall(r"[ML]([\d.]+ [\d.]+)", band)]
-    assert min(heights) == pytest.approx(34, abs=0.1)  # the top of the plot: the axis reaches the spike
+    drawn = ET.fromstring(line_chart([Line("x", np.arange(10_000), values, summarize=True)], Axis("x", low=0)))
+    (band,) = [group for group in drawn.iter(f"{SVG}g") if group.get("class") == "band"]
+    outline, place = band.find(f".//{SVG}path"), band.find(f".//{SVG}use")
+    assert outline is not None
+    below = float(place.get("y", "0")) if place is not None else 0.0
+    heights = [below + float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", outline.get("d", ""))]
+    assert min(heights) == pytest.approx(TOP, abs=0.1)  # the top of the plot: the axis reaches the spike
     assert len(heights) < 400
+
+
+def test_chart_takes_colors_and_font_from_the_page_and_is_the_same_again() -> None:
+    lines = [Line("x", [0, 1, 2], [1, 3, 2]), Line("<b>", [0, 1, 2], [2, 1, 2], "a")]
+    chart = line_chart(lines, Axis("x & y"))
+    assert chart == line_chart(lines, Axis("x & y"))
+    assert "var(--ink)" in chart and "var(--a)" in chart and "&lt;b&gt;" in chart
+    for stranger in ("#1d1c1a", "font-family", "<style", "url(", "xlink", "<b>", 'id="axes'):
+        assert stranger not in chart
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [None]])
@@ -120,17 +155,26 @@ def test_kernel_sheet_shows_each_kernel_on_its_own_scale() -> None:
     assert sheet[12, 40, 3] == 0  # no kernel there
 
 
-def test_colour_share_tells_gray_from_colour() -> None:
+def test_color_share_tells_gray_from_color() -> None:
     gray = np.repeat(np.random.default_rng(0).normal(size=(4, 1, 3, 3)), 3, axis=1).astype(np.float32)
     opponent = gray * np.array([1, -1, 0], np.float32).reshape(1, 3, 1, 1)
-    assert colour_share(gray) == pytest.approx(0, abs=1e-6)
-    assert colour_share(opponent) == pytest.approx(1)
+    assert color_share(gray) == pytest.approx(0, abs=1e-6)
+    assert color_share(opponent) == pytest.approx(1)
 
 
 def test_confusion_counts_are_all_shown() -> None:
     counts = np.array([[5, 2], [0, 3]])
-    drawn = ET.fromstring(confusion_chart(counts, ["apple", "pear"]))
-    assert [text.text for text in drawn.iter("text") if text.get("class") == "count"] == ["5", "2", "3"]
+    drawn = ET.fromstring(confusion_svg(counts, ["apple", "pear"]))
+    shown = [group.find(f"{SVG}text") for group in drawn.iter(f"{SVG}g") if group.get("class") == "count"]
+    assert [text.text for text in shown if text is not None] == ["5", "2", "3"]
+
+
+def test_wrong_cells_have_another_color_than_right_ones() -> None:
+    """The one mistake beside 999 right ones is as visible as a mistake can be."""
+    drawn = confusion_svg(np.array([[999, 1], [0, 1000]]), ["0", "1"])
+    tints = re.findall(r"fill: var\(--(a|wrong)\); (?:fill-)?opacity: ([\d.]+)", drawn)
+    assert [color for color, _ in tints] == ["a", "wrong", "a"]
+    assert [float(tint) for _, tint in tints] == pytest.approx([0.08 + 0.42 * 0.999, 0.6, 0.5], abs=1e-3)
 
 
 def test_interval_is_wilsons() -> None:

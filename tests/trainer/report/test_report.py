@@ -13,10 +13,9 @@ from tests.helpers.loader_data_set import load_reference, make_data_set
 from tests.helpers.synthetic_run import digits_config, make_run, some_pictures
 from trainer.errors import RunError, TrainerError
 from trainer.planning.describe import count_crossings, count_layers
-from trainer.report.images import PictureRow, PictureSet
-from trainer.report.report import Report, predict_pictures, render_report, write_report
+from trainer.report.net_drawing import format_bytes
+from trainer.report.report import PictureRow, PictureSet, Report, predict_pictures, render_report, write_report
 from trainer.report.run_data import read_run
-from trainer.report.svg import format_bytes
 from trainer.training.evaluate import evaluate_run
 
 
@@ -62,11 +61,24 @@ def parse(page: str) -> Collector:
     return collector
 
 
+def one_line(page: str) -> str:
+    """The text of a page as a browser flows it."""
+    return " ".join(parse(page).text.split())
+
+
 def test_report_asks_for_nothing_outside_itself(run: Path) -> None:
     page = render_report(Report(read_run(run), some_pictures()))
     assert all(address.startswith("data:") for address in parse(page).addresses)
     assert not re.search(r"url\(|@import|<script|<iframe", page)
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_page_forbids_scripts_and_loads_from_outside(run: Path) -> None:
+    page = render_report(Report(read_run(run), some_pictures()))
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
+    assert page.index(policy) < page.index("<style")
 
 
 def test_report_says_the_result_of_the_run(run: Path) -> None:
@@ -211,12 +223,13 @@ def test_pictures_shown_are_the_crops_that_the_net_saw(data: Path, reported: tup
 def test_part_of_a_split_is_called_a_part(run: Path, data: Path) -> None:
     found = predict_pictures(run, data, limit=10)
     assert (found.num_samples, found.num_in_split) == (64, 70)  # one whole batch
-    assert "run over the first 64 of 70 pictures" in parse(render_report(Report(read_run(run), found))).text
+    assert "run over the first 64 of 70 pictures" in one_line(render_report(Report(read_run(run), found)))
 
 
 def test_report_with_data_shows_pictures(reported: tuple[str, PictureSet]) -> None:
     page = parse(reported[0])
-    assert "run over all 70 pictures" in page.text and "The first 30, not selected" in page.text
+    assert "run over all 70 pictures" in one_line(reported[0])
+    assert "The first 30, not selected" in page.text
     assert "64 train, 70 val; 10 classes" in page.text
     assert sum(address.startswith("data:image/png") for address in page.addresses) == 2 + 30 + 20
 
@@ -225,3 +238,22 @@ def test_data_that_does_not_fit_the_net_is_one_clear_error(run: Path, tmp_path: 
     make_data_set(tmp_path / "rgb", encoding="png", channels=3, size=(32, 32), train=64)
     with pytest.raises(TrainerError, match=r"model\.channels = 1"):
         write_report(run, tmp_path / "rgb")
+
+
+def test_one_of_a_kind_is_not_called_many(tmp_path: Path) -> None:
+    config = dataclasses.replace(digits_config(), train=dataclasses.replace(digits_config().train, batch_size=1))
+    record = read_run(make_run(tmp_path / "run", config, steps=1))
+    row = PictureRow(np.zeros((8, 8, 1), np.uint8), "3", "8", 0.5)
+    found = PictureSet([row], [row], 1, 1, 1, np.array([[0, 1], [0, 0]]), ["3", "8"])
+    record = dataclasses.replace(record, environment={"cores": 1}, result=record.result | {"epoch": 1.0})
+    text = one_line(render_report(Report(record, found)))
+    for words in (
+        "trained for 1 step of",
+        "step of 1 picture,",
+        "all 1 picture:",
+        "1 epoch ",
+        ", 1 core;",
+        "1 step and 0",
+    ):
+        assert words in text
+    assert not re.search(r"(?<![\d.,])1 (steps|pictures|epochs|cores|mistakes|kernels|evaluations)\b", text)

@@ -16,7 +16,7 @@ from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.__main__ import main
 from trainer.errors import RunError
-from trainer.inference import confusion
+from trainer.report import confusion
 from trainer.training.evaluate import evaluate_net, evaluate_run, load_network
 
 pytestmark = pytest.mark.numeric

@@ -1,0 +1,203 @@
+"""An evaluation class by class: a table, and the confusion matrix, for ``evaluate --confusion`` and the report."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.manifest import write_atomic
+from trainer.errors import RunError
+from trainer.report.charts import COLORS, drawing, inline_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from trainer.training.evaluate import Evaluation
+
+NAMED_CLASSES = 50  # up to here the axes carry names
+COUNTED_CLASSES = 25  # up to here the cells carry counts
+TITLE_LENGTH = 24  # longer names are cut in the picture
+CELL_PX, SIDE_PX = 33, 1100  # of a cell, and of the whole matrix at most, at 72 dpi
+PNG_DPI = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScore:
+    """How one class fared.
+
+    Attributes:
+        label: its label.
+        title: its name.
+        num_samples: pictures of it.
+        num_correct_top1: those whose likeliest class it was.
+        num_correct_top5: those with it among the five likeliest.
+        taken_for: name of the class that it was mistaken for most often; empty where it never was.
+        num_taken_for: how often.
+    """
+
+    label: int
+    title: str
+    num_samples: int
+    num_correct_top1: int
+    num_correct_top5: int
+    taken_for: str
+    num_taken_for: int
+
+    @property
+    def top1(self) -> float | None:
+        """Share of its pictures whose likeliest class it was, 0..1; None without pictures."""
+        return self.num_correct_top1 / self.num_samples if self.num_samples else None
+
+    @property
+    def top5(self) -> float | None:
+        """Share of its pictures with it among the five likeliest, 0..1; None without pictures."""
+        return self.num_correct_top5 / self.num_samples if self.num_samples else None
+
+
+def count_pairs(result: "Evaluation", classes: int) -> NDArray[np.int64]:
+    """Pictures of class i taken for class j, shape (classes, classes), int64."""
+    counts = np.bincount(result.labels * classes + result.predicted, minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def score_classes(result: "Evaluation", titles: Sequence[str]) -> list[ClassScore]:
+    """Every class, in the order of labels."""
+    pairs = count_pairs(result, len(titles))
+    in_top5 = np.bincount(result.labels[result.in_top5], minlength=len(titles))
+    scores = []
+    for label, title in enumerate(titles):
+        wrong = pairs[label].copy()
+        wrong[label] = 0
+        other = int(wrong.argmax())
+        scores.append(
+            ClassScore(
+                label=label,
+                title=title,
+                num_samples=int(pairs[label].sum()),
+                num_correct_top1=int(pairs[label, label]),
+                num_correct_top5=int(in_top5[label]),
+                taken_for=titles[other] if wrong[other] else "",
+                num_taken_for=int(wrong[other]),
+            )
+        )
+    return scores
+
+
+def to_dict(result: "Evaluation", titles: Sequence[str]) -> dict[str, Any]:
+    """For JSON: ``per_class`` rows, and ``confusion`` as its cells above zero, ``[label, predicted, count]``."""
+    pairs = count_pairs(result, len(titles))
+    cells = np.argwhere(pairs)
+    return {
+        "per_class": [
+            dataclasses.asdict(score) | {"top1": score.top1, "top5": score.top5}
+            for score in score_classes(result, titles)
+        ],
+        "confusion": [[int(i), int(j), int(pairs[i, j])] for i, j in cells],
+    }
+
+
+def print_classes(result: "Evaluation", titles: Sequence[str], console: Console | None = None) -> None:
+    """Prints the classes, the worst first; those without pictures last."""
+    scores = sorted(score_classes(result, titles), key=lambda score: (score.top1 is None, score.top1 or 0, score.label))
+    table = Table(title=f"{len(titles)} classes, the worst first", title_justify="left")
+    for heading in ("class", "taken most often for"):
+        table.add_column(heading)
+    for heading in ("pictures", "top-1", "top-5"):
+        table.add_column(heading, justify="right")
+    for score in scores:
+        mistaken = f"{score.taken_for} ({score.num_taken_for})" if score.taken_for else ""
+        rates = ("" if rate is None else f"{rate:.4f}" for rate in (score.top1, score.top5))
+        table.add_row(score.title, mistaken, str(score.num_samples), *rates)
+    (console or Console(width=None if Console().is_terminal else 100)).print(table, markup=False)
+
+
+def check_name(path: Path) -> None:
+    """Raises RunError where a picture cannot get this name; called before the evaluation, which may take long."""
+    if path.suffix.lower() != ".png":
+        raise RunError(f"--confusion {path}: expected a name that ends in .png")
+
+
+def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
+    """Writes the confusion matrix as a PNG, on white.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    views = "ten views" if result.views == "ten" else "centre crop"
+    heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} pictures, {views}"
+    buffer = io.BytesIO()
+    with drawing(1, 1) as figure:
+        _draw_matrix(figure, count_pairs(result, len(titles)), titles, heading)
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.2)
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def confusion_svg(counts: NDArray[np.int64], titles: Sequence[str]) -> Markup:
+    """The confusion matrix for a page.
+
+    Args:
+        counts: pictures of class i taken for class j, shape (C, C).
+        titles: names of the classes, C of them.
+    """
+    with drawing(1, 1) as figure:
+        _draw_matrix(figure, counts, titles, "")
+        return inline_svg(figure, "which class was taken for which", tight=True)
+
+
+def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[str], heading: str) -> None:
+    """Rows are the true classes, columns the predicted ones; the diagonal is right, the rest is wrong.
+
+    Right cells are tinted by their share of the row, wrong ones by theirs beside that of the worst: on one scale,
+    single mistakes of a good net could not be seen.
+    """
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    classes = len(titles)
+    side = min(SIDE_PX, CELL_PX * classes) / figure.dpi
+    figure.set_size_inches(side, side)
+    axes = figure.add_axes((0, 0, 1, 1))  # names lie outside; the cut around what is drawn makes room for them
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    worst = (share * (1 - np.eye(classes))).max() or 1.0
+    cells = np.argwhere(counts)  # (n, 2): row, column
+    right = cells[:, 0] == cells[:, 1]
+    shares = share[cells[:, 0], cells[:, 1]]
+    colors = np.where(right[:, None], to_rgba(COLORS["a"]), to_rgba(COLORS["wrong"]))
+    colors[:, 3] = np.where(right, 0.08 + 0.42 * shares, 0.12 + 0.48 * shares / worst)
+    if classes > COUNTED_CLASSES:  # no count has to be read on top of the tint
+        colors[:, 3] *= 1.6
+    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    squares = cells[:, None, ::-1] + corners  # (n, 4, 2): x, y
+    axes.add_collection(PolyCollection(squares, facecolors=colors, linewidths=0, clip_on=False))
+    axes.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5))
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0, labelsize=12, labelcolor=COLORS["soft"])
+    axes.set_xlabel("predicted", color=COLORS["soft"], size=12, labelpad=8)
+    axes.set_ylabel("class", color=COLORS["soft"], size=12, labelpad=8)
+    axes.set_title(heading, size=13.5, pad=14)
+    axes.spines[:].set_color(COLORS["hair"])
+    if classes <= NAMED_CLASSES:
+        names = [title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1] + "\u2026" for title in titles]
+        axes.set_xticks(range(classes), names)
+        if max(map(len, names)) > 3:  # they do not fit above their cells
+            for text in axes.get_xticklabels():
+                text.set(rotation=45, ha="left", rotation_mode="anchor")
+        axes.set_yticks(range(classes), names)
+        axes.set_xticks(np.arange(0.5, classes - 1), minor=True)
+        axes.set_yticks(np.arange(0.5, classes - 1), minor=True)
+        axes.tick_params(which="minor", length=0)
+        axes.grid(which="minor", color=COLORS["hair"], linewidth=0.6, clip_on=False)
+    if classes <= COUNTED_CLASSES:
+        for i, j in cells:
+            axes.text(j, i, f"{counts[i, j]}", ha="center", va="center_baseline", size=12, gid="count")
