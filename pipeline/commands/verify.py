@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Verifies and prints the findings."""
     from pipeline.inspection.decoding import undecodable
     from pipeline.inspection.verify import check_dataset
-    from pipeline.preparation.progress import ProgressLine
+    from pipeline.progress import ProgressLine
 
     manifest = read_manifest(args.folder)
     total = sum(split.num_samples for split in manifest.splits.values())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.preparation import ray_run as prepare
-from pipeline.preparation.progress import ProgressLine
+from pipeline.preparation import ray_run
+from pipeline.progress import ProgressLine
 
 
 def test_gauges_tell_rate_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,10 +22,10 @@ def test_gauges_tell_rate_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
             published[self.name] = (value, self.tags)
 
     now = [0.0]
-    monkeypatch.setattr(prepare, "Gauge", FakeGauge)
-    monkeypatch.setattr("pipeline.preparation.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(ray_run, "Gauge", FakeGauge)
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
     progress = ProgressLine(total=100, done=20)
-    gauges = prepare.Gauges("digits", progress)
+    gauges = ray_run.Gauges("digits", progress)
     now[0] = 2.0
     progress.advance(30)
     gauges.update()

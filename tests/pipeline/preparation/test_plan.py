@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.preparation.plan import key_of, plan_split
+from pipeline.preparation.plan import plan_split
+from pipeline.preparation.shard import key_of
 from pipeline.sources.split import shuffled, stratified
 
 

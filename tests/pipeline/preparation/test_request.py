@@ -7,8 +7,7 @@ import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.preparation.dry_run import print_plan
-from pipeline.preparation.request import all_settings, check_source, chosen_splits, make_plan
+from pipeline.preparation.plan import all_settings, check_source, chosen_splits, make_plan, print_plan
 from pipeline.sources import open_source
 from pipeline.sources.imagenet import MD5
 from tests.helpers import ilsvrc
