@@ -10,7 +10,7 @@ from pipeline.manifest import Manifest, ShardRecord, SplitRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
-from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, tar_reader, walk_tar
+from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 
 LEVELS = ("fast", "hashes", "full")
 
@@ -74,7 +74,7 @@ def read_samples(tar: Path) -> list[TarSample]:
     Raises:
         DatasetError: the tar is torn or a header is damaged.
     """
-    size, read = tar.stat().st_size, tar_reader(tar)
+    size, read = tar.stat().st_size, range_reader(tar)
     try:
         samples = list(group_samples(walk_tar(read, 0, size, tar.name)))
     except SourceError as error:

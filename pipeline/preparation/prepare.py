@@ -114,7 +114,11 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
     """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
     if not missing:
         return 0.0
-    from pipeline.preparation.ray_run import Gauges, ray_session, run_shards  # imports ray: 2 s
+    from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
+        Gauges,
+        ray_session,
+        run_shards,
+    )
 
     options, num_missing, total = request.options, _num_pictures(missing), _num_pictures(request.shards)
     job = ShardJob(

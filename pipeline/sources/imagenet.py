@@ -24,7 +24,7 @@ from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
 from pipeline.sources.folder import read_file
 from pipeline.sources.listing import Item, Listing, SplitListing
-from pipeline.sources.tar_reader import TarMember, read_compressed, tar_reader, walk_file, walk_tar
+from pipeline.sources.tar_reader import TarMember, range_reader, read_compressed, walk_file, walk_tar
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
 VAL_NAME = "ILSVRC2012_img_val.tar"
@@ -241,7 +241,7 @@ def _outer_tar(path: AnyPath) -> list[_Found]:
 
 def _inner_tar(path: AnyPath, inner: TarMember) -> list[_Found]:
     name = inner.base.removesuffix(".tar")
-    members = walk_tar(tar_reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
+    members = walk_tar(range_reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
     return [_Found(name, f"{name}/{m.base}", path.name, m.offset, m.size) for m in members]
 
 

@@ -125,14 +125,14 @@ def group_samples(members: Iterable[TarMember], passed_over: list[TarMember] | N
         yield TarSample(key, tuple(group))
 
 
-def tar_reader(path: AnyPath) -> Read:
+def range_reader(path: AnyPath) -> Read:
     """A ``read`` for :func:`walk_tar`."""
     return functools.partial(read_range, path)
 
 
 def walk_file(path: AnyPath) -> Iterator[TarMember]:
     """:func:`walk_tar` over a whole file."""
-    return walk_tar(tar_reader(path), 0, path.stat().st_size, str(path))
+    return walk_tar(range_reader(path), 0, path.stat().st_size, str(path))
 
 
 def read_compressed(archive: AnyPath, names: Iterable[str]) -> dict[str, bytes]:
