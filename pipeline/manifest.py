@@ -225,6 +225,12 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file that is either whole under its name or absent: temporary name, fsync, rename, fsync of folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

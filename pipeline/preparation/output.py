@@ -26,6 +26,7 @@ from pipeline.manifest import (
     Manifest,
     ShardRecord,
     SplitRecord,
+    file_sha256,
     read_manifest,
     read_record,
     write_atomic,
@@ -191,12 +192,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def damage(path: Path, size_bytes: int, sha256: str, *, hashes: bool = True) -> str | None:
     """What is wrong with a file: missing, another size, another hash; None if nothing is."""
     try:
@@ -265,8 +260,9 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
     sizes = {result.size_px for result in results if result.shard.num_samples}
     size_px = next(iter(sizes)) if len(sizes) == 1 else None
     height, width = size_px or (None, None)
+    quarantine = [line for result in results for line in result.quarantine]
     files = {
-        QUARANTINE_NAME: _lines(line for result in results for line in result.quarantine),
+        QUARANTINE_NAME: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine).encode(),
         INFO_NAME: _timm_info(splits),
     }
     if totals is not None:
@@ -336,7 +332,3 @@ def _timm_info(splits: dict[str, SplitRecord]) -> bytes:
         for name, split in splits.items()
     }
     return (json.dumps({"splits": info}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _lines(rows: Iterable[dict[str, str]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -21,7 +21,7 @@ from pipeline.preparation.output import check_ours
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
-from pipeline.sources.listing import Listing, Source
+from pipeline.sources.listing import Item, Listing, Source
 from pipeline.sources.split import shuffled
 
 READ_BYTES = 8 * 2**20
@@ -216,18 +216,25 @@ def measure(request: Request) -> Cost:
     """Makes some pictures spread evenly over the listing, for at most some seconds."""
     rows = max(request.listing.splits.values(), key=len)
     items = rows.items(np.unique(np.linspace(0, len(rows) - 1, SAMPLE_PICTURES).astype(np.int64)))
-    times, sizes, refused = [], [], 0
-    start_s = time.monotonic()
-    for item in [items[0], *items]:  # the first loads the libraries
-        begun_s = time.perf_counter()
+
+    def make(item: Item) -> int | None:
+        """Bytes that the sample takes in a tar; None if the picture cannot be used."""
         try:
-            sizes.append(len(make_picture(request.source.read(item), request.picture).data) + OVERHEAD_BYTES)
+            return len(make_picture(request.source.read(item), request.picture).data) + OVERHEAD_BYTES
         except PictureError:
-            refused += 1
+            return None
+
+    make(items[0])  # loads the libraries, which may take longer than everything after it
+    times, sizes = [], []
+    start_s = time.perf_counter()
+    for item in items:
+        begun_s = time.perf_counter()
+        sizes.append(make(item))
         times.append(time.perf_counter() - begun_s)
-        if time.monotonic() - start_s > SAMPLE_S and len(times) > 2:
+        if time.perf_counter() - start_s > SAMPLE_S:
             break
-    return Cost(statistics.median(times[1:]), statistics.fmean(sizes[1:] or [0]), len(times) - 1, refused)
+    usable = [size for size in sizes if size is not None]
+    return Cost(statistics.median(times), statistics.fmean(usable or [0]), len(times), len(times) - len(usable))
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""How many shards are given to Ray at once, and the memory they declare, with a Ray that only counts."""
+"""How many shards are given to Ray at once, the memory they declare, and the gauges, with a Ray that only counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.preparation import ray_run
 from pipeline.preparation.ray_run import WORKER_BYTES, run_shards
 from pipeline.preparation.shard import ShardTask
+from pipeline.progress import ProgressLine
 from tests.helpers.shard_data import make_job, make_tasks
 
 
@@ -80,3 +81,30 @@ def test_a_cluster_without_any_cpu_is_not_waited_for_for_ever(tmp_path: Path, mo
     monkeypatch.setattr(ray_run, "NO_CPU_S", -1.0)
     with pytest.raises(PipelineError, match="has had a CPU"):
         run_counting(CountingRay(cpus=0, memory=2**40), tmp_path, monkeypatch)
+
+
+def test_gauges_tell_rate_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and labels of both gauges, with Ray's class replaced by one that remembers."""
+    published: dict[str, tuple[float, dict[str, str]]] = {}
+
+    class FakeGauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.keys = name, tag_keys
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert set(tags) == set(self.keys)
+            self.tags = tags
+
+        def set(self, value: float) -> None:
+            published[self.name] = (value, self.tags)
+
+    now = [0.0]
+    monkeypatch.setattr(ray_run, "Gauge", FakeGauge)
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
+    progress = ProgressLine(total=100, done=20)
+    gauges = ray_run.Gauges("digits", progress)
+    now[0] = 2.0
+    progress.advance(30)
+    gauges.update()
+    labels = {"run": "digits", "stage": "prepare"}
+    assert published == {"twotower_images_per_s": (15.0, labels), "twotower_pictures": (50, labels)}
