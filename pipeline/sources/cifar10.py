@@ -13,7 +13,7 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.tar_reader import read_compressed
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
@@ -26,7 +26,7 @@ RECORD_BYTES = 1 + PIXEL_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar10Source:
+class Cifar10Source(Source):
     """32x32 colour pictures of ten classes.
 
     Attributes:

@@ -6,17 +6,16 @@ import functools
 import numpy as np
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError, SourceError
-from pipeline.files import AnyPath
+from pipeline.errors import ConfigError
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.split import shuffled
 
 NUM_TRAIN = 1437  # 80 % of 1,797, the rest (360) is val
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitsSource:
+class DigitsSource(Source):
     """The digits, split by a seeded shuffle.
 
     Attributes:
@@ -37,10 +36,6 @@ class DigitsSource:
             encoded=False,
             channels=1,
         )
-
-    def checksums(self) -> dict[AnyPath, str]:
-        """There are none."""
-        raise SourceError("--verify-source: source digits has no published checksums")
 
     def read(self, item: Item) -> np.ndarray:
         """One digit, uint8 (8, 8, 1); the scanner's 17 levels spread over 0..255 without loss."""

@@ -12,13 +12,13 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PictureError, SourceError
 from pipeline.files import AnyPath, scan
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, SplitListing, printable
+from pipeline.sources.listing import Item, Listing, Source, SplitListing, printable
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Pictures in class folders.
 
     Attributes:
@@ -58,10 +58,6 @@ class FolderSource:
             encoded=True,
             channels=3,
         )
-
-    def checksums(self) -> dict[AnyPath, str]:
-        """There are none."""
-        raise SourceError("--verify-source: source folder has no published checksums")
 
     def read(self, item: Item) -> bytes:
         """The file's bytes."""

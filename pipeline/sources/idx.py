@@ -12,7 +12,7 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 
 PREFIXES = {"train": "train", "val": "t10k"}
 HEADER_BYTES = 16
@@ -40,7 +40,7 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class IdxSource:
+class IdxSource(Source):
     """28x28 gray pictures of ten classes.
 
     Attributes:

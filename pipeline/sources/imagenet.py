@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
 from pipeline.sources.folder import read_file
-from pipeline.sources.listing import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.tar_reader import TarMember, range_reader, read_compressed, walk_file, walk_tar
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
@@ -77,7 +77,7 @@ class _Found(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagenetSource:
+class ImagenetSource(Source):
     """ILSVRC-2012.
 
     Attributes:

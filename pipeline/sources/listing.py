@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.errors import SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
 from pipeline.sources.split import stratified
@@ -129,7 +130,7 @@ class Listing:
 
 
 class Source(Protocol):
-    """One kind of input."""
+    """One kind of input. A source is a frozen, picklable dataclass that inherits from this."""
 
     def listing(self) -> Listing:
         """Lists every picture without reading it.
@@ -143,9 +144,9 @@ class Source(Protocol):
         """The published md5 of the input files that have one.
 
         Raises:
-            SourceError: none has.
+            SourceError: none has; so it is for a source that does not define this.
         """
-        ...
+        raise SourceError("--verify-source: this source has no published checksums")
 
     def read(self, item: Item) -> bytes | np.ndarray:
         """Reads one picture: the file's bytes, or uint8 pixels (H, W, C).

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, DatasetError, SourceError
 from pipeline.files import AnyPath, read_range, relative_to
 from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
 from pipeline.sources.folder import SPLIT_FOLDERS
-from pipeline.sources.listing import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.tar_reader import TarMember, group_samples, walk_file
 
 PICTURES = ("jpg", "jpeg", "png")
@@ -24,7 +24,7 @@ SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_FOLDERS, key=len, r
 
 
 @dataclasses.dataclass(frozen=True)
-class WebdatasetSource:
+class WebdatasetSource(Source):
     """Samples in tars.
 
     Attributes:
@@ -51,10 +51,6 @@ class WebdatasetSource:
                 raise SourceError(f"{self.root}: some tars name their split and some do not")
             splits = splits["all"].train_and_val(self.val_fraction, self.seed)
         return Listing(self._classes(max(labels) + 1), "source", splits, encoded=True, channels=3)
-
-    def checksums(self) -> dict[AnyPath, str]:
-        """There are none."""
-        raise SourceError("--verify-source: source webdataset has no published checksums")
 
     def read(self, item: Item) -> bytes:
         """The picture's bytes."""
