@@ -316,7 +316,7 @@ PLAN_SCRIPT = """
 import re, sys, time
 from pathlib import Path
 from pipeline.config import PrepareOptions
-from pipeline.preparation.request import make_plan
+from pipeline.preparation.plan import make_plan
 from pipeline.sources import open_source
 start_s = time.perf_counter()
 options = PrepareOptions(source="imagenet", output=Path("out"), input=Path(sys.argv[1]))

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
-from pipeline.files import Place
+from pipeline.errors import ConfigError, require
+from pipeline.files import AnyPath
 
 ENCODINGS = ("jpeg", "png", "raw", "original")
 MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32
@@ -72,7 +72,7 @@ class PrepareOptions:
 
     source: str
     output: Path
-    input: Place | None = None
+    input: AnyPath | None = None
     workers: int = 0
     seed: int = 0
     shard_size: int = 2048
@@ -92,28 +92,28 @@ class PrepareOptions:
     filter: str = "bicubic"
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
-        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _require(1 <= self.shard_size <= MAX_SHARD_SIZE, "--shard-size", self.shard_size, f"1 to {MAX_SHARD_SIZE:,}")
-        _require(1 <= self.quality <= 100, "--quality", self.quality, "1 to 100")
-        _require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "a share from 0 to below 1")
-        _require(self.on_error in ON_ERROR, "--on-error", self.on_error, " or ".join(ON_ERROR))
-        _require(self.encoding in (*ENCODINGS, "default"), "--encoding", self.encoding, ", ".join(ENCODINGS))
-        _require(self.filter in FILTERS, "--filter", self.filter, " or ".join(FILTERS))
-        _require(self.max_pixels >= 1, "--max-pixels", self.max_pixels, "1 or more")
-        _require(self.max_bytes >= 1, "--max-bytes", self.max_bytes, "1 or more")
-        _require(self.limit is None or self.limit >= 1, "--limit", self.limit, "1 or more")
+        require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
+        require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        require(1 <= self.shard_size <= MAX_SHARD_SIZE, "--shard-size", self.shard_size, f"1 to {MAX_SHARD_SIZE:,}")
+        require(1 <= self.quality <= 100, "--quality", self.quality, "1 to 100")
+        require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "a share from 0 to below 1")
+        require(self.on_error in ON_ERROR, "--on-error", self.on_error, " or ".join(ON_ERROR))
+        require(self.encoding in (*ENCODINGS, "default"), "--encoding", self.encoding, ", ".join(ENCODINGS))
+        require(self.filter in FILTERS, "--filter", self.filter, " or ".join(FILTERS))
+        require(self.max_pixels >= 1, "--max-pixels", self.max_pixels, "1 or more")
+        require(self.max_bytes >= 1, "--max-bytes", self.max_bytes, "1 or more")
+        require(self.limit is None or self.limit >= 1, "--limit", self.limit, "1 or more")
         orders = ("default", "alphabetical", "ilsvrc")
-        _require(self.label_order in orders, "--label-order", self.label_order, "alphabetical or ilsvrc")
+        require(self.label_order in orders, "--label-order", self.label_order, "alphabetical or ilsvrc")
         if self.label_order != "default":
-            _require(self.source == "imagenet", "--label-order", self.label_order, "it with --source imagenet only")
+            require(self.source == "imagenet", "--label-order", self.label_order, "it with --source imagenet only")
         if self.max_errors is not None:
-            _require(MAX_ERRORS.fullmatch(self.max_errors) is not None, "--max-errors", self.max_errors, "N or P%")
+            require(MAX_ERRORS.fullmatch(self.max_errors) is not None, "--max-errors", self.max_errors, "N or P%")
         if self.resize not in ("default", "none"):
             side = int(self.resize) if self.resize.isdecimal() else 0
-            _require(1 <= side <= 4096, "--resize", self.resize, "none or a side in pixels from 1 to 4096")
+            require(1 <= side <= 4096, "--resize", self.resize, "none or a side in pixels from 1 to 4096")
         if self.encoding == "original":
-            _require(
+            require(
                 self.resize == "none", "--encoding", "original", "--resize none beside it (bytes are kept as they are)"
             )
 
@@ -130,7 +130,7 @@ class PrepareOptions:
         resize_px = 256 if encoded else None
         if self.resize != "default":
             resize_px = None if self.resize == "none" else int(self.resize)
-        _require(resize_px or self.filter == "bicubic", "--filter", self.filter, "--resize N beside it")
+        require(bool(resize_px) or self.filter == "bicubic", "--filter", self.filter, "--resize N beside it")
         encoding = self.encoding
         if encoding == "default":
             encoding = ("original" if resize_px is None else "jpeg") if encoded else "png"
@@ -174,8 +174,3 @@ def byte_settings(picture: PictureSettings) -> dict[str, Any]:
         "max_pixels": picture.max_pixels,
         "max_bytes": picture.max_bytes,
     }
-
-
-def _require(holds: object, option: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{option} {value}: expected {expected}")

@@ -26,3 +26,33 @@ class DatasetError(PipelineError):
 
 class OutputError(PipelineError):
     """The output folder is in use, holds something else, or cannot be written."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; no ``Exception``, so that nothing takes it for an error of its own."""
+
+
+def require(holds: bool, field: str, value: object, expected: str, error: type[Exception] = ConfigError) -> None:
+    """The one check of a value that a user gave, with the one form of message: ``FIELD is VALUE: expected WHAT``.
+
+    A command's option is named as it was typed: ``--shard-size 0: expected 1 to 10,000,000``.
+
+    Args:
+        holds: the value can be used.
+        field: the option (``--shard-size``) or config field (``data.crop_px``).
+        value: what was given.
+        expected: what would be right, in words.
+        error: class of the error.
+
+    Raises:
+        Exception: ``error``, if it does not hold.
+    """
+    if not holds:
+        given = f"{field} {value}" if field.startswith("--") else f"{field} is {value!r}"
+        raise error(f"{given}: expected {expected}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line: its first, or its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,8 @@
-"""Where input lies: a folder of this machine (``pathlib.Path``), or one at a URL that fsspec knows, read by ranges."""
+"""A path or a URL: folders of this machine are ``pathlib.Path``, those of a store that fsspec knows :class:`UrlPath`.
+
+A :class:`UrlPath` has the methods of ``Path`` that readers of input need, under the same names, so a source is written
+once. (universal-pathlib would be this class in large; here a store that fails is asked again, which it does not do.)
+"""
 
 import dataclasses
 import functools
@@ -9,15 +13,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
-from pipeline.errors import SourceError
+from pipeline.errors import PictureError, SourceError, first_line
 
 ATTEMPTS = 3
-AHEAD = 16  # pictures asked for at once: a store answers each after tens of milliseconds, however many there are
+PREFETCH = 16  # files asked for at once: a store answers each after tens of milliseconds, however many there are
+MAX_OPEN = 64  # files kept open by a process; some data sets have thousands of tars
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+
+def is_url(text: str) -> bool:
+    """Tells a URL from a path."""
+    return "://" in text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,105 +86,127 @@ class UrlPath:
         assert mode == "rb"
         return io.BufferedReader(self._ask("open", "rb"))
 
-    def entries(self) -> list["UrlEntry"]:
-        """What is in the folder."""
-        rows = self._ask("ls", detail=True)
-        return [
-            UrlEntry(str(row["name"]).rstrip("/").rpartition("/")[2], row["type"], row["size"] or 0) for row in rows
-        ]
+    def rglob(self, pattern: str) -> list["UrlPath"]:
+        """The files below this folder whose name ends as ``*SUFFIX`` says."""
+        assert pattern.startswith("*")
+        _, root = _open_store(self.url)
+        return [self / name.removeprefix(root + "/") for name in self._ask("find") if name.endswith(pattern[1:])]
 
-    def tars(self) -> list["UrlPath"]:
-        """Every .tar file below the folder."""
-        _, root = _open(self.url)
-        return [self / name.removeprefix(root + "/") for name in self._ask("find") if name.endswith(".tar")]
+    def entries(self) -> Iterator["Entry"]:
+        """What is in the folder."""
+        for row in self._ask("ls", detail=True):
+            yield Entry(str(row["name"]).rstrip("/").rpartition("/")[2], row["type"], row["size"] or 0)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         failures = 0
         while True:
             try:
-                filesystem, path = _open(self.url)
+                filesystem, path = _open_store(self.url)
                 return getattr(filesystem, method)(path, *arguments, **options)
             except (FileNotFoundError, SourceError):
                 raise
             except Exception as error:  # every store fails in its own classes
                 failures += 1
                 if failures == ATTEMPTS:
-                    reason = (str(error) or type(error).__name__).splitlines()[0]
-                    raise SourceError(f"{self.url}: cannot be read: {reason}") from None
+                    raise SourceError(f"{self.url}: cannot be read: {first_line(error)}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class UrlEntry:
-    """The part of ``os.DirEntry`` that sources use.
+AnyPath = Path | UrlPath
+
+
+class Entry(NamedTuple):
+    """Something in a folder.
 
     Attributes:
-        name: name in its folder.
-        kind: ``file`` or ``directory``.
-        size: bytes.
+        name: its name there.
+        kind: ``file``, ``directory``, ``link`` (one that leads nowhere) or ``other`` (a pipe, a socket, a device); what
+            a link leads to counts.
+        size: bytes of a file, else 0.
     """
 
     name: str
     kind: str
     size: int
 
-    def is_dir(self) -> bool:
-        """Tells whether it is a folder."""
-        return self.kind == "directory"
 
-    def is_file(self) -> bool:
-        """Tells whether it is a file."""
-        return self.kind == "file"
-
-    def is_symlink(self) -> bool:
-        """Stores have no links."""
-        return False
-
-    def stat(self) -> SimpleNamespace:
-        """An object with ``st_size`` in bytes."""
-        return SimpleNamespace(st_size=self.size)
+def parse_path(text: str) -> AnyPath:
+    """A path, or a URL if ``text`` has ``://``."""
+    return UrlPath(text.rstrip("/")) if is_url(text) else Path(text)
 
 
-Place = Path | UrlPath
+def relative_to(path: AnyPath, root: AnyPath) -> PurePosixPath:
+    """What follows the folder ``root`` in ``path``."""
+    return PurePosixPath(str(path).removeprefix(str(root)).lstrip("/"))
 
 
-def place(text: str) -> Place:
-    """A folder, or a URL if ``text`` has ``://``."""
-    return UrlPath(text.rstrip("/")) if "://" in text else Path(text)
+def scan(folder: AnyPath) -> list[Entry]:
+    """What is in a folder, hidden names left out, in the order that the file system gives.
+
+    Raises:
+        SourceError: it cannot be listed.
+    """
+    try:
+        entries = folder.entries() if isinstance(folder, UrlPath) else _scan_local(folder)
+        return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be listed: {error.strerror}") from None
 
 
-def local(folder: Place) -> Path:
-    """The absolute path of a folder that is not at a URL."""
-    assert isinstance(folder, Path)
-    return folder.absolute()
+def read_range(path: AnyPath, offset: int, size: int) -> bytes:
+    """Reads exactly ``size`` bytes at ``offset``; files stay open, so that a picture costs one system call.
+
+    Raises:
+        SourceError: the file is gone or shorter than it was when it was listed.
+        PictureError: these bytes cannot be read.
+    """
+    try:
+        data = path.read_range(offset, size) if isinstance(path, UrlPath) else os.pread(_handle(path), size, offset)
+    except FileNotFoundError:
+        raise SourceError(f"{path}: is gone, or not on this machine") from None
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error.strerror}") from None
+    if len(data) != size:
+        raise SourceError(f"{path}: ended at byte {offset + len(data):,}; it is shorter than when it was listed")
+    return data
 
 
-def tars(root: Place) -> list[Place]:
-    """Every .tar file below a folder, in the order of their names' bytes."""
-    found: list[Place] = [*(root.rglob("*.tar") if isinstance(root, Path) else root.tars())]
-    return sorted(found, key=lambda path: os.fsencode(str(path)))
-
-
-def below(root: Place, path: Place) -> PurePosixPath:
-    """The path of a file relative to a folder above it."""
-    if isinstance(path, Path) and isinstance(root, Path):
-        return PurePosixPath(path.relative_to(root))
-    return PurePosixPath(str(path).removeprefix(f"{root}/"))
-
-
-def ahead(function: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
+def prefetch(function: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
     """``map`` with a bounded number of calls at once in threads; the results come in order."""
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPoolExecutor(PREFETCH) as pool:
         waiting: deque[Future[Result]] = deque()
         for argument in arguments:
             waiting.append(pool.submit(function, argument))
-            if len(waiting) == AHEAD:
+            if len(waiting) == PREFETCH:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
+def _scan_local(folder: Path) -> Iterator[Entry]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield Entry(entry.name, "directory", 0)
+            elif entry.is_file():
+                yield Entry(entry.name, "file", entry.stat().st_size)
+            else:
+                yield Entry(entry.name, "link" if entry.is_symlink() else "other", 0)
+
+
+_handles: dict[Path, int] = {}
+
+
+def _handle(path: Path) -> int:
+    """A file descriptor that stays open until many others were needed since."""
+    if path not in _handles:
+        if len(_handles) == MAX_OPEN:
+            os.close(_handles.pop(next(iter(_handles))))
+        _handles[path] = os.open(path, os.O_RDONLY)
+    return _handles[path]
+
+
 @functools.lru_cache(maxsize=1024)
-def _open(url: str) -> tuple[Any, str]:
+def _open_store(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
     Raises:

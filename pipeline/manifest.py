@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import DatasetError
 
@@ -26,6 +27,8 @@ MANIFEST_NAME = "manifest.json"
 STATISTICS_NAME = "statistics.npz"
 INFO_NAME = "_info.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+
+Record = TypeVar("Record")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,42 +146,61 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def from_json(text: str) -> Manifest:
+def from_json(text: str | bytes) -> Manifest:
     """Parses a manifest.
 
     Raises:
         DatasetError: the text is not a manifest of this format.
     """
+
+    def build(raw: dict[str, Any]) -> Manifest:
+        manifest = _from_raw(raw)
+        if manifest.to_json() != (text if isinstance(text, str) else text.decode()):
+            raise DatasetError(f"{MANIFEST_NAME} is damaged (its sha256 does not match its content): run prepare again")
+        return manifest
+
+    return read_record(text, build, MANIFEST_NAME)
+
+
+def read_record(text: str | bytes, build: Callable[[Any], Record], name: str) -> Record:
+    """The one reader of our JSON files: parses ``text`` and makes a record of it.
+
+    Args:
+        text: the file's content, in UTF-8.
+        build: makes the record; a missing key or a value of another type is its ordinary Python error.
+        name: of the file, for the message.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
     try:
-        raw = json.loads(text)
-        found = raw["format"]
-        if found != FORMAT:
-            raise DatasetError(
-                f"manifest format {found} is not supported (expected {FORMAT}): prepare the data set again"
-            )
-        splits = {
+        return build(json.loads(text if isinstance(text, str) else text.decode()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{name} is damaged ({type(error).__name__}: {error}): run prepare again") from None
+
+
+def _from_raw(raw: dict[str, Any]) -> Manifest:
+    if raw["format"] != FORMAT:
+        raise DatasetError(
+            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again"
+        )
+    return Manifest(
+        format=raw["format"],
+        source=raw["source"],
+        settings=raw["settings"],
+        picture=PictureFormat(**raw["picture"]),
+        classes=tuple(ClassRecord(**row) for row in raw["classes"]),
+        label_order=raw["label_order"],
+        splits={
             name: SplitRecord(
                 num_samples=split["num_samples"],
                 num_quarantined=split["num_quarantined"],
                 shards=tuple(ShardRecord(**shard) for shard in split["shards"]),
             )
             for name, split in raw["splits"].items()
-        }
-        manifest = Manifest(
-            format=found,
-            source=raw["source"],
-            settings=raw["settings"],
-            picture=PictureFormat(**raw["picture"]),
-            classes=tuple(ClassRecord(**row) for row in raw["classes"]),
-            label_order=raw["label_order"],
-            splits=splits,
-            files=raw["files"],
-        )
-        if manifest.to_json() != text:
-            raise DatasetError(f"{MANIFEST_NAME} is damaged (its sha256 does not match its content): run prepare again")
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"manifest.json is damaged ({type(error).__name__}: {error}): run prepare again") from None
+        },
+        files=raw["files"],
+    )
 
 
 def _canonical(raw: dict[str, Any]) -> str:
@@ -196,14 +218,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}"
         )
     try:
-        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+        return from_json((folder / MANIFEST_NAME).read_bytes())
     except FileNotFoundError:
         raise DatasetError(
             f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again"
         ) from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{folder / MANIFEST_NAME} is damaged ({error}): run prepare again") from None
-    return from_json(text)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -10,7 +10,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "trainer", "cluster")
 # From the ground up: a room imports from its own floor and those below it.
 FLOORS = {
-    "pipeline": ("errors", "files", "config", "manifest", "sources", "preparation", "inspection", "loader", "commands"),
+    "pipeline": (
+        "errors",
+        "files",
+        "progress",
+        "config",
+        "manifest",
+        "sources",
+        "preparation",
+        "inspection",
+        "loader",
+        "commands",
+    ),
     "trainer": (
         "errors",
         "config_toml",

@@ -14,13 +14,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pipeline import errors
 from trainer.errors import ConfigError
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raises ConfigError naming the field, its value and what was expected."""
-    if not condition:
-        raise ConfigError(f"{field} = {value!r}: expected {expected}")
+    errors.require(condition, field, value, expected, ConfigError)
 
 
 def override(table: dict[str, Any], text: str) -> None:

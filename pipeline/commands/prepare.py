@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
-from pipeline.files import place
+from pipeline.errors import Terminated
+from pipeline.files import is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
-from pipeline.preparation.publish import is_url, staging_folder
-from pipeline.sources import SOURCES
+from pipeline.sources import SOURCES, open_source
 
 if TYPE_CHECKING:
-    from pipeline.preparation.ray_run import Summary
+    from pipeline.preparation.prepare import Summary
 
 LEFT_OUT = 3
 STOPPED_INT = 130
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
-    group.add_argument("--input", type=place, metavar="PATH|URL", help="what the source reads")
+    group.add_argument("--input", type=parse_path, metavar="PATH|URL", help="what the source reads")
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(
@@ -138,16 +138,23 @@ def _default(option: str) -> object:
 def run(args: argparse.Namespace) -> int:
     """Prepares, prints a summary, and returns the exit code."""
     url = args.output if is_url(args.output) else None
-    args.output = staging_folder(url) if url else Path(args.output)
+    args.output = _staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
+    open_source(options)  # a wrong name or a missing input is refused before anything slow is imported
     if args.dry_run:
-        from pipeline.preparation.dry_run import print_plan
+        from pipeline.preparation.plan import print_plan
 
         print_plan(options)
         return 0
     if url:
         return _run_to_url(options, url)
     return _run_to_folder(options)
+
+
+def _staging_folder(url: str) -> Path:
+    from pipeline.preparation.publish import staging_folder
+
+    return staging_folder(url)
 
 
 def _run_to_url(options: PrepareOptions, url: str) -> int:
@@ -169,7 +176,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
 
 
 def _run_to_folder(options: PrepareOptions) -> int:
-    from pipeline.preparation.ray_run import Terminated, prepare  # imports ray
+    from pipeline.preparation.prepare import prepare
 
     try:
         summary = prepare(options)

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the indexes."""
-    from pipeline.preparation.index import write_index
+    from pipeline.preparation.tar_writer import write_index
 
     tars = [args.path] if args.path.is_file() else sorted(args.path.rglob("*.tar"))
     if not tars:

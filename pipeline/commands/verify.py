@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the findings."""
     from pipeline.inspection.verify import check_dataset, undecodable
-    from pipeline.preparation.progress import ProgressLine
+    from pipeline.progress import ProgressLine
 
     manifest = read_manifest(args.folder)
     total = sum(split.num_samples for split in manifest.splits.values())

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import DatasetError
+from pipeline.files import read_range
 from pipeline.manifest import STATISTICS_NAME, Manifest, PictureFormat
-from pipeline.preparation.index import Component, read_index
-from pipeline.sources.tar_reader import read_range
+from pipeline.preparation.tar_writer import read_index
+from pipeline.sources.tar_reader import TarMember, TarSample
 
 CELL_PX = 112
 CAPTION_PX = 14
@@ -69,7 +70,8 @@ def read_contents(folder: Path, manifest: Manifest, split: str) -> Contents:
     converted: Counter[str] = Counter()
     sizes = []
     for shard in manifest.splits[split].shards:
-        for _, label, about in read_index(folder / shard.index_name):
+        for sample in read_index(folder / shard.index_name):
+            _, label, about = sample.members
             classes[int(_bytes(folder / shard.name, label))] += 1
             row = json.loads(_bytes(folder / shard.name, about))
             sizes.append((row["width"], row["height"]))
@@ -86,9 +88,9 @@ def find_sample(folder: Path, manifest: Manifest, key: str) -> StoredSample:
     """
     for record in manifest.splits.values():
         for shard in record.shards:
-            for components in read_index(folder / shard.index_name):
-                if components[0].name.split(".", 1)[0] == key:
-                    return _sample(folder, shard.name, components)
+            for sample in read_index(folder / shard.index_name):
+                if sample.key == key:
+                    return _read(folder, shard.name, sample)
     raise DatasetError(f"{folder} has no sample {key}; a key looks like train-00000042")
 
 
@@ -101,7 +103,7 @@ def spread_samples(folder: Path, manifest: Manifest, split: str, count: int) -> 
         rows = [row - first for row in wanted if first <= row < first + shard.num_samples]
         samples = read_index(folder / shard.index_name) if rows else []
         for row in rows:
-            yield _sample(folder, shard.name, samples[row])
+            yield _read(folder, shard.name, samples[row])
         first += shard.num_samples
 
 
@@ -164,14 +166,13 @@ def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
     return picture
 
 
-def _sample(folder: Path, shard: str, components: tuple[Component, ...]) -> StoredSample:
-    picture, label, about = (_bytes(folder / shard, component) for component in components)
-    key = components[0].name.split(".", 1)[0]
-    return StoredSample(key, shard, picture, int(label), json.loads(about))
+def _read(folder: Path, shard: str, sample: TarSample) -> StoredSample:
+    picture, label, about = (_bytes(folder / shard, member) for member in sample.members)
+    return StoredSample(sample.key, shard, picture, int(label), json.loads(about))
 
 
-def _bytes(tar: Path, component: Component) -> bytes:
-    return read_range(tar, component.offset, component.size)
+def _bytes(tar: Path, member: TarMember) -> bytes:
+    return read_range(tar, member.offset, member.size)
 
 
 def _font() -> ImageFont.FreeTypeFont:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, SourceError
 from pipeline.manifest import Manifest, ShardRecord, SplitRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
-from pipeline.preparation.tar_writer import BLOCK, INDEX_VERSION, Member, read_members
+from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
+from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +24,6 @@ class Problem:
 
     file: str
     reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One sample found in a tar.
-
-    Attributes:
-        key: its key.
-        members: its files in order.
-    """
-
-    key: str
-    members: tuple[Member, ...]
 
 
 def check_dataset(
@@ -66,7 +54,7 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
     if not (folder / shard.name).is_file():
         return problems
     try:
-        samples = list(read_samples(folder / shard.name))
+        samples = read_samples(folder / shard.name)
     except DatasetError as error:
         return [*problems, Problem(shard.name, str(error))]
     extensions = (manifest.picture.extension, "cls", "json")
@@ -94,24 +82,28 @@ def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def read_samples(tar: Path) -> Iterator[Sample]:
-    """Walks the samples of a tar, reading headers only.
+def read_samples(tar: Path) -> list[TarSample]:
+    """Walks a tar of ours, reading headers only; every byte of them, and the end, must be what prepare writes.
 
     Raises:
         DatasetError: the tar is torn or a header is damaged.
     """
-    with tar.open("rb") as file:
-        group: list[Member] = []
-        for member in read_members(file, tar.stat().st_size):
-            if group and _key(group[0]) != _key(member):
-                yield Sample(_key(group[0]), tuple(group))
-                group = []
-            group.append(member)
-        if group:
-            yield Sample(_key(group[0]), tuple(group))
+    size, read = tar.stat().st_size, range_reader(tar)
+    try:
+        samples = list(group_samples(walk_tar(read, 0, size, tar.name)))
+    except SourceError as error:
+        raise DatasetError(str(error).removeprefix(f"{tar.name}: ")) from None
+    end = 0
+    for member in (member for sample in samples for member in sample.members):
+        if member.offset != end + BLOCK or read(end, BLOCK) != _header(member):
+            raise DatasetError(f"damaged header at byte {end:,}")
+        end = member.offset + member.size + -member.size % BLOCK
+    if end + len(END) != size or read(end, len(END)) != END:
+        raise DatasetError(f"the end of the tar is damaged at byte {end:,}")
+    return samples
 
 
-def index_problems(index: Path, samples: list[Sample]) -> Iterator[str]:
+def index_problems(index: Path, samples: list[TarSample]) -> Iterator[str]:
     """Compares an index with the samples of its tar, line by line."""
     lines = index.read_bytes().decode("ascii", "replace").split("\n")
     if lines[0] != f"{INDEX_VERSION} {len(samples)}":
@@ -119,12 +111,11 @@ def index_problems(index: Path, samples: list[Sample]) -> Iterator[str]:
     if len(lines) != len(samples) + 2 or lines[-1]:
         yield f"has {len(lines) - 2} samples instead of {len(samples)}"
     for sample, line in zip(samples, lines[1:], strict=False):
-        fields = " ".join(f"{_extension(m)} {m.offset} {m.size} {m.name}" for m in sample.members)
-        if fields != line:
+        if index_line(sample) != line:
             yield f"the line of sample {sample.key} does not match the tar"
 
 
-def seal_problems(tar: Path, samples: list[Sample]) -> Iterator[str]:
+def seal_problems(tar: Path, samples: list[TarSample]) -> Iterator[str]:
     """Checks the checksum of every sample and the padding around its data."""
     with tar.open("rb") as file:
         for sample in samples:
@@ -136,16 +127,16 @@ def seal_problems(tar: Path, samples: list[Sample]) -> Iterator[str]:
                 yield f"sample {sample.key} is damaged (its checksum does not match)"
 
 
-def _data(file: BinaryIO, member: Member) -> tuple[bytes, bytes]:
+def _data(file: BinaryIO, member: TarMember) -> tuple[bytes, bytes]:
     file.seek(member.offset)
     return file.read(member.size), file.read(-member.size % BLOCK)
 
 
-def _shape_problems(samples: list[Sample], shard: ShardRecord, extensions: tuple[str, ...]) -> Iterator[str]:
+def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tuple[str, ...]) -> Iterator[str]:
     if len(samples) != shard.num_samples:
         yield f"has {len(samples)} samples instead of {shard.num_samples}"
     for sample in samples:
-        found = tuple(_extension(member) for member in sample.members)
+        found = tuple(member.extension for member in sample.members)
         if found != extensions:
             yield f"sample {sample.key} has {', '.join(found)} instead of {', '.join(extensions)}"
 
@@ -168,9 +159,9 @@ def _strangers(folder: Path, manifest: Manifest) -> list[Problem]:
     return [Problem(name, "is not in the manifest") for name in sorted(found) if name not in known]
 
 
-def _key(member: Member) -> str:
-    return member.name.split(".", 1)[0]
-
-
-def _extension(member: Member) -> str:
-    return member.name.split(".", 1)[-1]
+def _header(member: TarMember) -> bytes | None:
+    """The header that prepare would have written; None for a name or size that it never writes."""
+    try:
+        return header(member.name, member.size)
+    except (ValueError, AssertionError):
+        return None

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pipeline.errors import ConfigError
+from pipeline.errors import require
 
 CHOICES = {
     "mean": ("none", "channel", "pixel", "centre"),
@@ -83,35 +83,28 @@ class LoaderConfig:
     mmap: bool = True
 
     def __post_init__(self) -> None:
+        """Checks types and ranges, and that no setting stands beside one that would not look at it."""
         for name, (low, high) in _INTEGER_RANGES.items():
-            _check_integer(name, getattr(self, name), low, high)
+            value = getattr(self, name)
+            fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            require(fits, f"data.{name}", value, f"a whole number, {low}..{high}")
         for name in ("mirror", "colour_sigma", "colour_divisor", "hw_decoder_load"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"data.{name} is {value!r}: expected a finite number")
-        if not 0 <= self.mirror <= 1:
-            raise ConfigError(f"data.mirror is {self.mirror}: expected a probability, 0..1")
-        if self.colour_sigma < 0:
-            raise ConfigError(f"data.colour_sigma is {self.colour_sigma}: expected 0 or more")
-        if self.colour_divisor <= 0:
-            raise ConfigError(f"data.colour_divisor is {self.colour_divisor}: expected more than 0")
-        if not (0 <= self.hw_decoder_load <= 1 or self.hw_decoder_load == -1):
-            raise ConfigError(f"data.hw_decoder_load is {self.hw_decoder_load}: expected 0..1, or -1 to measure it")
-        if not isinstance(self.mmap, bool):
-            raise ConfigError(f"data.mmap is {self.mmap!r}: expected true or false")
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            require(fits, f"data.{name}", value, "a finite number")
+        require(0 <= self.mirror <= 1, "data.mirror", self.mirror, "a probability, 0..1")
+        require(self.colour_sigma >= 0, "data.colour_sigma", self.colour_sigma, "0 or more")
+        require(self.colour_divisor > 0, "data.colour_divisor", self.colour_divisor, "more than 0")
+        share = self.hw_decoder_load
+        require(0 <= share <= 1 or share == -1, "data.hw_decoder_load", share, "0..1, or -1 to measure it")
+        require(isinstance(self.mmap, bool), "data.mmap", self.mmap, "true or false")
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"data.{name} is {value!r}: expected one of {', '.join(choices)}")
-        if self.shuffle == "once" and self.shuffle_buffer != LoaderConfig.shuffle_buffer:
-            raise ConfigError(
-                f"data.shuffle_buffer is {self.shuffle_buffer}: expected none beside data.shuffle = 'once', which "
-                "reads in stored order"
-            )
-        if self.last_batch == "partial" and self.feed == "split":
-            raise ConfigError(
-                "data.last_batch is 'partial': expected 'drop' with data.feed = 'split'; use feed = 'each'"
-            )
+            require(getattr(self, name) in choices, f"data.{name}", getattr(self, name), f"one of {', '.join(choices)}")
+        unused = self.shuffle == "once" and self.shuffle_buffer != LoaderConfig.shuffle_buffer
+        expected = "none beside data.shuffle = 'once', which reads in stored order"
+        require(not unused, "data.shuffle_buffer", self.shuffle_buffer, expected)
+        odd = self.last_batch == "partial" and self.feed == "split"
+        require(not odd, "data.last_batch", self.last_batch, "'drop' with data.feed = 'split'; use feed = 'each'")
 
 
 _INTEGER_RANGES = {
@@ -122,8 +115,3 @@ _INTEGER_RANGES = {
     "threads": (0, 1024),
     "prefetch": (1, 64),
 }
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"data.{name} is {value!r}: expected a whole number, {low}..{high}")

@@ -19,23 +19,22 @@ from typing import Any
 
 from pipeline.errors import DatasetError, OutputError
 from pipeline.manifest import (
-    FORMAT,
     INFO_NAME,
     MANIFEST_NAME,
     QUARANTINE_NAME,
     STATISTICS_NAME,
-    ClassRecord,
     Manifest,
-    PictureFormat,
     ShardRecord,
     SplitRecord,
+    file_sha256,
     read_manifest,
+    read_record,
     write_atomic,
 )
 from pipeline.preparation import faults
-from pipeline.preparation.index import restore_index
 from pipeline.preparation.shard import WORK_NAME, ShardResult
 from pipeline.preparation.statistics import Totals, summarise, to_npz
+from pipeline.preparation.tar_writer import restore_index
 
 PLAN_NAME = "plan.json"
 HASH_THREADS = 4
@@ -64,7 +63,11 @@ def output_lock(output: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """Opens and locks ``path``; opens it again if the last holder removed it meanwhile."""
+    """Opens and locks ``path``; opens it again if the last holder removed it meanwhile.
+
+    flock itself and not filelock, which opens the file for writing only: ``status`` asks :func:`is_running` of folders
+    that its user cannot write, with a shared lock, so that it never stands in the way of a prepare that starts.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -126,23 +129,22 @@ def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> Non
     Raises:
         OutputError: the folder was begun with other settings.
     """
-    path = output / WORK_NAME / PLAN_NAME
     text = json.dumps({"settings": settings, "totals": totals}, sort_keys=True, ensure_ascii=False)
     begun = read_plan(output)
     if begun is not None:
         refuse_difference(output, begun["settings"], json.loads(text)["settings"])
     else:
-        write_atomic(path, text.encode())
+        write_atomic(output / WORK_NAME / PLAN_NAME, text.encode())
     for split in totals:
         (output / split).mkdir(exist_ok=True)
 
 
 def read_plan(output: Path) -> dict[str, Any] | None:
-    """Settings and totals of the run that was begun here; None if none was."""
+    """Settings and totals of the run that was begun here; None if none was, or its record is damaged."""
     try:
-        plan = json.loads((output / WORK_NAME / PLAN_NAME).read_text(encoding="utf-8"))
-        return plan if plan.keys() == {"settings", "totals"} else None
-    except (OSError, ValueError, AttributeError):
+        data = (output / WORK_NAME / PLAN_NAME).read_bytes()
+        return read_record(data, lambda raw: {"settings": raw["settings"], "totals": raw["totals"]}, PLAN_NAME)
+    except (OSError, DatasetError):
         return None
 
 
@@ -161,13 +163,23 @@ def is_running(output: Path) -> bool:
     return False
 
 
-def refuse_difference(output: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def refuse_difference(
+    output: Path | str, there: dict[str, Any], asked: dict[str, Any], *, libraries: bool = True
+) -> None:
     """Names every setting that differs.
+
+    Args:
+        output: folder or URL of the data set.
+        there: its settings.
+        asked: those of this run.
+        libraries: compare the versions of libraries too. A whole data set stays whole under newer ones; only a run that
+            makes shards must have the same.
 
     Raises:
         OutputError: one does.
     """
-    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    ignored = set() if libraries else {"libraries"}
+    keys = sorted(key for key in (there.keys() | asked.keys()) - ignored if there.get(key) != asked.get(key))
     if keys:
         listed = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked" for key in keys)
         raise OutputError(
@@ -178,12 +190,6 @@ def refuse_difference(output: Path, there: dict[str, Any], asked: dict[str, Any]
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(path: Path, size_bytes: int, sha256: str, *, hashes: bool = True) -> str | None:
@@ -238,31 +244,12 @@ def restore_indexes(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetHead:
-    """What the manifest says beside the shards.
-
-    Attributes:
-        source: name of the source.
-        settings: everything that decides the bytes.
-        picture: encoding and channels; sizes are filled in from the shards.
-        classes: the class table.
-        label_order: order of the labels.
-    """
-
-    source: str
-    settings: dict[str, Any]
-    picture: PictureFormat
-    classes: tuple[ClassRecord, ...]
-    label_order: str
-
-
-def finish(output: Path, head: DatasetHead, results: list[ShardResult], totals: Totals | None) -> Manifest:
+def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: Totals | None) -> Manifest:
     """Writes everything beside the shards, the manifest last.
 
     Args:
         output: folder of the data set.
-        head: what the manifest says beside the shards.
+        draft: the manifest without what comes from the shards: splits, files and the size of the pictures.
         results: every shard's record, in the order of the plan.
         totals: statistics of the train split, None without one.
 
@@ -273,21 +260,18 @@ def finish(output: Path, head: DatasetHead, results: list[ShardResult], totals: 
     sizes = {result.size_px for result in results if result.shard.num_samples}
     size_px = next(iter(sizes)) if len(sizes) == 1 else None
     height, width = size_px or (None, None)
+    quarantine = [line for result in results for line in result.quarantine]
     files = {
-        QUARANTINE_NAME: _lines(line for result in results for line in result.quarantine),
+        QUARANTINE_NAME: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine).encode(),
         INFO_NAME: _timm_info(splits),
     }
     if totals is not None:
         files[STATISTICS_NAME] = to_npz(summarise(totals))
     for name, data in files.items():
         write_atomic(output / name, data)
-    manifest = Manifest(
-        format=FORMAT,
-        source=head.source,
-        settings=head.settings,
-        picture=dataclasses.replace(head.picture, height_px=height, width_px=width),
-        classes=head.classes,
-        label_order=head.label_order,
+    manifest = dataclasses.replace(
+        draft,
+        picture=dataclasses.replace(draft.picture, height_px=height, width_px=width),
         splits=splits,
         files={
             name: {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
@@ -348,7 +332,3 @@ def _timm_info(splits: dict[str, SplitRecord]) -> bytes:
         for name, split in splits.items()
     }
     return (json.dumps({"splits": info}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _lines(rows: Iterable[dict[str, str]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

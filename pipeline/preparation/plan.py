@@ -1,14 +1,33 @@
-"""Which sample goes into which shard. Pure: no files, no clock, no global state.
+"""What will be done: which sample goes into which shard, the settings that decide the bytes, and what it will cost.
 
-The order comes from a hash written out here, not from a library's generator, so a seed means the same order for ever.
+The plan is decided by the listing and the options alone: no clock, no global state.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import shutil
+import statistics
+import time
+from importlib import metadata
+from typing import Any
 
 import numpy as np
 
+from pipeline.config import PictureSettings, PrepareOptions, byte_settings
+from pipeline.errors import ConfigError, PictureError, SourceError
+from pipeline.preparation.image import make_picture
+from pipeline.preparation.output import check_ours
+from pipeline.preparation.tar_writer import BLOCK
+from pipeline.progress import ProgressLine
+from pipeline.sources import open_source
+from pipeline.sources.listing import Item, Listing, Source
 from pipeline.sources.split import shuffled
+
+READ_BYTES = 8 * 2**20
+SAMPLE_PICTURES = 200  # of a dry run, for at most SAMPLE_S
+SAMPLE_S = 5.0
+OVERHEAD_BYTES = 3 * BLOCK + 2 * BLOCK + BLOCK // 2  # three headers, cls and json blocks, half a block of padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +47,49 @@ class ShardPlan:
     rows: np.ndarray
 
 
-def key_of(split: str, position: int) -> str:
-    """The key of the sample at this position of the shuffled split: unique in the data set, only ``a-z0-9-``."""
-    return f"{split}-{position:08d}"
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for, brought together with what the source holds.
+
+    Attributes:
+        options: what was asked for.
+        source: reads the pictures.
+        listing: the pictures of the chosen splits.
+        picture: what to make of each.
+        settings: everything that decides the bytes of the data set, as the manifest records it.
+        shards: every shard of every split.
+    """
+
+    options: PrepareOptions
+    source: Source
+    listing: Listing
+    picture: PictureSettings
+    settings: dict[str, Any]
+    shards: list[ShardPlan]
+
+
+def make_request(options: PrepareOptions) -> Request:
+    """Lists the source and plans every shard.
+
+    Raises:
+        PipelineError: an option or the input cannot be used.
+    """
+    source = open_source(options)
+    listing = chosen_splits(source.listing(), options)
+    picture = options.picture_settings(encoded=listing.encoded, channels=listing.channels)
+    settings = all_settings(options, listing, picture)
+    return Request(options, source, listing, picture, settings, make_plan(listing, options))
+
+
+def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
+    """Every shard of every split."""
+    return [
+        shard
+        for split in sorted(listing.splits)
+        for shard in plan_split(
+            split, len(listing.splits[split]), seed=options.seed, shard_size=options.shard_size, limit=options.limit
+        )
+    ]
 
 
 def plan_split(split: str, count: int, *, seed: int, shard_size: int, limit: int | None = None) -> list[ShardPlan]:
@@ -50,3 +109,135 @@ def plan_split(split: str, count: int, *, seed: int, shard_size: int, limit: int
         ShardPlan(name=f"{split}/{split}-{shard:06d}.tar", split=split, start=start, rows=order[start:end])
         for shard, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
+
+
+def check_source(source: Source) -> None:
+    """Compares the input with its published md5, reading all of it.
+
+    Raises:
+        SourceError: a file differs, or none has a published checksum.
+    """
+    expected = source.checksums()
+    total = sum(path.stat().st_size for path in expected)
+    with ProgressLine(total // 2**20, verb="checked", unit="MiB") as progress:
+        for path, md5 in expected.items():
+            digest = hashlib.md5(usedforsecurity=False)
+            with path.open("rb") as file:
+                while chunk := file.read(READ_BYTES):
+                    digest.update(chunk)
+                    progress.advance(len(chunk) // 2**20)
+            if digest.hexdigest() != md5:
+                raise SourceError(
+                    f"{path}: its md5 is {digest.hexdigest()}, published is {md5} (a copy compressed again differs too)"
+                )
+
+
+def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
+    """The listing with the splits that were asked for.
+
+    Raises:
+        ConfigError: the source has no such split.
+    """
+    unknown = [split for split in options.splits if split not in listing.splits]
+    if unknown:
+        raise ConfigError(f"--splits {unknown[0]}: the source has {', '.join(sorted(listing.splits))}")
+    kept = {split: rows for split, rows in listing.splits.items() if not options.splits or split in options.splits}
+    return dataclasses.replace(listing, splits=kept)
+
+
+def all_settings(options: PrepareOptions, listing: Listing, picture: PictureSettings) -> dict[str, Any]:
+    """Everything that decides the bytes of the data set, as the manifest records it."""
+    libraries = ["pillow"]  # those whose version can change a byte
+    if picture.encoding in ("jpeg", "original") or picture.channels == 3:
+        libraries.append("simplejpeg")
+    if picture.resize_px and picture.channels == 3 and picture.filter == "bicubic":
+        libraries.append("torch")
+    return {
+        "source": options.source,
+        "seed": options.seed,
+        "shard_size": options.shard_size,
+        "limit": options.limit,
+        "label_order": listing.label_order,
+        "val_fraction": options.val_fraction if options.source in ("folder", "webdataset") else None,
+        "input_sha256": listing.digest(),
+        **byte_settings(picture),
+        "libraries": {name: metadata.version(name) for name in libraries},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What some pictures cost.
+
+    Attributes:
+        seconds: median seconds a picture on one core, warmed up.
+        size_bytes: mean bytes a sample takes in a tar.
+        num_pictures: pictures measured.
+        num_refused: how many of them cannot be used.
+    """
+
+    seconds: float
+    size_bytes: float
+    num_pictures: int
+    num_refused: int
+
+
+def print_plan(options: PrepareOptions) -> None:
+    """Prints splits, shards, bytes, free disk and time, without writing anything (``--dry-run``).
+
+    Raises:
+        PipelineError: the same as prepare, before it starts to work.
+    """
+    check_ours(options.output)
+    if options.verify_source:
+        check_source(open_source(options))
+    request = make_request(options)
+    listing = request.listing
+    print(f"source {options.source}: {len(listing.classes):,} classes, labels in {listing.label_order} order")
+    for split in sorted(listing.splits):
+        counts = [len(shard.rows) for shard in request.shards if shard.split == split]
+        print(f"{split}: {sum(counts):,} pictures in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
+    total = sum(len(shard.rows) for shard in request.shards)
+    cost = measure(request)
+    folder = next(path for path in (options.output.absolute(), *options.output.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(folder).free, cost.size_bytes * total
+    enough = "" if free > needed else "  NOT ENOUGH"
+    print(f"needs about {needed / 1e9:,.2f} GB; {free / 1e9:,.2f} GB are free at {folder}{enough}")
+    workers = options.num_workers()
+    print(
+        f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
+        f"({1 / cost.seconds:,.0f} images/s a core over {cost.num_pictures} measured pictures, "
+        f"{cost.num_refused} of them unusable)"
+    )
+    print("nothing was written (--dry-run)")
+
+
+def measure(request: Request) -> Cost:
+    """Makes some pictures spread evenly over the listing, for at most some seconds."""
+    rows = max(request.listing.splits.values(), key=len)
+    items = rows.items(np.unique(np.linspace(0, len(rows) - 1, SAMPLE_PICTURES).astype(np.int64)))
+
+    def make(item: Item) -> int | None:
+        """Bytes that the sample takes in a tar; None if the picture cannot be used."""
+        try:
+            return len(make_picture(request.source.read(item), request.picture).data) + OVERHEAD_BYTES
+        except PictureError:
+            return None
+
+    make(items[0])  # loads the libraries, which may take longer than everything after it
+    times, sizes = [], []
+    start_s = time.perf_counter()
+    for item in items:
+        begun_s = time.perf_counter()
+        sizes.append(make(item))
+        times.append(time.perf_counter() - begun_s)
+        if time.perf_counter() - start_s > SAMPLE_S:
+            break
+    usable = [size for size in sizes if size is not None]
+    return Cost(statistics.median(times), statistics.fmean(usable or [0]), len(times), len(times) - len(usable))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import DatasetError, OutputError
+from pipeline.errors import DatasetError, OutputError, first_line
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json
 from pipeline.preparation.output import refuse_difference
-from pipeline.preparation.progress import ProgressLine
-from pipeline.preparation.request import all_settings, chosen_splits
-from pipeline.sources import open_source
+from pipeline.preparation.plan import make_request
+from pipeline.progress import ProgressLine
 
 MARK_NAME = ".work/fingerprint"
 CACHE_VARIABLE = "TWOTOWER_CACHE"
-
-
-def is_url(output: str) -> bool:
-    """Tells a URL from a path."""
-    return "://" in output
 
 
 def staging_folder(url: str) -> Path:
@@ -50,7 +44,7 @@ class Remote:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
             self._sizes = self._list()
         except Exception as error:  # every file system has errors of its own
-            raise OutputError(f"--output {url}: {_words(error)}") from None
+            raise OutputError(f"--output {url}: {first_line(error)}") from None
 
     def published(self, options: PrepareOptions) -> Manifest | None:
         """The manifest if what was asked for is there, whole; None if it must be (further) published.
@@ -64,11 +58,7 @@ class Remote:
             if others and MARK_NAME not in self._sizes:
                 raise OutputError(f"--output {self.url}: holds something else ({min(others)}); give another URL")
             return None
-        listing = chosen_splits(open_source(options).listing(), options)
-        picture = options.picture_settings(encoded=listing.encoded, channels=listing.channels)
-        asked, there = all_settings(options, listing, picture), dict(manifest.settings)
-        del asked["libraries"], there["libraries"]
-        refuse_difference(Path(self.url.replace("://", ":/")), there, asked)
+        refuse_difference(self.url, manifest.settings, make_request(options).settings, libraries=False)
         return None if self._missing(manifest) else manifest
 
     def publish(self, folder: Path, manifest: Manifest) -> None:
@@ -93,7 +83,7 @@ class Remote:
         except OutputError:
             raise
         except Exception as error:  # as above
-            raise OutputError(f"cannot write {self.url}: {_words(error)}; run the same command again") from None
+            raise OutputError(f"cannot write {self.url}: {first_line(error)}; run the same command again") from None
 
     def _claim(self, manifest: Manifest) -> None:
         if MARK_NAME in self._sizes:
@@ -117,8 +107,8 @@ class Remote:
         if MANIFEST_NAME not in self._sizes:
             return None
         try:
-            return from_json(self._files.cat_file(f"{self._root}/{MANIFEST_NAME}").decode())
-        except (DatasetError, UnicodeDecodeError):
+            return from_json(self._files.cat_file(f"{self._root}/{MANIFEST_NAME}"))
+        except DatasetError:
             raise OutputError(f"{self.url}/{MANIFEST_NAME} is damaged: remove that data set first") from None
 
     def _list(self) -> dict[str, int]:
@@ -126,7 +116,3 @@ class Remote:
         found: dict[str, Any] = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
         root = self._root.rstrip("/") + "/"
         return {name.removeprefix(root): int(row["size"]) for name, row in found.items()}
-
-
-def _words(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import PictureSettings
-from pipeline.errors import OutputError, PictureError
-from pipeline.files import UrlPath, ahead
-from pipeline.manifest import PictureFormat, ShardRecord, sync_folder
+from pipeline.errors import DatasetError, OutputError, PictureError
+from pipeline.files import UrlPath, prefetch
+from pipeline.manifest import PictureFormat, ShardRecord, read_record, sync_folder
 from pipeline.preparation import faults
 from pipeline.preparation.image import Payload, Picture, make_pictures
-from pipeline.preparation.plan import key_of
 from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
 from pipeline.preparation.tar_writer import TarWriter
-from pipeline.sources import Item, Source, printable
+from pipeline.sources.listing import Item, Source, printable
 
 WORK_NAME = ".work"
 BUFFER_BYTES = 2**20
@@ -120,7 +119,7 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
     with temporary.open("wb", buffering=BUFFER_BYTES) as file:
         writer = TarWriter(file)
         filler = _Filler(job, task, writer)
-        read = ahead if isinstance(getattr(job.source, "root", None), UrlPath) else map
+        read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
         made = make_pictures(read(filler.read, task.items), job.picture)
         for position, (item, picture) in enumerate(zip(task.items, made, strict=True)):
             if position == len(task.items) // 2:
@@ -217,6 +216,11 @@ class _Filler:
         )
 
 
+def key_of(split: str, position: int) -> str:
+    """The key of the sample at this position of the shuffled split: unique in the data set, only ``a-z0-9-``."""
+    return f"{split}-{position:08d}"
+
+
 def sealed_json(body: dict[str, Any], *others: bytes) -> bytes:
     """JSON text ending in a CRC-32 of the sample's other components and of itself, so that verify can name a sample."""
     text = _ENCODER.encode(body)[:-1]
@@ -237,13 +241,13 @@ def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult |
         stem: the tar's name without folder and suffix.
         with_positions: read the sums per position too.
     """
-    try:
-        raw = json.loads((work / "records" / f"{stem}.json").read_bytes())
+
+    def build(raw: dict[str, Any]) -> ShardResult:
         position_sum = None
         if with_positions and raw["positions_sha256"]:
             data = (work / "records" / f"{stem}.sums").read_bytes()
             if hashlib.sha256(data).hexdigest() != raw["positions_sha256"]:
-                return None
+                raise DatasetError(f"{stem}.sums is damaged")
             position_sum = np.frombuffer(data, "<u4").reshape(raw["totals"]["shape"]).astype(np.uint64)
         return ShardResult(
             shard=ShardRecord(**raw["shard"]),
@@ -253,7 +257,10 @@ def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult |
             size_px=None if raw["size_px"] is None else (raw["size_px"][0], raw["size_px"][1]),
             totals=totals_from_json(raw["totals"], position_sum),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+
+    try:
+        return read_record((work / "records" / f"{stem}.json").read_bytes(), build, f"{stem}.json")
+    except (OSError, DatasetError):
         return None  # no record or a damaged one: the shard is made again
 
 

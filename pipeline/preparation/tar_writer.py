@@ -1,34 +1,21 @@
-"""A deterministic USTAR writer with DALI's index, and a reader of headers that trusts nothing.
+"""Writes USTAR tars that depend on nothing but their samples, and DALI's index beside a tar, ours or another's.
 
 The standard library writes the time and the user into headers and costs more than a JPEG costs to encode in C; a
 sample's header here is one formatted string. Format: POSIX.1-1988, 512-byte blocks.
 """
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, SourceError
+from pipeline.manifest import write_atomic
+from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, walk_file
 
-BLOCK = 512
 END = bytes(2 * BLOCK)  # two zero blocks: their absence is how a torn tar is told from a whole one
 INDEX_VERSION = "v1.2"
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One regular file in a tar.
-
-    Attributes:
-        name: its name.
-        offset: byte of its first data byte.
-        size: bytes of data.
-    """
-
-    name: str
-    offset: int
-    size: int
 
 
 def header(name: str, size: int) -> bytes:
@@ -92,8 +79,8 @@ class TarWriter:
         return self._digest.hexdigest()
 
     def index(self) -> bytes:
-        """The DALI index v1.2: a count, then a line a sample of ``extension offset size name`` groups."""
-        return "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index, ""]).encode("ascii")
+        """DALI's index of what was written."""
+        return _index_bytes(self._index, len(self._index))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -101,38 +88,69 @@ class TarWriter:
         self.size_bytes += len(data)
 
 
-def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
-    """Walks a tar that :class:`TarWriter` wrote, checking every header byte, and the end; reads headers only.
+def index_line(sample: TarSample) -> str:
+    """A sample's line in DALI's index: ``extension offset size name`` for each of its files."""
+    return " ".join(f"{member.extension} {member.offset} {member.size} {member.name}" for member in sample.members)
 
-    Args:
-        file: the tar, opened for reading in binary.
-        size_bytes: its size.
+
+def read_index(path: Path) -> list[TarSample]:
+    """The samples of a tar, from its index.
 
     Raises:
-        DatasetError: a header is not what the writer writes, or the end is missing; the message says where.
+        DatasetError: the index is missing or damaged.
     """
-    offset = 0
-    while offset + BLOCK <= size_bytes:
-        file.seek(offset)
-        block = file.read(BLOCK)
-        if block == END[:BLOCK]:
-            if offset + len(END) != size_bytes or file.read(BLOCK) != END[:BLOCK]:
-                raise DatasetError(f"the end of the tar is damaged at byte {offset}")
-            return
-        member = _parse(block, offset)
-        offset = member.offset + member.size + -member.size % BLOCK
-        if offset > size_bytes:
-            raise DatasetError(f"torn inside {member.name}")
-        yield member
-    raise DatasetError(f"torn: no end blocks at byte {offset}")
-
-
-def _parse(block: bytes, offset: int) -> Member:
     try:
-        name = block[:100].rstrip(b"\0").decode("ascii")
-        size = int(block[124:135], 8)
-        if block == header(name, size):
-            return Member(name, offset + BLOCK, size)
-    except (ValueError, AssertionError):
-        pass
-    raise DatasetError(f"damaged tar header at byte {offset}")
+        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        version, count = first.split()
+        samples: list[TarSample] = []
+        for line in lines:
+            row = line.split(" ")
+            members = [TarMember(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row) - 3, 4)]
+            samples += group_samples(members)
+    except (OSError, ValueError, IndexError) as error:
+        raise DatasetError(f"{path}: no sound index ({error})") from None
+    if version != INDEX_VERSION or int(count) != len(samples):
+        raise DatasetError(f"{path}: no sound index (it states {first!r} and has {len(samples)} samples)")
+    return samples
+
+
+def make_index(tar: Path) -> tuple[int, bytes]:
+    """Makes the index of a tar as DALI's ``wds2idx`` does, but refuses what DALI would not read.
+
+    Returns:
+        The number of samples, and the index.
+
+    Raises:
+        SourceError: the tar is torn, has no samples, or a name has a space.
+    """
+    samples = list(group_samples(walk_file(tar)))
+    if not samples:
+        raise SourceError(f"{tar}: no samples in it")
+    for member in (member for sample in samples for member in sample.members):
+        if any(character.isspace() for character in member.name):
+            raise SourceError(f"{tar}: {member.name!r} has a space in its name, which DALI's index cannot hold")
+    return len(samples), _index_bytes(map(index_line, samples), len(samples))
+
+
+def write_index(tar: Path) -> int:
+    """Writes ``NAME.idx`` beside a tar; returns the number of samples."""
+    num_samples, data = make_index(tar)
+    write_atomic(tar.with_suffix(".idx"), data)
+    return num_samples
+
+
+def restore_index(tar: Path, sha256: str) -> bool:
+    """Writes the index of a tar again if it comes out with this sha256; tells whether it did."""
+    try:
+        _, data = make_index(tar)
+    except SourceError:
+        return False
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return False
+    write_atomic(tar.with_suffix(".idx"), data)
+    return True
+
+
+def _index_bytes(lines: Iterable[str], num_samples: int) -> bytes:
+    """DALI's index v1.2: its version and a count, then a line a sample."""
+    return os.fsencode("\n".join([f"{INDEX_VERSION} {num_samples}", *lines, ""]))

@@ -5,16 +5,16 @@ The "python version" is a set of pickles, which can run any code when read: it i
 
 import dataclasses
 import functools
-import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.files import Place, local
+from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
+from pipeline.sources.tar_reader import read_compressed
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -26,7 +26,7 @@ RECORD_BYTES = 1 + PIXEL_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar10Source:
+class Cifar10Source(Source):
     """32x32 colour pictures of ten classes.
 
     Attributes:
@@ -37,11 +37,11 @@ class Cifar10Source:
 
     def listing(self) -> Listing:
         """50,000 train and 10,000 val pictures, in the order of the files."""
-        place = self._place()
+        where = self._find()
         return Listing(
             classes=tuple(ClassRecord(name, name) for name in CLASSES),
             label_order="source",
-            splits={split: self._split(place, names) for split, names in FILES.items()},
+            splits={split: self._split(where, names) for split, names in FILES.items()},
             encoded=False,
             channels=3,
         )
@@ -52,13 +52,13 @@ class Cifar10Source:
         planes = np.frombuffer(data, np.uint8, PIXEL_BYTES, item.offset).reshape(3, 32, 32)
         return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
-    def checksums(self) -> dict[Place, str]:
+    def checksums(self) -> dict[AnyPath, str]:
         """The published md5 of the archive."""
         if not (self.root / ARCHIVE_NAME).is_file():
             raise SourceError(f"{self.root}: only {ARCHIVE_NAME} has a published checksum, and it is not here")
         return {self.root / ARCHIVE_NAME: MD5}
 
-    def _place(self) -> str:
+    def _find(self) -> str:
         """Where the files are, relative to the root: a folder, or the archive."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
@@ -71,15 +71,15 @@ class Cifar10Source:
             raise SourceError(f"{self.root}: this is the pickled version, which can run any code; get {ARCHIVE_NAME}")
         raise SourceError(f"{self.root}: neither {FILES['val'][0]} nor {ARCHIVE_NAME} is here")
 
-    def _split(self, place: str, names: list[str]) -> SplitListing:
+    def _split(self, where: str, names: list[str]) -> SplitListing:
         labels = []
         for name in names:
-            data = np.frombuffer(read_batch(self.root / place / name), np.uint8)
+            data = np.frombuffer(read_batch(self.root / where / name), np.uint8)
             if not len(data) or len(data) % RECORD_BYTES:
-                raise SourceError(f"{self.root / place / name}: {len(data):,} bytes is no multiple of {RECORD_BYTES:,}")
+                raise SourceError(f"{self.root / where / name}: {len(data):,} bytes is no multiple of {RECORD_BYTES:,}")
             labels.append(data[::RECORD_BYTES].astype(np.int32))
             if labels[-1].max() >= len(CLASSES):
-                raise SourceError(f"{self.root / place / name}: label {labels[-1].max()}, expected 0 to 9")
+                raise SourceError(f"{self.root / where / name}: label {labels[-1].max()}, expected 0 to 9")
         counts = [len(row) for row in labels]
         numbers = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
         file_of = np.repeat(np.arange(len(names), dtype=np.int32), counts)
@@ -89,7 +89,7 @@ class Cifar10Source:
                 for file, number in zip(file_of, numbers, strict=True)
             ],
             labels=np.concatenate(labels),
-            files=[f"{place}/{name}" for name in names],
+            files=[f"{where}/{name}" for name in names],
             file_of=file_of,
             offsets=numbers * RECORD_BYTES + 1,
             sizes=np.full(len(numbers), PIXEL_BYTES, np.int64),
@@ -104,7 +104,8 @@ def from_options(options: PrepareOptions) -> Cifar10Source:
     """
     if options.input is None:
         raise ConfigError(f"--source cifar10 needs --input FOLDER with {ARCHIVE_NAME} or its files")
-    return Cifar10Source(root=local(options.input))
+    assert isinstance(options.input, Path), "open_source refuses a URL for this source"
+    return Cifar10Source(root=options.input.absolute())
 
 
 @functools.lru_cache(maxsize=6)
@@ -114,14 +115,9 @@ def read_batch(path: Path) -> bytes:
     Raises:
         SourceError: it is missing or the archive is damaged.
     """
+    if path.parent.name == ARCHIVE_NAME:
+        return read_compressed(path.parent, [path.name])[path.name]
     try:
-        if path.parent.name != ARCHIVE_NAME:
-            return path.read_bytes()
-        with tarfile.open(path.parent, "r|gz") as tar:
-            for member in tar:
-                if member.isreg() and member.name.rsplit("/", 1)[-1] == path.name:
-                    file = tar.extractfile(member)
-                    return file.read() if file else b""
-    except (OSError, EOFError, tarfile.TarError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error}") from None
-    raise SourceError(f"{path.parent}: {path.name} is not in it")

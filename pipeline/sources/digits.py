@@ -6,17 +6,16 @@ import functools
 import numpy as np
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError, SourceError
-from pipeline.files import Place
+from pipeline.errors import ConfigError
 from pipeline.manifest import ClassRecord
-from pipeline.sources import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.split import shuffled
 
 NUM_TRAIN = 1437  # 80 % of 1,797, the rest (360) is val
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitsSource:
+class DigitsSource(Source):
     """The digits, split by a seeded shuffle.
 
     Attributes:
@@ -33,14 +32,10 @@ class DigitsSource:
         return Listing(
             classes=tuple(ClassRecord(name=str(digit), title=str(digit)) for digit in range(10)),
             label_order="source",
-            splits={split: _listing(chosen, labels) for split, chosen in rows.items()},
+            splits={split: _columns(chosen, labels) for split, chosen in rows.items()},
             encoded=False,
             channels=1,
         )
-
-    def checksums(self) -> dict[Place, str]:
-        """There are none."""
-        raise SourceError("--verify-source: source digits has no published checksums")
 
     def read(self, item: Item) -> np.ndarray:
         """One digit, uint8 (8, 8, 1); the scanner's 17 levels spread over 0..255 without loss."""
@@ -64,7 +59,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return data.images, data.target
 
 
-def _listing(rows: np.ndarray, labels: np.ndarray) -> SplitListing:
+def _columns(rows: np.ndarray, labels: np.ndarray) -> SplitListing:
     return SplitListing(
         names=[f"digits/{row:04d}" for row in rows],
         labels=labels[rows].astype(np.int32),

@@ -6,22 +6,19 @@ file that is not hidden counts as a picture: what it is, its content tells, not 
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PictureError, SourceError
-from pipeline.files import Place, UrlEntry, UrlPath
+from pipeline.files import AnyPath, scan
 from pipeline.manifest import ClassRecord
-from pipeline.sources import Item, Listing, SplitListing, printable
-from pipeline.sources.split import stratified
+from pipeline.sources.listing import Item, Listing, Source, SplitListing, printable
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Pictures in class folders.
 
     Attributes:
@@ -30,23 +27,30 @@ class FolderSource:
         seed: seed of that split.
     """
 
-    root: Place
+    root: AnyPath
     val_fraction: float
     seed: int
 
     def listing(self) -> Listing:
         """Lists the files, split by split, in the order of their names' bytes."""
         folders = self._split_folders()
-        names = {split: sorted(_files(self.root, folder), key=_row_bytes) for split, folder in folders.items()}
-        classes = sorted({row[0] for rows in names.values() for row in rows}, key=os.fsencode)
+        found = {
+            split: sorted(_files(self.root, folder), key=lambda row: os.fsencode(row[1]))
+            for split, folder in folders.items()
+        }
+        classes = sorted({name for rows in found.values() for name, _, _ in rows}, key=os.fsencode)
         if not classes:
             raise SourceError(
                 f"{self.root}: no class folders with files in them; expected INPUT/CLASS/* or INPUT/train/CLASS/*"
             )
         label_of = {name: label for label, name in enumerate(classes)}
-        splits = {split: _listing(rows, label_of) for split, rows in names.items() if rows}
+        splits = {
+            split: SplitListing.of([Item(path, label_of[name], path, 0, size) for name, path, size in rows])
+            for split, rows in found.items()
+            if rows
+        }
         if set(folders) == {"all"}:
-            splits = self._split(splits["all"])
+            splits = splits["all"].train_and_val(self.val_fraction, self.seed)
         return Listing(
             classes=tuple(ClassRecord(name=printable(name), title=printable(name)) for name in classes),
             label_order="alphabetical",
@@ -54,10 +58,6 @@ class FolderSource:
             encoded=True,
             channels=3,
         )
-
-    def checksums(self) -> dict[Place, str]:
-        """There are none."""
-        raise SourceError("--verify-source: source folder has no published checksums")
 
     def read(self, item: Item) -> bytes:
         """The file's bytes."""
@@ -75,11 +75,6 @@ class FolderSource:
                 found[split] = folder
         return found if "train" in found else {"all": ""}
 
-    def _split(self, listing: SplitListing) -> dict[str, SplitListing]:
-        chosen = stratified(listing.labels, self.val_fraction, seed=self.seed)
-        splits = {"train": listing.take(np.flatnonzero(~chosen)), "val": listing.take(np.flatnonzero(chosen))}
-        return {split: rows for split, rows in splits.items() if len(rows)}
-
 
 def from_options(options: PrepareOptions) -> FolderSource:
     """Makes the source.
@@ -92,27 +87,7 @@ def from_options(options: PrepareOptions) -> FolderSource:
     return FolderSource(root=options.input.absolute(), val_fraction=options.val_fraction, seed=options.seed)
 
 
-def _files(root: Place, folder: str) -> Iterator[tuple[str, str, int]]:
-    """Yields (class, path relative to root, size in bytes); hidden files and folders are passed over."""
-    for entry in scan(root / folder):
-        if entry.is_dir():
-            relative = f"{folder}/{entry.name}" if folder else entry.name
-            for path, size in _walk(root, relative):
-                yield entry.name, path, size
-
-
-def _walk(root: Place, relative: str) -> Iterator[tuple[str, int]]:
-    for entry in scan(root / relative):
-        path = f"{relative}/{entry.name}"
-        if entry.is_dir():
-            yield from _walk(root, path)
-        elif entry.is_file():
-            yield path, entry.stat().st_size
-        elif entry.is_symlink():  # broken: listed, so that it is reported instead of silently missing
-            yield path, 0
-
-
-def read_file(root: Place, name: str) -> bytes:
+def read_file(root: AnyPath, name: str) -> bytes:
     """Reads a picture that is a file of its own.
 
     Raises:
@@ -127,32 +102,19 @@ def read_file(root: Place, name: str) -> bytes:
         raise PictureError(f"cannot be read: {error.strerror}") from None
 
 
-def scan(folder: Place) -> Sequence[os.DirEntry | UrlEntry]:
-    """The entries of a folder, hidden ones left out.
-
-    Raises:
-        SourceError: it cannot be listed.
-    """
-    try:
-        if isinstance(folder, UrlPath):
-            return [entry for entry in folder.entries() if not entry.name.startswith(".")]
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be listed: {error.strerror}") from None
+def _files(root: AnyPath, folder: str) -> Iterator[tuple[str, str, int]]:
+    """Yields (class, path relative to root, size in bytes); hidden files and folders are passed over."""
+    for entry in scan(root / folder):
+        if entry.kind == "directory":
+            relative = f"{folder}/{entry.name}" if folder else entry.name
+            for path, size in _walk(root, relative):
+                yield entry.name, path, size
 
 
-def _row_bytes(row: tuple[str, str, int]) -> bytes:
-    return os.fsencode(row[1])
-
-
-def _listing(rows: list[tuple[str, str, int]], label_of: dict[str, int]) -> SplitListing:
-    paths = [path for _, path, _ in rows]
-    return SplitListing(
-        names=paths,
-        labels=np.array([label_of[name] for name, _, _ in rows], np.int32),
-        files=paths,
-        file_of=np.arange(len(rows), dtype=np.int32),
-        offsets=np.zeros(len(rows), np.int64),
-        sizes=np.array([size for _, _, size in rows], np.int64),
-    )
+def _walk(root: AnyPath, relative: str) -> Iterator[tuple[str, int]]:
+    for entry in scan(root / relative):
+        path = f"{relative}/{entry.name}"
+        if entry.kind == "directory":
+            yield from _walk(root, path)
+        elif entry.kind != "other":  # a broken link is listed, so that it is reported instead of silently missing
+            yield path, entry.size

@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.files import Place, local
+from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources import Item, Listing, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
 
 PREFIXES = {"train": "train", "val": "t10k"}
 HEADER_BYTES = 16
@@ -40,7 +40,7 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class IdxSource:
+class IdxSource(Source):
     """28x28 gray pictures of ten classes.
 
     Attributes:
@@ -69,9 +69,9 @@ class IdxSource:
         start = item.offset - HEADER_BYTES
         return np.frombuffer(data, np.uint8, item.size, start).reshape(shape[1], shape[2], 1)
 
-    def checksums(self) -> dict[Place, str]:
+    def checksums(self) -> dict[AnyPath, str]:
         """The published md5 of the .gz files that are there."""
-        published: dict[Place, str] = {self.root / name: md5 for name, md5 in MD5[self.name].items()}
+        published: dict[AnyPath, str] = {self.root / name: md5 for name, md5 in MD5[self.name].items()}
         found = {path: md5 for path, md5 in published.items() if path.is_file()}
         if not found:
             raise SourceError(f"{self.root}: no .gz files, and only those have published checksums")
@@ -113,7 +113,8 @@ def from_options(options: PrepareOptions) -> IdxSource:
     """
     if options.input is None:
         raise ConfigError(f"--source {options.source} needs --input FOLDER with the four IDX files")
-    return IdxSource(name=options.source, root=local(options.input))
+    assert isinstance(options.input, Path), "open_source refuses a URL for this source"
+    return IdxSource(name=options.source, root=options.input.absolute())
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,36 +13,71 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.files import Place, UrlPath
+from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
-from pipeline.sources import Item, Listing, SplitListing
-from pipeline.sources.devkit import ARCHIVE_NAME, Devkit, find_devkit
-from pipeline.sources.folder import read_file, scan
-from pipeline.sources.tar_reader import ArchiveMember, read_range, reader, walk_tar
+from pipeline.sources.folder import read_file
+from pipeline.sources.listing import Item, Listing, Source, SplitListing
+from pipeline.sources.tar_reader import TarMember, range_reader, read_compressed, walk_file, walk_tar
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
 VAL_NAME = "ILSVRC2012_img_val.tar"
+DEVKIT_NAME = "ILSVRC2012_devkit_t12.tar.gz"
+META_NAME = "data/meta.mat"
+TRUTH_NAME = "data/ILSVRC2012_validation_ground_truth.txt"
+DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12", "devkit", ".")
 MD5 = {
     TRAIN_NAME: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_NAME: "29b22e2961454d5413ddabcf34fc5622",
-    ARCHIVE_NAME: "fa75699e90414af021442c21a62c3abf",
+    DEVKIT_NAME: "fa75699e90414af021442c21a62c3abf",
 }
 WORDNET_ID = re.compile(r"n\d{8}")
 SCAN_THREADS = 8  # headers are 100 kB apart: the disk's latency decides, not the CPU
 URL_THREADS = 64  # the same for a store, which answers later
 KAGGLE_FOLDERS = ("", "ILSVRC")
 
-Row = tuple[str, str, str, int, int]  # WordNet id ("" = by position), name, file, offset, size
+
+@dataclasses.dataclass(frozen=True)
+class Devkit:
+    """What ILSVRC-2012's development kit tells.
+
+    Attributes:
+        wordnet_ids: the classes in ILSVRC order: row i has ILSVRC id i + 1.
+        titles: their names, in the same order.
+        val_ids: ILSVRC id of the i-th validation picture in the order of names.
+    """
+
+    wordnet_ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    val_ids: tuple[int, ...]
+
+
+class _Found(NamedTuple):
+    """A picture before the class table is known.
+
+    Attributes:
+        wordnet_id: its class; empty for a flat val picture, whose class comes from a label file.
+        name: the source's own name of it.
+        file: path of the file that holds it, relative to the input.
+        offset: byte where it starts there.
+        size: bytes.
+    """
+
+    wordnet_id: str
+    name: str
+    file: str
+    offset: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagenetSource:
+class ImagenetSource(Source):
     """ILSVRC-2012.
 
     Attributes:
@@ -50,7 +85,7 @@ class ImagenetSource:
         label_order: ``alphabetical`` (by WordNet id, as torchvision, timm and the Hub) or ``ilsvrc`` (the devkit's).
     """
 
-    root: Place
+    root: AnyPath
     label_order: str
 
     def listing(self) -> Listing:
@@ -58,26 +93,26 @@ class ImagenetSource:
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
         devkit = find_devkit(self.root)
-        rows = {"train": self._train(), "val": self._val()}
-        if not rows["train"] and not rows["val"]:
+        found = {"train": self._train(), "val": self._val()}
+        if not found["train"] and not found["val"]:
             raise SourceError(
-                f"{self.root}: no ILSVRC-2012 here; expected {TRAIN_NAME}, {VAL_NAME} and {ARCHIVE_NAME}, or "
+                f"{self.root}: no ILSVRC-2012 here; expected {TRAIN_NAME}, {VAL_NAME} and {DEVKIT_NAME}, or "
                 "train/WNID/*.JPEG and val/, or Data/CLS-LOC/"
             )
-        rows["val"] = self._with_val_labels(rows["val"], devkit)
-        present = {row[0] for split in rows.values() for row in split}
+        found["val"] = self._with_val_labels(found["val"], devkit)
+        present = {picture.wordnet_id for pictures in found.values() for picture in pictures}
         classes = self._classes(present, devkit)
         label_of = {record.name: label for label, record in enumerate(classes)}
         unknown = sorted(present - label_of.keys())
         if unknown:
             raise SourceError(f"{self.root}: class {unknown[0]} is not one of the devkit's {len(classes)}")
-        return Listing(
-            classes=classes,
-            label_order=self.label_order,
-            splits={split: _listing(found, label_of) for split, found in rows.items() if found},
-            encoded=True,
-            channels=3,
-        )
+        splits = {}
+        for split, pictures in found.items():
+            pictures.sort(key=lambda picture: os.fsencode(picture.name))
+            items = [Item(p.name, label_of[p.wordnet_id], p.file, p.offset, p.size) for p in pictures]
+            if items:
+                splits[split] = SplitListing.of(items)
+        return Listing(classes, self.label_order, splits, encoded=True, channels=3)
 
     def read(self, item: Item) -> bytes:
         """The picture's bytes, from the archive or the file."""
@@ -85,23 +120,21 @@ class ImagenetSource:
             return read_range(self.root / item.file, item.offset, item.size)
         return read_file(self.root, item.file)
 
-    def checksums(self) -> dict[Place, str]:
+    def checksums(self) -> dict[AnyPath, str]:
         """The official md5 of every archive that is there."""
         found = {self.root / name: md5 for name, md5 in MD5.items() if (self.root / name).is_file()}
         if not found:
             raise SourceError(f"{self.root}: none of the official archives is here, so there is nothing to verify")
         return found
 
-    def _train(self) -> list[Row]:
+    def _train(self) -> list[_Found]:
         if (self.root / TRAIN_NAME).is_file():
             return _outer_tar(self.root / TRAIN_NAME)
         return _class_folders(self.root, self._folder("train"))
 
-    def _val(self) -> list[Row]:
+    def _val(self) -> list[_Found]:
         if (self.root / VAL_NAME).is_file():
-            path = self.root / VAL_NAME
-            members = walk_tar(reader(path), 0, path.stat().st_size, str(path))
-            return [("", _base(member.name), VAL_NAME, member.offset, member.size) for member in members]
+            return [_Found("", m.base, VAL_NAME, m.offset, m.size) for m in walk_file(self.root / VAL_NAME)]
         folder = self._folder("val")
         return _class_folders(self.root, folder) or _flat_folder(self.root, folder)
 
@@ -110,29 +143,29 @@ class ImagenetSource:
         candidates = [split, *(f"{base}/Data/CLS-LOC/{split}".lstrip("/") for base in KAGGLE_FOLDERS)]
         return next((name for name in candidates if (self.root / name).is_dir()), None)
 
-    def _with_val_labels(self, rows: list[Row], devkit: Devkit | None) -> list[Row]:
+    def _with_val_labels(self, pictures: list[_Found], devkit: Devkit | None) -> list[_Found]:
         """Puts the classes to flat validation pictures."""
-        if not rows or rows[0][0]:
-            return rows
-        rows = sorted(rows, key=lambda row: row[1])
+        if not pictures or pictures[0].wordnet_id:
+            return pictures
+        pictures = sorted(pictures, key=lambda picture: picture.name)
         kaggle = self._kaggle_file("LOC_val_solution.csv")
         if devkit is not None:
-            if len(devkit.val_ids) != len(rows):
+            if len(devkit.val_ids) != len(pictures):
                 raise SourceError(
-                    f"{self.root}: {len(rows):,} val pictures, but the devkit labels {len(devkit.val_ids):,}"
+                    f"{self.root}: {len(pictures):,} val pictures, but the devkit labels {len(devkit.val_ids):,}"
                 )
             names: Iterable[str] = (devkit.wordnet_ids[label - 1] for label in devkit.val_ids)
         elif kaggle is not None:
-            names = _kaggle_labels(kaggle, rows)
+            names = _kaggle_labels(kaggle, pictures)
         else:
             raise SourceError(
-                f"{self.root}: val is flat, so {ARCHIVE_NAME} or LOC_val_solution.csv is needed for its labels"
+                f"{self.root}: val is flat, so {DEVKIT_NAME} or LOC_val_solution.csv is needed for its labels"
             )
-        return [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
+        return [picture._replace(wordnet_id=name) for name, picture in zip(names, pictures, strict=True)]
 
     def _classes(self, present: set[str], devkit: Devkit | None) -> tuple[ClassRecord, ...]:
         if devkit is None and self.label_order == "ilsvrc":
-            raise ConfigError(f"--label-order ilsvrc needs the devkit ({ARCHIVE_NAME}) in {self.root}")
+            raise ConfigError(f"--label-order ilsvrc needs the devkit ({DEVKIT_NAME}) in {self.root}")
         if devkit is not None:
             records = [ClassRecord(*row) for row in zip(devkit.wordnet_ids, devkit.titles, strict=True)]
         else:
@@ -142,7 +175,7 @@ class ImagenetSource:
             records = [ClassRecord(name, titles.get(name, name)) for name in sorted(present | titles.keys())]
         return tuple(records if self.label_order == "ilsvrc" else sorted(records, key=lambda record: record.name))
 
-    def _kaggle_file(self, name: str) -> Place | None:
+    def _kaggle_file(self, name: str) -> AnyPath | None:
         paths = (self.root / base / name for base in KAGGLE_FOLDERS)
         return next((path for path in paths if path.is_file()), None)
 
@@ -159,64 +192,83 @@ def from_options(options: PrepareOptions) -> ImagenetSource:
     return ImagenetSource(root=options.input.absolute(), label_order=order)
 
 
-def _outer_tar(path: Place) -> list[Row]:
+def find_devkit(root: AnyPath) -> Devkit | None:
+    """Reads the kit below ``root``, as the archive or extracted; None if there is none.
+
+    Raises:
+        SourceError: it is there but damaged.
+    """
+    archive = root / DEVKIT_NAME
+    if archive.is_file():
+        files = read_compressed(archive, (META_NAME, TRUTH_NAME))
+        return _parse_devkit(files[META_NAME], files[TRUTH_NAME], archive)
+    for folder in DEVKIT_FOLDERS:
+        meta, truth = root / folder / META_NAME, root / folder / TRUTH_NAME
+        if meta.is_file() and truth.is_file():
+            return _parse_devkit(meta.read_bytes(), truth.read_bytes(), root / folder)
+    return None
+
+
+def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath) -> Devkit:
+    import scipy.io  # only for this one small file
+
+    try:
+        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        rows = sorted(
+            (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
+            for row in np.atleast_1d(synsets)
+            if int(row["num_children"]) == 0  # the others are parents in WordNet's tree, not classes
+        )
+        val_ids = tuple(int(line) for line in truth.split())
+    except Exception as error:  # scipy fails in many ways on damaged files
+        raise SourceError(f"{where}: damaged: {type(error).__name__}: {error}") from None
+    if [row[0] for row in rows] != list(range(1, len(rows) + 1)):
+        raise SourceError(f"{where}: the ids of the classes in {META_NAME} are not 1..{len(rows)}")
+    if any(not 1 <= label <= len(rows) for label in val_ids):
+        raise SourceError(f"{where}: {TRUTH_NAME} has ids outside 1..{len(rows)}")
+    return Devkit(tuple(row[1] for row in rows), tuple(row[2] for row in rows), val_ids)
+
+
+def _outer_tar(path: AnyPath) -> list[_Found]:
     """Every picture of the inner tars, by its place in the outer one."""
-    inner = list(walk_tar(reader(path), 0, path.stat().st_size, str(path)))
+    inner = list(walk_file(path))
     for member in inner:
-        if not WORDNET_ID.fullmatch(_base(member.name).removesuffix(".tar")):
+        if not WORDNET_ID.fullmatch(member.base.removesuffix(".tar")):
             raise SourceError(f"{path}: {member.name} is not an inner tar named by a WordNet id")
     with ThreadPoolExecutor(URL_THREADS if isinstance(path, UrlPath) else SCAN_THREADS) as pool:
-        return [row for rows in pool.map(lambda member: _inner_tar(path, member), inner) for row in rows]
+        return [picture for found in pool.map(lambda member: _inner_tar(path, member), inner) for picture in found]
 
 
-def _inner_tar(path: Place, inner: ArchiveMember) -> list[Row]:
-    name = _base(inner.name).removesuffix(".tar")
-    members = walk_tar(reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
-    return [(name, f"{name}/{_base(m.name)}", path.name, m.offset, m.size) for m in members]
+def _inner_tar(path: AnyPath, inner: TarMember) -> list[_Found]:
+    name = inner.base.removesuffix(".tar")
+    members = walk_tar(range_reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
+    return [_Found(name, f"{name}/{m.base}", path.name, m.offset, m.size) for m in members]
 
 
-def _class_folders(root: Place, folder: str | None) -> list[Row]:
+def _class_folders(root: AnyPath, folder: str | None) -> list[_Found]:
     if folder is None:
         return []
     return [
-        (entry.name, f"{entry.name}/{picture.name}", f"{folder}/{entry.name}/{picture.name}", 0, picture.stat().st_size)
+        _Found(entry.name, f"{entry.name}/{picture.name}", f"{folder}/{entry.name}/{picture.name}", 0, picture.size)
         for entry in scan(root / folder)
-        if entry.is_dir() and WORDNET_ID.fullmatch(entry.name)
+        if entry.kind == "directory" and WORDNET_ID.fullmatch(entry.name)
         for picture in scan(root / folder / entry.name)
-        if picture.is_file()
+        if picture.kind == "file"
     ]
 
 
-def _flat_folder(root: Place, folder: str | None) -> list[Row]:
+def _flat_folder(root: AnyPath, folder: str | None) -> list[_Found]:
     if folder is None:
         return []
-    entries = (entry for entry in scan(root / folder) if entry.is_file() and entry.name.lower().endswith(".jpeg"))
-    return [("", entry.name, f"{folder}/{entry.name}", 0, entry.stat().st_size) for entry in entries]
+    entries = (entry for entry in scan(root / folder) if entry.kind == "file" and entry.name.lower().endswith(".jpeg"))
+    return [_Found("", entry.name, f"{folder}/{entry.name}", 0, entry.size) for entry in entries]
 
 
-def _kaggle_labels(path: Place, rows: list[Row]) -> list[str]:
+def _kaggle_labels(path: AnyPath, pictures: list[_Found]) -> list[str]:
     table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
     label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in table}
-    missing = [row[1] for row in rows if Path(row[1]).stem not in label_of]
+    stems = [PurePosixPath(picture.name).stem for picture in pictures]
+    missing = [picture.name for picture, stem in zip(pictures, stems, strict=True) if stem not in label_of]
     if missing:
         raise SourceError(f"{path}: no label for {missing[0]} ({len(missing):,} such pictures)")
-    return [label_of[Path(row[1]).stem] for row in rows]
-
-
-def _listing(rows: list[Row], label_of: dict[str, int]) -> SplitListing:
-    rows = sorted(rows, key=lambda row: os.fsencode(row[1]))
-    files = sorted({row[2] for row in rows})
-    file_of = {name: number for number, name in enumerate(files)}
-    return SplitListing(
-        names=[row[1] for row in rows],
-        labels=np.array([label_of[row[0]] for row in rows], np.int32),
-        files=files,
-        file_of=np.array([file_of[row[2]] for row in rows], np.int32),
-        offsets=np.array([row[3] for row in rows], np.int64),
-        sizes=np.array([row[4] for row in rows], np.int64),
-    )
-
-
-def _base(name: str) -> str:
-    """The last part of a member's name: the rest means nothing and is not trusted."""
-    return name.rsplit("/", 1)[-1]
+    return [label_of[stem] for stem in stems]

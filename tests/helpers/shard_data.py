@@ -9,11 +9,11 @@ from PIL import Image
 
 from pipeline.config import PictureSettings
 from pipeline.errors import PictureError
-from pipeline.manifest import ClassRecord, Manifest, PictureFormat
+from pipeline.manifest import FORMAT, ClassRecord, Manifest, PictureFormat
 from pipeline.preparation import output
 from pipeline.preparation.plan import plan_split
 from pipeline.preparation.shard import ShardJob, ShardTask, build_shard
-from pipeline.sources import Item
+from pipeline.sources.listing import Item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def make_dataset(folder: Path, count: int = 10, shard_size: int = 4, source: Mem
     for other in totals[1:]:
         merged = merged.merge(other)
     classes = tuple(ClassRecord(name, name) for name in job.class_names)
-    head = output.DatasetHead("memory", {"seed": 0}, PictureFormat("png", 3, None, None), classes, "source")
-    manifest = output.finish(folder, head, results, merged)
+    draft = Manifest(FORMAT, "memory", {"seed": 0}, PictureFormat("png", 3, None, None), classes, "source", {}, {})
+    manifest = output.finish(folder, draft, results, merged)
     output.clear_work(folder)
     return manifest

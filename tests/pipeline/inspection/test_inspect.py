@@ -15,8 +15,8 @@ from pipeline.errors import DatasetError, SourceError
 from pipeline.inspection.inspect import contact_sheet, find_sample, read_contents, spread_samples
 from pipeline.inspection.status import read_status
 from pipeline.preparation import output
-from pipeline.preparation.index import read_index, write_index
 from pipeline.preparation.shard import build_shard
+from pipeline.preparation.tar_writer import read_index, write_index
 from tests.helpers.ilsvrc import tar_of
 from tests.helpers.shard_data import MemorySource, make_dataset, make_job, make_tasks, picture
 

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError
+from pipeline.files import is_url
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json
-from pipeline.preparation.publish import MARK_NAME, Remote, is_url, staging_folder
+from pipeline.preparation.publish import MARK_NAME, Remote, staging_folder
 from tests.helpers.shard_data import make_dataset
 
 URL = "memory://bucket/data"

@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import OutputError, PictureError
-from pipeline.preparation import faults, products
+from pipeline.preparation import faults, statistics
 from pipeline.preparation.shard import build_shard, read_result, seal_holds, sealed_json
 from pipeline.preparation.tar_writer import header
 from tests.helpers.shard_data import MemorySource, make_job, make_tasks, picture
@@ -148,7 +148,7 @@ def test_killed_at_any_point_nothing_torn_has_a_final_name(tmp_path: Path, point
     job = make_job(killed)
     if (child := os.fork()) == 0:
         os.environ[faults.VARIABLE] = f"{point}@train-000000:{tmp_path / 'marker'}"
-        products.multiplies_bytes = lambda torch: False  # torch's threads do not outlive a fork; workers have one
+        statistics.multiplies_bytes = lambda torch: False  # torch's threads do not outlive a fork; workers have one
         build_shard(job, task)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.preparation import products, statistics
+from pipeline.preparation import statistics
 from pipeline.preparation.statistics import Accumulator, Totals, eigen, summarise, to_npz, totals_from_json
 
 pytestmark = pytest.mark.numeric
@@ -95,8 +95,8 @@ def test_json_round_trip() -> None:
 
 def test_the_fold_comes_before_the_overflow() -> None:
     assert statistics.FOLD_EVERY * 255 < 2**16
-    assert 128 * 128 * products.FLOAT_ROWS <= 2**24
-    assert 128 * 128 * products.INT8_ROWS < 2**31
+    assert 128 * 128 * statistics.FLOAT_ROWS <= 2**24
+    assert 128 * 128 * statistics.INT8_ROWS < 2**31
 
 
 @pytest.mark.parametrize("value", [0, 127, 255])
@@ -121,12 +121,12 @@ def test_products_of_floats_and_of_bytes_equal_those_of_wide_integers(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(products, "INT8_ROWS", 1000)  # several pieces
+    monkeypatch.setattr(statistics, "INT8_ROWS", 1000)  # several pieces
     noise = np.random.default_rng(size).choice(np.array([0, 1, 127, 128, 255], np.uint8), size * channels)
     centred = noise.reshape(-1, channels).astype(np.int64) - 128
-    np.testing.assert_array_equal(products.float_products(noise, channels), centred.T @ centred)
-    if products.multiplies_bytes(torch):
-        np.testing.assert_array_equal(products.int8_products(noise, channels, torch), centred.T @ centred)
+    np.testing.assert_array_equal(statistics.float_products(noise, channels), centred.T @ centred)
+    if statistics.multiplies_bytes(torch):
+        np.testing.assert_array_equal(statistics.int8_products(noise, channels, torch), centred.T @ centred)
 
 
 def test_a_cpu_whose_byte_products_saturate_is_not_asked() -> None:
@@ -148,4 +148,4 @@ def test_a_cpu_whose_byte_products_saturate_is_not_asked() -> None:
             clipped = pairs.sum(2).clamp(-(2**15), 2**15 - 1).sum(1)
             return (clipped - 128 * right.int().sum(0)).int()
 
-    assert not products.multiplies_bytes(Saturating)
+    assert not statistics.multiplies_bytes(Saturating)

@@ -13,7 +13,8 @@ import webdataset
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import read_manifest
-from pipeline.sources import Source, open_source
+from pipeline.sources import open_source
+from pipeline.sources.listing import Source
 from tests.helpers.ilsvrc import jpeg
 from tests.helpers.shard_data import make_dataset
 

@@ -9,7 +9,8 @@ import sklearn.datasets
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PictureError, SourceError
-from pipeline.sources import Listing, open_source
+from pipeline.sources import open_source
+from pipeline.sources.listing import Listing
 
 
 def options(source: str = "folder", **values: object) -> PrepareOptions:

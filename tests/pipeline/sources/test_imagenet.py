@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import Listing, Source, open_source
-from pipeline.sources.tar_reader import reader, walk_tar
+from pipeline.sources import open_source
+from pipeline.sources.listing import Listing, Source
+from pipeline.sources.tar_reader import range_reader, walk_tar
 from tests.helpers import ilsvrc
 
 
@@ -166,6 +167,6 @@ def test_the_walk_equals_the_standard_librarys(tmp_path: Path, form: int) -> Non
     size = path.stat().st_size
     found = {
         entry.name: path.read_bytes()[entry.offset : entry.offset + entry.size]
-        for entry in walk_tar(reader(path), 0, size, "x")
+        for entry in walk_tar(range_reader(path), 0, size, "x")
     }
     assert found == files

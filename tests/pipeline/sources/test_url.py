@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.files import AHEAD, ATTEMPTS, Place, UrlPath, ahead, place
-from pipeline.preparation.request import check_source
-from pipeline.sources import Listing, Source, open_source
+from pipeline.files import ATTEMPTS, PREFETCH, AnyPath, UrlPath, parse_path, prefetch
+from pipeline.preparation.plan import check_source
+from pipeline.sources import open_source
+from pipeline.sources.listing import Listing, Source
 from tests.helpers.ilsvrc import write_archives, write_extracted, write_kaggle
 from tests.helpers.shard_data import make_dataset
 
@@ -29,12 +30,12 @@ def put(folder: Path, url: str) -> UrlPath:
     for path in folder.rglob("*"):
         if path.is_file():
             filesystem.pipe_file(f"{root}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    found = place(url + "/")
+    found = parse_path(url + "/")
     assert isinstance(found, UrlPath)
     return found
 
 
-def opened(kind: str, root: Place) -> tuple[Source, Listing]:
+def opened(kind: str, root: AnyPath) -> tuple[Source, Listing]:
     source = open_source(PrepareOptions(source=kind, output=Path("out"), input=root))
     return source, source.listing()
 
@@ -71,7 +72,7 @@ def test_archives_are_read_by_ranges(tmp_path: Path, url: str, monkeypatch: pyte
     whole, asked = [], []
     read_bytes, read_range = UrlPath.read_bytes, UrlPath.read_range
     monkeypatch.setattr(UrlPath, "read_bytes", lambda path: whole.append(path.name) or read_bytes(path))
-    monkeypatch.setattr(UrlPath, "read_range", lambda path, *place: asked.append(place[1]) or read_range(path, *place))
+    monkeypatch.setattr(UrlPath, "read_range", lambda path, *where: asked.append(where[1]) or read_range(path, *where))
     source, listing = opened("imagenet", root)
     assert whole == []
     assert set(asked) == {512}  # headers only
@@ -118,12 +119,12 @@ def test_what_cannot_be_read_is_said() -> None:
         ("cifar10", "memory://bucket", ConfigError, "reads local folders"),
     ]:
         with pytest.raises(error, match=words):
-            opened(kind, place(address))
+            opened(kind, parse_path(address))
 
 
 def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
     started = []
-    results = ahead(lambda number: started.append(number) or number, range(100))
+    results = prefetch(lambda number: started.append(number) or number, range(100))
     assert next(results) == 0
-    assert len(started) <= AHEAD
+    assert len(started) <= PREFETCH
     assert list(results) == list(range(1, 100))

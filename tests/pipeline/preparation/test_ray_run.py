@@ -1,4 +1,4 @@
-"""How many shards are given to Ray at once, and the memory they declare, with a Ray that only counts."""
+"""How many shards are given to Ray at once, the memory they declare, and the gauges, with a Ray that only counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.preparation import ray_run as prepare
+from pipeline.preparation import ray_run
 from pipeline.preparation.ray_run import WORKER_BYTES, run_shards
 from pipeline.preparation.shard import ShardTask
+from pipeline.progress import ProgressLine
 from tests.helpers.shard_data import make_job, make_tasks
 
 
 class CountingRay:
     """Finishes one task a call of ``wait``; a second node of two CPUs joins after the third."""
 
-    exceptions = prepare.ray.exceptions
+    exceptions = ray_run.ray.exceptions
 
     def __init__(self, cpus: int, memory: int) -> None:
         self.cpus, self.memory = cpus, memory
@@ -58,23 +59,15 @@ class CountingRay:
 
 
 def run_counting(ray: CountingRay, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(prepare, "ray", ray)
-    names: list[str] = []
+    monkeypatch.setattr(ray_run, "ray", ray)
     tasks: Iterator[ShardTask] = iter(make_tasks(40, 2))
-    run_shards(
-        make_job(folder),
-        tasks,
-        workers=lambda: ray.cpus,
-        report=lambda name: names.append(str(name)),
-        tick=lambda: None,
-    )
-    return names
+    return [str(name) for name in run_shards(make_job(folder), tasks, workers=lambda: ray.cpus, tick=lambda: None)]
 
 
 def test_the_bound_follows_nodes_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = CountingRay(cpus=1, memory=2**40)
     assert run_counting(ray, tmp_path, monkeypatch) == [task.name for task in make_tasks(40, 2)]
-    assert ray.most == 3 * prepare.TASKS_PER_WORKER
+    assert ray.most == 3 * ray_run.TASKS_PER_WORKER
     assert ray.options_seen["memory"] == WORKER_BYTES
 
 
@@ -85,6 +78,33 @@ def test_a_small_node_is_not_asked_for_more_than_it_has(tmp_path: Path, monkeypa
 
 
 def test_a_cluster_without_any_cpu_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "NO_CPU_S", -1.0)
+    monkeypatch.setattr(ray_run, "NO_CPU_S", -1.0)
     with pytest.raises(PipelineError, match="has had a CPU"):
         run_counting(CountingRay(cpus=0, memory=2**40), tmp_path, monkeypatch)
+
+
+def test_gauges_tell_rate_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and labels of both gauges, with Ray's class replaced by one that remembers."""
+    published: dict[str, tuple[float, dict[str, str]]] = {}
+
+    class FakeGauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.keys = name, tag_keys
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert set(tags) == set(self.keys)
+            self.tags = tags
+
+        def set(self, value: float) -> None:
+            published[self.name] = (value, self.tags)
+
+    now = [0.0]
+    monkeypatch.setattr(ray_run, "Gauge", FakeGauge)
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
+    progress = ProgressLine(total=100, done=20)
+    gauges = ray_run.Gauges("digits", progress)
+    now[0] = 2.0
+    progress.advance(30)
+    gauges.update()
+    labels = {"run": "digits", "stage": "prepare"}
+    assert published == {"twotower_images_per_s": (15.0, labels), "twotower_pictures": (50, labels)}

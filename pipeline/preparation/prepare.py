@@ -1,0 +1,185 @@
+"""``prepare`` from its options to a whole data set: plan, make the shards that are missing, manifest last.
+
+Ray is imported only when there are shards to make; a data set that is whole is checked without it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipeline.config import PrepareOptions
+from pipeline.errors import OutputError, SourceError
+from pipeline.manifest import FORMAT, INFO_NAME, Manifest, PictureFormat, ShardRecord
+from pipeline.preparation import faults, output
+from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
+from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
+from pipeline.preparation.statistics import Totals
+from pipeline.progress import ProgressLine
+from pipeline.sources import open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        manifest: the whole data set.
+        num_done: pictures this run worked on; 0 if the data set was whole already.
+        elapsed_s: seconds spent on shards, without starting Ray.
+        num_indexes: indexes made again from their sound tars.
+    """
+
+    manifest: Manifest
+    num_done: int
+    elapsed_s: float
+    num_indexes: int = 0
+
+    @property
+    def num_left_out(self) -> int:
+        """Pictures of the source that are not in the data set."""
+        return sum(split.num_quarantined for split in self.manifest.splits.values())
+
+
+def prepare(options: PrepareOptions) -> Summary:
+    """Makes the data set whole: everything, what is missing, or nothing.
+
+    Raises:
+        PipelineError: something the user can act on; the folder stays in a state that a later run continues.
+    """
+    folder = options.output
+    output.check_ours(folder)
+    if options.verify_source:
+        check_source(open_source(options))
+    request = make_request(options)
+    with output.output_lock(folder):
+        manifest = output.load_manifest(folder)
+        if manifest is not None:
+            output.refuse_difference(folder, manifest.settings, request.settings, libraries=False)
+        try:
+            output.sweep(folder)
+            repaired = None if manifest is None else _repair(request, manifest)
+            return repaired or _make(request)
+        except OSError as error:
+            raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
+
+
+def _make(request: Request) -> Summary:
+    """Makes every shard that is not there as its record says, then everything else, the manifest last."""
+    folder = request.options.output
+    output.begin(folder, request.settings, _totals(request))
+    records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
+    sound = output.sound_shards(folder, (record.shard for record in records if record))
+    missing = [shard for shard in request.shards if shard.name not in sound]
+    elapsed_s = _build(request, missing)
+    results, totals = _collect(request)
+    draft = Manifest(
+        format=FORMAT,
+        source=request.options.source,
+        settings=request.settings,
+        picture=PictureFormat(request.picture.encoding, request.picture.channels, None, None),
+        classes=request.listing.classes,
+        label_order=request.listing.label_order,
+        splits={},
+        files={},
+    )
+    manifest = output.finish(folder, draft, results, totals)
+    output.clear_work(folder)
+    return Summary(manifest, _num_pictures(missing), elapsed_s)
+
+
+def _repair(request: Request, manifest: Manifest) -> Summary | None:
+    """Brings damaged files of a data set back to their recorded bytes; None if everything must be made again."""
+    folder = request.options.output
+    damaged_files = output.file_damage(folder, manifest)
+    if damaged_files.keys() - {INFO_NAME}:
+        output.refuse_difference(folder, manifest.settings, request.settings)
+        return None  # statistics and quarantine list come from all shards
+    recorded = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
+    sound = output.sound_shards(folder, recorded.values())
+    restored = output.restore_indexes(folder, (shard for name, shard in recorded.items() if name not in sound))
+    damaged = [shard for shard in request.shards if shard.name in recorded.keys() - sound - restored]
+    elapsed_s = 0.0
+    if damaged:
+        output.refuse_difference(folder, manifest.settings, request.settings)
+        output.begin(folder, request.settings, _totals(request))
+        elapsed_s = _build(request, damaged, recorded)
+    if damaged_files:
+        output.write_info(folder, manifest)
+    output.clear_work(folder)
+    return Summary(manifest, _num_pictures(damaged), elapsed_s, len(restored))
+
+
+def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
+    """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
+    if not missing:
+        return 0.0
+    from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
+        Gauges,
+        ray_session,
+        run_shards,
+    )
+
+    options, num_missing, total = request.options, _num_pictures(missing), _num_pictures(request.shards)
+    job = ShardJob(
+        output=options.output.absolute(),
+        source=request.source,
+        picture=request.picture,
+        class_names=tuple(record.name for record in request.listing.classes),
+        fail_on_error=options.on_error == "fail",
+    )
+    with ray_session(options) as workers, ProgressLine(total, total - num_missing) as progress:
+        start_s = time.monotonic()
+        gauges = Gauges(options.output.name, progress)
+        left_out = 0
+        for result in run_shards(job, _tasks(request, missing), workers=workers, tick=gauges.update):
+            left_out += result.num_left_out
+            if left_out > options.error_limit(total):
+                reason = next(line for line in result.quarantine if line["action"] == "left_out")
+                raise SourceError(
+                    f"{left_out:,} pictures cannot be used, more than --max-errors {options.max_errors}; "
+                    f"the last: {reason['source']}: {reason['reason']}"
+                )
+            if recorded is not None and result.shard != recorded[result.shard.name]:
+                raise SourceError(f"{result.shard.name} came out different: the input changed")
+            progress.advance(result.num_planned)
+            faults.reach("driver-shard-done")
+        return time.monotonic() - start_s
+
+
+def _tasks(request: Request, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:
+    """The shards with their pictures, one by one: all at once would be a million rows."""
+    for shard in shards:
+        items = request.listing.splits[shard.split].items(shard.rows)
+        yield ShardTask(name=shard.name, split=shard.split, start=shard.start, items=items)
+
+
+def _collect(request: Request) -> tuple[list[ShardResult], Totals | None]:
+    """Every shard's record in the order of the plan, and the train split's statistics."""
+    results: list[ShardResult] = []
+    totals: Totals | None = None
+    work = request.options.output / WORK_NAME
+    for shard in request.shards:
+        result = read_result(work, _stem(shard), with_positions=True)
+        if result is None:
+            raise OutputError(f"the record of {shard.name} vanished from {work}: run prepare again")
+        if shard.split == "train":
+            totals = result.totals if totals is None else totals.merge(result.totals)
+        results.append(dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None)))
+    return results, totals
+
+
+def _totals(request: Request) -> dict[str, int]:
+    """Pictures planned for each split."""
+    return {
+        split: _num_pictures(shard for shard in request.shards if shard.split == split)
+        for split in dict.fromkeys(shard.split for shard in request.shards)
+    }
+
+
+def _num_pictures(shards: Iterable[ShardPlan]) -> int:
+    return sum(len(shard.rows) for shard in shards)
+
+
+def _stem(shard: ShardPlan) -> str:
+    return Path(shard.name).stem
