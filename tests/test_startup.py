@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "nvidia.dali", "ray", "matplotlib", "sklearn", "tensorboard")
+HEAVY = ("torch", "nvidia.dali", "ray", "matplotlib", "scipy", "sklearn", "simplejpeg", "tensorboard")
 PROGRAM = """
 import runpy, sys
 package, *arguments = sys.argv[1:]
@@ -42,9 +42,11 @@ COMMANDS = [
     (f"pipeline prepare --source digits --quality 101 --output {NOWHERE}", 2, "1 to 100"),
     ("pipeline prepare --source imagnet --output x", 2, "imagnet"),
     (f"pipeline verify {NOWHERE}", 2, "no data set"),
-    ("cluster --help", 0, "submit"),
-    ("cluster submit", 2, "error"),
-]
+    ("pipeline reindex --help", 0, "reindex"),
+    ("pipeline prepare --sorce digits", 2, "--source"),
+    ("pipeline prepare --source folder --output x", 2, "--input"),
+    ("pipeline prepare --source cifar10 --input s3://bucket --output x", 2, "cifar10"),
+]  # of the cluster: tests/cluster/test_commands.py
 
 
 @pytest.mark.parametrize(("command", "status", "said"), COMMANDS, ids=[command for command, _, _ in COMMANDS])

@@ -30,16 +30,16 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
     ("override", "message"),
     [
         ("model.unit=3", "unknown field model.unit: did you mean model.units?"),
-        ("train.epochs=many", "train.epochs = 'many': expected a value of type int"),
-        ("train.epochs=0", "train.epochs = 0: expected 1 or more"),
-        ("train.precision=fp8", "train.precision = 'fp8': expected one of fp32, bf16"),
-        ("model.maps=[1, 2]", "model.maps = (1, 2): expected five values"),
-        ("model.norm.size=4", "norm.size = 4: expected an odd number"),
+        ("train.epochs=many", "train.epochs is 'many': expected a value of type int"),
+        ("train.epochs=0", "train.epochs is 0: expected 1 or more"),
+        ("train.precision=fp8", "train.precision is 'fp8': expected one of fp32, bf16"),
+        ("model.maps=[1, 2]", "model.maps is (1, 2): expected five values"),
+        ("model.norm.size=4", "norm.size is 4: expected an odd number"),
         ("model.crossings=['conv3']", "fc8 among them"),
         ("model.image_px=20", "nothing is left of it after"),
         ("optimizer.learning_rate=nan", "expected a finite number"),
         ("epochs=3", "section.field=value"),
-        ("data.crop_px=200", "data.crop_px = 200: expected model.image_px = 224"),
+        ("data.crop_px=200", "data.crop_px is 200: expected model.image_px = 224"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -151,8 +151,9 @@ class EchoLink:
     def irecv(
         self, layer: str, phase: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Gives zeros."""
-        return self.exchange(layer, phase, like.new_zeros(tuple(shape)), dtype)
+        """Gives a copy of ``like``, the own half; where that has another shape, zeros."""
+        half = like if like.shape == tuple(shape) else like.new_zeros(tuple(shape))
+        return self.exchange(layer, phase, half, dtype)
 
     def wait(self, half: Tensor) -> Tensor:
         """It is here."""

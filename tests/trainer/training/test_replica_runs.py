@@ -173,7 +173,7 @@ def test_what_cannot_be_shared_is_refused(
         (("--replicas", 2), (), "add --processes 2"),
         (("--processes", 2, "--replicas", 3), (), "cannot be divided among 3 replicas"),
         (FOUR, ("train.accumulate=128",), "use a multiple of 256"),
-        ((), ("train.accumulate=3",), "train.accumulate = 3: expected a divisor"),
+        ((), ("train.accumulate=3",), "train.accumulate is 3: expected a divisor"),
         (FOUR, batch_norm, "use one replica"),
         ((), (*batch_norm, "train.accumulate=2"), "use one replica"),
     ]
