@@ -9,8 +9,9 @@ While a half is under way, its tower computes what does not need it: in the forw
 sums, in the backward the gradients of the own half and of the weights.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +122,7 @@ class Link:
 
     Attributes:
         wire_dtype: dtype in which crossings travel; None for their own. Pixels and control are never converted.
+        timed: opened around all that a crossing holds its tower up with, with its name; the benchmark's clock.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Link:
     ) -> None:
         self.tower, self.peer, self.group, self.control_group = tower, peer, group, control
         self.wire_dtype: torch.dtype | None = None
+        self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.ledger = Ledger()
         self.board: Reports | None = None
         self.last_crossing = "none yet"
@@ -142,18 +145,21 @@ class Link:
 
     def swap(self, layer: str, phase: str, mine: Tensor, shape: Sequence[int]) -> Crossing:
         """Starts to send ``mine`` and to receive the peer's tensor of ``shape``, both at once."""
-        crossing = Crossing(layer, phase, sent=self._to_wire(mine), received=self._buffer(mine, shape), like=mine)
-        return self._start(crossing)
+        with self.timed(f"{layer} {phase}"):
+            crossing = Crossing(layer, phase, sent=self._to_wire(mine), received=self._buffer(mine, shape), like=mine)
+            return self._start(crossing)
 
     def send(self, layer: str, phase: str, mine: Tensor) -> Crossing:
         """Starts to send ``mine``; need not be waited for, the next crossing does."""
-        crossing = self._start(Crossing(layer, phase, sent=self._to_wire(mine)))
+        with self.timed(f"{layer} {phase}"):
+            crossing = self._start(Crossing(layer, phase, sent=self._to_wire(mine)))
         self._sending = crossing
         return crossing
 
     def receive(self, layer: str, phase: str, shape: Sequence[int], like: Tensor) -> Crossing:
         """Starts to receive a tensor of ``shape`` with the dtype and device of ``like``."""
-        return self._start(Crossing(layer, phase, received=self._buffer(like, shape), like=like))
+        with self.timed(f"{layer} {phase}"):
+            return self._start(Crossing(layer, phase, received=self._buffer(like, shape), like=like))
 
     def wait(self, crossing: Crossing) -> Tensor:
         """Waits for a crossing to end; returns what came, an empty tensor where nothing was to come.
@@ -161,11 +167,12 @@ class Link:
         Raises:
             PeerError: the peer is gone.
         """
-        self._wait(crossing.name, crossing.works)
-        crossing.works, crossing.sent = [], None
-        if crossing.received is None or crossing.like is None:
-            return torch.empty(0)
-        return _from_wire(crossing.received).to(crossing.like.device, crossing.like.dtype)
+        with self.timed(crossing.name):
+            self._wait(crossing.name, crossing.works)
+            crossing.works, crossing.sent = [], None
+            if crossing.received is None or crossing.like is None:
+                return torch.empty(0)
+            return _from_wire(crossing.received).to(crossing.like.device, crossing.like.dtype)
 
     def swap_input(self, half: Tensor) -> Tensor:
         """Shares pictures (``feed = "split"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
