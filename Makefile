@@ -45,15 +45,15 @@ test-slow: setup  ## fault tests with real kills, and long tests
 test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
 	$(PY) -m tests.isa
 
-bench: setup  ## measure everything on this machine and print the table (about 100 minutes, 7 GB under $(BENCH))
-	$(PY) benchmarks/prepare.py --work $(BENCH)/prepare
-	$(PY) benchmarks/loader.py --work $(BENCH)/loader
-	$(PY) benchmarks/trainer.py
+bench: setup  ## measure everything on this machine and print the table (about 2 hours, 7 GB under $(BENCH))
+	$(PY) benchmarks/prepare_speed.py --work $(BENCH)/prepare
+	$(PY) benchmarks/loader_speed.py --work $(BENCH)/loader
+	$(PY) benchmarks/step_speed.py
 	$(PY) benchmarks/overlap.py
-	$(PY) benchmarks/stages.py --work $(BENCH)/stages
-	$(PY) benchmarks/cluster.py --work $(BENCH)/cluster
-	@if [ -d $(FASHION) ]; then $(PY) benchmarks/fashion.py --work $(BENCH)/fashion --input $(FASHION); else echo "no Fashion-MNIST in FASHION=$(FASHION) (Debian: dataset-fashion-mnist): left out"; fi
-	@$(PY) benchmarks/table.py
+	$(PY) benchmarks/end_to_end.py --work $(BENCH)/end_to_end
+	$(PY) benchmarks/job_overhead.py --work $(BENCH)/job
+	@if [ -d $(FASHION) ]; then $(PY) benchmarks/fashion_mnist.py --work $(BENCH)/fashion --input $(FASHION); else echo "no Fashion-MNIST in FASHION=$(FASHION) (Debian: dataset-fashion-mnist): left out"; fi
+	@$(PY) benchmarks/summary_table.py
 
 clean:  ## remove what demo and tests made (not .venv)
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache *.egg-info

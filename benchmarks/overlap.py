@@ -3,75 +3,67 @@
     python benchmarks/overlap.py                     about 5 minutes on 2 cores
     python benchmarks/overlap.py --batch 32 --rounds 1 --steps 1        a smoke test
 
-Contestants, in turns within one pair of gloo processes with one thread each, the paper's net:
+Cases, in turns within one pair of gloo processes with one thread each, the paper's net:
     together            the towers as in training
     in turns            every crossing is waited for as soon as it has begun; the same products
-    in turns, again     the null: what the ratio of two equal contestants looks like here
+    in turns, again     the null: what the ratio of two equal cases looks like here
 each on this machine's own wire, and on a slow one: a message leaves so much later as it would take on a link of
 ``--gbit`` Gbit/s, which needs no processor. Figures are the medians over the rounds of tower a's steps. For every
 crossing that tower a waits for, it also counts the processor time of what it computes meanwhile: a wire that is faster
 than that costs nothing, and other processes on the machine do not change the figure.
-The results go to benchmarks/results/DATE_HARDWARE_overlap.json.
+The results go to benchmarks/results/DATE_MACHINE_overlap.json.
 """
 
 import argparse
 import concurrent.futures
-import datetime
+import contextlib
+import functools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness import ROOT, describe_machine, make_parser, ratio, run_in_processes, spread, take_turns, write_results
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from trainer.config import load_config  # noqa: E402
-from trainer.model.layers import DropoutDraws  # noqa: E402
-from trainer.parallel.crossing import make_net  # noqa: E402
-from trainer.parallel.launch import tower_environment  # noqa: E402
-from trainer.parallel.link import Link, Transfer  # noqa: E402
-from trainer.parallel.mesh import connect  # noqa: E402
-from trainer.training.optimizer import PaperSGD  # noqa: E402
+from trainer.config import load_config
+from trainer.model.layers import DropoutDraws
+from trainer.parallel.crossing import make_net
+from trainer.parallel.link import Link, Transfer
+from trainer.parallel.mesh import connect
+from trainer.training.optimizer import PaperSGD
 
-CONTESTANTS = ("together", "in turns", "in turns, again")
-WIRES = ("fast", "slow")
+CASES = ("together", "in turns", "in turns, again")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a contestant in a round")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps of a case in a round")
     parser.add_argument("--gbit", type=float, default=1.0, help="of the slow wire, Gbit/s")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(take_turns(options)))
+        measure(options)
         return
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    children = [
-        subprocess.Popen(
-            command,
-            env=tower_environment(rank, store.port) | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [child.communicate()[0] for child in children]
-    if any(child.returncode for child in children):
-        sys.exit("error: a tower failed")
-    report(json.loads(outputs[0]), options)
+    machine = describe_machine("torch")
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("rounds", "batch", "steps", "gbit")]
+    found, _ = run_in_processes([*arguments, "--child"], pair=True, environment={"OMP_NUM_THREADS": "1"})
+    medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in found["step_s"].items()}
+    summary = {}
+    for name, own in medians.items():
+        times = ratio(own, medians[f"{name.split(',')[0]}, in turns"])
+        summary[name] = {"step_s": spread(own), "of in turns": times}
+        print(f"{name:24} {statistics.median(own):6.3f} s  {times['median']:.3f} of in turns")
+    for crossing, spent in found["meanwhile_ms"].items():
+        print(f"{crossing:16} {spent:6.1f} ms of processor time meanwhile")
+    print(f"the slow wire delays what tower a sends by {found['delayed_s']:.3f} s a step")
+    slow = {"gbit_per_s": options.gbit, "s a step": found.pop("delayed_s")}
+    write_results(options.results, machine, {"batch": options.batch, "slow wire": slow, "summary": summary, **found})
 
 
 class SlowWire:
@@ -161,28 +153,37 @@ def _waiting(link: Link, start: Callable[..., Transfer]) -> Callable[..., Transf
     return crossed
 
 
-def take_turns(options: argparse.Namespace) -> dict[str, Any]:
-    """One tower's steps: seconds by wire and contestant, by round; of a step's messages; of what is done meanwhile."""
+def measure(options: argparse.Namespace) -> None:
+    """One tower's steps: seconds by wire and case; of a step's messages; of what is done meanwhile. Tower a prints."""
     link = connect(300.0, "gloo").link
     step = make_step(link, options.batch)
-    times: dict[str, list[list[float]]] = {f"{wire}, {name}": [] for wire in WIRES for name in CONTESTANTS}
-    delayed_s, count = 0.0, 0
-    for _ in range(2):  # warm-up
-        timed_steps(link, step, 1, "together")
-    for _ in range(options.rounds):
-        for name in CONTESTANTS:
-            times[f"fast, {name}"].append(timed_steps(link, step, options.steps, name))
-            with SlowWire(link, options.gbit * 1e9 / 8) as slow:
-                times[f"slow, {name}"].append(timed_steps(link, step, options.steps, name))
-            delayed_s, count = delayed_s + slow.delayed_s, count + options.steps
+    for _ in range(2):
+        timed_steps(link, step, 1, "together")  # warm-up
+    delays: list[float] = []
+    cases: dict[str, Callable[[], list[float]]] = {}
+    for name in CASES:
+        cases[f"fast, {name}"] = functools.partial(timed_steps, link, step, options.steps, name)
+        cases[f"slow, {name}"] = functools.partial(slow_steps, cases[f"fast, {name}"], link, options, delays)
+    with contextlib.redirect_stdout(sys.stderr if link.tower == "a" else None):  # stdout is for the result
+        times = take_turns(cases, options.rounds, show=lambda steps: f"{statistics.median(steps):.3f} s")
     with Meanwhile(link) as meanwhile:
         timed_steps(link, step, options.rounds, "together")
     spent_ms = {name: 1e3 * statistics.median(spent) for name, spent in meanwhile.spent_s.items()}
-    return {"step_s": times, "delayed_s": delayed_s / count, "meanwhile_ms": spent_ms}
+    print(json.dumps({"step_s": times, "delayed_s": statistics.mean(delays), "meanwhile_ms": spent_ms}))
+
+
+def slow_steps(
+    steps: Callable[[], list[float]], link: Link, options: argparse.Namespace, delays: list[float]
+) -> list[float]:
+    """The same on the slow wire; adds to ``delays`` what it delayed a step by, in seconds."""
+    with SlowWire(link, options.gbit * 1e9 / 8) as slow:
+        times = steps()
+    delays.append(slow.delayed_s / options.steps)
+    return times
 
 
 def timed_steps(link: Link, step: Callable[[], None], count: int, name: str) -> list[float]:
-    """Seconds of each of some steps of one contestant; both towers begin each together."""
+    """Seconds of each of some steps of one case; both towers begin each together."""
     if name != "together":
         wait_at_once(link)
     times = []
@@ -213,43 +214,6 @@ def make_step(link: Link, batch: int) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def report(found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Prints the table and writes the results file."""
-    rounds = {name: [statistics.median(steps) for steps in slots] for name, slots in found["step_s"].items()}
-    summary: dict[str, Any] = {}
-    for name, medians in rounds.items():
-        ratios = [own / base for own, base in zip(medians, rounds[f"{name.split(',')[0]}, in turns"], strict=True)]
-        summary[name] = {
-            "step_s": statistics.median(medians),
-            "step_s_range": [min(medians), max(medians)],
-            "of in turns": statistics.median(ratios),
-            "of in turns, range": [min(ratios), max(ratios)],
-        }
-        print(f"{name:24} {summary[name]['step_s']:6.3f} s  {summary[name]['of in turns']:.3f} of in turns")
-    delayed = found["delayed_s"]
-    for crossing, spent in found["meanwhile_ms"].items():
-        print(f"{crossing:16} {spent:6.1f} ms of processor time meanwhile")
-    print(f"the slow wire delays what tower a sends by {delayed:.3f} s a step")
-    cores, now = len(os.sched_getaffinity(0)), datetime.datetime.now(datetime.UTC)
-    read: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True}
-    facts = {
-        "command": " ".join(sys.argv),
-        "date": f"{now:%Y-%m-%d}",
-        "commit": subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip(),
-        "machine": f"{platform.machine()}, {cores} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "batch": options.batch,
-        "slow wire": {"gbit_per_s": options.gbit, "s a step": delayed},
-        "meanwhile_ms": found["meanwhile_ms"],
-        "summary": summary,
-        "step_s": found["step_s"],
-    }
-    path = ROOT / "benchmarks" / "results" / f"{now:%Y-%m-%d}_cpu{cores}_overlap.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

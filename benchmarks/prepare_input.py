@@ -1,4 +1,4 @@
-"""What ``prepare.py`` reads: photos of ImageNet's size and quality in archives like the official one."""
+"""What ``prepare_speed.py`` reads: photos of ImageNet's size and quality in archives like the official one."""
 
 import io
 import shutil
@@ -71,11 +71,13 @@ def extracted(work: Path, count: int) -> Path:
 
 
 def write_headers(folder: Path) -> None:
-    """1,000 inner tars with 1,281,167 tiny members in all."""
-    folder.mkdir()
+    """1,000 inner tars with 1,281,167 tiny members in all; made once."""
+    draft = folder.with_name("unfinished")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
     counts = np.full(1000, IMAGENET_TRAIN // 1000)
     counts[: IMAGENET_TRAIN % 1000] += 1
-    with tarfile.open(folder / "unfinished", "w", format=tarfile.GNU_FORMAT) as outer:
+    with tarfile.open(draft / "ILSVRC2012_img_train.tar", "w", format=tarfile.GNU_FORMAT) as outer:
         for label, count in enumerate(counts):
             name = f"n{label:08d}"
             inner = io.BytesIO()
@@ -83,4 +85,4 @@ def write_headers(folder: Path) -> None:
                 for number in range(count):
                     add(tar, f"{name}_{number}.JPEG", bytes(100))
             add(outer, f"{name}.tar", inner.getvalue())
-    (folder / "unfinished").rename(folder / "ILSVRC2012_img_train.tar")
+    draft.rename(folder)

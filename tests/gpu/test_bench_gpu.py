@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from trainer.bench.bottleneck import judge
+from trainer.bench.measure import BenchSettings, measure
 from trainer.bench.record import BenchRecord
-from trainer.bench.run import describe_setting, make_record
-from trainer.bench.stages import BenchOptions, measure
+from trainer.bench.run import describe_workload, make_record
 from trainer.config import load_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -18,11 +18,11 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def record(request, tmp_path_factory) -> BenchRecord:
     config = load_config(CONFIG, [f"train.precision='{request.param}'"])
-    options = BenchOptions(seconds=0.5)
+    settings = BenchSettings(seconds=0.5)
     scratch = tmp_path_factory.mktemp("bench")
-    part = measure(config, options, mesh=None, device="cuda:0", scratch=scratch)
-    setting = describe_setting(config, options, recipe="digits.toml", processes=1, device="cuda:0", parts=[part])
-    return make_record(config, setting, [part])
+    part = measure(config, settings, mesh=None, device="cuda:0", scratch=scratch)
+    workload = describe_workload(config, settings, recipe="digits.toml", processes=1, device="cuda:0", parts=[part])
+    return make_record(config, workload, [part])
 
 
 def test_ceilings_of_the_gpu_are_measured(record):

@@ -1,5 +1,6 @@
 """Short measurements for the benchmark's tests; module-level, so that both towers find them by name."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 
+from trainer.bench.measure import BenchSettings, Part, measure
 from trainer.bench.record import BenchRecord
-from trainer.bench.run import describe_setting, make_record
-from trainer.bench.stages import BenchOptions, Part, measure
+from trainer.bench.run import describe_workload, make_record
 from trainer.bench.timing import TimedTrainer
 from trainer.config import Config, load_config
+from trainer.parallel.crossing import Ledger
 from trainer.parallel.mesh import Mesh
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
@@ -20,16 +22,12 @@ SMALL = (
     "data.shuffle_buffer=8",
 )  # fmt: skip
 DELAY_S = 0.05
+SETTINGS = BenchSettings(seconds=0.1, rounds=2)
 
 
 def recipe(*overrides: str) -> Config:
     """The digits' net, smaller, so that nothing but what a test slows down takes time."""
     return load_config(CONFIG, [*SMALL, *overrides])
-
-
-def options(data: Path | None) -> BenchOptions:
-    """Two short rounds."""
-    return BenchOptions(data=data, seconds=0.1, rounds=2)
 
 
 def benched(
@@ -39,7 +37,9 @@ def benched(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two on a busy machine wait for each other
     try:
-        part = measure(config, options(data), mesh=None, device="cpu", scratch=scratch, attach=attach)
+        part = measure(
+            config, dataclasses.replace(SETTINGS, data=data), mesh=None, device="cpu", scratch=scratch, attach=attach
+        )
     finally:
         torch.set_num_threads(threads)
     return record_of(config, data, [part])
@@ -47,10 +47,11 @@ def benched(
 
 def record_of(config: Config, data: Path | None, parts: list[Part]) -> BenchRecord:
     """The record that the command would write."""
-    setting = describe_setting(
-        config, options(data), recipe="digits.toml", processes=len(parts), device="cpu", parts=parts
+    settings = dataclasses.replace(SETTINGS, data=data)
+    workload = describe_workload(
+        config, settings, recipe="digits.toml", processes=len(parts), device="cpu", parts=parts
     )
-    return make_record(config, setting, parts)
+    return make_record(config, workload, parts)
 
 
 def slow_net(trainer: TimedTrainer) -> None:
@@ -58,17 +59,17 @@ def slow_net(trainer: TimedTrainer) -> None:
     trainer.net.register_forward_pre_hook(lambda *_: time.sleep(DELAY_S))
 
 
-def bench_pair(mesh: Mesh, scratch: str, delay_s: float) -> Part:
+class SlowLedger(Ledger):
+    """Enters a crossing only after a while: what the link then sends or receives is late."""
+
+    def add(self, kind: str, *arguments: Any) -> None:
+        """As the ledger's; a swap is entered twice, for both directions."""
+        if kind == "crossing":
+            time.sleep(DELAY_S)
+        super().add(kind, *arguments)
+
+
+def bench_pair(mesh: Mesh, scratch: str) -> Part:
     """One tower's part of a synthetic benchmark, over a wire on which every crossing is delayed."""
-    if delay_s:
-        for method in ("swap", "send", "receive"):
-            setattr(mesh.link, method, _delayed(getattr(mesh.link, method), delay_s))
-    return measure(recipe(), options(None), mesh=mesh, device="cpu", scratch=Path(scratch))
-
-
-def _delayed(crossing: Callable[..., Any], delay_s: float) -> Callable[..., Any]:
-    def late(*arguments: Any) -> Any:
-        time.sleep(delay_s)
-        return crossing(*arguments)
-
-    return late
+    mesh.link.ledger = SlowLedger()
+    return measure(recipe(), SETTINGS, mesh=mesh, device="cpu", scratch=Path(scratch))

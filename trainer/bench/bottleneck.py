@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from trainer.bench.prediction import Costs, Links, costs_of, project, rate, with_threads, without, without_part_of_net
+from trainer.bench.prediction import Costs, Links, costs_of, project, rate, without
 from trainer.bench.record import BenchRecord, Stage
 
 WORTH = 1.03  # a suggestion must promise at least this factor
@@ -12,7 +12,7 @@ COMPUTATION = ("forward", "backward")
 WORDS = {
     "read": "reading the shards",
     "decode": "decoding",
-    "augment": "augmentation (crop, mirror, mean, colour)",
+    "augment": "augmentation (crop, mirror, mean, color)",
     "transfer": "bringing the batch into the net's layout",
     "computation": "computation (forward and backward)",
     "exchange": "the exchange between the towers",
@@ -22,70 +22,68 @@ WORDS = {
     "optimizer": "the optimizer",
     "rest": "what surrounds the step (metrics, Python)",
 }
+Change = tuple[str, Costs, str]  # what to do, the costs after it, where that figure is from
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A change that would help.
+    """A change that would help."""
 
-    Attributes:
-        change: what to do.
-        images_per_s: end to end after it.
-        factor: over now.
-        basis: ``measured`` or ``computed``, and from what.
-    """
-
-    change: str
-    images_per_s: float
-    factor: float
-    basis: str
+    change: str  # what to do
+    images_per_s: float  # end to end after it
+    factor: float  # over now
+    basis: str  # measured or computed, and from what
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What limits.
+class Bottleneck:
+    """What limits."""
 
-    Attributes:
-        limit: a stage of the loader, or ``computation``, ``exchange``, ``optimizer``...
-        side: ``data``, ``net``, or ``processor`` where both together fill the cores.
-        sentence: for people.
-        suggestions: the best first.
-    """
+    limit: str  # a stage of the loader, or computation, exchange, optimizer...
+    side: str  # data, net, or processor where both together fill the cores
+    sentence: str  # for people
+    suggestions: tuple[Suggestion, ...]  # the best first
 
-    limit: str
-    side: str
-    sentence: str
-    suggestions: tuple[Suggestion, ...]
+    def is_at(self, stage: str) -> bool:
+        """Whether a stage is the limit, or part of it."""
+        return stage in (COMPUTATION if self.limit == "computation" else (self.limit,))
 
 
-def judge(record: BenchRecord) -> Verdict:
+def judge(record: BenchRecord) -> Bottleneck:
     """Names the limit of a result and what would lift it."""
-    costs = costs_of(record)
+    costs, batch = costs_of(record), record.workload.batch_size
     side, limit, share = _limit(record, costs)
-    batch = record.setting.batch_size
-    now = rate(costs.step_ms, batch)
-    lifted = _lifted(record, limit)
-    free = rate(lifted.step_ms, batch) / now
+    lifted = dataclasses.replace(costs, own_ms=0.0) if limit == "handover" else without(record, _stages_of(limit))
+    gain = "Nothing else is left"
+    if lifted.step_ms > 0:
+        gain = f"If it cost nothing, training would be {costs.step_ms / lifted.step_ms:.2f} times as fast"
     whose = {"data": "the loader's time", "net": "the step", "processor": "the processor time of a step"}[side]
-    gain = (
-        f"If it cost nothing, training would be {free:.2f} times as fast"
-        if lifted.step_ms > 0
-        else "Nothing else is left"
-    )
-    sentence = f"The limit is {WORDS[limit]}: {share:.0%} of {whose}. {gain}. {_sides(record, costs)}"
-    found = sorted(_suggest(record, costs, limit), key=lambda suggestion: -suggestion.factor)
-    kept = tuple(suggestion for suggestion in found if suggestion.factor >= WORTH)[:MOST]
-    return Verdict(limit, side, sentence.strip(), kept)
+    sentence = f"The limit is {WORDS[limit]}: {share:.0%} of {whose}. {gain}. {_compare_sides(record, costs)}"
+    found = [
+        Suggestion(change, rate(after.step_ms, batch), costs.step_ms / after.step_ms if after.step_ms else 1.0, basis)
+        for change, after, basis in (*_change_loader(record, costs), *_change_net(record, costs, limit))
+    ]
+    best = max(record.sweep, key=lambda size: record.sweep[size].median, default=batch)
+    if best != batch:
+        images_per_s = record.sweep[best].median
+        factor = images_per_s / record.training.images_per_s
+        found.append(Suggestion(f"train.batch_size = {best}", images_per_s, factor, "measured"))
+    found.sort(key=lambda suggestion: -suggestion.factor)
+    return Bottleneck(limit, side, sentence, tuple(row for row in found if row.factor >= WORTH)[:MOST])
 
 
-def _sides(record: BenchRecord, costs: Costs) -> str:
+def _stages_of(limit: str) -> tuple[str, ...]:
+    return COMPUTATION if limit == "computation" else (limit,)
+
+
+def _compare_sides(record: BenchRecord, costs: Costs) -> str:
     """How the loader and the net compare."""
     if record.loader is None:
         return "The pictures were synthetic, so nothing was read or decoded."
     loader, net = record.loader.images_per_s, record.synthetic.images_per_s
     text = f"Alone, the loader gives {loader:,.0f} images/s and the net takes {net:,.0f}"
     if costs.limit == "processor":
-        return f"{text}; together they need more processor time than {record.setting.cores} cores have."
+        return f"{text}; together they need more processor time than {record.workload.cores} cores have."
     if net > loader:
         return f"{text}: the net could take {net / loader:.2f} times what the loader gives."
     return f"{text}: the loader could give {loader / net:.2f} times what the net takes."
@@ -93,157 +91,88 @@ def _sides(record: BenchRecord, costs: Costs) -> str:
 
 def _limit(record: BenchRecord, costs: Costs) -> tuple[str, str, float]:
     """Side, stage, and the stage's share of that side's time."""
-    loader = {stage.name: stage for stage in record.stages if stage.group == "loader"}
-    net = _net_ms(record)
+    loader, net = record.group("loader"), record.group("net")
+    spent = {name: stage.ms.median for name, stage in net.items() if name not in COMPUTATION}
+    spent["computation"] = sum(net[name].ms.median for name in COMPUTATION if name in net)
     if costs.limit == "data":
-        name = max(loader, key=lambda key: loader[key].ms.median)
-        return "data", name, loader[name].ms.median / sum(stage.ms.median for stage in loader.values())
-    if costs.limit == "net":
-        name = max(net, key=lambda key: net[key])
-        return "net", name, net[name] / sum(net.values())
-    spent = {name: (stage.cpu_ms or 0.0) * record.setting.processes for name, stage in loader.items()}
-    net.pop("handover", None)  # is part of the loader's processor time already
-    spent |= {name: ms * costs.net_cpu_ms / costs.net_ms for name, ms in net.items()}
+        spent = {name: stage.ms.median for name, stage in loader.items()}
+    elif costs.limit == "net":
+        spent["handover"] = costs.own_ms
+    else:  # the handover is part of the loader's processor time already
+        spent = {name: ms * costs.net_cpu_ms / costs.net_ms for name, ms in spent.items()}
+        spent |= {name: (stage.cpu_ms or 0.0) * record.workload.processes for name, stage in loader.items()}
     name = max(spent, key=lambda key: spent[key])
-    return "processor", name, spent[name] / sum(spent.values())
+    return costs.limit, name, spent[name] / sum(spent.values())
 
 
-def _net_ms(record: BenchRecord) -> dict[str, float]:
-    """Milliseconds of a step by cause; forward and backward are one."""
-    found: dict[str, float] = {}
-    for stage in record.stages:
-        if stage.group == "net":
-            name = "computation" if stage.name in COMPUTATION else stage.name
-            found[name] = found.get(name, 0.0) + stage.ms.median
-    if record.loader and record.loader.own_ms:
-        found["handover"] = record.loader.own_ms
-    return found
-
-
-def _lifted(record: BenchRecord, limit: str) -> Costs:
-    """The costs without a limit."""
-    if limit == "handover":
-        return dataclasses.replace(costs_of(record), own_ms=0.0)
-    return without_part_of_net(record, COMPUTATION) if limit == "computation" else without(record, limit)
-
-
-def _suggest(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Suggestion]:
-    """Every change that could help, with what it would bring."""
-    now, batch = rate(costs.step_ms, record.setting.batch_size), record.setting.batch_size
-
-    def promise(change: str, changed: Costs, basis: str) -> Suggestion:
-        after = rate(changed.step_ms, batch)
-        return Suggestion(change, after, after / now, basis)
-
-    loader = {stage.name: stage for stage in record.stages if stage.group == "loader"}
-    if loader:
-        yield from _suggest_loader(record, loader, promise)
-    for threads in record.fewer:
-        yield promise(
-            f"train.threads = {threads}",
-            with_threads(record, threads),
-            f"training alone measured with {threads}; the loader then takes fewer cores from under it",
-        )
-    yield from _suggest_net(record, limit, promise)
-    best = max(record.sweep, key=lambda point: point.images_per_s, default=None)
-    measured = record.whole or record.synthetic
-    if best and best.x != batch:
-        yield Suggestion(
-            f"train.batch_size = {best.x}", best.images_per_s, best.images_per_s / measured.images_per_s, "measured"
-        )
-
-
-def _suggest_loader(record: BenchRecord, loader: dict[str, Stage], promise) -> Iterator[Suggestion]:  # type: ignore[no-untyped-def]
+def _change_loader(record: BenchRecord, costs: Costs) -> Iterator[Change]:
     """Threads, raw shards, split feeding, a faster disk."""
-    setting = record.setting
-    if setting.threads < setting.cores and setting.encoding != "raw":
-        share = 1 - setting.threads / setting.cores
-        changed = dataclasses.replace(without(record, "decode", share), loader_cpu_ms=costs_of(record).loader_cpu_ms)
-        yield promise(
-            f"data.threads = {setting.cores} instead of {setting.threads}",
-            changed,
-            "computed: the decoding's wall time divided among all cores",
-        )
-    if setting.encoding != "raw":
-        yield promise(*_raw(record, loader))
+    loader, workload = record.group("loader"), record.workload
+    if not loader:
+        return
+    if workload.encoding != "raw":
+        if workload.threads < workload.cores:
+            changed = without(record, ("decode",), 1 - workload.threads / workload.cores)
+            changed = dataclasses.replace(changed, loader_cpu_ms=costs.loader_cpu_ms)
+            change = f"data.threads = {workload.cores} instead of {workload.threads}"
+            yield change, changed, "computed: the decoding's wall time divided among all cores"
+        yield _store_raw(record, loader, costs)
     wire = record.ceiling("exchange bandwidth")
-    if setting.processes == 2 and setting.feed == "each" and wire:
-        moved_ms = setting.batch_size / 2 * setting.raw_bytes / wire.figure.median / 1e6
-        halved = without(record, "decode", 0.5)
-        changed = dataclasses.replace(halved, loader_ms=halved.loader_ms + moved_ms)
-        yield promise(
-            "data.feed = 'split'", changed, f"computed: half the decoding, {moved_ms:.2g} ms of pixels exchanged"
-        )
+    if workload.processes == 2 and workload.feed == "each" and wire:
+        moved_ms = workload.batch_size / 2 * workload.raw_bytes / wire.figure.median / 1e6
+        changed = without(record, ("decode",), 0.5)
+        changed = dataclasses.replace(changed, loader_ms=changed.loader_ms + moved_ms)
+        yield "data.feed = 'split'", changed, f"computed: half the decoding, {moved_ms:.2g} ms of pixels exchanged"
     disk, cached = record.ceiling("disk read"), record.ceiling("cached read")
     if disk and cached and loader["read"].ceiling == "disk read":
-        share = 1 - disk.figure.median / max(cached.figure.median, disk.figure.median)
-        yield promise(
-            "a data set that stays in memory, or a faster disk",
-            without(record, "read", share),
-            f"computed: reading at {cached.figure.median:,.0f} MB/s as from memory, not {disk.figure.median:,.0f}",
-        )
+        now, then = disk.figure.median, cached.figure.median
+        changed = without(record, ("read",), 1 - now / max(then, now))
+        basis = f"computed: reading at {then:,.0f} MB/s as from memory, not {now:,.0f}"
+        yield "a data set that stays in memory, or a faster disk", changed, basis
 
 
-def _raw(record: BenchRecord, loader: dict[str, Stage]) -> tuple[str, Costs, str]:
-    """Raw shards: decoding left out, reading longer by the size of the pictures."""
-    setting, costs = record.setting, costs_of(record)
-    longer = setting.raw_bytes / setting.sample_bytes
-    read, decode = loader["read"], loader["decode"]
+def _store_raw(record: BenchRecord, loader: dict[str, Stage], costs: Costs) -> Change:
+    """Raw shards: decoding left out, reading longer by the size of the images."""
+    workload, read, decode = record.workload, loader["read"], loader["decode"]
+    longer = workload.raw_bytes / workload.sample_bytes
     saved_ms = decode.ms.median - (longer - 1) * read.ms.median
-    saved_cpu = ((decode.cpu_ms or 0.0) - (longer - 1) * (read.cpu_ms or 0.0)) * setting.processes
+    saved_cpu = ((decode.cpu_ms or 0.0) - (longer - 1) * (read.cpu_ms or 0.0)) * workload.processes
     changed = dataclasses.replace(
         costs,
         loader_ms=max(costs.loader_ms - saved_ms, 0.0),
         loader_cpu_ms=max(costs.loader_cpu_ms - saved_cpu, 0.0),
     )
-    needed = rate(changed.step_ms, setting.batch_size) * setting.raw_bytes / 1e6
-    return (
-        "raw shards (pipeline prepare --encoding raw)",
-        changed,
-        f"computed: no decoding, {longer:.1f} times the bytes to read, which then is {needed:,.0f} MB/s",
-    )
+    needed = rate(changed.step_ms, workload.batch_size) * workload.raw_bytes / 1e6
+    basis = f"computed: no decoding, {longer:.1f} times the bytes to read, which then is {needed:,.0f} MB/s"
+    return "raw shards (pipeline prepare --encoding raw)", changed, basis
 
 
-def _suggest_net(record: BenchRecord, limit: str, promise) -> Iterator[Suggestion]:  # type: ignore[no-untyped-def]
-    """bf16, larger batch, a device a tower."""
-    setting = record.setting
+def _change_net(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Change]:
+    """Fewer threads, bf16, larger batch, a device for each tower."""
+    workload = record.workload
+    for threads in record.by_threads:
+        basis = f"training alone measured with {threads}; the loader then takes fewer cores from under it"
+        yield f"train.threads = {threads}", costs_of(record, threads), basis
     wide, narrow = record.ceiling("matrix tf32") or record.ceiling("matrix fp32"), record.ceiling("matrix bf16")
-    if setting.precision == "fp32" and wide and narrow and narrow.figure.median > wide.figure.median:
+    if workload.precision == "fp32" and wide and narrow and narrow.figure.median > wide.figure.median:
         factor = narrow.figure.median / wide.figure.median
-        changed = without_part_of_net(record, COMPUTATION, 1 - 1 / factor)
         basis = f"computed, at most: matrices are {factor:.2f} times as fast in bf16 here"
-        yield promise("train.precision = 'bf16'", changed, basis)
-    for name in ("optimizer", "exchange"):
-        stage = record.stage(name)
-        if stage is None or (name == "exchange" and limit != "exchange"):
-            continue
-        share = 0.5 if name == "optimizer" else _latency_share(record, stage) / 2
-        changed = without(record, name, share)
-        basis = (
-            "computed: its cost a step does not grow with the batch"
-            if name == "optimizer"
-            else "computed: latency a step halves an image"
-        )
-        yield promise(f"twice the batch size, for {WORDS[name]}", changed, basis)
-    if setting.processes == 1 and setting.device.startswith("cuda"):
-        links = Links(tower_gb_per_s=50.0, tower_us=10.0, replica_gb_per_s=50.0, replica_us=10.0, own_devices=True)
-        found = project(record, 2, links)
-        costs = dataclasses.replace(costs_of(record), net_ms=found.compute_ms + found.crossing_ms)
-        yield promise(
-            "--processes 2, a GPU a tower", costs, "computed: half the computation each, crossings at 50 GB/s"
-        )
-    if setting.processes == 2 and limit in ("exchange", "waiting"):
-        yield promise(
-            "--processes 1: both towers in one process",
-            without_part_of_net(record, ("exchange", "waiting")),
-            "computed: no exchange, no waiting, the same computation on the same cores",
-        )
-
-
-def _latency_share(record: BenchRecord, exchange: Stage) -> float:
-    """The part of the exchange that does not grow with the batch."""
-    latency = record.ceiling("exchange latency")
-    messages = sum(stage.group == "crossing" for stage in record.stages)
-    return (
-        min(1.0, messages * latency.figure.median / 1e3 / exchange.ms.median) if latency and exchange.ms.median else 0.0
-    )
+        yield "train.precision = 'bf16'", without(record, COMPUTATION, 1 - 1 / factor), basis
+    larger = "twice the batch size, for "
+    if record.stage("optimizer"):
+        changed = without(record, ("optimizer",), 0.5)
+        yield larger + WORDS["optimizer"], changed, "computed: its cost per step does not grow with the batch"
+    exchange, latency = record.stage("exchange"), record.ceiling("exchange latency")
+    if limit == "exchange" and exchange and latency:
+        fixed_ms = len(record.group("crossing")) * latency.figure.median / 1e3
+        changed = without(record, ("exchange",), min(1.0, fixed_ms / exchange.ms.median) / 2)
+        yield larger + WORDS["exchange"], changed, "computed: its latency per image halves"
+    if workload.processes == 1 and workload.device.startswith("cuda"):
+        pair = project(record, 2, Links(50.0, 50.0, 10.0, own_devices=True))
+        changed = dataclasses.replace(costs, net_ms=pair.compute_ms + pair.crossing_ms + pair.control_ms)
+        basis = "computed: half the computation each, crossings at 50 GB/s"
+        yield "--processes 2, a GPU for each tower", changed, basis
+    if workload.processes == 2 and limit in ("exchange", "waiting"):
+        changed = without(record, ("exchange", "waiting"))
+        basis = "computed: no exchange, no waiting, the same computation on the same cores"
+        yield "--processes 1: both towers in one process", changed, basis

@@ -1,37 +1,29 @@
-"""Arithmetic about a result: the end-to-end rate that its stages predict, what a change would bring, more GPUs.
+"""The end-to-end rate that the stages predict, the same after a change, and on more GPUs. Pure functions.
 
-Pure functions; every formula stands in ``docs/bench.md``.
+Every formula stands in ``docs/bench.md``.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from trainer.bench.record import BenchRecord
 
 FLOAT_BYTES = 4
+MESSAGES = 7  # that a tower waits for per step: conv3, fc6, fc7, fc8 forward, then fc7, fc6, conv3 backward
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a step costs, by what it takes up.
+    """What a step costs, by what it takes up."""
 
-    Attributes:
-        loader_ms: wall time of a batch of the loader alone.
-        net_ms: wall time of a step of synthetic training alone.
-        loader_cpu_ms, net_cpu_ms: processor time of each, all processes.
-        cores: processor cores that they share.
-        own_ms: the loader's work in the training thread, which the net waits for.
-        stall_share: milliseconds that the net stands still for a millisecond of the loader's processor time, see
-            :func:`stall_share`.
-    """
-
-    loader_ms: float
-    net_ms: float
-    loader_cpu_ms: float
+    loader_ms: float  # wall time of a batch of the loader alone
+    net_ms: float  # wall time of a step of synthetic training alone
+    loader_cpu_ms: float  # processor time of each, all processes
     net_cpu_ms: float
-    cores: int
-    own_ms: float = 0.0
-    stall_share: float = 0.0
+    cores: int  # that they share
+    own_ms: float = 0.0  # the loader's work in the training thread, which the net waits for
+    stall_share: float = 0.0  # ms that the net stands still for each ms of the loader's processor time
 
     @property
     def processor_ms(self) -> float:
@@ -72,159 +64,65 @@ def stall_share(net_threads: int, loader_threads: int, cores: int) -> float:
     return crowded / loader_threads * sum(1 / k for k in range(1, crowded + 1)) / crowded
 
 
-def costs_of(record: BenchRecord) -> Costs:
-    """The costs that a result measured; without data, the net's alone."""
-    loader, setting = record.loader, record.setting
+def costs_of(record: BenchRecord, net_threads: int | None = None) -> Costs:
+    """The costs that a result measured; ``net_threads``: with fewer, one of :attr:`BenchRecord.by_threads`."""
+    loader, workload = record.loader, record.workload
+    net = record.synthetic if net_threads is None else record.by_threads[net_threads]
+    count = workload.processes
+    stall = 0.0
+    if loader and workload.device == "cpu":
+        stall = stall_share((net_threads or workload.net_threads) * count, workload.threads * count, workload.cores)
     return Costs(
         loader_ms=loader.ms.median if loader else 0.0,
-        net_ms=record.synthetic.ms.median,
+        net_ms=net.ms.median,
         loader_cpu_ms=loader.cpu_ms if loader else 0.0,
-        net_cpu_ms=record.synthetic.cpu_ms,
-        cores=setting.cores,
+        net_cpu_ms=net.cpu_ms,
+        cores=workload.cores,
         own_ms=loader.own_ms if loader else 0.0,
-        stall_share=_stall_share(record, setting.net_threads),
-    )
-
-
-def _stall_share(record: BenchRecord, net_threads: int) -> float:
-    """:func:`stall_share` of a result, its net with so many threads a process."""
-    setting = record.setting
-    if record.loader is None or setting.device != "cpu":
-        return 0.0
-    return stall_share(net_threads * setting.processes, setting.threads * setting.processes, setting.cores)
-
-
-def with_threads(record: BenchRecord, net_threads: int) -> Costs:
-    """The costs with fewer threads for the net, which :attr:`BenchRecord.fewer` measured."""
-    net = record.fewer[net_threads]
-    return dataclasses.replace(
-        costs_of(record), net_ms=net.ms.median, net_cpu_ms=net.cpu_ms, stall_share=_stall_share(record, net_threads)
+        stall_share=stall,
     )
 
 
 def rate(step_ms: float, batch: int) -> float:
-    """Images a second."""
+    """Images per second."""
     return 1e3 * batch / step_ms if step_ms > 0 else float("inf")
 
 
 def predict_rate(record: BenchRecord) -> float:
-    """End-to-end images a second that the stages predict."""
-    return rate(costs_of(record).step_ms, record.setting.batch_size)
+    """End-to-end images per second that the stages predict."""
+    return rate(costs_of(record).step_ms, record.workload.batch_size)
 
 
-def without(record: BenchRecord, stage: str, share: float = 1.0) -> Costs:
-    """The costs if a share of a stage took no time: what lifting it could bring at most.
+def without(record: BenchRecord, stages: Sequence[str], share: float = 1.0) -> Costs:
+    """The costs if a ``share`` (0..1) of some stages took no time: what lifting them could bring at most.
 
-    Args:
-        record: a result.
-        stage: one of the loader's or the net's.
-        share: 1: all of it; 0.5: half.
-    """
-    costs, found = costs_of(record), record.stage(stage)
-    if found is None:
-        return costs
-    if found.group != "loader":
-        return without_part_of_net(record, (stage,), share)
-    saved_cpu = share * (found.cpu_ms or 0.0) * record.setting.processes
-    return dataclasses.replace(
-        costs,
-        loader_ms=max(0.0, costs.loader_ms - share * found.ms.median),
-        loader_cpu_ms=max(0.0, costs.loader_cpu_ms - saved_cpu),
-    )
-
-
-def without_part_of_net(record: BenchRecord, stages: Sequence[str], share: float = 1.0) -> Costs:
-    """The costs if a share of some of the net's stages took no time.
-
-    Stages are medians over steps, the net's time is one over slots: what counts is their part of all stages. They take
-    the same part of the net's processor time.
+    The net's stages are medians over steps, its time one over intervals, and the two need not add up on a restless
+    machine: what counts is the stages' part of all stages. They take the same part of the net's processor time.
     """
     costs = costs_of(record)
-    lengths = {stage.name: stage.ms.median for stage in record.stages if stage.group == "net"}
-    total = sum(lengths.values())
-    kept = 1.0 - share * sum(ms for name, ms in lengths.items() if name in stages) / total if total else 1.0
-    return dataclasses.replace(costs, net_ms=kept * costs.net_ms, net_cpu_ms=kept * costs.net_cpu_ms)
+    saved = [stage for name, stage in record.group("loader").items() if name in stages]
+    saved_cpu = sum(stage.cpu_ms or 0.0 for stage in saved) * record.workload.processes
+    net = {name: stage.ms.median for name, stage in record.group("net").items()}
+    total = sum(net.values())
+    kept = 1.0 - share * sum(ms for name, ms in net.items() if name in stages) / total if total else 1.0
+    return dataclasses.replace(
+        costs,
+        loader_ms=max(0.0, costs.loader_ms - share * sum(stage.ms.median for stage in saved)),
+        loader_cpu_ms=max(0.0, costs.loader_cpu_ms - share * saved_cpu),
+        net_ms=kept * costs.net_ms,
+        net_cpu_ms=kept * costs.net_cpu_ms,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """What a projection assumes about other machines.
+    """What a projection assumes about the machines."""
 
-    Attributes:
-        tower_gb_per_s: between the two towers of a pair, one way, 10**9 bytes/s.
-        tower_us: latency of one message between them.
-        replica_gb_per_s: between the pairs, one way.
-        replica_us: latency of one message there.
-        own_devices: every process has a device, and cores for its loader, of its own; False: they share this machine.
-        basis: where the figures are from, for people.
-    """
-
-    tower_gb_per_s: float
-    tower_us: float
-    replica_gb_per_s: float
-    replica_us: float
-    own_devices: bool
-    basis: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """A predicted rate, with what it is made of; a model, not a measurement.
-
-    Attributes:
-        processes: 1: both towers on one device; 2: a tower each; 2 R: R pairs.
-        images_per_s: of all pairs together.
-        compute_ms, crossing_ms, reduce_ms, loader_ms: of one step.
-        basis: the links that it goes by, in words.
-    """
-
-    processes: int
-    images_per_s: float
-    compute_ms: float
-    crossing_ms: float
-    reduce_ms: float
-    loader_ms: float
-    basis: str = ""
-
-
-MESSAGES = 7  # a step, as tower a waits for them: conv3, fc6, fc7, fc8 forward, then fc7, fc6, conv3 backward
-
-
-def project(record: BenchRecord, processes: int, links: Links) -> Projection:
-    """Predicted training rate of ``processes`` processes, each pair on a batch of the recipe's size.
-
-    One process computes c ms a step without crossings. Two towers on devices of their own take c / 2, and each step
-    moves half of the crossing bytes each way: X / (2 B) + 7 latencies. R pairs average their gradients by a ring:
-    2 (R - 1) / R * G / B' + 2 (R - 1) latencies, G the bytes of one tower's gradients; not overlapped, so this is the
-    slower end. Processes that share one machine share its cores: R pairs take R times the processor time, and the
-    loaders of all of them stand in their way as :attr:`Costs.step_ms` says.
-    """
-    setting, costs = record.setting, costs_of(record)
-    pairs = max(1, processes // 2)
-    exchanged = sum(stage.ms.median for stage in record.stages if stage.name in ("exchange", "waiting"))
-    both_ms = (costs.net_ms - exchanged) * (setting.processes if links.own_devices else 1)  # both towers, one device
-    compute = both_ms / min(processes, 2) if links.own_devices else both_ms * pairs
-    crossing = reduce = 0.0
-    if processes > 1:
-        crossing = setting.crossing_bytes / 2 / links.tower_gb_per_s / 1e6 + MESSAGES * links.tower_us / 1e3
-    if pairs > 1:
-        gradient_bytes = FLOAT_BYTES * setting.parameters / 2
-        moved = 2 * (pairs - 1) / pairs * gradient_bytes
-        reduce = moved / links.replica_gb_per_s / 1e6 + 2 * (pairs - 1) * links.replica_us / 1e3
-    more = 1.0 if links.own_devices else processes / setting.processes
-    loader = costs.loader_ms * more
-    step = max(compute + crossing + reduce + costs.own_ms, loader)
-    if not links.own_devices:
-        threads = max(processes, setting.net_threads * setting.processes)
-        step = dataclasses.replace(
-            costs,
-            loader_ms=loader,
-            net_ms=compute + crossing + reduce,
-            loader_cpu_ms=costs.loader_cpu_ms * more,
-            net_cpu_ms=costs.net_cpu_ms * pairs,
-            stall_share=stall_share(threads, setting.threads * processes, setting.cores) if costs.stall_share else 0.0,
-        ).step_ms
-    return Projection(processes, rate(step, pairs * setting.batch_size), compute, crossing, reduce, loader, links.basis)
+    tower_gb_per_s: float  # between the two towers of a pair, one way, 10**9 bytes/s
+    replica_gb_per_s: float  # between the pairs, one way
+    latency_us: float  # of one message
+    own_devices: bool  # every process has a device, and cores for its loader; False: they share this machine
+    basis: str = ""  # where the figures are from, for people
 
 
 def links_of(
@@ -241,10 +139,71 @@ def links_of(
     own = tower_gb_per_s is not None or replica_gb_per_s is not None
     tower, replica = tower_gb_per_s or measured, replica_gb_per_s or tower_gb_per_s or measured
     found = "measured" if bandwidth else "assumed"
-    said = "given" if tower_gb_per_s else found
     basis = (
-        f"towers exchange {tower:.3g} GB/s ({said}), {latency_us:.3g} us a message ({found}); pairs {replica:.3g} GB/s"
-        + (" (given)" if replica_gb_per_s else "")
-        + ("; a device for each process" if own else "; all processes share this machine")
+        f"towers exchange {tower:.3g} GB/s ({'given' if tower_gb_per_s else found}), {latency_us:.3g} us a message "
+        f"({found}); pairs {replica:.3g} GB/s{' (given)' if replica_gb_per_s else ''}; "
+        + ("a device for each process" if own else "all processes share this machine")
     )
-    return Links(tower, latency_us, replica, latency_us, own, basis)
+    return Links(tower, replica, latency_us, own, basis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A predicted rate, with what one step is made of; a model, not a measurement."""
+
+    processes: int  # 1: both towers on one device; 2: a tower each; 2 R: R pairs
+    images_per_s: float  # of all pairs together
+    compute_ms: float
+    crossing_ms: float
+    sum_ms: float
+    control_ms: float
+    loader_ms: float
+    basis: str  # the links that it goes by, in words
+
+
+def project(record: BenchRecord, processes: int, links: Links) -> Projection:
+    """Predicted training rate of ``processes`` processes, each pair on a batch of the recipe's size.
+
+    The model is :func:`trainer.planning.scale.predict_step`, with the measured computation: c ms of one process
+    without crossings, c / 2 on each of two devices. Processes that share one machine share its cores: R pairs take R
+    times the processor time, and the loaders of all of them stand in their way as :attr:`Costs.step_ms` says.
+    """
+    from trainer.parallel.data_parallel import BUCKET_BYTES  # both import torch, which all else here does without
+    from trainer.planning.scale import Traffic, Wires, predict_step
+
+    workload, costs, pairs = record.workload, costs_of(record), max(1, processes // 2)
+    alone_ms = costs.net_ms - sum(stage.ms.median for stage in record.stages if stage.name in ("exchange", "waiting"))
+    compute_ms = alone_ms * (workload.processes / min(processes, 2) if links.own_devices else pairs)
+    crosses, sums = processes > 1, pairs > 1
+    gradient_bytes = FLOAT_BYTES * workload.parameters // 2
+    traffic = Traffic(
+        tower="a",
+        crossing_calls=MESSAGES * crosses,
+        crossing_bytes=workload.crossing_bytes // 2 * crosses,
+        sum_calls=math.ceil(gradient_bytes / BUCKET_BYTES) * sums,
+        sum_bytes=gradient_bytes * sums,
+        control_bytes=0,
+    )
+    wires = Wires(links.replica_gb_per_s, links.latency_us * crosses, math.nan, links.tower_gb_per_s)
+    step = predict_step(compute_ms / 1e3, traffic, wires, replicas=pairs)
+    more = 1.0 if links.own_devices else processes / workload.processes
+    threads = max(processes, workload.net_threads * workload.processes)
+    stalls = costs.stall_share and stall_share(threads, workload.threads * processes, workload.cores)
+    grown = dataclasses.replace(
+        costs,
+        loader_ms=costs.loader_ms * more,
+        net_ms=1e3 * step.step_s,
+        loader_cpu_ms=0.0 if links.own_devices else costs.loader_cpu_ms * more,
+        net_cpu_ms=0.0 if links.own_devices else costs.net_cpu_ms * pairs,
+        stall_share=stalls,
+    )
+    return Projection(
+        processes=processes,
+        images_per_s=rate(grown.step_ms, pairs * workload.batch_size),
+        compute_ms=compute_ms,
+        crossing_ms=1e3 * step.crossing_s,
+        sum_ms=1e3 * step.sum_s,
+        control_ms=1e3 * step.control_s,
+        loader_ms=grown.loader_ms,
+        basis=links.basis,
+    )

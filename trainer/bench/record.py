@@ -1,4 +1,4 @@
-"""What a benchmark says: figures with their spread, and the file that holds them. No torch: pure data."""
+"""What a benchmark found: figures with their spread, and the file that holds them. No torch: pure data."""
 
 import dataclasses
 import json
@@ -11,21 +11,12 @@ from typing import Any, Self
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
 
-FORMAT = 1
-LOADER_STAGES = ("read", "decode", "augment")
-FEWER = "synthetic, threads: "  # what synthetic training with fewer threads is called, before their number
-NET_STAGES = ("transfer", "forward", "exchange", "backward", "check", "optimizer", "rest")
+FORMAT = 2  # 1 had other names for the same figures
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A measured quantity.
-
-    Attributes:
-        median: of the measurements.
-        low, high: the quartiles, between which half of the measurements lie.
-        n: measurements.
-    """
+    """The median of ``n`` measurements, and the quartiles ``low`` and ``high``: half of them lie between these."""
 
     median: float
     low: float
@@ -52,14 +43,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What this machine can do at most, measured in the same run.
-
-    Attributes:
-        name: ``memory copy``, ``matrix fp32``, ...
-        figure: in ``unit``.
-        unit: ``GB/s``, ``GFLOP/s``, ``MB/s``, ``us``.
-        note: how it was measured.
-    """
+    """What this machine can do at most (``memory copy``, ``matrix fp32``...), in ``unit``; ``note``: how measured."""
 
     name: str
     figure: Figure
@@ -69,26 +53,15 @@ class Ceiling:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of the way from disk to gradient, for one batch.
+    """One stage of the way from disk to gradient, for one batch."""
 
-    Attributes:
-        name: ``read``, ``decode``, ``forward``, ``conv3 forward``, ...
-        group: ``loader``, ``net``, ``crossing`` (part of the net's ``exchange``) or ``run`` (now and then).
-        ms: wall time a batch, alone (loader: less the stages before it).
-        cpu_ms: processor time a batch, all threads; None where it cannot be told apart.
-        images_per_s: batch / wall time.
-        ceiling: name of what bounds it, or empty.
-        ceiling_ms: time a batch at that ceiling; None without one.
-        note: what to know about it.
-    """
-
-    name: str
-    group: str
-    ms: Figure
-    images_per_s: float
-    cpu_ms: float | None = None
-    ceiling: str = ""
-    ceiling_ms: float | None = None
+    name: str  # read, decode, forward, conv3 forward, ...
+    group: str  # loader, net, crossing (part of the net's exchange) or run (now and then)
+    ms: Figure  # wall time per batch, alone (loader: less the stages before it)
+    images_per_s: float  # batch / wall time
+    cpu_ms: float | None = None  # processor time per batch, all threads; None where it cannot be told apart
+    ceiling: str = ""  # name of what bounds it
+    ceiling_ms: float | None = None  # time per batch at that ceiling
     note: str = ""
 
     @property
@@ -98,32 +71,18 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """The loader alone, synthetic training alone, or end to end.
+class Throughput:
+    """The loader alone, synthetic training alone, or both together end to end."""
 
-    Attributes:
-        ms: wall time a batch.
-        cpu_ms: processor time a batch of all processes.
-        images_per_s: batch / median wall time.
-        own_ms: processor time a batch of the training thread alone (loader: draws, mean image, keys: work that no
-            other thread does meanwhile); the slower process.
-    """
-
-    ms: Figure
-    cpu_ms: float
-    images_per_s: float
-    own_ms: float = 0.0
+    ms: Figure  # wall time per batch; of two processes the slower one's
+    cpu_ms: float  # processor time per batch, all threads of all processes
+    images_per_s: float  # batch / median wall time
+    own_ms: float = 0.0  # processor time per batch of the training thread alone; of the loader: what nothing hides
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of one step, for the timeline.
-
-    Attributes:
-        tower: ``a``, ``b``, or ``both`` (one process holds both).
-        name: stage.
-        begin_ms, end_ms: since the step's begin on tower a.
-    """
+    """A piece of one step, for the timeline, ms since the step's begin; ``tower``: ``a``, ``b`` or ``both``."""
 
     tower: str
     name: str
@@ -132,103 +91,59 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What was measured, and what arithmetic about it needs.
+class Workload:
+    """What was measured, and what arithmetic about it needs."""
 
-    Attributes:
-        recipe: name of the recipe's file.
-        data: folder of the data set, or empty.
-        pictures: what is stored, in words; ``synthetic``.
-        encoding: ``jpeg``, ``raw``... or empty.
-        processes: 1 (both towers in one) or 2.
-        device: ``cpu`` or ``cuda:N``, of tower a.
-        batch_size: pictures a step.
-        precision: fp32 or bf16.
-        cores: processor cores that all processes share.
-        threads: decoding threads a loader.
-        net_threads: of a process's computation on a CPU.
-        read_bytes: bytes of one picture that are read: all that is stored, of raw pictures in mapped files the crop.
-        feed: each or split.
-        rounds: measurements of each whole; ``seconds``: their length together, s.
-        seconds: see above.
-        crossing_bytes: bytes that cross in a step, forward and backward, both ways together.
-        parameters: of both towers.
-        raw_bytes: bytes of one picture as raw pixels.
-        sample_bytes: bytes of one picture as stored.
-        cached: share of the data set that was in memory; None where unknown.
-    """
-
-    recipe: str
-    data: str
-    pictures: str
-    encoding: str
-    processes: int
-    device: str
-    batch_size: int
-    precision: str
-    cores: int
-    threads: int
-    feed: str
-    rounds: int
-    seconds: float
-    crossing_bytes: int
-    parameters: int
-    raw_bytes: float
-    sample_bytes: float
-    cached: float | None
-    net_threads: int = 1
-    read_bytes: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A rate beside what it depends on: a point of a sweep or of the scaling curve.
-
-    Attributes:
-        x: batch size, or processes.
-        images_per_s: measured.
-        low, high: quartiles.
-    """
-
-    x: int
-    images_per_s: float
-    low: float
-    high: float
+    recipe: str  # name of the recipe's file
+    data: str  # folder of the data set, or empty
+    pictures: str  # what is stored, in words
+    encoding: str  # jpeg, raw... or empty
+    processes: int  # 1 (both towers in one) or 2
+    device: str  # cpu or cuda:N, of tower a
+    batch_size: int  # images per step
+    precision: str  # fp32 or bf16
+    cores: int  # that all processes share
+    threads: int  # decoding threads of a loader
+    feed: str  # each or split
+    rounds: int  # intervals of each measurement
+    seconds: float  # of all rounds of a measurement together
+    crossing_bytes: int  # per step, forward and backward, both ways together
+    parameters: int  # of both towers
+    raw_bytes: float  # of one image as raw pixels
+    sample_bytes: float  # of one image as stored
+    cached: float | None  # share of the data set that was in memory; None where unknown
+    net_threads: int = 1  # of a process's computation on a CPU
+    read_bytes: float = 0.0  # of one image: all that is stored, of raw images in mapped files the crop
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchRecord:
-    """A whole result; the file of ``--json``.
+    """A whole result; the file of ``--json``."""
 
-    Attributes:
-        environment: commit, versions, machine, command.
-        setting: what was measured.
-        ceilings: of this machine.
-        stages: in the order in which a batch passes them.
-        loader: the loader alone; None where the data were synthetic.
-        synthetic: training alone, on a batch that is always ready.
-        whole: end to end; None where the data were synthetic.
-        fewer: synthetic training with fewer threads a process, by their number; where loader and net share a CPU.
-        timeline: one step.
-        sweep: rates by batch size, if asked for.
-        scaling: rates by number of processes, if asked for.
-    """
+    environment: dict[str, Any]  # commit, versions, machine, command
+    workload: Workload
+    ceilings: tuple[Ceiling, ...]  # of this machine
+    stages: tuple[Stage, ...]  # in the order in which a batch passes them
+    loader: Throughput | None  # alone; None where the data were synthetic
+    synthetic: Throughput  # training alone, on a batch that is always ready
+    end_to_end: Throughput | None  # both together; None where the data were synthetic
+    by_threads: dict[int, Throughput] = dataclasses.field(default_factory=dict)  # synthetic, fewer threads per process
+    timeline: tuple[Span, ...] = ()  # one step
+    sweep: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by batch size, if asked for
+    scaling: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by processes, if asked for
 
-    environment: dict[str, Any]
-    setting: Setting
-    ceilings: tuple[Ceiling, ...]
-    stages: tuple[Stage, ...]
-    loader: Whole | None
-    synthetic: Whole
-    whole: Whole | None
-    fewer: dict[int, Whole] = dataclasses.field(default_factory=dict)
-    timeline: tuple[Span, ...] = ()
-    sweep: tuple[Point, ...] = ()
-    scaling: tuple[Point, ...] = ()
+    @property
+    def training(self) -> Throughput:
+        """End to end where that was measured, else synthetic training."""
+        return self.end_to_end or self.synthetic
 
     def stage(self, name: str) -> Stage | None:
         """A stage by name."""
         return next((stage for stage in self.stages if stage.name == name), None)
+
+    def group(self, name: str) -> dict[str, Stage]:
+        """The stages of one group, by name."""
+        return {stage.name: stage for stage in self.stages if stage.group == name}
 
     def ceiling(self, name: str) -> Ceiling | None:
         """A ceiling by name."""
@@ -241,11 +156,7 @@ def to_json(record: BenchRecord, **more: Any) -> str:
 
 
 def write_record(path: Path, text: str) -> None:
-    """Writes a result.
-
-    Raises:
-        BenchError: it cannot be written.
-    """
+    """Writes a result; raises BenchError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
@@ -254,11 +165,7 @@ def write_record(path: Path, text: str) -> None:
 
 
 def read_record(path: Path) -> BenchRecord:
-    """Reads what ``--json`` wrote.
-
-    Raises:
-        BenchError: missing, damaged, or another format.
-    """
+    """Reads what ``--json`` wrote; raises BenchError where it is missing, damaged, or of another format."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -276,27 +183,26 @@ def read_record(path: Path) -> BenchRecord:
 def from_dict(table: dict[str, Any]) -> BenchRecord:
     """The inverse of :func:`to_json`, from a parsed object."""
 
-    def whole(row: dict[str, Any] | None) -> Whole | None:
-        return None if row is None else Whole(**(row | {"ms": figure(row["ms"])}))
-
     def figure(row: dict[str, Any]) -> Figure:
         if not all(isinstance(value, int | float) for value in row.values()):
             raise TypeError(f"{row} is no figure")
         return Figure(**row)
 
-    synthetic = whole(table["synthetic"])
-    if synthetic is None:
-        raise TypeError("synthetic is null")
+    def throughput(name: str, row: dict[str, Any] | None) -> Throughput:
+        if row is None:
+            raise TypeError(f"{name} is null")
+        return Throughput(**(row | {"ms": figure(row["ms"])}))
+
     return BenchRecord(
         environment=table["environment"],
-        setting=Setting(**table["setting"]),
+        workload=Workload(**table["workload"]),
         ceilings=tuple(Ceiling(**(row | {"figure": figure(row["figure"])})) for row in table["ceilings"]),
         stages=tuple(Stage(**(row | {"ms": figure(row["ms"])})) for row in table["stages"]),
-        loader=whole(table["loader"]),
-        synthetic=synthetic,
-        whole=whole(table["whole"]),
-        fewer={int(threads): one for threads, row in table.get("fewer", {}).items() if (one := whole(row))},
+        loader=throughput("loader", table["loader"]) if table["loader"] else None,
+        synthetic=throughput("synthetic", table["synthetic"]),
+        end_to_end=throughput("end_to_end", table["end_to_end"]) if table["end_to_end"] else None,
+        by_threads={int(count): throughput("by_threads", row) for count, row in table["by_threads"].items()},
         timeline=tuple(Span(**row) for row in table["timeline"]),
-        sweep=tuple(Point(**row) for row in table["sweep"]),
-        scaling=tuple(Point(**row) for row in table["scaling"]),
+        sweep={int(size): figure(row) for size, row in table["sweep"].items()},
+        scaling={int(count): figure(row) for count, row in table["scaling"].items()},
     )

@@ -1,4 +1,4 @@
-"""A benchmark's result on the terminal: tables and sentences."""
+"""A benchmark's result on the terminal; two results side by side, and those of several nodes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,247 +6,23 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from trainer.bench.bottleneck import Verdict, judge
-from trainer.bench.compare import Difference
+from trainer.bench.bottleneck import Bottleneck, judge
 from trainer.bench.prediction import Projection, costs_of, predict_rate
-from trainer.bench.record import BenchRecord, Figure, Stage, Whole
+from trainer.bench.record import BenchRecord, Figure, Stage, Throughput
 
 IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explains no more
 RESTLESS = 1.5  # upper quartile over lower
+DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
+CEILING_HEAD = ("ceiling", "median", "half within", "", "n", "how")
+STAGE_HEAD = ("stage", "ms a batch", "half within", "n", "cpu ms", "images/s", "of ceiling", "")
+NO_ADVICE = "No change that this benchmark can compute promises 3 % or more."
 
 
-def print_record(record: BenchRecord, verdict: Verdict, projections: Sequence[Projection] = ()) -> None:
-    """Prints everything that was measured, and what follows from it."""
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    setting = record.setting
-    console.print(
-        f"{setting.recipe}, {setting.pictures}, batch {setting.batch_size}, {setting.precision}, {setting.device}, "
-        f"{setting.processes} process{'es' if setting.processes > 1 else ''}, {setting.cores} cores"
-    )
-    _print_ceilings(console, record)
-    _print_stages(console, record)
-    _print_wholes(console, record)
-    for point in record.sweep:
-        console.print(f"batch size {point.x}: {point.images_per_s:,.0f} images/s")
-    if doubt := doubt_sentence(record):
-        console.print(f"\n[bold red]{doubt}[/bold red]")
-    console.print(f"\n[bold]{verdict.sentence}[/bold]")
-    if verdict.suggestions:
-        console.print(advice_sentence(record))
-    for suggestion in verdict.suggestions:
-        console.print(
-            f"- {suggestion.change}: {suggestion.factor:.2f} times, {suggestion.images_per_s:,.0f} images/s "
-            f"({suggestion.basis})"
-        )
-    if not verdict.suggestions:
-        console.print("- no change that this benchmark can compute promises 3 % or more")
-    _print_projections(console, record, projections)
-
-
-def _print_ceilings(console: Console, record: BenchRecord) -> None:
-    table = Table("ceiling", "half of the measurements", "", "n", "how", box=None, pad_edge=False)
-    for ceiling in record.ceilings:
-        figure = ceiling.figure
-        table.add_row(ceiling.name, half_within(figure), ceiling.unit, str(figure.n), ceiling.note)
-    console.print(table, "")
-
-
-def _print_stages(console: Console, record: BenchRecord) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("stage")
-    for name in ("ms a batch", "half within", "n", "cpu ms", "images/s", "of ceiling"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for stage in record.stages:
-        table.add_row(*stage_cells(stage))
-    console.print(table, "")
-
-
-def stage_cells(stage: Stage) -> list[str]:
-    """A stage as text: name, ms, quartiles, n, processor ms, rate, share of its ceiling, which one and note."""
-    share = stage.share_of_ceiling
-    indent = "  " if stage.group == "crossing" else ""
-    return [
-        indent + stage.name,
-        number(stage.ms.median),
-        half_within(stage.ms),
-        str(stage.ms.n),
-        number(stage.cpu_ms) if stage.cpu_ms is not None else "",
-        f"{stage.images_per_s:,.0f}" if stage.ms.median > 0 else "",
-        percent(share) if share is not None else "",
-        "; ".join(text for text in (stage.ceiling, stage.note) if text),
-    ]
-
-
-def _print_wholes(console: Console, record: BenchRecord) -> None:
-    for name, whole in wholes(record):
-        console.print(
-            f"{name:20} {whole.images_per_s:9,.1f} images/s  {number(whole.ms.median)} ms a batch "
-            f"({half_within(whole.ms)}, n {whole.ms.n}), {number(whole.cpu_ms)} ms of processor time"
-        )
-    if record.whole is None:
-        return
-    console.print(prediction_sentence(record))
-    console.print(share_sentence(record))
-
-
-def wholes(record: BenchRecord) -> list[tuple[str, Whole]]:
-    """The wholes that were measured, named."""
-    named = (("loader alone", record.loader), ("synthetic training", record.synthetic), ("end to end", record.whole))
-    return [(name, whole) for name, whole in named if whole]
-
-
-def prediction_sentence(record: BenchRecord) -> str:
-    """The rate that the stages predict beside the measured one."""
-    assert record.whole is not None
-    predicted, costs = predict_rate(record), costs_of(record)
-    stall = f" + {number(costs.stall_ms)} of standing still for the loader's threads" if costs.stall_ms else ""
-    return (
-        f"predicted from the stages: {predicted:,.1f} images/s; "
-        f"measured {record.whole.images_per_s / predicted:.2f} of it. The prediction is the longest of three: "
-        f"the loader alone {number(costs.loader_ms)} ms; training alone {number(costs.net_ms)} + "
-        f"{number(costs.own_ms)} of the loader's work in its thread{stall} = "
-        f"{number(costs.net_ms + costs.own_ms + costs.stall_ms)} ms; the processor time of both over {costs.cores} "
-        f"cores {number(costs.processor_ms)} ms (docs/bench.md)"
-    )
-
-
-def share_sentence(record: BenchRecord) -> str:
-    """End to end as a share of the slower of loader and synthetic training."""
-    assert record.whole is not None and record.loader is not None
-    slower = min(record.loader.images_per_s, record.synthetic.images_per_s)
-    shared = (
-        "" if record.setting.device.startswith("cuda") else "; on a CPU both share the cores, so less than 1 is normal"
-    )
-    return f"end to end is {record.whole.images_per_s / slower:.2f} of the slower of loader and training alone{shared}"
-
-
-def doubt_sentence(record: BenchRecord) -> str:
-    """What makes a result doubtful: a rate that cannot be, or rounds that differ by much; empty where nothing does."""
-    again = "Something else probably used this machine: measure again when it is idle, or with a larger --seconds"
-    if record.whole and record.loader:
-        ratio = record.whole.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
-        if ratio > IMPOSSIBLE:
-            return (
-                "These figures contradict each other: end to end cannot be faster than the loader alone or training "
-                f"alone, and was {ratio:.2f} times as fast as the slower of them. {again}."
-            )
-    for name, whole in wholes(record):
-        if whole.ms.high > RESTLESS * whole.ms.low:
-            return f"The rounds differ by much: {name} took {half_within(whole.ms)} ms a batch. {again}."
-    return ""
-
-
-def advice_sentence(record: BenchRecord) -> str:
-    """What the factors of the suggestions are of, and how a suggestion is tried."""
-    rate, predicted = (record.whole or record.synthetic).images_per_s, predict_rate(record)
-    of = f"the {rate:,.0f} images/s measured"
-    if record.whole:
-        of = f"the {predicted:,.0f} images/s predicted"
-    if record.whole and record.sweep:
-        of += f" (another batch size: of the {rate:,.0f} measured)"
-    return (
-        f"What would help, each alone, in times of {of}; try a field of the recipe with --set, such as "
-        "--set train.precision=bf16:"
-    )
-
-
-def _print_projections(console: Console, record: BenchRecord, projections: Sequence[Projection]) -> None:
-    measured = {point.x: point for point in record.scaling}
-    if projections:
-        console.print(f"model: {projections[0].basis}; measured: training on synthetic pictures")
-    for row in projections:
-        beside = measured.get(row.processes)
-        check = f", measured here {beside.images_per_s:,.1f}" if beside else ""
-        name = "1 process" if row.processes == 1 else f"{row.processes} processes"
-        parts = [number(ms) for ms in (row.compute_ms, row.crossing_ms, row.reduce_ms, row.loader_ms)]
-        console.print(
-            f"model, {name}: {row.images_per_s:,.1f} images/s{check} (computation {parts[0]}, crossings {parts[1]}, "
-            f"averaging {parts[2]}, loader {parts[3]} ms)"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class NodeRow:
-    """One node of several.
-
-    Attributes:
-        node: its name.
-        loader, synthetic, end_to_end: images a second; None where it was not measured.
-        share: of the fastest node's rate (end to end, or synthetic without data), 0..1.
-        limit: the stage that limits it.
-    """
-
-    node: str
-    loader: float | None
-    synthetic: float
-    end_to_end: float | None
-    share: float
-    limit: str
-
-
-def node_rows(records: Sequence[BenchRecord]) -> list[NodeRow]:
-    """Results of several nodes, the slowest first: a run on all of them goes at its pace."""
-    rates = [(record.whole or record.synthetic).images_per_s for record in records]
-    rows = [
-        NodeRow(
-            node=str(record.environment.get("host", "")),
-            loader=record.loader.images_per_s if record.loader else None,
-            synthetic=record.synthetic.images_per_s,
-            end_to_end=record.whole.images_per_s if record.whole else None,
-            share=rate / max(rates),
-            limit=judge(record).limit,
-        )
-        for record, rate in zip(records, rates, strict=True)
-    ]
-    return sorted(rows, key=lambda row: row.share)
-
-
-def print_nodes(rows: Sequence[NodeRow]) -> None:
-    """Prints nodes side by side."""
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("node, images/s")
-    for name in ("end to end", "loader", "synthetic", "of the fastest"):
-        table.add_column(name, justify="right")
-    table.add_column("limit")
-    for row in rows:
-        cells = ["" if rate is None else f"{rate:,.0f}" for rate in (row.end_to_end, row.loader, row.synthetic)]
-        table.add_row(row.node, *cells, f"{row.share:.0%}", row.limit)
-    console.print(table)
-    slowest = rows[0]
-    console.print(f"A run on all of them goes at the pace of {slowest.node}: {slowest.share:.0%} of the fastest.")
-
-
-def print_comparison(rows: Sequence[Difference], settings: Sequence[tuple[str, str, str]]) -> None:
-    """Prints two results side by side."""
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    for name, left, right in settings:
-        console.print(f"{name}: {left} | {right}")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in ("a", "b"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    table.add_column("verdict")
-    for row in rows:
-        table.add_row(row.name, _side(row.a), _side(row.b), row.unit, outcome(row))
-    console.print("", table)
-    console.print(
-        "\nMedians; less time, or a higher ceiling, wins. Less than 3 % apart, or their ± (1.57 IQR / sqrt(n)) "
-        "overlapping, is no difference."
-    )
-
-
-def outcome(row: Difference) -> str:
-    """``b is 1.31 times better``, ``no difference``, or who alone measured it."""
-    if row.better == "":
-        return "only in a" if row.a else "only in b"
-    return "no difference" if row.better == "none" else f"{row.better} is {row.factor:.2f} times better"
-
-
-def _side(figure: Figure | None) -> str:
-    return f"{number(figure.median)} ±{number(figure.noise)}" if figure else ""
+def number(value: float) -> str:
+    """Three digits at least: 0.0123, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def half_within(figure: Figure) -> str:
@@ -259,8 +35,261 @@ def percent(share: float) -> str:
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
-def number(value: float) -> str:
-    """Three digits at least: 0.0123, 12.3, 1,234."""
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def stage_cells(stage: Stage) -> list[str]:
+    """A stage under :data:`STAGE_HEAD`."""
+    share = stage.share_of_ceiling
+    return [
+        "  " * (stage.group == "crossing") + stage.name,
+        number(stage.ms.median),
+        half_within(stage.ms),
+        str(stage.ms.n),
+        "" if stage.cpu_ms is None else number(stage.cpu_ms),
+        f"{stage.images_per_s:,.0f}" if stage.ms.median > 0 else "",
+        "" if share is None else percent(share),
+        "; ".join(text for text in (stage.ceiling, stage.note) if text),
+    ]
+
+
+def ceiling_cells(record: BenchRecord) -> list[list[str]]:
+    """The ceilings under :data:`CEILING_HEAD`."""
+    return [
+        [row.name, number(row.figure.median), half_within(row.figure), row.unit, str(row.figure.n), row.note]
+        for row in record.ceilings
+    ]
+
+
+def throughputs(record: BenchRecord) -> list[tuple[str, Throughput]]:
+    """The rates that were measured, named."""
+    rates = (record.loader, record.synthetic, record.end_to_end)
+    names = ("loader alone", "synthetic training", "end to end")
+    return [(name, rate) for name, rate in zip(names, rates, strict=True) if rate]
+
+
+def about(record: BenchRecord) -> str:
+    """What was measured, and on what."""
+    workload, processor = record.workload, record.environment.get("processor", "an unnamed processor")
+    count = "one process" if workload.processes == 1 else f"{workload.processes} processes, one per tower"
+    return (
+        f"{workload.pictures}, batch {workload.batch_size}, {workload.precision}, {workload.device}, {count}, "
+        f"{workload.cores} cores of {processor}"
+    )
+
+
+def prediction_sentence(record: BenchRecord) -> str:
+    """The rate that the stages predict beside the measured one."""
+    assert record.end_to_end is not None
+    predicted, costs = predict_rate(record), costs_of(record)
+    stall = f" + {number(costs.stall_ms)} of standing still for the loader's threads" if costs.stall_ms else ""
+    return (
+        f"The rate predicted from the stages is {predicted:,.1f} images/s; "
+        f"measured {record.end_to_end.images_per_s / predicted:.2f} of it. The prediction is the longest of three: "
+        f"the loader alone {number(costs.loader_ms)} ms; training alone {number(costs.net_ms)} + "
+        f"{number(costs.own_ms)} of the loader's work in its thread{stall} = "
+        f"{number(costs.net_ms + costs.own_ms + costs.stall_ms)} ms; the processor time of both over {costs.cores} "
+        f"cores {number(costs.processor_ms)} ms (docs/bench.md)."
+    )
+
+
+def _share_of_slower(record: BenchRecord) -> float:
+    assert record.end_to_end is not None and record.loader is not None
+    return record.end_to_end.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
+
+
+def share_sentence(record: BenchRecord) -> str:
+    """End to end as a share of the slower of loader and synthetic training."""
+    on_gpu = record.workload.device.startswith("cuda")
+    shared = "" if on_gpu else "; on a CPU both share the cores, so less than 1 is normal"
+    return f"End to end is {_share_of_slower(record):.2f} of the slower of loader and training alone{shared}."
+
+
+def doubt_sentence(record: BenchRecord) -> str:
+    """What makes a result doubtful: a rate that cannot be, or rounds that differ by much; empty where nothing does."""
+    again = "Something else probably used this machine: measure again when it is idle, or with a larger --seconds"
+    if record.end_to_end and record.loader and (ratio := _share_of_slower(record)) > IMPOSSIBLE:
+        return (
+            "These figures contradict each other: end to end cannot be faster than the loader alone or training "
+            f"alone, and was {ratio:.2f} times as fast as the slower of them. {again}."
+        )
+    for name, rate in throughputs(record):
+        if rate.ms.high > RESTLESS * rate.ms.low:
+            return f"The rounds differ by much: {name} took {half_within(rate.ms)} ms a batch. {again}."
+    return ""
+
+
+def advice_sentence(record: BenchRecord) -> str:
+    """What the factors of the suggestions are of, and how a suggestion is tried."""
+    rate = record.training.images_per_s
+    of = f"the {rate:,.0f} images/s measured"
+    if record.end_to_end:
+        of = f"the {predict_rate(record):,.0f} images/s predicted"
+        of += f" (another batch size: of the {rate:,.0f} measured)" if record.sweep else ""
+    return (
+        f"What would help, each alone, in times of {of}; try a field of the recipe with --set, such as "
+        "--set train.precision=bf16:"
+    )
+
+
+def _console() -> Console:
+    return Console(width=None if Console().is_terminal else 120, highlight=False)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> Table:
+    """Columns are right-aligned, but those in ``left``."""
+    table = Table(box=None, pad_edge=False)
+    for column, name in enumerate(head):
+        table.add_column(name, justify="left" if column in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[Projection] = ()) -> None:
+    """Prints everything that was measured, and what follows from it."""
+    console = _console()
+    console.print(f"{record.workload.recipe}, {about(record)}")
+    if doubt := doubt_sentence(record):
+        console.print(f"[bold red]{doubt}[/bold red]")
+    console.print(_table(CEILING_HEAD, ceiling_cells(record), left=(0, 3, 5)), "")
+    console.print(_table(STAGE_HEAD, [stage_cells(stage) for stage in record.stages], left=(0, 7)), "")
+    for name, rate in throughputs(record):
+        console.print(
+            f"{name:20} {rate.images_per_s:9,.1f} images/s  {number(rate.ms.median)} ms a batch "
+            f"({half_within(rate.ms)}, n {rate.ms.n}), {number(rate.cpu_ms)} ms of processor time"
+        )
+    if record.end_to_end:
+        console.print(prediction_sentence(record))
+        console.print(share_sentence(record))
+    for size, figure in record.sweep.items():
+        console.print(f"batch size {size}: {figure.median:,.0f} images/s ({half_within(figure)})")
+    console.print(f"\n[bold]{found.sentence}[/bold]")
+    console.print(advice_sentence(record) if found.suggestions else NO_ADVICE)
+    for row in found.suggestions:
+        console.print(f"- {row.change}: {row.factor:.2f} times, {row.images_per_s:,.0f} images/s ({row.basis})")
+    if projections:
+        console.print(f"model: {projections[0].basis}; measured: training on synthetic pictures")
+    measured = {count: f", measured here {figure.median:,.1f}" for count, figure in record.scaling.items()}
+    for model in projections:
+        name = "1 process" if model.processes == 1 else f"{model.processes} processes"
+        console.print(
+            f"model, {name}: {model.images_per_s:,.1f} images/s{measured.get(model.processes, '')} (computation "
+            f"{number(model.compute_ms)}, crossings {number(model.crossing_ms)}, averaging {number(model.sum_ms)}, "
+            f"control {number(model.control_ms)}, loader {number(model.loader_ms)} ms)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeRow:
+    """One node of several; rates in images per second, None where it was not measured."""
+
+    node: str
+    loader: float | None
+    synthetic: float
+    end_to_end: float | None
+    share: float  # of the fastest node's rate (end to end, or synthetic without data), 0..1
+    limit: str  # the stage that limits it
+
+
+def node_rows(records: Sequence[BenchRecord]) -> list[NodeRow]:
+    """Results of several nodes, the slowest first: a run on all of them goes at its pace."""
+    fastest = max(record.training.images_per_s for record in records)
+    rows = [
+        NodeRow(
+            node=str(record.environment.get("host", "")),
+            loader=record.loader.images_per_s if record.loader else None,
+            synthetic=record.synthetic.images_per_s,
+            end_to_end=record.end_to_end.images_per_s if record.end_to_end else None,
+            share=record.training.images_per_s / fastest,
+            limit=judge(record).limit,
+        )
+        for record in records
+    ]
+    return sorted(rows, key=lambda row: row.share)
+
+
+def print_nodes(rows: Sequence[NodeRow]) -> None:
+    """Prints nodes side by side."""
+    head = ("node, images/s", "end to end", "loader", "synthetic", "of the fastest", "limit")
+    cells = []
+    for row in rows:
+        rates = ["" if rate is None else f"{rate:,.0f}" for rate in (row.end_to_end, row.loader, row.synthetic)]
+        cells.append([row.node, *rates, f"{row.share:.0%}", row.limit])
+    console = _console()
+    console.print(_table(head, cells, left=(0, 5)))
+    slowest = rows[0]
+    console.print(f"A run on all of them goes at the pace of {slowest.node}: {slowest.share:.0%} of the fastest.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One line of a comparison."""
+
+    name: str
+    unit: str
+    a: Figure | None  # None where this result lacks it
+    b: Figure | None
+    better: str = ""  # a, b, none (no difference), or empty where only one has it
+    factor: float = 1.0  # the better one over the other, >= 1
+
+
+def compare(a: BenchRecord, b: BenchRecord) -> list[Difference]:
+    """Throughputs, stages and ceilings of two results, in the first one's order."""
+    left, right = _figures_of(a), _figures_of(b)
+    rows = []
+    for name, unit in left | right:
+        one, two = left.get((name, unit)), right.get((name, unit))
+        better, factor = "", 1.0
+        if one and two:
+            better = "none"
+            if differ(one, two):
+                a_wins = (one.median < two.median) == unit.startswith("us")  # a time, or the latency of the wire
+                low, high = sorted((one.median, two.median))
+                better, factor = "a" if a_wins else "b", high / low if low > 0 else float("inf")
+        rows.append(Difference(name, unit, one, two, better, factor))
+    return rows
+
+
+def _figures_of(record: BenchRecord) -> dict[tuple[str, str], Figure]:
+    """Every figure by name and unit; times are per image, so that batches of other sizes can stand side by side."""
+    times = [(name, rate.ms) for name, rate in throughputs(record)] + [
+        (stage.name, stage.ms) for stage in record.stages
+    ]
+    found = {(name, "us an image"): ms.scaled(1e3 / record.workload.batch_size) for name, ms in times}
+    return found | {(row.name, row.unit): row.figure for row in record.ceilings}
+
+
+def differ(a: Figure, b: Figure) -> bool:
+    """Whether two medians differ by more than their noise and more than machines drift.
+
+    Noise: the notches around them (McGill, Tukey and Larsen 1978: median +- 1.57 IQR / sqrt(n)) do not overlap.
+    """
+    gap = abs(a.median - b.median)
+    return gap > a.noise + b.noise and gap > DRIFT * min(abs(a.median), abs(b.median))
+
+
+def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, str]]:
+    """What was set or found differently: (name, in a, in b)."""
+    left, right = (
+        dataclasses.asdict(record.workload)
+        | {key: record.environment.get(key) for key in ("processor", "gpus", "torch", "commit")}
+        for record in (a, b)
+    )
+    return [(key, str(left[key]), str(right[key])) for key in left if left[key] != right[key]]
+
+
+def print_comparison(a: BenchRecord, b: BenchRecord) -> None:
+    """Prints two results side by side."""
+    console = _console()
+    for setting, left, right in differing_settings(a, b):
+        console.print(f"{setting}: {left} | {right}")
+    cells = []
+    for row in compare(a, b):
+        sides = [f"{number(side.median)} ±{number(side.noise)}" if side else "" for side in (row.a, row.b)]
+        outcome = f"{row.better} is {row.factor:.2f} times better"
+        if row.better in ("", "none"):
+            outcome = "no difference" if row.better else "only in a" if row.a else "only in b"
+        cells.append([row.name, *sides, row.unit, outcome])
+    console.print("", _table(("", "a", "b", "", "outcome"), cells, left=(0, 3, 4)))
+    console.print(
+        "\nMedians; less time, or a higher ceiling, wins. Less than 3 % apart, or their ± (1.57 IQR / sqrt(n)) "
+        "overlapping, is no difference."
+    )

@@ -98,9 +98,6 @@ class Transfer:
         return f"{self.layer} {self.phase}"
 
 
-Observer = Callable[[str], contextlib.AbstractContextManager[Any]]
-
-
 class Link:
     """The wire between this tower and its peer.
 
@@ -115,7 +112,7 @@ class Link:
         failures: where a lost peer is reported.
 
     Attributes:
-        observer: entered, with the transfer's name, wherever a crossing starts or is waited for; a benchmark's clock.
+        timed: opened around all that a crossing holds its tower up with, with its name; the benchmark's clock.
     """
 
     def __init__(
@@ -124,7 +121,7 @@ class Link:
         self.tower, self.peer, self.group, self.control_group = tower, peer, group, control
         self._failures = failures
         self.ledger = Ledger()
-        self.observer: Observer = contextlib.nullcontext
+        self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.last_transfer = "none yet"
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
@@ -140,12 +137,14 @@ class Link:
             mine: (N, ...), of any layout.
             dtype: in which it travels; None for its own.
         """
-        received = self._buffer(mine, mine.shape, dtype)
-        return self._start(Transfer(layer, phase, sent=self._packed(mine, dtype), received=received, like=mine))
+        with self.timed(f"{layer} {phase}"):
+            received = self._buffer(mine, mine.shape, dtype)
+            return self._start(Transfer(layer, phase, sent=self._packed(mine, dtype), received=received, like=mine))
 
     def isend(self, layer: str, phase: str, mine: Tensor, dtype: torch.dtype | None = None) -> Transfer:
         """Starts to send ``mine``; need not be waited for, the next transfer does."""
-        transfer = self._start(Transfer(layer, phase, sent=self._packed(mine, dtype)))
+        with self.timed(f"{layer} {phase}"):
+            transfer = self._start(Transfer(layer, phase, sent=self._packed(mine, dtype)))
         self._sending = transfer
         return transfer
 
@@ -153,7 +152,8 @@ class Link:
         self, layer: str, phase: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
     ) -> Transfer:
         """Starts to receive a tensor of ``shape`` with the dtype and device of ``like``."""
-        return self._start(Transfer(layer, phase, received=self._buffer(like, shape, dtype), like=like))
+        with self.timed(f"{layer} {phase}"):
+            return self._start(Transfer(layer, phase, received=self._buffer(like, shape, dtype), like=like))
 
     def wait(self, transfer: Transfer) -> Tensor:
         """Waits for a transfer to end; returns what came, an empty tensor where nothing was to come.
@@ -161,7 +161,7 @@ class Link:
         Raises:
             PeerError: the peer is gone.
         """
-        with self.observer(transfer.name):
+        with self.timed(transfer.name):
             self._wait(transfer.name, transfer.works)
             transfer.works, transfer.sent = [], None
             if transfer.received is None or transfer.like is None:
@@ -218,11 +218,10 @@ class Link:
         if transfer.received is not None:
             operations.append(dist.P2POp(dist.irecv, transfer.received, self.peer, self.group))
             self.ledger.add(kind, transfer.layer, transfer.phase, self._inwards, transfer.received.nbytes)
-        with self.observer(transfer.name):
-            try:
-                transfer.works = dist.batch_isend_irecv(operations)
-            except RuntimeError as error:
-                raise self._lost(error) from None
+        try:
+            transfer.works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise self._lost(error) from None
         return transfer
 
     def _finish_sending(self) -> None:

@@ -2,7 +2,7 @@
 
 The count: a process of the mesh runs the trainer's own step, with one picture, on torch's fake process group, where
 everything is sent to nobody; its ledger is read, and what depends on the pictures (the crossings, not the gradients) is
-multiplied. The model: see :func:`predict`.
+multiplied. The model: see :func:`predict_step`.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Wires:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The model's step, seconds; see :func:`predict`."""
+    """The model's step, seconds; see :func:`predict_step`."""
 
     compute_s: float
     crossing_s: float
@@ -141,10 +141,21 @@ def _fake_world(coord: MeshCoord) -> Iterator[Mesh]:
 
 
 def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pictures: int) -> Prediction:
+    """The model's step with computation counted too: operations of a picture on this tower x pictures / rate.
+
+    2 operations a multiply-accumulate, forward once, backward twice, but nothing goes back through conv1.
+    """
+    operations = 0
+    for row in count_layers(config.model):
+        share = (1 if traffic.tower == "a" else 0) if row.layer == "fc8" else 0.5
+        operations += 2 * (2 if row.layer == "conv1" else 3) * int(row.multiply_accumulates * share)
+    return predict_step(operations * pictures / (wires.tflops * 1e12), traffic, wires, replicas=replicas)
+
+
+def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: int) -> Prediction:
     """A MODEL of the step, not a measurement. With R replicas, bandwidths B (replicas) and P (pair), latency L:
 
-    - compute = operations of a picture on this tower x pictures / rate (2 a multiply-accumulate, forward once, backward
-      twice, but nothing goes back through conv1);
+    - compute: given, counted by :func:`predict` or measured by ``trainer bench``;
     - crossing = bytes / P + messages x L, counted whole: how much a tower hides behind its own half's products, if
       any, depends on the wire;
     - sum = 2 (R - 1) / R x bytes / B + sums x 2 (R - 1) x L, a ring; hidden behind the backward (2/3 of compute);
@@ -154,13 +165,9 @@ def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pi
     Loading, evaluation, checkpoints, stragglers and shared links are not in it.
     """
     latency_s, steps = wires.latency_us * 1e-6, replicas - 1
-    operations = 0
-    for row in count_layers(config.model):
-        share = (1 if traffic.tower == "a" else 0) if row.layer == "fc8" else 0.5
-        operations += 2 * (2 if row.layer == "conv1" else 3) * int(row.multiply_accumulates * share)
     ring_bytes = 2 * steps / replicas * traffic.sum_bytes
     return Prediction(
-        compute_s=operations * pictures / (wires.tflops * 1e12),
+        compute_s=compute_s,
         crossing_s=traffic.crossing_bytes / (wires.pair_bandwidth_gb_s * 1e9) + traffic.crossing_calls * latency_s,
         sum_s=ring_bytes / (wires.bandwidth_gb_s * 1e9) + traffic.sum_calls * 2 * steps * latency_s,
         control_s=latency_s * (1 + steps),

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,19 @@ class ForwardBackward:
         config: batch size, pieces, precision, seed.
         mesh: the other processes, or None where this one is alone.
         device: ``cpu`` or ``cuda:N``.
+        timed: opened around every phase, with its name; the benchmark's clock.
     """
 
-    def __init__(self, net: AlexNet, config: TrainConfig, *, mesh: Mesh | None, device: str = "cpu") -> None:
-        self._net, self._config, self._device = net, config, device
+    def __init__(
+        self,
+        net: AlexNet,
+        config: TrainConfig,
+        *,
+        mesh: Mesh | None,
+        device: str = "cpu",
+        timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._net, self._config, self._device, self._timed = net, config, device, timed
         self._coord = mesh.coord if mesh else MeshCoord(0, 2)
         several = mesh.replicas if mesh else None
         self._sum = GradientSum(list(net.parameters()), several) if several else None
@@ -41,7 +51,8 @@ class ForwardBackward:
         Returns:
             Mean loss of the rows here; nan on tower b, which does not know it.
         """
-        images = images.contiguous(memory_format=torch.channels_last)
+        with self._timed("transfer"):
+            images = images.contiguous(memory_format=torch.channels_last)
         pieces, rows = self._config.accumulate, len(images)
         first, total = self._coord.replica * rows, self._coord.replicas * rows  # fewer in an epoch's partial last batch
         size = rows // pieces
@@ -52,12 +63,14 @@ class ForwardBackward:
                 self._sum.prepare_for_backward()
             piece = slice(begin, begin + size)
             draws = DropoutDraws(self._config.seed, step, first=first + begin, total=total)
-            with self._precision():
+            with self._timed("forward"), self._precision():
                 loss = self._net.loss(images[piece], labels[piece], draws)
-            (loss * (size / total)).backward()  # a picture's share is that in the mean over the whole batch
+            with self._timed("backward"):
+                (loss * (size / total)).backward()  # a picture's share is that in the mean over the whole batch
             losses.append(loss.detach())
         if self._sum:
-            self._sum.finish()
+            with self._timed("backward"):
+                self._sum.finish()
         return float(torch.stack(losses).mean()) if "a" in self._net.towers else math.nan
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:

@@ -13,9 +13,10 @@ from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.training_commands import CONFIG, run
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.model.alexnet import DropoutDraws, TwoTowerNet
+from trainer.model.alexnet import AlexNet
+from trainer.model.layers import DropoutDraws
 from trainer.training.checkpoint import checkpoints, folder_of
-from trainer.training.step import StepGradients
+from trainer.training.step import ForwardBackward
 
 NUM_TRAIN, BATCH = 40, 16  # so 16, 16 and 8
 OVERRIDES = (
@@ -61,9 +62,9 @@ def test_its_gradient_is_that_of_its_images_alone(data: Path) -> None:
     loader = TrainingLoader(data, config.data, batch_size=BATCH, seed=config.train.seed)
     batches = [loader.next() for _ in range(3)]
     assert [len(batch.keys) for batch in batches] == [16, 16, 8]
-    ours, alone = (TwoTowerNet(config.model, seed=1) for _ in range(2))
+    ours, alone = (AlexNet(config.model, seed=1) for _ in range(2))
     images, labels = batches[2].images.contiguous(memory_format=torch.channels_last), batches[2].labels
-    found = StepGradients(ours, config.train, mesh=None)(images, labels, 2)
+    found = ForwardBackward(ours, config.train, mesh=None)(images, labels, 2)
     loss = alone.loss(images, labels, DropoutDraws(config.train.seed, 2))
     loss.backward()
     assert found == loss.item()

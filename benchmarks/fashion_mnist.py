@@ -1,40 +1,34 @@
 """How good, and how soon? configs/fashion.toml on Fashion-MNIST, two towers in two processes, several seeds.
 
-    python benchmarks/fashion.py --work /tmp/fashion --input FOLDER                         12 minutes a seed on 2 cores
-    python benchmarks/fashion.py --work /tmp/fashion --input FOLDER --seeds 0 --epochs 1    a try
+    python benchmarks/fashion_mnist.py --work /tmp/fashion --input FOLDER                     12 minutes a seed
+    python benchmarks/fashion_mnist.py --work /tmp/fashion --input FOLDER --seeds 0 --epochs 1     a try
 
 FOLDER holds the four IDX files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist). Prepares
 the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the centre
 crop and with ten views. A run that is finished already is not repeated: its figures are read from its folder, with what
 it says about its commit and machine.
-Results: benchmarks/results/DATE_HARDWARE_fashion.json, and the curves beside it as .png.
+Results: benchmarks/results/DATE_MACHINE_fashion_mnist.json, and the curves beside it as .png.
 """
 
-import argparse
 import csv
-import datetime
 import json
-import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-
-ROOT = Path(__file__).resolve().parents[1]
-WANTED_TOP1, WANTED_MIN = 0.92, 15
+from harness import CORES, ROOT, describe_machine, make_parser, spread, write_results
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for shards and runs; both are kept")
+    parser = make_parser(__doc__, work="shards and runs; both are kept")
     parser.add_argument("--input", type=Path, required=True, help="folder with the IDX files")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     arguments = parser.parse_args()
+    machine = describe_machine("torch")
     data = arguments.work / "fashion"
     prepared = command("pipeline", "prepare", "--source", "fashion-mnist", "--input", arguments.input, "--output", data)
     runs = []
@@ -43,7 +37,13 @@ def main() -> None:
         train(run, data, seed, arguments.epochs)
         runs.append(figures(run, data, seed))
         print(f"seed {seed}: top-1 {runs[-1]['top1']:.4f}, {runs[-1]['minutes']:.1f} min", flush=True)
-    write(arguments, runs, [line for line in prepared.splitlines() if "prepared" in line][-1:])
+    result = {
+        "prepare": [line for line in prepared.splitlines() if "prepared" in line][-1:],
+        "top1": spread([run["top1"] for run in runs]),
+        "minutes": spread([run["minutes"] for run in runs]),
+        "runs": runs,
+    }
+    draw(runs, write_results(arguments.results, machine, result).with_suffix(".png"))
 
 
 def command(*words: object) -> str:
@@ -82,25 +82,6 @@ def figures(run: Path, data: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def write(arguments: argparse.Namespace, runs: list[dict[str, Any]], prepared: list[str]) -> None:
-    """The results file and the picture."""
-    cores = len(os.sched_getaffinity(0))
-    name = f"{datetime.date.today()}_cpu{cores}_fashion"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    top1 = [run["top1"] for run in runs]
-    summary = {
-        "arguments": sys.argv[1:],
-        "prepare": prepared,
-        "top1": {"median": statistics.median(top1), "min": min(top1), "max": max(top1), "wanted": WANTED_TOP1},
-        "minutes": {"min": min(run["minutes"] for run in runs), "max": max(run["minutes"] for run in runs)},
-        "minutes wanted": WANTED_MIN,
-        "runs": runs,
-    }
-    path.write_text(json.dumps(summary, indent=1) + "\n")
-    draw(runs, path.with_suffix(".png"))
-    print(path.relative_to(ROOT))
-
-
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Top-1 by epoch, a line a seed."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=130, layout="constrained")
@@ -108,8 +89,11 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for run, colour in zip(runs, ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096"), strict=False):
         epochs, top1 = zip(*((row["epoch"], row["top1"]) for row in run["curve"]), strict=True)
         axes.plot(epochs, top1, marker="o", markersize=3, color=colour, label=f"seed {run['seed']}: {run['top1']:.4f}")
-    axes.axhline(WANTED_TOP1, color="#a0aec0", linestyle="--", linewidth=1)
-    axes.set(xlabel="epoch", ylabel="top-1 on the 10,000 test pictures", title="Fashion-MNIST, two towers, 2 CPU cores")
+    axes.set(
+        xlabel="epoch",
+        ylabel="top-1 on the 10,000 test pictures",
+        title=f"Fashion-MNIST, two towers, {CORES} CPU cores",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

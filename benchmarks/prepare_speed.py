@@ -1,7 +1,7 @@
 """How fast does ``prepare`` turn ILSVRC archives into shards, beside the codec itself and beside its peers?
 
-    python benchmarks/prepare.py --work /tmp/prepare-bench            about 12 minutes on 2 cores, 4 GB of disk
-    python benchmarks/prepare.py --work /tmp/prepare-bench --pictures 3000 --rounds 1 --parts floor,prepare       a try
+    python benchmarks/prepare_speed.py --work DIR          about 18 minutes on 2 cores, 4 GB of disk
+    python benchmarks/prepare_speed.py --work DIR --pictures 3000 --rounds 1 --parts floor,prepare          a try
 
 Pictures: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an archive like the official one. Parts:
 
@@ -13,20 +13,16 @@ Pictures: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an
     memory     peak resident memory of a worker for 1,000 and for 20,000 pictures
     plan       planning 1,281,167 entries of synthetic headers: seconds and peak memory
 
-Rounds alternate between contestants; medians and ranges. Floor and prepare also give processor time a picture: the two
-kinds of ratio agree on a machine where nothing else runs, and only there. Results:
-benchmarks/results/DATE_HARDWARE_prepare.json.
+Cases take turns; medians and ranges. Floor and prepare also give processor time a picture: the two kinds of ratio agree
+on a machine where nothing else runs, and only there. Results: benchmarks/results/DATE_MACHINE_prepare_speed.json.
 """
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
+import functools
 import io
-import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -39,10 +35,10 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from harness import ROOT, describe_machine, make_parser, spread, take_turns, write_results
 from PIL import Image
 from prepare_input import UNIQUE, extracted, unique_pictures, write_archives, write_headers
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("floor", "prepare", "peers", "memory", "plan")
 SHARD_SIZE = 250
 STORED_QUALITY = 90
@@ -61,65 +57,55 @@ class Measured:
     rate: float
     cpu_ms: float | None = None
 
+    def __str__(self) -> str:
+        cpu = f", {self.cpu_ms:.3f} ms of processor a picture" if self.cpu_ms else ""
+        return f"{self.rate:,.0f} images/s{cpu}"
+
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for archives and outputs; archives are kept")
+    parser = make_parser(__doc__, work="archives, which are kept, and outputs", rounds=5)
     parser.add_argument("--pictures", type=int, default=6000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/...)")
     args = parser.parse_args()
     parts = args.parts.split(",")
+    machine = describe_machine("pillow", "simplejpeg", "torch", "ray", "webdataset", "numpy")
     args.work.mkdir(parents=True, exist_ok=True)
     archives = write_archives(args.work, args.pictures)
-    rows = measure(args, archives, parts)
-    result = {"environment": environment(), "arguments": sys.argv[1:], "bytes_per_picture": mean_size(archives)}
-    result |= {"images_per_s": rows, "ratios": ratios(rows)}
+    found = take_turns(make_cases(args, archives, parts), args.rounds, show=str)
+    rows = {name: summary(measured) for name, measured in found.items()}
+    result = {"bytes_per_picture": mean_size(archives), "images_per_s": rows, "ratios": ratios(rows)}
     if "memory" in parts:
         result["worker_peak_mib"] = memory(args.work)
     if "plan" in parts:
         result["planning"] = planning(args.work)
-    target = args.output or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_{hardware()}_prepare.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in result if key != "environment"}, indent=1))
-    print(f"results: {target}")
+    for name, value in result["ratios"].items():
+        print(f"{name:44} {value:.3f}")
+    write_results(args.results, machine, result)
 
 
-def measure(args: argparse.Namespace, archives: Path, parts: list[str]) -> dict[str, dict[str, Any]]:
-    """Every contestant once a round, in turns."""
-    contestants: dict[str, Callable[[], float | Measured]] = {}
+def make_cases(args: argparse.Namespace, archives: Path, parts: list[str]) -> dict[str, Callable[[], Measured]]:
+    """What takes turns."""
+    cases: dict[str, Callable[[], Measured]] = {}
     if "floor" in parts:
         pictures = unique_pictures(args.work)[:300]
-        contestants["floor, 1 process"] = lambda: floor(pictures, 1)
-        contestants["floor, 2 processes"] = lambda: floor(pictures, 2)
+        cases["floor, 1 process"] = functools.partial(floor, pictures, 1)
+        cases["floor, 2 processes"] = functools.partial(floor, pictures, 2)
     if "prepare" in parts:
         for workers in (1, 2):
-            contestants[f"prepare, {workers} worker(s)"] = lambda workers=workers: prepare(args.work, archives, workers)
+            cases[f"prepare, {workers} worker(s)"] = functools.partial(prepare, args.work, archives, workers)
     if "peers" in parts:
         folder = extracted(args.work, min(args.pictures, UNIQUE))
-        contestants["webdataset ShardWriter + Pillow, 1 process"] = lambda: shard_writer(args.work, folder)
-        contestants["Ray Data write_webdataset + Pillow, 2 cores"] = lambda: ray_data(args.work, folder)
-    found: dict[str, list[Measured]] = {name: [] for name in contestants}
-    for number in range(args.rounds):
-        for name, run in contestants.items():
-            row = run()
-            row = row if isinstance(row, Measured) else Measured(row)
-            found[name].append(row)
-            cpu = f", {row.cpu_ms:.3f} ms of processor a picture" if row.cpu_ms else ""
-            print(f"round {number + 1}: {name}: {row.rate:,.0f} images/s{cpu}", flush=True)
-    return {name: summary(rows) for name, rows in found.items()}
+        cases["webdataset ShardWriter + Pillow, 1 process"] = lambda: Measured(shard_writer(args.work, folder))
+        cases["Ray Data write_webdataset + Pillow, 2 cores"] = lambda: Measured(ray_data(args.work, folder))
+    return cases
 
 
 def summary(rows: list[Measured]) -> dict[str, Any]:
     """Median and range of the rates; median of the processor times."""
-    rates = [row.rate for row in rows]
     cpu = [row.cpu_ms for row in rows if row.cpu_ms]
     times = {"cpu_ms_per_picture": round(statistics.median(cpu), 4), "all_cpu_ms": cpu} if cpu else {}
-    spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "n": len(rates), "all": rates}
-    return spread | times
+    return spread([row.rate for row in rows]) | times
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -339,27 +325,6 @@ def planning(work: Path) -> dict[str, float]:
     )
     entries, shards, seconds, peak = done.stdout.split()
     return {"entries": int(entries), "shards": int(shards), "seconds": float(seconds), "peak_mib": float(peak)}
-
-
-def hardware() -> str:
-    """CPU count as part of a file name."""
-    return f"cpu{len(os.sched_getaffinity(0))}"
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = ("pillow", "simplejpeg", "torch", "ray", "webdataset", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": model.group(1) if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":

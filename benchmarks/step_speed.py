@@ -1,9 +1,9 @@
 """How fast is a training step of the paper's net beside the same net made of plain torch modules?
 
-    python benchmarks/trainer.py                               about 12 minutes on 2 cores
-    python benchmarks/trainer.py --batch 16 --rounds 1         a try
+    python benchmarks/step_speed.py                            about 30 minutes on 2 cores
+    python benchmarks/step_speed.py --batch 16 --rounds 1      a try
 
-Contestants, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
+Cases, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
 
     plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
                  eager float32
@@ -20,84 +20,74 @@ Contestants, batch 128, synthetic pictures, each in a process of its own (so tha
 The trainer asks for huge pages for large tensors (``trainer/__init__.py``); the plain contestants have what torch comes
 with, small ones. Each process does two steps that are not counted, then several that are; the figure of a round is
 their median.
-Results: benchmarks/results/DATE_HARDWARE_trainer.json.
+Results: benchmarks/results/DATE_MACHINE_step_speed.json.
 """
 
 import argparse
 import contextlib
-import datetime
+import functools
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-CONTESTANTS = ("plain", "one", "one-bf16", "one-torch", "two", "two-bf16", "norm-plain", "norm", "norm-torch")
+from harness import (
+    CORES,
+    ROOT,
+    describe_machine,
+    make_parser,
+    ratio,
+    run_in_processes,
+    spread,
+    take_turns,
+    write_results,
+)
+
+CASES = ("plain", "one", "one-bf16", "one-torch", "two", "two-bf16", "norm-plain", "norm", "norm-torch")
 WARM_UP = 2
-NORM_STEPS = 8  # counted steps of the normalisation alone for one of the net: they are short
+NORM_STEPS = 8  # counted steps of the normalization alone for one of the net: they are short
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a process")
-    parser.add_argument("--only", default=",".join(CONTESTANTS))
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_trainer.json")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default=",".join(CASES), metavar="CASE,CASE")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.contestant:
-        print(json.dumps(run_contestant(options.contestant, options.batch, options.steps)))
+    if options.case:
+        print(json.dumps(run_case(options.case, options.batch, options.steps)))
         return
-    names = options.only.split(",")
-    rounds = [{name: start(name, options) for name in names} for _ in range(options.rounds)]
-    report(rounds, names, options)
+    machine = describe_machine("torch")
+    cases = {name: functools.partial(start, name, options) for name in options.only.split(",")}
+    rows = take_turns(cases, options.rounds, show=lambda row: f"{row['images_per_s']:,.1f} images/s")
+    rates = {name: [row["images_per_s"] for row in found] for name, found in rows.items()}
+    summary = {}
+    for name in rows:
+        reference = "norm-plain" if name.startswith("norm") else "plain"
+        times = ratio(rates[name], rates[reference]) if reference in rates else None
+        peak_mib = max(row["peak_mib"] for row in rows[name])
+        summary[name] = {"images_per_s": spread(rates[name]), "times_plain": times, "peak_mib": peak_mib}
+        shown = f"{times['median']:.2f} x plain" if times else ""
+        print(f"{name:12} {statistics.median(rates[name]):8.1f} images/s  {shown:14} {peak_mib:7.0f} MiB")
+    write_results(options.results, machine, {"batch": options.batch, "summary": summary, "rounds": rows})
 
 
 def start(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Runs one contestant in a process (or a pair); rank 0 reports, peak memory is the sum of the pair's."""
-    cores = len(os.sched_getaffinity(0))
-    ranks = 2 if name.startswith("two") else 1
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
-    threads |= {"TWOTOWER_KERNELS": "off"} if name.endswith("-torch") else {}
-    threads |= {"THP_MEM_ALLOC_ENABLE": "0"} if name.endswith("plain") else {}
-    command = [
-        sys.executable,
-        __file__,
-        "--contestant",
-        name,
-        "--batch",
-        str(options.batch),
-        "--steps",
-        str(options.steps),
-    ]
-    if ranks == 1:
-        return json.loads(
-            subprocess.run(command, env=os.environ | threads, check=True, capture_output=True, text=True).stdout
-        )
-    import torch.distributed as dist
-
-    from trainer.parallel.launch import tower_environment
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = [
-        subprocess.Popen(command, env=tower_environment(rank, store.port) | threads, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    results = [json.loads(child.communicate()[0]) for child in children]
+    """Runs one case in a process (or a pair); rank 0 reports, peak memory is the sum of the pair's."""
+    pair = name.startswith("two")
+    environment = {"OMP_NUM_THREADS": str(max(1, CORES // (1 + pair)))}
+    environment |= {"TWOTOWER_KERNELS": "off"} if name.endswith("-torch") else {}
+    environment |= {"THP_MEM_ALLOC_ENABLE": "0"} if name.endswith("plain") else {}
+    arguments = ("--case", name, "--batch", options.batch, "--steps", options.steps)
+    results = run_in_processes(arguments, pair=pair, environment=environment)
     return results[0] | {"peak_mib": sum(result["peak_mib"] for result in results)}
 
 
-def run_contestant(name: str, batch: int, steps: int) -> dict[str, float]:
+def run_case(name: str, batch: int, steps: int) -> dict[str, float]:
     """Median seconds of a step and this process's peak memory."""
     alone = name.startswith("norm")
     step = norm_step(name, batch) if alone else net_step(name, batch)
@@ -210,42 +200,6 @@ def norm_step(name: str, batch: int) -> Callable[[int], None]:
         y.backward(gradient)
 
     return step
-
-
-def report(rounds: list[dict[str, dict[str, float]]], names: list[str], options: argparse.Namespace) -> None:
-    """Prints the table and writes the results file."""
-    import torch
-
-    table = {}
-    for name in names:
-        rates = [row[name]["images_per_s"] for row in rounds]
-        reference = "norm-plain" if name.startswith("norm") else "plain"
-        ratios = [row[name]["images_per_s"] / row[reference]["images_per_s"] for row in rounds if reference in row]
-        table[name] = {
-            "images_per_s": statistics.median(rates),
-            "images_per_s_range": [min(rates), max(rates)],
-            "times_plain": statistics.median(ratios) if ratios else None,
-            "peak_mib": max(row[name]["peak_mib"] for row in rounds),
-        }
-        shown = f"{table[name]['times_plain']:.2f} x plain" if ratios else ""
-        print(f"{name:12} {table[name]['images_per_s']:8.1f} images/s  {shown:14} {table[name]['peak_mib']:7.0f} MiB")
-    read: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True}
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    cores = len(os.sched_getaffinity(0))
-    facts = {
-        "command": " ".join(sys.argv),
-        "date": date,
-        "commit": subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip(),
-        "machine": f"{platform.machine()}, {cores} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "batch": options.batch,
-        "rounds": rounds,
-        "summary": table,
-    }
-    path = options.output or ROOT / "benchmarks" / "results" / f"{date}_cpu{cores}_trainer.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(path)
 
 
 if __name__ == "__main__":

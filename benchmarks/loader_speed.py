@@ -1,9 +1,9 @@
 """How fast is the loader beside its peers? All in one process, in turns, on the same real photos.
 
-    python benchmarks/loader.py --work /tmp/loader-bench            about 6 minutes on 2 cores
-    python benchmarks/loader.py --work /tmp/loader-bench --count 256 --rounds 2 --seconds 0.5      a smoke test
+    python benchmarks/loader_speed.py --work /tmp/loader-bench            about 6 minutes on 2 cores
+    python benchmarks/loader_speed.py --work /tmp/loader-bench --count 256 --rounds 2 --seconds 0.5      a smoke test
 
-Contestants, batch 128 of 224-px crops, float32:
+Cases, batch 128 of 224-px crops, float32:
 
     whole           pipeline.loader.batches.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
     bare            a hand-written DALI pipeline: the same reading, decoding, crop, mirror, mean image and colour with
@@ -17,17 +17,13 @@ Contestants, batch 128 of 224-px crops, float32:
     two-split       each decodes half and hands its uint8 crops to the other (feed = "split"), within a process
     null            hands out one ready batch: what the harness itself costs
 
-Each round gives every contestant one slot of some seconds, after batches that only empty its queue; the figures are
-medians over the rounds. The results go to benchmarks/results/DATE_HARDWARE_loader.json.
+Each round gives every case one interval of some seconds, after batches that only empty its queue; the figures are
+medians over the rounds. The results go to benchmarks/results/DATE_MACHINE_loader_speed.json.
 """
 
-import argparse
 import dataclasses
-import datetime
-import importlib.metadata
-import json
+import functools
 import os
-import platform
 import queue
 import statistics
 import subprocess
@@ -40,21 +36,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import CORES, ROOT, describe_machine, make_parser, ratio, spread, take_turns, write_results
 from photos import prepare_shards
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline.loader.batch import SplitFeed  # noqa: E402
-from pipeline.loader.batches import TrainingLoader  # noqa: E402
-from pipeline.loader.bench import BenchOptions, run_bench  # noqa: E402
-from pipeline.loader.config import LoaderConfig  # noqa: E402
-from pipeline.loader.open_split import Statistics, open_split, read_statistics  # noqa: E402
+from pipeline.loader.batch import SplitFeed
+from pipeline.loader.batches import TrainingLoader
+from pipeline.loader.bench import BenchOptions, run_bench
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.open_split import Statistics, open_split, read_statistics
 
 BATCH = 128
 CROP = 224
-EMPTY_THE_QUEUE = 6  # batches a slot begins with, not timed: more than any contestant has prepared while it waited
+EMPTY_THE_QUEUE = 6  # batches an interval begins with, not timed: more than any case has prepared while it waited
 PAPER = LoaderConfig(crop_px=CROP, mean="pixel", colour="eigenvalue")
 CHANNEL = dataclasses.replace(PAPER, mean="channel")
 
@@ -198,8 +192,8 @@ def null() -> Iterator[torch.Tensor]:
         yield images
 
 
-def slot(batches: Iterator[torch.Tensor], seconds: float) -> float:
-    """Images a second of one turn."""
+def rate(batches: Iterator[torch.Tensor], seconds: float) -> float:
+    """Images a second of one interval."""
     for _ in range(EMPTY_THE_QUEUE):
         next(batches)
     begin_s, count = time.perf_counter(), 0
@@ -209,12 +203,11 @@ def slot(batches: Iterator[torch.Tensor], seconds: float) -> float:
     return count * BATCH / (time.perf_counter() - begin_s)
 
 
-def race(folders: dict[str, Path], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Images a second of every contestant in every round."""
-    threads = len(os.sched_getaffinity(0))
-    contestants = {
+def make_cases(folders: dict[str, Path]) -> dict[str, Iterator[torch.Tensor]]:
+    """Endless batches of every case."""
+    return {
         "whole": ours(folders["jpeg"], PAPER),
-        "bare": bare(folders["jpeg"], threads),
+        "bare": bare(folders["jpeg"], CORES),
         "whole-channel": ours(folders["jpeg"], CHANNEL),
         "webdataset": webdataset_peer(folders["jpeg"], channel_transform),
         "webdataset-paper": webdataset_peer(folders["jpeg"], paper_transform),
@@ -224,15 +217,6 @@ def race(folders: dict[str, Path], rounds: int, seconds: float) -> dict[str, lis
         "two-split": two_towers(folders["jpeg"], "split"),
         "null": null(),
     }
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        names = list(contestants) if number % 2 else list(reversed(contestants))  # no one always comes after the same
-        for name in names:
-            rate = slot(contestants[name], seconds)
-            if number:  # the first round warms up
-                rates[name].append(rate)
-                print(f"round {number}: {name:14} {rate:10,.0f} images/s", flush=True)
-    return rates
 
 
 def first_batch(folder: Path) -> dict[str, float]:
@@ -268,87 +252,41 @@ def memory_by_epoch(folder: Path, epochs: int = 40) -> list[float]:
     return found
 
 
-def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and spread."""
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in rates.items()
-    }
-
-
-def processor() -> str:
-    """Name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions, commit, command."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": commit.strip(),
-        "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
-    }
-
-
-def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
-    """What the issue asks for: medians of the ratios within a round, since a round is one state of the machine."""
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
-
-    return {
-        "whole / bare (wanted 0.95)": ratio("whole", "bare"),
-        "whole / webdataset-paper (wanted 4)": ratio("whole", "webdataset-paper"),
-        "whole-channel / webdataset": ratio("whole-channel", "webdataset"),
-        "whole / webdataset": ratio("whole", "webdataset"),
-        "whole-raw / whole (wanted 4)": ratio("whole-raw", "whole"),
-        "two-split / two-each": ratio("two-split", "two-each"),
-        "channel-raw / whole-channel": ratio("channel-raw", "whole-channel"),
-    }
+PAIRS = (
+    ("whole", "bare"),
+    ("whole", "webdataset-paper"),
+    ("whole-channel", "webdataset"),
+    ("whole", "webdataset"),
+    ("whole-raw", "whole"),
+    ("two-split", "two-each"),
+    ("channel-raw", "whole-channel"),
+)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the data sets are made and kept")
+    parser = make_parser(__doc__, work="the data sets, which are made once and kept", rounds=7)
     parser.add_argument("--count", type=int, default=2048, help="pictures")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a slot")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_cpuN_loader.json")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of an interval")
     args = parser.parse_args()
-    facts = environment()
+    machine = describe_machine("torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
     folders = prepare_shards(args.work, args.count, val_fraction=0)
     memory = memory_by_epoch(folders["jpeg"])
-    rates = race(folders, args.rounds, args.seconds)
-    stages = {
-        name: dataclasses.asdict(run_bench(folder, PAPER, BenchOptions(seconds=args.seconds / 2, repeats=args.rounds)))
-        for name, folder in folders.items()
-    }
+    cases = {name: functools.partial(rate, batches, args.seconds) for name, batches in make_cases(folders).items()}
+    rates = take_turns(cases, args.rounds, warm_up=1, show=lambda row: f"{row:,.0f} images/s")
+    ratios = {f"{a} / {b}": ratio(rates[a], rates[b]) for a, b in PAIRS}
+    options = BenchOptions(seconds=args.seconds / 2, repeats=args.rounds)
     result = {
-        **facts,
-        "ratios": ratios(rates),
-        "images_per_s": summary(rates),
+        "ratios": ratios,
+        "images_per_s": {name: spread(values) for name, values in rates.items()},
         **first_batch(folders["jpeg"]),
         "memory_mb_after_epoch": memory,
-        "stages": stages,
-        "rounds": rates,
+        "stages": {name: dataclasses.asdict(run_bench(folder, PAPER, options)) for name, folder in folders.items()},
     }
-    default = ROOT / "benchmarks" / "results" / f"{facts['date'][:10]}_cpu{facts['cores']}_loader.json"
-    output = args.output or default
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    shown = ("ratios", "images_per_s", "first_batch_s", "first_batch_with_imports_s", "memory_mb_after_epoch")
-    print(json.dumps({key: result[key] for key in shown}, indent=1))
-    print(output, flush=True)
+    for name, row in ratios.items():
+        print(f"{name:28} {row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f})")
+    write_results(args.results, machine, result)
+    sys.stdout.flush()
     os._exit(0)  # the towers' threads wait for each other for ever
 
 

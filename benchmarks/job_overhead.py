@@ -1,24 +1,21 @@
 """What does the way through the cluster cost? prepare as a Ray job beside the same prepare run directly, in turns.
 
-    python benchmarks/cluster.py --work /tmp/cluster-bench            about 10 minutes on 2 cores, 3 GB
-    python benchmarks/cluster.py --work /tmp/cluster-bench --pictures 400 --rounds 1      a smoke test
+    python benchmarks/job_overhead.py --work /tmp/job-bench            about 18 minutes on 2 cores, 3 GB
+    python benchmarks/job_overhead.py --work /tmp/job-bench --pictures 400 --rounds 1      a smoke test
 
 Both make the same data set from 500x375 photos (JPEG, quality 95) on the same cores; a local cluster of one node runs
 throughout. `images/s` is what prepare itself reports, without the start of Ray; `wall_s` is the whole command as a user
 waits for it; `first_line_s` the time from submit to the first line of the job's log; `processor_s` what every kind of
 process used, from before the command to its end (for a direct run, two Rays: its own, and the cluster that idles). The
-order of the two alternates from round to round. The results go to benchmarks/results/DATE_HARDWARE_cluster.json.
+order of the two changes from round to round. The results go to benchmarks/results/DATE_MACHINE_job_overhead.json.
 """
 
-import argparse
-import datetime
+import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import CORES, ROOT, describe_machine, make_parser, ratio, spread, take_turns, write_results
 from photos import write_class_folders
 
-ROOT = Path(__file__).resolve().parents[1]
 UNIQUE = 1000  # different pictures; the rest are hard links to them
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # of processes, by the first pattern that their command line matches
@@ -115,7 +112,7 @@ def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_
     output = work / "output"
     shutil.rmtree(output, ignore_errors=True)
     command = ["-m", "pipeline", "prepare", "--source", "folder", "--input", str(pictures), "--output", str(output)]
-    command += ["--workers", str(len(os.sched_getaffinity(0)))]
+    command += ["--workers", str(CORES)]
     if through_cluster:
         words = [sys.executable, "-m", "cluster", "submit", "--", "python", *command, "--address", "auto"]
     else:
@@ -143,73 +140,47 @@ def measure(work: Path, pictures: Path, rounds: int) -> dict[str, list[dict[str,
     environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
     place = ["--folder", str(folder / "c")]
     cluster = [sys.executable, "-m", "cluster"]
-    rows: dict[str, list[dict[str, Any]]] = {"direct": [], "cluster": []}
     try:
         run([*cluster, "up", "--local", *place, "--dashboard-port", "0"], environment)
         environment["RAY_API_SERVER_ADDRESS"] = json.loads((folder / "c" / "cluster.json").read_text())["address"]
-        for number in range(rounds):
-            for kind in ("direct", "cluster") if number % 2 == 0 else ("cluster", "direct"):
-                rows[kind].append(prepare(work, pictures, environment, through_cluster=kind == "cluster"))
-                print(f"round {number + 1}: {kind}: {rows[kind][-1]}", flush=True)
+        cases = {
+            name: functools.partial(prepare, work, pictures, environment, through_cluster=name == "cluster")
+            for name in ("direct", "cluster")
+        }
+        return take_turns(cases, rounds)
     finally:
         run([*cluster, "down", *place], environment)
         shutil.rmtree(folder, ignore_errors=True)
-    return rows
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures and outputs; pictures are kept")
+    parser = make_parser(__doc__, work="pictures, which are kept, and outputs", rounds=5)
     parser.add_argument("--pictures", type=int, default=80000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/...)")
     arguments = parser.parse_args()
+    machine = describe_machine("ray", "pillow", "simplejpeg", "numpy")
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = measure(arguments.work, make_pictures(arguments.work, arguments.pictures), arguments.rounds)
-    result = {"environment": environment_record(), "arguments": sys.argv[1:], "rounds": rows, **summary(rows)}
-    name = f"{datetime.date.today()}_cpu{len(os.sched_getaffinity(0))}_cluster.json"
-    target = arguments.output or ROOT / "benchmarks" / "results" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
-    print(f"results: {target}")
+    write_results(arguments.results, machine, {**summary(rows), "rounds": rows})
 
 
 def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The figures that the project promises something about."""
-    rates = {kind: [row["images_per_s"] for row in row_list] for kind, row_list in rows.items()}
-    pairs = [ours / direct for ours, direct in zip(rates["cluster"], rates["direct"], strict=True)]
-    waits = [row["first_line_s"] for row in rows["cluster"]]
-    used = {kind: statistics.median(sum(row["processor_s"].values()) for row in rows[kind]) for kind in rows}
-    return {
-        "cluster / direct, images/s": {
-            "of medians": round(statistics.median(rates["cluster"]) / statistics.median(rates["direct"]), 3),
-            "each round": [round(pair, 3) for pair in pairs],
-        },
-        "direct / cluster, wall time of the whole command": round(
-            statistics.median(row["wall_s"] for row in rows["direct"])
-            / statistics.median(row["wall_s"] for row in rows["cluster"]),
-            3,
-        ),
-        "shortest job, s": min(row["prepare_s"] for row_list in rows.values() for row in row_list),
-        "cluster / direct, processor time of all processes": round(used["cluster"] / used["direct"], 3),
-        "submit to first log line, s": {"median": statistics.median(waits), "min": min(waits), "max": max(waits)},
-        "same manifest": len({row["manifest_sha256"] for row_list in rows.values() for row in row_list}) == 1,
-    }
 
+    def column(kind: str, key: str) -> list[float]:
+        return [row[key] for row in rows[kind]]
 
-def environment_record() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    names = ("ray", "pillow", "simplejpeg", "numpy")
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    wall_s = ratio(column("direct", "wall_s"), column("cluster", "wall_s"))
+    used = {kind: [sum(row["processor_s"].values()) for row in found] for kind, found in rows.items()}
+    everything = [row for found in rows.values() for row in found]
     return {
-        "commit": commit.stdout.strip(),
-        "processor": model[1] if model else "unknown",
-        "cores": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "cluster / direct, images/s": ratio(column("cluster", "images_per_s"), column("direct", "images_per_s")),
+        "direct / cluster, wall time of the whole command": wall_s,
+        "shortest job, s": min(row["prepare_s"] for row in everything),
+        "cluster / direct, processor time of all processes": ratio(used["cluster"], used["direct"]),
+        "submit to first log line, s": spread(column("cluster", "first_line_s")),
+        "same manifest": len({row["manifest_sha256"] for row in everything}) == 1,
     }
 
 
