@@ -35,7 +35,7 @@ SMALL_NET = (
     "model.maps=[4, 4, 4, 4, 4]",
     "model.strides=[2, 1, 1, 1, 1]",
     "model.after=['relu norm pool', 'relu norm pool', 'relu', 'relu', 'relu']",
-    "model.units=32",
+    "model.units=[32, 32]",
     "train.batch_size=128",
     "data.scale='255'",
 )

@@ -38,10 +38,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the findings."""
+    manifest = read_manifest(args.folder)
     from pipeline.inspection.verify import check_dataset, undecodable
     from pipeline.progress import ProgressLine
 
-    manifest = read_manifest(args.folder)
     total = sum(split.num_samples for split in manifest.splits.values())
     with ProgressLine(total, verb="checked") as progress:
         problems = check_dataset(args.folder, manifest, level=args.level, report=progress.advance)

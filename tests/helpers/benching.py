@@ -13,7 +13,7 @@ from trainer.bench.record import BenchRecord
 from trainer.bench.run import describe_workload, make_record
 from trainer.bench.timing import TimedTrainer
 from trainer.config import Config, load_config
-from trainer.parallel.crossing import Ledger
+from trainer.parallel.link import Ledger
 from trainer.parallel.mesh import Mesh
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
