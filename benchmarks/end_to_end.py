@@ -31,13 +31,13 @@ from trainer.bench.timing import TimedTrainer
 from trainer.config import Config, load_config
 
 SMALL_NET = (
-    "model.channels=3",
-    "model.maps=[4, 4, 4, 4, 4]",
+    "model.in_channels=3",
+    "model.channels=[4, 4, 4, 4, 4]",
     "model.strides=[2, 1, 1, 1, 1]",
-    "model.after=['relu norm pool', 'relu norm pool', 'relu', 'relu', 'relu']",
-    "model.units=[32, 32]",
+    "model.post_ops=[['relu', 'lrn', 'maxpool'], ['relu', 'lrn', 'maxpool'], ['relu'], ['relu'], ['relu']]",
+    "model.hidden=[32, 32]",
     "train.batch_size=128",
-    "data.scale='255'",
+    "data.normalize='none'",
 )
 # Two batches ahead, the usual, do not hide the end of an epoch from steps of 10 ms.
 A_CORE_EACH = ("train.threads=1", f"data.threads={max(1, CORES - 1)}", "data.prefetch=4")

@@ -4,7 +4,7 @@
     python benchmarks/fashion_mnist.py --work /tmp/fashion --input FOLDER --seeds 0 --epochs 1     a try
 
 FOLDER holds the four IDX files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist). Prepares
-the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the centre
+the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the center
 crop and with ten views. A run that is finished already is not repeated: its figures are read from its folder, with what
 it says about its commit and machine.
 Results: benchmarks/results/DATE_MACHINE_fashion_mnist.json, and the curves beside it as .png.
@@ -86,9 +86,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Top-1 by epoch, a line a seed."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for run, colour in zip(runs, ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096"), strict=False):
+    for run, color in zip(runs, ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096"), strict=False):
         epochs, top1 = zip(*((row["epoch"], row["top1"]) for row in run["curve"]), strict=True)
-        axes.plot(epochs, top1, marker="o", markersize=3, color=colour, label=f"seed {run['seed']}: {run['top1']:.4f}")
+        axes.plot(epochs, top1, marker="o", markersize=3, color=color, label=f"seed {run['seed']}: {run['top1']:.4f}")
     axes.set(
         xlabel="epoch",
         ylabel="top-1 on the 10,000 test pictures",

@@ -5,16 +5,16 @@
 
 Cases, batch 128 of 224-px crops, float32:
 
-    whole           pipeline.loader.batches.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA colour)
-    bare            a hand-written DALI pipeline: the same reading, decoding, crop, mirror, mean image and colour with
+    whole           pipeline.loader.batches.TrainingLoader, the paper's recipe (crop, mirror, mean image, PCA color)
+    bare            a hand-written DALI pipeline: the same reading, decoding, crop, mirror, mean image and color with
                     DALI's operators and random numbers, and nothing else
     whole-channel   the same loader with a mean per channel instead of the mean image
-    webdataset      webdataset + Pillow + torchvision in a DataLoader of 2 workers; mean per channel, no colour
+    webdataset      webdataset + Pillow + torchvision in a DataLoader of 2 workers; mean per channel, no color
     webdataset-paper    the same with the paper's recipe: the work that whole does
     whole-raw       TrainingLoader, the paper's recipe, on raw uint8 shards of the same pictures
     channel-raw     whole-channel on raw shards
-    two-each        two loaders, a tower each, both decode the whole batch (feed = "each"); counts what both have
-    two-split       each decodes half and hands its uint8 crops to the other (feed = "split"), within a process
+    two-each        two loaders, one per tower, both decode the whole batch (decode = "replicated"); what both have
+    two-split       each decodes half and hands its uint8 crops to the other (decode = "sharded"), within a process
     null            hands out one ready batch: what the harness itself costs
 
 Each round gives every case one interval of some seconds, after batches that only empty its queue; the figures are
@@ -49,7 +49,7 @@ from pipeline.loader.open_split import Statistics, open_split, read_statistics
 BATCH = 128
 CROP = 224
 EMPTY_THE_QUEUE = 6  # batches an interval begins with, not timed: more than any case has prepared while it waited
-PAPER = LoaderConfig(crop_px=CROP, mean="pixel", colour="eigenvalue")
+PAPER = LoaderConfig(crop_px=CROP, mean="image", color="eigenvalue")
 CHANNEL = dataclasses.replace(PAPER, mean="channel")
 
 
@@ -112,7 +112,7 @@ def channel_transform(statistics: Statistics) -> Callable[[Image.Image], torch.T
 
 
 def paper_transform(statistics: Statistics) -> Callable[[Image.Image], torch.Tensor]:
-    """The paper's recipe, the work that ``whole`` does: crop, mean image, mirror, PCA colour."""
+    """The paper's recipe, the work that ``whole`` does: crop, mean image, mirror, PCA color."""
     from torchvision.transforms.v2 import functional
 
     assert statistics.mean_image is not None
@@ -227,7 +227,7 @@ def first_batch(folder: Path) -> dict[str, float]:
         "import nvidia.dali.fn, torch; from pathlib import Path\n"
         "from pipeline.loader.batches import LoaderConfig, TrainingLoader\n"
         "i = time.perf_counter()\n"
-        f"config = LoaderConfig(crop_px={CROP}, mean='pixel', colour='eigenvalue')\n"
+        f"config = LoaderConfig(crop_px={CROP}, mean='pixel', color='eigenvalue')\n"
         f"TrainingLoader(Path(sys.argv[1]), config, batch_size={BATCH}, seed=0).next()\n"
         "e = time.perf_counter(); print(e - i, e - t)"
     )

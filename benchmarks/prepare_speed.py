@@ -228,7 +228,7 @@ def shard_writer(work: Path, folder: Path) -> float:
 
 
 def pillow(data: bytes) -> bytes:
-    """Shorter side to 256, centre, JPEG: as most scripts do it."""
+    """Shorter side to 256, center, JPEG: as most scripts do it."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -8,7 +8,7 @@ Cases, batch 128, synthetic pictures, each in a process of its own (so that peak
     plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
                  eager float32
     one          one process as the trainer runs it: merged convolutions, channels_last, compiled kernels
-                 (trainer/model/kernels/kernels.cpp) for the normalisation and the update, float32
+                 (trainer/model/kernels/kernels.cpp) for the normalization and the update, float32
     one-bf16     the same with bfloat16 matrix products
     two          one process a tower, one thread each, gloo, float32
     two-bf16     the same with bfloat16 matrix products
@@ -181,7 +181,7 @@ def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
 
 
 def norm_step(name: str, batch: int) -> Callable[[int], None]:
-    """Forward and backward of the response normalisation alone."""
+    """Forward and backward of the response normalization alone."""
     import torch
 
     from trainer.model.response_norm import response_norm

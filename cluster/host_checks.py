@@ -175,7 +175,7 @@ def _socket_inodes(pid: int) -> set[str]:
     inodes = set()
     try:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalise "socket:[1]"
+            target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalize "socket:[1]"
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
     except OSError:  # it ended while we looked

@@ -115,7 +115,7 @@ def _profile_option(parser: argparse.ArgumentParser) -> None:
 
 def _views_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--views", choices=("centre", "ten"), default="centre", help="ten: corners, centre, mirrored (paper 4.1)"
+        "--views", choices=("center", "ten"), default="center", help="ten: corners, center, mirrored (paper 4.1)"
     )
 
 

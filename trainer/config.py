@@ -14,128 +14,131 @@ from trainer.errors import ConfigError, PeerError
 
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-OPERATIONS = ("relu", "tanh", "norm", "spatial_norm", "batch_norm", "pool")
+POST_OPS = ("relu", "tanh", "lrn", "lrn_within_channel", "batch_norm", "maxpool")
 
 
 @dataclasses.dataclass(frozen=True)
-class NormConfig:
-    """Local response normalisation, paper section 3.3: ``b = a / (k + alpha * sum(a_j^2))^beta`` over ``size`` maps.
+class LrnConfig:
+    """Local response normalization, paper section 3.3: ``b = a / (k + alpha * sum(a_j^2))^beta``.
 
     Attributes:
-        size: neighbouring maps in the sum, odd.
+        size: neighboring channels in the sum, odd.
         alpha: factor on the *sum*. The paper's formula says 1e-4; the original program divides by ``size``: 2e-5.
         beta: exponent.
         k: offset, so that the denominator is never small.
-        spatial_size: window side in px of the program's layer-2 spatial norm (same map), odd.
-        spatial_alpha: factor on the sum of the spatial norm; the program's 1e-3 over 25 pixels is 4e-5.
+        within_channel_size: window side in px of the program's second normalization in layer 2, odd; each channel by
+            itself, with k = 1.
+        within_channel_alpha: factor on its sum; the program's 1e-3 over 25 pixels is 4e-5.
     """
 
     size: int = 5
     alpha: float = 1e-4
     beta: float = 0.75
     k: float = 2.0
-    spatial_size: int = 5
-    spatial_alpha: float = 4e-5
+    within_channel_size: int = 5
+    within_channel_alpha: float = 4e-5
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        require(self.size > 0 and self.size % 2 == 1, "norm.size", self.size, "an odd number of maps")
-        require(self.spatial_size % 2 == 1, "norm.spatial_size", self.spatial_size, "an odd number of pixels")
-        require(self.alpha >= 0, "norm.alpha", self.alpha, "zero or more")
-        require(0 < self.beta <= 2, "norm.beta", self.beta, "a number in (0, 2]")
-        require(self.k > 0, "norm.k", self.k, "a positive number")
+        odd = "an odd number of pixels"
+        require(self.size > 0 and self.size % 2 == 1, "model.lrn.size", self.size, "an odd number of channels")
+        require(self.within_channel_size % 2 == 1, "model.lrn.within_channel_size", self.within_channel_size, odd)
+        require(self.alpha >= 0, "model.lrn.alpha", self.alpha, "zero or more")
+        require(0 < self.beta <= 2, "model.lrn.beta", self.beta, "a number in (0, 2]")
+        require(self.k > 0, "model.lrn.k", self.k, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The net. Sequences hold one value a layer, in the order conv1..conv5 (then fc6, fc7, fc8 where eight).
+    """The net. Sequences hold one value per layer, in the order conv1..conv5 (then fc6, fc7, fc8 where eight).
 
     Attributes:
         towers: 2 as in the paper, or 1 (the paper's one-GPU half net).
         image_px: side of the square input, px.
-        channels: input channels, 3 (RGB) or 1 (gray).
+        in_channels: of the input, 3 (RGB) or 1 (gray).
         classes: outputs of fc8.
-        maps: kernels *a tower* of conv1..conv5.
-        kernels: kernel sides of conv1..conv5, px.
-        strides: strides of conv1..conv5, px.
-        pads: zeros of conv1..conv5 as [top and left, bottom and right], px. conv1's [0, 3] is the original's ceil
-            geometry.
-        after: what follows each convolution, in order: relu, tanh, norm, spatial_norm, batch_norm, pool.
+        channels: output channels *per tower* of conv1..conv5.
+        kernel_sizes: sides of the kernels of conv1..conv5, px.
+        strides: of conv1..conv5, px.
+        paddings: zeros of conv1..conv5 as [top and left, bottom and right], px. conv1's [0, 3] is the original's
+            geometry, which rounds up.
+        post_ops: what follows each convolution, in order: relu, tanh, lrn, lrn_within_channel, batch_norm, maxpool.
         pool_px: side of the max-pooling window, px.
         pool_stride: its stride, px; smaller than the side means overlapping pooling (paper section 3.4).
         pool_ceil: whether the number of windows is rounded up, so that the last ones hang over the bottom and right
             edge, as in the original program. Only matters where the windows do not fit, as in run #147.
-        units: units *a tower* of fc6 and fc7, two values.
+        hidden: units *per tower* of fc6 and fc7, two values.
         crossings: layers whose input comes from both towers; fc8 always does.
         activation: of fc6 and fc7: relu or tanh.
         dropout: probability that a unit of fc6 or fc7 is dropped in training.
         dropout_kind: original (unscaled mask in training, outputs times 1 - dropout in testing) or inverted.
         init_std: standard deviation of the initial weights, eight values (paper section 5: 0.01 everywhere).
         init_bias: initial biases, eight values (paper: 1 in conv2, conv4, conv5, fc6, fc7).
-        norm: response normalisation.
+        lrn: response normalization.
     """
 
     towers: int = 2
     image_px: int = 224
-    channels: int = 3
+    in_channels: int = 3
     classes: int = 1000
-    maps: tuple[int, ...] = (48, 128, 192, 192, 128)
-    kernels: tuple[int, ...] = (11, 5, 3, 3, 3)
+    channels: tuple[int, ...] = (48, 128, 192, 192, 128)
+    kernel_sizes: tuple[int, ...] = (11, 5, 3, 3, 3)
     strides: tuple[int, ...] = (4, 1, 1, 1, 1)
-    pads: tuple[tuple[int, ...], ...] = ((0, 3), (2, 2), (1, 1), (1, 1), (1, 1))
-    after: tuple[str, ...] = ("relu norm pool", "relu norm pool", "relu", "relu", "relu pool")
+    paddings: tuple[tuple[int, ...], ...] = ((0, 3), (2, 2), (1, 1), (1, 1), (1, 1))
+    post_ops: tuple[tuple[str, ...], ...] = (
+        ("relu", "lrn", "maxpool"),
+        ("relu", "lrn", "maxpool"),
+        ("relu",),
+        ("relu",),
+        ("relu", "maxpool"),
+    )
     pool_px: int = 3
     pool_stride: int = 2
     pool_ceil: bool = False
-    units: tuple[int, ...] = (2048, 2048)
+    hidden: tuple[int, ...] = (2048, 2048)
     crossings: tuple[str, ...] = ("conv3", "fc6", "fc7", "fc8")
     activation: Literal["relu", "tanh"] = "relu"
     dropout: float = 0.5
     dropout_kind: Literal["original", "inverted"] = "original"
     init_std: tuple[float, ...] = (0.01,) * 8
     init_bias: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
-    norm: NormConfig = dataclasses.field(default_factory=NormConfig)
+    lrn: LrnConfig = dataclasses.field(default_factory=LrnConfig)
 
     def __post_init__(self) -> None:
-        """Checks lengths, ranges and that every map keeps a positive size."""
+        """Checks lengths, ranges and that every layer keeps a positive size."""
         require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
-        require(self.channels in (1, 3), "model.channels", self.channels, "1 (gray) or 3 (RGB)")
+        require(self.in_channels in (1, 3), "model.in_channels", self.in_channels, "1 (gray) or 3 (RGB)")
         require(self.classes >= 2, "model.classes", self.classes, "2 or more")
-        for field, length in (("maps", 5), ("kernels", 5), ("strides", 5), ("pads", 5), ("after", 5)):
-            require(
-                len(getattr(self, field)) == length, f"model.{field}", getattr(self, field), "five values, conv1..conv5"
-            )
+        for field in ("channels", "kernel_sizes", "strides", "paddings", "post_ops"):
+            values = getattr(self, field)
+            require(len(values) == 5, f"model.{field}", values, "five values, conv1..conv5")
         for field in ("init_std", "init_bias"):
-            require(len(getattr(self, field)) == 8, f"model.{field}", getattr(self, field), "eight values, conv1..fc8")
-        for pad in self.pads:
-            require(
-                len(pad) == 2 and min(pad) >= 0, "model.pads", self.pads, "pairs [before, after] of zero or more px"
-            )
-        for text in self.after:
-            require(set(text.split()) <= set(OPERATIONS), "model.after", text, f"words out of {', '.join(OPERATIONS)}")
-            require(text.split().count("batch_norm") <= 1, "model.after", text, "at most one batch_norm a layer")
-        require(
-            set(self.crossings) <= {"conv3", "fc6", "fc7", "fc8"},
-            "model.crossings",
-            self.crossings,
-            "conv3, fc6, fc7, fc8",
-        )
+            values = getattr(self, field)
+            require(len(values) == 8, f"model.{field}", values, "eight values, conv1..fc8")
+        for pair in self.paddings:
+            pairs = "pairs [before, after] of zero or more px"
+            require(len(pair) == 2 and min(pair) >= 0, "model.paddings", self.paddings, pairs)
+        for names in self.post_ops:
+            require(set(names) <= set(POST_OPS), "model.post_ops", names, f"a list out of {', '.join(POST_OPS)}")
+            require(names.count("batch_norm") <= 1, "model.post_ops", names, "at most one batch_norm per layer")
+        known = set(self.crossings) <= {"conv3", "fc6", "fc7", "fc8"}
+        require(known, "model.crossings", self.crossings, "conv3, fc6, fc7, fc8")
         require("fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability in [0, 1)")
-        fits = len(self.units) == 2 and min(self.units) > 0
-        require(fits, "model.units", self.units, "two positive numbers, fc6 and fc7")
+        fits = len(self.hidden) == 2 and min(self.hidden) > 0
+        require(fits, "model.hidden", self.hidden, "two positive numbers, fc6 and fc7")
         require(0 < self.pool_stride <= self.pool_px, "model.pool_stride", self.pool_stride, "1 to model.pool_px")
         for name, size in self.map_sizes().items():
             require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
 
     def map_sizes(self) -> dict[str, int]:
-        """Side in px of the maps of each convolution (``conv1``), and after its pooling (``pool1``) where pooled."""
+        """Side in px of each convolution's output (``conv1``), and after its pooling (``pool1``) where pooled."""
         sizes: dict[str, int] = {}
         side = self.image_px
         for i in range(5):
-            side = (side + sum(self.pads[i]) - self.kernels[i]) // self.strides[i] + 1
+            side = (side + sum(self.paddings[i]) - self.kernel_sizes[i]) // self.strides[i] + 1
             sizes[f"conv{i + 1}"] = side
-            if "pool" in self.after[i].split():
+            if "maxpool" in self.post_ops[i]:
                 side = self.pooled_side(side)
                 sizes[f"pool{i + 1}"] = side
         return sizes
@@ -152,7 +155,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LateRate:
+class LayerOverride:
     """A layer's own learning rate from some epoch on, whatever the schedule says: run #145's late change of conv1.
 
     Attributes:
@@ -170,11 +173,11 @@ class LateRate:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        require(self.layer in LAYERS, "optimizer.late.layer", self.layer, f"one of {', '.join(LAYERS)}")
-        require(self.epoch >= 0, "optimizer.late.epoch", self.epoch, "zero or more")
+        require(self.layer in LAYERS, "optimizer.layer_overrides.layer", self.layer, f"one of {', '.join(LAYERS)}")
+        require(self.epoch >= 0, "optimizer.layer_overrides.epoch", self.epoch, "zero or more")
         for field in ("learning_rate", "bias_learning_rate"):
             value = getattr(self, field)
-            require(value is None or value >= 0, f"optimizer.late.{field}", value, "zero or more")
+            require(value is None or value >= 0, f"optimizer.layer_overrides.{field}", value, "zero or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,21 +190,21 @@ class OptimizerConfig:
         momentum: factor on the velocity.
         weight_decay: factor on the weights, inside the learning rate.
         decay_biases: whether biases decay too (the program: no).
-        schedule: how the rates fall. ``steps``: by ``drop_factor`` at each of ``drop_epochs``. ``log_thirds``: by
-            ``total_drop`` in all, a third of it in logarithm at 25, 50 and 75 % of the epochs (run #170). ``plateau``:
-            by ``drop_factor`` where the held-out error has stopped falling, as the paper's authors did by hand.
-        drop_epochs: of ``steps``: epochs, rising, may be fractions.
-        drop_factor: of ``steps`` and ``plateau``; the paper divides by 10.
-        total_drop: of ``log_thirds``: first rate over last rate; run #170: 250, so 6.3 a time.
-        plateau_patience: evaluations without a fall of the error before a drop.
-        plateau_threshold: smallest fall of the top-1 error (0..1) that counts.
-        plateau_drops: most drops of ``plateau``; the paper's three.
+        schedule: how the rates fall. ``steps``: by ``gamma`` at each of ``milestones``. ``log_thirds``: to
+            ``final_lr_ratio`` in all, a third of it in logarithm at 25, 50 and 75 % of the epochs (run #170).
+            ``plateau``: by ``gamma`` where the held-out error has stopped falling, as the paper's authors did by hand.
+        milestones: of ``steps``: epochs, rising, may be fractions.
+        gamma: of ``steps`` and ``plateau``; the paper divides by 10.
+        final_lr_ratio: of ``log_thirds``: last rate over first rate; run #170: 1 / 250, so a 6.3rd each time.
+        patience: of ``plateau``: evaluations without a fall of the error before a drop.
+        threshold: of ``plateau``: smallest fall of the top-1 error (0..1) that counts.
+        max_drops: most drops of ``plateau``; the paper's three.
         bias_schedule: how the biases' rate falls. ``same``: as the weights'. ``constant``: never (run #145).
-            ``halfway``: once, by ``bias_drop_factor``, at half of the epochs (run #170). ``steps``: by
-            ``bias_drop_factor`` at each of ``bias_drop_epochs``.
-        bias_drop_epochs: of ``steps``: epochs, rising.
-        bias_drop_factor: of ``halfway`` and ``steps``; run #170: 0.02 to 0.002.
-        late: layers that get rates of their own late in training.
+            ``halfway``: once, by ``bias_gamma``, at half of the epochs (run #170). ``steps``: by
+            ``bias_gamma`` at each of ``bias_milestones``.
+        bias_milestones: of ``steps``: epochs, rising.
+        bias_gamma: of ``halfway`` and ``steps``; run #170: 0.02 to 0.002.
+        layer_overrides: layers that get rates of their own from some epoch on.
         warmup_epochs: epochs over which the rates rise linearly from zero; 0 in the paper.
     """
 
@@ -211,35 +214,35 @@ class OptimizerConfig:
     weight_decay: float = 0.0005
     decay_biases: bool = False
     schedule: Literal["steps", "log_thirds", "plateau"] = "steps"
-    drop_epochs: tuple[float, ...] = ()
-    drop_factor: float = 0.1
-    total_drop: float = 250.0
-    plateau_patience: int = 5
-    plateau_threshold: float = 0.001
-    plateau_drops: int = 3
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    final_lr_ratio: float = 0.004
+    patience: int = 5
+    threshold: float = 0.001
+    max_drops: int = 3
     bias_schedule: Literal["same", "constant", "halfway", "steps"] = "same"
-    bias_drop_epochs: tuple[float, ...] = ()
-    bias_drop_factor: float = 0.1
-    late: tuple[LateRate, ...] = ()
+    bias_milestones: tuple[float, ...] = ()
+    bias_gamma: float = 0.1
+    layer_overrides: tuple[LayerOverride, ...] = ()
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks ranges, and that no setting stands beside a schedule that would not look at it."""
-        for field in ("learning_rate", "bias_learning_rate", "drop_factor", "bias_drop_factor", "total_drop"):
+        for field in ("learning_rate", "bias_learning_rate", "gamma", "bias_gamma", "final_lr_ratio"):
             require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "a positive number")
-        for field in ("weight_decay", "plateau_threshold", "plateau_drops", "warmup_epochs"):
+        for field in ("weight_decay", "threshold", "max_drops", "warmup_epochs"):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "zero or more")
         require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
-        require(self.plateau_patience >= 1, "optimizer.plateau_patience", self.plateau_patience, "1 or more")
-        for field, schedule in (("drop_epochs", self.schedule), ("bias_drop_epochs", self.bias_schedule)):
+        require(self.patience >= 1, "optimizer.patience", self.patience, "1 or more")
+        for field, schedule in (("milestones", self.schedule), ("bias_milestones", self.bias_schedule)):
             epochs = list(getattr(self, field))
             require(epochs == sorted(epochs), f"optimizer.{field}", epochs, "rising epochs")
             require(not epochs or schedule == "steps", f"optimizer.{field}", epochs, f"none: not used by {schedule}")
-        stepped = self.bias_schedule != "steps" or self.bias_drop_epochs
-        require(bool(stepped), "optimizer.bias_drop_epochs", (), "epochs; for biases that never drop: constant")
-        for layer in {late.layer for late in self.late}:
-            epochs = [late.epoch for late in self.late if late.layer == layer]
-            require(epochs == sorted(set(epochs)), "optimizer.late", epochs, f"rising epochs for {layer}")
+        stepped = self.bias_schedule != "steps" or self.bias_milestones
+        require(bool(stepped), "optimizer.bias_milestones", (), "epochs; for biases that never drop: constant")
+        for layer in {own.layer for own in self.layer_overrides}:
+            epochs = [own.epoch for own in self.layer_overrides if own.layer == layer]
+            require(epochs == sorted(set(epochs)), "optimizer.layer_overrides", epochs, f"rising epochs for {layer}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +261,9 @@ class TrainConfig:
         checkpoint_every_steps: steps between checkpoints besides; 0 for none.
         keep_checkpoints: newest checkpoints kept; the best one (held-out top-1) is kept besides.
         precision: fp32, or bf16 (matrix products in bfloat16, weights and sums in float32).
-        wire: number format in which maps and their gradients cross between towers: same (as computed: fp32, or bf16
-            where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37) or bf16.
+        comm_dtype: number format in which activations and their gradients cross between towers: same (as computed:
+            fp32, or bf16 where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37)
+            or bf16.
         threads: threads of a process's computation on a CPU; 0: its share of the cores. They wait for each other
             actively: where the loader needs much of a core, the two are faster together with a core each
             (``trainer bench`` says so).
@@ -276,7 +280,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
-    wire: Literal["same", "fp16", "bf16"] = "same"
+    comm_dtype: Literal["same", "fp16", "bf16"] = "same"
     threads: int = 0
     peer_timeout_s: float = 60.0
 
@@ -293,7 +297,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole recipe: tables ``[model]``, ``[model.norm]``, ``[data]``, ``[optimizer]``, ``[train]`` of a TOML file."""
+    """A whole recipe: tables ``[model]``, ``[model.lrn]``, ``[data]``, ``[optimizer]``, ``[train]`` of a TOML file."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"hw_decoder_load {share}: {rate:,.0f} images/s decoded")
     shuffle = result.shuffle
     print(
-        f"shuffle (1: perfect) displacement {shuffle.displacement:.2f}, spread of neighbours {shuffle.spread:.2f}, "
+        f"shuffle (1: perfect) displacement {shuffle.displacement:.2f}, spread of neighbors {shuffle.spread:.2f}, "
         f"batchmates meeting again {shuffle.batchmates:.1f} times as often"
     )
     print(f"peak memory {result.peak_memory_mb:,.0f} MB")

@@ -1,4 +1,4 @@
-"""``statistics``: mean image and colours of a data set, as numbers and as a picture."""
+"""``statistics``: mean image and colors of a data set, as numbers and as a picture."""
 
 import argparse
 import json
@@ -11,9 +11,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "statistics",
-        help="mean image, colour covariance, eigenvectors",
+        help="mean image, color covariance, eigenvectors",
         description="Print the statistics of the train split (on 0..255) and draw them: the mean image, and for every\n"
-        "eigenvector the mean colour from -3 to +3 standard deviations along it.",
+        "eigenvector the mean color from -3 to +3 standard deviations along it.",
         epilog="example: python -m pipeline statistics data/imagenet --picture statistics.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -151,15 +151,15 @@ def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
-    """The mean image (or mean colour) beside the colours along the eigenvectors."""
+    """The mean image (or mean color) beside the colors along the eigenvectors."""
     side, channels = STATISTICS_PX, len(arrays["mean"])
     mean = arrays.get("mean_image")
     left = np.broadcast_to(arrays["mean"], (side, side, channels)) if mean is None else mean
     deviations = np.sqrt(np.maximum(arrays["eigenvalues"], 0))
     steps = np.array(STEPS)[None, :, None]
-    colours = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
+    colors = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
     picture = Image.new("RGB", (2 * side, side))
-    for number, values in enumerate((left, colours)):
+    for number, values in enumerate((left, colors)):
         pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         half = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
         picture.paste(half.resize((side, side), Image.Resampling.NEAREST), (number * side, 0))

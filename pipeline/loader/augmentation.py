@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.loader.config import LoaderConfig
 
-_GEOMETRY, _COLOUR = 0, 1  # streams: the second half of Philox' key, so colour on or off never changes a crop
+_GEOMETRY, _COLOR = 0, 1  # streams: the second half of Philox' key, so color on or off never changes a crop
 MAX_SEED = (1 << 63) - 1
 
 
@@ -23,7 +23,7 @@ class Draws:
 
     Attributes:
         geometry: (n, 3) int32: crop x, crop y (pixels from the left and the top of the stored picture), mirror (0/1).
-        shift: (n, C) float32: what the colour recipe adds to each channel, grey levels of 0..255.
+        shift: (n, C) float32: what the color recipe adds to each channel, gray levels of 0..255.
     """
 
     geometry: np.ndarray
@@ -49,13 +49,13 @@ class Statistics:
     eigenvectors: np.ndarray
 
 
-def colour_steps(config: LoaderConfig, statistics: Statistics) -> np.ndarray:
-    """The colour shift for normal numbers of 1, as a (C, C) matrix: shift = matrix @ normals, grey levels of 0..255."""
-    if config.colour == "none":
+def color_steps(config: LoaderConfig, statistics: Statistics) -> np.ndarray:
+    """The color shift for normal numbers of 1, as a (C, C) matrix: shift = matrix @ normals, gray levels of 0..255."""
+    if config.color == "none":
         return np.zeros_like(statistics.eigenvectors)
     values = np.maximum(statistics.eigenvalues, 0.0)  # a rounding error below zero is no variance
-    lengths = np.sqrt(values) if config.colour == "deviation" else values / 255.0
-    return np.asarray(statistics.eigenvectors * (config.colour_sigma * lengths), dtype=np.float64)
+    lengths = np.sqrt(values) if config.color == "deviation" else values / 255.0
+    return np.asarray(statistics.eigenvectors * (config.color_sigma * lengths), dtype=np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Augmentation:
         config: the recipe.
         seed: 0..2**63 - 1.
         height_px, width_px: size of the stored pictures.
-        steps: (C, C) matrix of :func:`colour_steps`.
+        steps: (C, C) matrix of :func:`color_steps`.
     """
 
     config: LoaderConfig
@@ -92,20 +92,20 @@ class Augmentation:
         geometry[:, 2] = uniform[:, 2] < config.mirror
         return Draws(geometry, self._shift(epoch, first, count))
 
-    def colour_is_on(self, epoch: int) -> bool:
-        """Whether the pictures of an epoch get colour noise."""
+    def color_is_on(self, epoch: int) -> bool:
+        """Whether the pictures of an epoch get color noise."""
         config = self.config
-        return config.colour != "none" and config.colour_sigma > 0 and not 0 <= config.colour_off_epoch <= epoch
+        return config.color != "none" and config.color_sigma > 0 and not 0 <= config.color_off_epoch <= epoch
 
     def divisor(self, epoch: int) -> float:
-        """What the images of an epoch are divided by: part of the colour noise, as in the original's convdata.py."""
-        return self.config.colour_divisor if self.colour_is_on(epoch) else 1.0
+        """What the images of an epoch are divided by: part of the color noise, as in the original's convdata.py."""
+        return self.config.color_divisor if self.color_is_on(epoch) else 1.0
 
     def _shift(self, epoch: int, first: int, count: int) -> np.ndarray:
         channels = len(self.steps)
-        if not self.colour_is_on(epoch):
+        if not self.color_is_on(epoch):
             return np.zeros((count, channels), np.float32)
-        normals = _normal(_uniform(self.seed, epoch, _COLOUR, first, count))[:, :channels]
+        normals = _normal(_uniform(self.seed, epoch, _COLOR, first, count))[:, :channels]
         return (normals @ self.steps.T).astype(np.float32)
 
 
@@ -138,21 +138,21 @@ def _normal(uniform: np.ndarray) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-def centre_geometry(count: int, *, height_px: int, width_px: int, crop_px: int) -> np.ndarray:
-    """(count, 3) int32 geometry of the centre crop, not mirrored."""
+def center_geometry(count: int, *, height_px: int, width_px: int, crop_px: int) -> np.ndarray:
+    """(count, 3) int32 geometry of the center crop, not mirrored."""
     row = [(width_px - crop_px) // 2, (height_px - crop_px) // 2, 0]
     return np.tile(np.array(row, np.int32), (count, 1))
 
 
 def ten_views(*, height_px: int, width_px: int, crop_px: int) -> np.ndarray:
-    """(10, 3) int32 geometry: top left, top right, centre, bottom left, bottom right, then the same mirrored."""
+    """(10, 3) int32 geometry: top left, top right, center, bottom left, bottom right, then the same mirrored."""
     right, bottom = width_px - crop_px, height_px - crop_px
     corners = [(0, 0), (right, 0), (right // 2, bottom // 2), (0, bottom), (right, bottom)]
     return np.array([(x, y, mirror) for mirror in (0, 1) for x, y in corners], np.int32)
 
 
 def fingerprint(keys: Sequence[str], draws: Draws, *, epoch: int, position: int) -> int:
-    """63-bit hash of a batch: keys, geometry and colour (to 1/1000 grey level, above any difference of libm)."""
+    """63-bit hash of a batch: keys, geometry and color (to 1/1000 gray level, above any difference of libm)."""
     digest = hashlib.blake2b(f"{epoch} {position} ".encode(), digest_size=8)
     digest.update(" ".join(keys).encode())
     digest.update(np.ascontiguousarray(draws.geometry, dtype="<i4").tobytes())

@@ -1,7 +1,7 @@
 """One batch, parts of one, and how keys and labels are read out of what DALI returns.
 
-With ``feed = "split"`` each tower decodes half of a batch and the uint8 crops are exchanged. The exchange itself is the
-trainer's: it is handed in as a function, so that nothing here knows about process groups.
+With ``decode = "sharded"`` each tower decodes half of a batch and the uint8 crops are exchanged. The exchange itself is
+the trainer's: it is handed in as a function, so that nothing here knows about process groups.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Batch:
         images: (N, C, S, S) float32 on the loader's device; ten views: (N, 10, C, S, S).
         labels: (N,) int64, 0..num_classes - 1, same device.
         keys: N sample keys.
-        draws: (N, 3) int32: crop x, crop y, mirror (0/1). Evaluation: the centre crop.
+        draws: (N, 3) int32: crop x, crop y, mirror (0/1). Evaluation: the center crop.
         epoch: 0-based.
         position: batch number inside the epoch, 0-based.
-        fingerprint: 63-bit hash of keys, draws and colour of the whole batch, also where these are a share's rows:
+        fingerprint: 63-bit hash of keys, draws and color of the whole batch, also where these are a share's rows:
             equal on all processes if and only if the batch is the same.
     """
 
@@ -87,7 +87,7 @@ class SplitFeed:
         _check_part(self.part, self.parts)
         if batch_size % self.parts:
             raise ConfigError(
-                f"batch size {batch_size} cannot be split among {self.parts}: use a multiple, or feed = 'each'"
+                f"batch size {batch_size} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'"
             )
 
 

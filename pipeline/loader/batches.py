@@ -1,6 +1,6 @@
 """Batches for the network: what the trainer uses. The way of an image:
 
-    reader -> decode -> crop, mirror, mean, colour, scale  ->  mean image, standardise  ->  Batch
+    reader -> decode -> crop, mirror, mean, color, scale  ->  mean image, standardize  ->  Batch
     `-- DALI, in threads of its own: loader.graph -------'     `-- loader.normalize --'
 
 The reader (webdataset tars with index) owns the order of the samples; every other random decision comes from
@@ -23,9 +23,9 @@ from pipeline.loader.augmentation import (
     Augmentation,
     Draws,
     Statistics,
-    centre_geometry,
+    center_geometry,
     check_crop,
-    colour_steps,
+    color_steps,
     fingerprint,
     ten_views,
 )
@@ -64,8 +64,8 @@ class TrainingLoader:
         device: ``cpu`` or ``cuda:N``.
         state: what :meth:`state` returned, to continue after it.
         skip_list: text file of sample keys to leave out, one a line.
-        split_feed: this tower's share of the decoding, for ``feed = "split"``; without one (a single process holds both
-            towers) the whole batch is decoded here.
+        split_feed: this tower's share of the decoding, for ``decode = "sharded"``; without one (a single process holds
+            both towers) the whole batch is decoded here.
         share: the rows of each batch that this process trains on; None for all.
 
     Attributes:
@@ -95,7 +95,7 @@ class TrainingLoader:
         _check_batch_size(batch_size)
         self._share = share or BatchShare()
         self._rows = self._share.rows(batch_size)
-        self._split_feed = split_feed if config.feed == "split" else None
+        self._split_feed = split_feed if config.decode == "sharded" else None
         if self._split_feed:
             self._split_feed.check(batch_size)
         shuffle = config.shuffle == "epoch"
@@ -103,7 +103,7 @@ class TrainingLoader:
         self.steps_per_epoch = self._count_steps()
         self.num_classes = len(split.manifest.classes)
         self.channels = split.manifest.picture.channels
-        steps = colour_steps(config, statistics)
+        steps = color_steps(config, statistics)
         self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
         self._normalizer = Normalizer(config, statistics, device=device)
         self._restored = state
@@ -132,7 +132,7 @@ class TrainingLoader:
     def _draw(self, info: Any) -> tuple[np.ndarray, ...]:
         """What DALI's iteration ``info.iteration`` needs, for the external source: see :func:`training_graph`.
 
-        DALI asks for it some batches ahead; all of it follows from the number, also the end of the colour noise.
+        DALI asks for it some batches ahead; all of it follows from the number, also the end of the color noise.
         """
         epoch, position = divmod(info.iteration, self._reader.batches_per_epoch)
         size = self._reader.batch_size
@@ -211,7 +211,7 @@ class EvaluationLoader:
         config: the recipe; its random parts are off.
         batch_size: pictures a batch, >= 1.
         split: name of the split.
-        views: ``centre``, or ``ten`` for corners and centre, then the same mirrored.
+        views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``.
         skip_list: text file of sample keys to leave out, one a line.
 
@@ -231,18 +231,18 @@ class EvaluationLoader:
         *,
         batch_size: int,
         split: str = "val",
-        views: str = "centre",
+        views: str = "center",
         device: str = "cpu",
         skip_list: Path | None = None,
     ) -> None:
-        if views not in ("centre", "ten"):
-            raise ConfigError(f"views is {views!r}: expected centre or ten")
+        if views not in ("center", "ten"):
+            raise ConfigError(f"views is {views!r}: expected center or ten")
         opened, statistics = _open(data, split, config, skip_list)
         _check_batch_size(batch_size)
         check_crop(config, opened.height_px, opened.width_px)
         size = {"height_px": opened.height_px, "width_px": opened.width_px, "crop_px": config.crop_px}
-        self._centre = centre_geometry(1, **size)
-        self._views = ten_views(**size) if views == "ten" else self._centre
+        self._center = center_geometry(1, **size)
+        self._views = ten_views(**size) if views == "ten" else self._center
         self._reader = with_decoder_share(Reader(opened, config, batch_size, device, 0, False))
         self._normalizer = Normalizer(config, statistics, device=device)
         self.num_samples = opened.num_samples
@@ -263,7 +263,7 @@ class EvaluationLoader:
         keys = read_keys(source)[:count]
         views = torch.from_dlpack(pixels.as_tensor())[:count].flatten(0, -4)  # (N * V, C, S, S)
         images = self._normalizer.finish(views, np.tile(self._views, (count, 1)))
-        draws = Draws(np.repeat(self._centre, count, 0), np.zeros((count, self.channels), np.float32))
+        draws = Draws(np.repeat(self._center, count, 0), np.zeros((count, self.channels), np.float32))
         return Batch(
             images=images.unflatten(0, (count, -1)) if len(self._views) > 1 else images,
             labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),

@@ -52,7 +52,7 @@ class ShuffleQuality:
 
     Attributes:
         displacement: mean distance between a sample's places in the two epochs, against the n/3 of a perfect shuffle.
-        spread: mean distance, in the second epoch, of neighbours in the first, against n/3. Samples of
+        spread: mean distance, in the second epoch, of neighbors in the first, against n/3. Samples of
             one tar stay within about a tar and a buffer of each other, so large data sets have small figures.
         batchmates: how often two samples of one batch meet in one batch of the next epoch, against a perfect shuffle.
     """

@@ -6,12 +6,12 @@ import math
 from pipeline.errors import require
 
 CHOICES = {
-    "mean": ("none", "channel", "pixel", "centre"),
-    "scale": ("255", "std", "standardise"),
-    "colour": ("none", "eigenvalue", "deviation"),
+    "mean": ("none", "channel", "image", "image_center"),
+    "normalize": ("none", "per_channel", "per_image"),
+    "color": ("none", "eigenvalue", "deviation"),
     "shuffle": ("epoch", "once"),
     "last_batch": ("drop", "partial"),
-    "feed": ("each", "split"),
+    "decode": ("replicated", "sharded"),
 }
 
 
@@ -19,30 +19,31 @@ CHOICES = {
 class LoaderConfig:
     """What is done to a stored picture before the network sees it, and how the reading is arranged.
 
-    A picture x (0..255) becomes ``(crop(x) - mean + colour) / std``, float32; in training with
-    colour noise it is divided by ``colour_divisor`` besides.
+    A picture x (0..255) becomes ``(crop(x) - mean + color) / std``, float32; in training with
+    color noise it is divided by ``color_divisor`` besides.
 
     Attributes:
         crop_px: side of the square crop, pixels, >= 1 and at most the stored picture's side. Paper: 224 of 256.
         crop_shared_by: consecutive samples of an epoch that share one crop and mirror draw, >= 1.
             1 is the paper; 32 is the original program.
         mirror: probability of a horizontal mirror image in training, 0..1.
-        mean: what is subtracted. ``none``; ``channel``: one number a channel; ``pixel``: the mean image, cropped and
-            mirrored like the picture; ``centre``: always the centre crop of the mean image, never mirrored, as the
-            original program does.
-        scale: ``255``: pixels stay on 0..255; ``std``: each channel divided by its standard deviation over the training
-            set; ``standardise``: each crop brought to mean 0 and deviation 1 over all its values, last of all.
-        colour: PCA colour shift in training. ``none``; ``deviation``: along each eigenvector by
-            N(0,1) * colour_sigma * sqrt(eigenvalue), grey levels of 0..255 (the original program); ``eigenvalue``:
-            by N(0,1) * colour_sigma * eigenvalue where pixels and eigenvalues are on 0..1 (the paper read literally; on
-            0..255 it would be noise of +-1,483 grey levels for ILSVRC), so 255 * eigenvalue_255 / 255**2 grey levels.
+        mean: what is subtracted. ``none``; ``channel``: one number per channel; ``image``: the mean image, cropped and
+            mirrored like the picture; ``image_center``: always the center crop of the mean image, never mirrored, as
+            the original program does.
+        normalize: ``none``: pixels stay on 0..255; ``per_channel``: each channel divided by its standard deviation over
+            the training set; ``per_image``: each crop brought to mean 0 and deviation 1 over all its values, last of
+            all.
+        color: PCA color shift in training. ``none``; ``deviation``: along each eigenvector by
+            N(0,1) * color_sigma * sqrt(eigenvalue), gray levels of 0..255 (the original program); ``eigenvalue``:
+            by N(0,1) * color_sigma * eigenvalue where pixels and eigenvalues are on 0..1 (the paper read literally; on
+            0..255 it would be noise of +-1,483 gray levels for ILSVRC), so 255 * eigenvalue_255 / 255**2 gray levels.
             ILSVRC-2012 deviations 121.78, 37.09, 19.72 give steps of 12.2, 3.7, 2.0 (deviation) or 5.8, 0.54, 0.15
-            grey levels (eigenvalue) at colour_sigma 0.1.
-        colour_sigma: size of the colour shift, no unit, >= 0.
-        colour_off_epoch: first epoch (0-based) without colour shift; -1: never off.
-        colour_divisor: training images are divided by it while the colour noise is on, > 0; 1.1 in the original
+            gray levels (eigenvalue) at color_sigma 0.1.
+        color_sigma: size of the color shift, no unit, >= 0.
+        color_off_epoch: first epoch (0-based) without color shift; -1: never off.
+        color_divisor: training images are divided by it while the color noise is on, > 0; 1.1 in the original
             program, which thereby brings noisy images to the scale of test images; never applied in testing, nor once
-            ``colour_off_epoch`` is reached, nor where colour is none (or colour_sigma 0). ``scale = "standardise"``
+            ``color_off_epoch`` is reached, nor where color is none (or color_sigma 0). ``normalize = "per_image"``
             comes after it and undoes it.
         shuffle: ``epoch``: another order every epoch; ``once``: the stored order (``prepare`` has shuffled it), every
             epoch the same batches in the same order, as the original program does.
@@ -54,8 +55,8 @@ class LoaderConfig:
             65,536 (measured).
         threads: decoding threads of one loader, 0: as many as this process may use cores.
         prefetch: batches prepared ahead, 1..64. Each costs its float32 pictures, 77 MB for 128 of 224 px.
-        feed: ``each``: each tower decodes the whole batch; ``split``: each decodes half, and the towers exchange uint8
-            pixels before the normalisation (pays where decoding is the bottleneck and the link is fast).
+        decode: ``replicated``: each tower decodes the whole batch; ``sharded``: each decodes half, and they exchange
+            uint8 pixels before the normalization (pays where decoding is the bottleneck and the link is fast).
         hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder, 0..1; -1: measured at start-up.
         mmap: tars are mapped into memory. False reads them as files, which suits most network file systems better and
             holds one file descriptor a shard.
@@ -67,18 +68,18 @@ class LoaderConfig:
     crop_px: int = 224
     crop_shared_by: int = 1
     mirror: float = 0.5
-    mean: str = "pixel"
-    scale: str = "255"
-    colour: str = "none"
-    colour_sigma: float = 0.1
-    colour_off_epoch: int = -1
-    colour_divisor: float = 1.0
+    mean: str = "image"
+    normalize: str = "none"
+    color: str = "none"
+    color_sigma: float = 0.1
+    color_off_epoch: int = -1
+    color_divisor: float = 1.0
     shuffle: str = "epoch"
     last_batch: str = "drop"
     shuffle_buffer: int = 4096
     threads: int = 0
     prefetch: int = 2
-    feed: str = "each"
+    decode: str = "replicated"
     hw_decoder_load: float = 0.65
     mmap: bool = True
 
@@ -88,13 +89,13 @@ class LoaderConfig:
             value = getattr(self, name)
             fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
             require(fits, f"data.{name}", value, f"a whole number, {low}..{high}")
-        for name in ("mirror", "colour_sigma", "colour_divisor", "hw_decoder_load"):
+        for name in ("mirror", "color_sigma", "color_divisor", "hw_decoder_load"):
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             require(fits, f"data.{name}", value, "a finite number")
         require(0 <= self.mirror <= 1, "data.mirror", self.mirror, "a probability, 0..1")
-        require(self.colour_sigma >= 0, "data.colour_sigma", self.colour_sigma, "0 or more")
-        require(self.colour_divisor > 0, "data.colour_divisor", self.colour_divisor, "more than 0")
+        require(self.color_sigma >= 0, "data.color_sigma", self.color_sigma, "0 or more")
+        require(self.color_divisor > 0, "data.color_divisor", self.color_divisor, "more than 0")
         share = self.hw_decoder_load
         require(0 <= share <= 1 or share == -1, "data.hw_decoder_load", share, "0..1, or -1 to measure it")
         require(isinstance(self.mmap, bool), "data.mmap", self.mmap, "true or false")
@@ -103,14 +104,15 @@ class LoaderConfig:
         unused = self.shuffle == "once" and self.shuffle_buffer != LoaderConfig.shuffle_buffer
         expected = "none beside data.shuffle = 'once', which reads in stored order"
         require(not unused, "data.shuffle_buffer", self.shuffle_buffer, expected)
-        odd = self.last_batch == "partial" and self.feed == "split"
-        require(not odd, "data.last_batch", self.last_batch, "'drop' with data.feed = 'split'; use feed = 'each'")
+        odd = self.last_batch == "partial" and self.decode == "sharded"
+        expected = "'drop' with data.decode = 'sharded'; use decode = 'replicated'"
+        require(not odd, "data.last_batch", self.last_batch, expected)
 
 
 _INTEGER_RANGES = {
     "crop_px": (1, 65536),
     "crop_shared_by": (1, 1 << 30),
-    "colour_off_epoch": (-1, 1 << 30),
+    "color_off_epoch": (-1, 1 << 30),
     "shuffle_buffer": (1, 1 << 30),
     "threads": (0, 1024),
     "prefetch": (1, 64),

@@ -1,4 +1,4 @@
-"""The pipeline as DALI operators: reader, decoder, then crop, mirror, mean, colour and scale in one. Only here is DALI.
+"""The pipeline as DALI operators: reader, decoder, then crop, mirror, mean, color and scale in one. Only here is DALI.
 
 One graph for CPU and GPU: the device is a parameter. DALI is imported when a pipeline is built, so everything that only
 describes a loader works where DALI is not installed.
@@ -167,7 +167,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def training_graph(reader: Reader, feed: Any, *, part: int = 0, parts: int = 1) -> tuple[Any, ...]:
-    """Outputs images, label text, source text, geometry, colour shift; of the images one part of ``parts`` only.
+    """Outputs images, label text, source text, geometry, color shift; of the images one part of ``parts`` only.
 
     The images are float32 CHW, cropped, mirrored, their mean subtracted and divided, all in one pass. What is still to
     be done is :meth:`pipeline.loader.normalize.Normalizer.finish`.

@@ -1,7 +1,7 @@
 """Pictures from anywhere, made into what the network sees, exactly as those of a data set: for predictions.
 
 A picture is checked, resized and encoded with the settings that the data set's manifest records, decoded again, so that
-JPEG's loss is the same, and cropped and normalised as :class:`pipeline.loader.batches.EvaluationLoader` does.
+JPEG's loss is the same, and cropped and normalized as :class:`pipeline.loader.batches.EvaluationLoader` does.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import FILTERS, PictureSettings
 from pipeline.errors import ConfigError, PictureError
-from pipeline.loader.augmentation import Draws, centre_geometry, check_crop, ten_views
+from pipeline.loader.augmentation import Draws, center_geometry, check_crop, ten_views
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import read_statistics
@@ -29,7 +29,7 @@ class PictureReader:
     Args:
         data: the data set whose preparation applies.
         config: the recipe; its random parts are off.
-        views: ``centre``, or ``ten`` for corners and centre, then the same mirrored.
+        views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``, where the images go.
 
     Attributes:
@@ -40,9 +40,9 @@ class PictureReader:
         DatasetError: there is no whole data set.
     """
 
-    def __init__(self, data: Path, config: LoaderConfig, *, views: str = "centre", device: str = "cpu") -> None:
-        if views not in ("centre", "ten"):
-            raise ConfigError(f"views is {views!r}: expected centre or ten")
+    def __init__(self, data: Path, config: LoaderConfig, *, views: str = "center", device: str = "cpu") -> None:
+        if views not in ("center", "ten"):
+            raise ConfigError(f"views is {views!r}: expected center or ten")
         folder = stage(data)
         self.manifest = read_manifest(folder)
         self.settings = settings_of(self.manifest)
@@ -53,8 +53,8 @@ class PictureReader:
         statistics = read_statistics(folder, self.manifest)
         check_crop(config, self._height_px, self._width_px)
         size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
-        self._centre = centre_geometry(1, **size)
-        self._views = ten_views(**size) if views == "ten" else self._centre
+        self._center = center_geometry(1, **size)
+        self._views = ten_views(**size) if views == "ten" else self._center
         self._crop_px = config.crop_px
         self._normalize = Normalizer(config, statistics, device=device)
         self._device = device
@@ -92,9 +92,9 @@ class PictureReader:
         images = self._normalize(tensor, draws)
         return images.unflatten(0, (-1, count)) if count > 1 else images
 
-    def centre(self, picture: np.ndarray) -> np.ndarray:
-        """The centre crop of a stored picture, uint8 (S, S, C): what the net looks at, for people."""
-        return _cut(picture, self._centre[0], self._crop_px)
+    def center(self, picture: np.ndarray) -> np.ndarray:
+        """The center crop of a stored picture, uint8 (S, S, C): what the net looks at, for people."""
+        return _cut(picture, self._center[0], self._crop_px)
 
 
 def settings_of(manifest: Manifest) -> PictureSettings:

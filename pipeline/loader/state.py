@@ -2,7 +2,8 @@
 
 Of a DALI checkpoint only the reader's state (20 bytes) and the iteration number are kept. DALI accepts a checkpoint
 only from a pipeline of the very same operators, so one made on a CPU would not continue on a GPU, nor one with
-``feed = "each"`` as ``split``; so the reader's state is put into a checkpoint that the new pipeline makes of itself.
+``decode = "replicated"`` as ``sharded``; so the reader's state is put into a checkpoint that the new pipeline makes of
+itself.
 The format is DALI's protobuf ``Checkpoint``: field 1, repeated: an operator's name (1) and state (2); field 2: the
 external context, which holds the iteration.
 """

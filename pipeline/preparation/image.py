@@ -169,11 +169,11 @@ def decode(data: bytes, settings: PictureSettings) -> Decoded:
 
 
 def resize(pixels: np.ndarray, side_px: int, filter_name: str = "bicubic") -> np.ndarray:
-    """The centre square of a picture at ``side_px``.
+    """The center square of a picture at ``side_px``.
 
     By antialiased bicubic interpolation (a = -0.5, Pillow's), or by averaging the area that each pixel covers.
 
-    Same picture as scaling the shorter side and cutting out the centre, without computing what is cut off.
+    Same picture as scaling the shorter side and cutting out the center, without computing what is cut off.
 
     Args:
         pixels: uint8 (H, W, C).
@@ -266,11 +266,11 @@ def _check_size(width: int, height: int, settings: PictureSettings) -> None:
 def _decode_jpeg(data: bytes, settings: PictureSettings) -> Decoded | None:
     """Decodes an ordinary JPEG by libjpeg-turbo; None if it is unusual or damaged, for the slow path to tell."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     _check_size(width, height, settings)
-    if colours not in ("YCbCr", "RGB", "Gray"):
+    if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     # Decoding at a half, a quarter or an eighth is enough for bicubic; area averaging weighs every pixel of the source.
     minimum = 2 * settings.resize_px if settings.resize_px and settings.filter == "bicubic" else 0
@@ -284,7 +284,7 @@ def _decode_jpeg(data: bytes, settings: PictureSettings) -> Decoded | None:
         )
     except ValueError:
         return None
-    converted = ["gray to RGB"] if colours == "Gray" and settings.channels == 3 else []
+    converted = ["gray to RGB"] if colors == "Gray" and settings.channels == 3 else []
     pixels = _upright(pixels, _jpeg_orientation(data), converted)
     return Decoded(pixels, width, height, tuple(converted))
 
@@ -365,7 +365,7 @@ def _valid(orientation: object) -> int:
 
 
 def _resize_rgb(pixels: np.ndarray, side_px: int) -> np.ndarray:
-    """torch's vectorised uint8 resampling: Pillow's filter, within one grey level of it, 5 times as fast."""
+    """torch's vectorised uint8 resampling: Pillow's filter, within one gray level of it, 5 times as fast."""
     import torch  # takes 2 s to import, so only workers that resize RGB pictures load it
 
     channels_last = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())[None].permute(0, 3, 1, 2)

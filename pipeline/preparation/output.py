@@ -33,7 +33,7 @@ from pipeline.manifest import (
 )
 from pipeline.preparation import faults
 from pipeline.preparation.shard import WORK_NAME, ShardResult
-from pipeline.preparation.statistics import Totals, summarise, to_npz
+from pipeline.preparation.statistics import Totals, summarize, to_npz
 from pipeline.preparation.tar_writer import restore_index
 
 PLAN_NAME = "plan.json"
@@ -266,7 +266,7 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
         INFO_NAME: _timm_info(splits),
     }
     if totals is not None:
-        files[STATISTICS_NAME] = to_npz(summarise(totals))
+        files[STATISTICS_NAME] = to_npz(summarize(totals))
     for name, data in files.items():
         write_atomic(output / name, data)
     manifest = dataclasses.replace(

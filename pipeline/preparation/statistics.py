@@ -1,6 +1,6 @@
-"""Mean image and colour covariance of the train split, from exact integer sums: any order gives the same bytes.
+"""Mean image and color covariance of the train split, from exact integer sums: any order gives the same bytes.
 
-Sums of products of channels are the one part that costs arithmetic: :func:`centred_products`.
+Sums of products of channels are the one part that costs arithmetic: :func:`centered_products`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 FOLD_EVERY = 257  # 257 * 255 is the last sum that fits 16 bits
 COLLECT_BYTES = 2**20  # pixels of five pictures of 256x256, collected for one matrix product
-CENTRE = 128  # products are summed of values minus this
+CENTER = 128  # products are summed of values minus this
 FLOAT_PIXELS = 4  # pixels in a row of the float32 matrix
 FLOAT_ROWS = 1024  # 128 * 128 * 1,024 = 2^24: float32 is exact
 FLOAT_BLOCKS = 4  # 200 kB of float32 at a time stay in the cache
@@ -98,7 +98,7 @@ class Accumulator:
         self._num_pictures = 0
         self._num_pixels = 0
         self._channel_sum = np.zeros(channels, np.int64)  # of the pictures that are not in the sums per position
-        self._centred_products = np.zeros((channels, channels), np.int64)
+        self._centered_products = np.zeros((channels, channels), np.int64)
         self._shape: tuple[int, int, int] | None = None
         self._position_sum: np.ndarray | None = None
         self._pending_sum = np.zeros(0, np.uint16)
@@ -132,12 +132,12 @@ class Accumulator:
         sums = self._channel_sum.copy()
         if self._position_sum is not None:
             sums += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
-        shift = CENTRE * (sums[:, None] + sums[None, :]) - CENTRE**2 * self._num_pixels
+        shift = CENTER * (sums[:, None] + sums[None, :]) - CENTER**2 * self._num_pixels
         return Totals(
             num_pictures=self._num_pictures,
             num_pixels=self._num_pixels,
             channel_sum=tuple(sums.tolist()),
-            product_sum=tuple(tuple(row) for row in (self._centred_products + shift).tolist()),
+            product_sum=tuple(tuple(row) for row in (self._centered_products + shift).tolist()),
             shape=self._shape,
             position_sum=None if self._position_sum is None else self._position_sum.reshape(self._shape or ()).copy(),
         )
@@ -147,7 +147,7 @@ class Accumulator:
         if self._num_collected + len(values) > COLLECT_BYTES:
             self._multiply()
         if len(values) > COLLECT_BYTES:
-            self._centred_products += centred_products(values, self._channels)
+            self._centered_products += centered_products(values, self._channels)
             return
         if not len(self._collected):
             self._collected = np.empty(COLLECT_BYTES, np.uint8)
@@ -156,7 +156,7 @@ class Accumulator:
 
     def _multiply(self) -> None:
         """Adds the products of what was collected."""
-        self._centred_products += centred_products(self._collected[: self._num_collected], self._channels)
+        self._centered_products += centered_products(self._collected[: self._num_collected], self._channels)
         self._num_collected = 0
 
     def _start(self, shape: tuple[int, int, int]) -> None:
@@ -180,7 +180,7 @@ class Accumulator:
         self._shape = self._position_sum = None
 
 
-def centred_products(values: np.ndarray, channels: int) -> np.ndarray:
+def centered_products(values: np.ndarray, channels: int) -> np.ndarray:
     """Sums of products of channels, of values minus 128.
 
     Several pixels make a row, so that one matrix product of the rows with themselves sums several pixels at a time;
@@ -201,10 +201,10 @@ def centred_products(values: np.ndarray, channels: int) -> np.ndarray:
 
 
 def int8_products(values: np.ndarray, channels: int, torch: Any) -> np.ndarray:
-    """:func:`centred_products` by integer matrix products."""
+    """:func:`centered_products` by integer matrix products."""
     row = INT8_PIXELS * channels
     even = len(values) // row * row
-    signed = torch.from_numpy(np.bitwise_xor(values[:even], CENTRE).view(np.int8)).view(-1, row)  # xor: minus 128
+    signed = torch.from_numpy(np.bitwise_xor(values[:even], CENTER).view(np.int8)).view(-1, row)  # xor: minus 128
     products = np.zeros((row, row), np.int64)
     for start in range(0, len(signed), INT8_ROWS):
         rows = signed[start : start + INT8_ROWS]
@@ -213,18 +213,18 @@ def int8_products(values: np.ndarray, channels: int, torch: Any) -> np.ndarray:
 
 
 def float_products(values: np.ndarray, channels: int) -> np.ndarray:
-    """:func:`centred_products` by float32 matrix products."""
+    """:func:`centered_products` by float32 matrix products."""
     row = FLOAT_PIXELS * channels
     block = FLOAT_ROWS * row
     products = np.zeros((row, row), np.float64)
     even = len(values) // block * block
-    signed, centred = np.empty(FLOAT_BLOCKS * block, np.uint8), np.empty(FLOAT_BLOCKS * block, np.float32)
+    signed, centered = np.empty(FLOAT_BLOCKS * block, np.uint8), np.empty(FLOAT_BLOCKS * block, np.float32)
     for start in range(0, even, FLOAT_BLOCKS * block):
         chunk = values[start : min(start + FLOAT_BLOCKS * block, even)]
         size = len(chunk)
-        np.bitwise_xor(chunk, CENTRE, out=signed[:size])
-        centred[:size] = signed[:size].view(np.int8)
-        for rows in centred[:size].reshape(-1, FLOAT_ROWS, row):
+        np.bitwise_xor(chunk, CENTER, out=signed[:size])
+        centered[:size] = signed[:size].view(np.int8)
+        for rows in centered[:size].reshape(-1, FLOAT_ROWS, row):
             products += rows.T @ rows
     return _diagonal(products.astype(np.int64), FLOAT_PIXELS, channels) + _rest(values[even:], channels)
 
@@ -249,11 +249,11 @@ def _diagonal(products: np.ndarray, pixels: int, channels: int) -> np.ndarray:
 
 def _rest(values: np.ndarray, channels: int) -> np.ndarray:
     """The same sums of the few pixels that fill no row or block."""
-    rest = values.reshape(-1, channels).astype(np.int64) - CENTRE
+    rest = values.reshape(-1, channels).astype(np.int64) - CENTER
     return rest.T @ rest
 
 
-def summarise(totals: Totals) -> dict[str, np.ndarray]:
+def summarize(totals: Totals) -> dict[str, np.ndarray]:
     """The arrays of statistics.npz, values on 0..255.
 
     Returns:

@@ -27,7 +27,7 @@ RECORD_BYTES = 1 + PIXEL_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class Cifar10Source(Source):
-    """32x32 colour pictures of ten classes.
+    """32x32 color pictures of ten classes.
 
     Attributes:
         root: folder of the binary files or of the archive.

@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CROP, BATCH = 56, 8
-LEVELS = 3.0  # the GPU's inverse DCT and colour conversion round otherwise than libjpeg-turbo's
-CONFIG = LoaderConfig(crop_px=CROP, colour="deviation", shuffle_buffer=8, threads=2)
+LEVELS = 3.0  # the GPU's inverse DCT and color conversion round otherwise than libjpeg-turbo's
+CONFIG = LoaderConfig(crop_px=CROP, color="deviation", shuffle_buffer=8, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"mean": "pixel"},
-        {"mean": "centre", "colour_divisor": 1.1},
-        {"mean": "channel", "scale": "std"},
-        {"mean": "none", "scale": "standardise"},
+        {"mean": "image"},
+        {"mean": "image_center", "color_divisor": 1.1},
+        {"mean": "channel", "normalize": "per_channel"},
+        {"mean": "none", "normalize": "per_image"},
     ],
 )
 def test_batches_equal_the_cpu(folders: dict[str, Path], name: str, recipe: dict[str, object]) -> None:
@@ -53,15 +53,15 @@ def test_batches_equal_the_cpu(folders: dict[str, Path], name: str, recipe: dict
         assert a.fingerprint == b.fingerprint and a.keys == b.keys and np.array_equal(a.draws, b.draws)
         assert torch.equal(a.labels, b.labels.cpu())
         level = 1.0
-        if config.scale != "255":
-            level = 0.05  # these photos deviate by 20 grey levels and more
+        if config.normalize != "none":
+            level = 0.05  # these photos deviate by 20 gray levels and more
         tolerance = level * (LEVELS if name in ("jpeg", "gray") else 1e-3)
         difference = (a.images - b.images.cpu()).abs()
         assert float(difference.max()) <= tolerance
         assert float(difference.mean()) <= tolerance / 10
 
 
-@pytest.mark.parametrize("views", ["centre", "ten"])
+@pytest.mark.parametrize("views", ["center", "ten"])
 def test_evaluation_equals_the_cpu(folders: dict[str, Path], views: str) -> None:
     on_cpu = list(EvaluationLoader(folders["png"], CONFIG, batch_size=4, views=views))
     on_gpu = list(EvaluationLoader(folders["png"], CONFIG, batch_size=4, views=views, device="cuda:0"))
@@ -112,7 +112,7 @@ def test_memory_given_back_is_not_reused_before_torch_has_read_it(folders: dict[
 
 
 def test_split_feed_equals_each(folders: dict[str, Path]) -> None:
-    config = LoaderConfig(**{**vars(CONFIG), "feed": "split"})
+    config = LoaderConfig(**{**vars(CONFIG), "decode": "sharded"})
     arguments = {"batch_size": BATCH, "seed": 3, "device": "cuda:0"}
     parts: list[torch.Tensor] = []
 

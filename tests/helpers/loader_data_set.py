@@ -68,7 +68,7 @@ def make_data_set(
     shard_size: int = 5,
     flat: bool = False,
 ) -> Path:
-    """Writes a data set in the layout of pipeline.manifest; size is (width, height); flat pictures have one colour."""
+    """Writes a data set in the layout of pipeline.manifest; size is (width, height); flat pictures have one color."""
     picture = PictureFormat(encoding, channels, size[1], size[0])
     splits = {
         "train": _write_split(folder, "train", range(train), shard_size, picture, flat),

@@ -18,7 +18,7 @@ from pipeline.sources.listing import Item
 
 @dataclasses.dataclass(frozen=True)
 class MemorySource:
-    """Small coloured PNGs; the picture at ``bad`` is text."""
+    """Small colored PNGs; the picture at ``bad`` is text."""
 
     bad: int = -1
 

@@ -83,6 +83,6 @@ class SideBySide(nn.Module):
         if layer.startswith("fc"):
             return functional.linear(x, weight, bias)
         index = LAYERS.index(layer)
-        before, after = self.config.pads[index]
+        before, after = self.config.paddings[index]
         x = functional.pad(x, (before, after, before, after))
         return functional.conv2d(x, weight, bias, self.config.strides[index])

@@ -59,7 +59,7 @@ def make_run(folder: Path, config: Config, *, steps: int = 440, ended: bool = Tr
         log.write(step_row(step, generator))
         if step % 44 == 0:
             top1 = 1 - float(np.exp(-step / 100)) - 0.02
-            row = {"kind": "evaluation", "step": step, "epoch": step / 22, "split": "val", "views": "centre"}
+            row = {"kind": "evaluation", "step": step, "epoch": step / 22, "split": "val", "views": "center"}
             log.write(row | {"top1": top1, "top5": 0.995, "loss": 0.1 + 2 * (1 - top1), "num_samples": 360})
     log.close()
     if not ended:

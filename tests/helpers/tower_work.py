@@ -30,7 +30,7 @@ SEED = 5
 # The digits' net without kinks, neither of ReLU nor of pooling: here a small rounding has small consequences, always.
 SMOOTH = (
     "model.activation=tanh",
-    'model.after=["tanh norm", "tanh norm", "tanh", "tanh", "tanh"]',
+    'model.post_ops=[["tanh", "lrn"], ["tanh", "lrn"], ["tanh"], ["tanh"], ["tanh"]]',
     "model.strides=[2, 2, 1, 1, 1]",  # maps of 14 and 7 px
 )
 
@@ -46,8 +46,8 @@ def recipe(name: str) -> Config:
 def a_batch(config: Config, step: int, size: int) -> tuple[Tensor, Tensor]:
     """Images (N, C, S, S) on the scale of mean-subtracted pixels, labels (N,)."""
     generator = torch.Generator().manual_seed(100 + step)
-    shape = (size, config.model.channels, config.model.image_px, config.model.image_px)
-    images = torch.randn(shape, generator=generator) * (1.0 if config.data.scale == "std" else 60.0)
+    shape = (size, config.model.in_channels, config.model.image_px, config.model.image_px)
+    images = torch.randn(shape, generator=generator) * (1.0 if config.data.normalize == "per_channel" else 60.0)
     labels = torch.randint(config.model.classes, (size,), generator=generator)
     return images.contiguous(memory_format=torch.channels_last), labels
 
@@ -263,7 +263,7 @@ def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int
     if link:
         coord = MeshCoord(TOWERS.index(link.tower), 2)
         mesh = cast(Mesh, types.SimpleNamespace(coord=coord, replicas=None))
-    reference = None if link else SideBySide(net, COMM_DTYPES[config.train.wire])
+    reference = None if link else SideBySide(net, COMM_DTYPES[config.train.comm_dtype])
     images, labels = a_batch(config, 0, batch_size)
     loss = ForwardBackward(cast(AlexNet, reference or net), config.train, mesh=mesh)(images.to(dtype), labels, 0)
     return {"loss": loss} | (reference.by_tower(gradients=True) if reference else gradients_of(net))

@@ -29,12 +29,12 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.unit=3", "unknown field model.unit: did you mean model.units?"),
+        ("model.unit=3", "unknown field model.unit: did you mean model.hidden?"),
         ("train.epochs=many", "train.epochs is 'many': expected a value of type int"),
         ("train.epochs=0", "train.epochs is 0: expected 1 or more"),
         ("train.precision=fp8", "train.precision is 'fp8': expected one of fp32, bf16"),
-        ("model.maps=[1, 2]", "model.maps is (1, 2): expected five values"),
-        ("model.norm.size=4", "norm.size is 4: expected an odd number"),
+        ("model.channels=[1, 2]", "model.channels is (1, 2): expected five values"),
+        ("model.lrn.size=4", "model.lrn.size is 4: expected an odd number"),
         ("model.crossings=['conv3']", "fc8 among them"),
         ("model.image_px=20", "nothing is left of it after"),
         ("optimizer.learning_rate=nan", "expected a finite number"),

@@ -31,8 +31,8 @@ SMALL = (
     "model.image_px=67",
     "data.crop_px=67",
     "model.classes=10",
-    "model.maps=[6, 8, 8, 8, 8]",
-    "model.units=[16, 16]",
+    "model.channels=[6, 8, 8, 8, 8]",
+    "model.hidden=[16, 16]",
     "model.init_std=[0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2]",
     "optimizer.weight_decay=0",
 )
@@ -65,7 +65,7 @@ def a_batch(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Eight mean-subtracted pictures of noise that differ in contrast, and labels."""
     generator = torch.Generator().manual_seed(1)
     side = config.model.image_px
-    images = torch.randn(8, config.model.channels, side, side, generator=generator)
+    images = torch.randn(8, config.model.in_channels, side, side, generator=generator)
     return images * torch.linspace(20, 80, 8).view(8, 1, 1, 1), torch.arange(8) % config.model.classes
 
 
@@ -106,11 +106,13 @@ def test_ablation_builds_trains_and_differs(name: str, overrides: list[str]) -> 
     """Its outputs differ from the recipe's before and after two steps; an ablation of the data changes the draws."""
     base, ablated = recipe("original", *SMALL), recipe("original", *SMALL, *map(narrow, overrides))
     assert base != ablated
-    if base.train.wire != ablated.train.wire:  # in one process nothing crosses; tests/trainer/training/test_runs.py
+    if (
+        base.train.comm_dtype != ablated.train.comm_dtype
+    ):  # in one process nothing crosses; tests/trainer/training/test_runs.py
         return
     if base.model == ablated.model:
-        differences = [not np.array_equal(colour_of(base, epoch), colour_of(ablated, epoch)) for epoch in (0, 70)]
-        assert differences == [ablated.data.colour == "none", ablated.data.colour != "none"]
+        differences = [not np.array_equal(color_of(base, epoch), color_of(ablated, epoch)) for epoch in (0, 70)]
+        assert differences == [ablated.data.color == "none", ablated.data.color != "none"]
         return
     ours, theirs = two_steps(base), two_steps(ablated)
     for when in ("before", "after"):
@@ -121,13 +123,13 @@ def test_ablation_builds_trains_and_differs(name: str, overrides: list[str]) -> 
 def narrow(override: str) -> str:
     """An override of the net's widths, divided by 16 (maps) or 128 (units), to fit SMALL."""
     field, _, value = override.partition("=")
-    divisor = {"model.maps": 16, "model.units": 128}.get(field)
+    divisor = {"model.channels": 16, "model.hidden": 128}.get(field)
     return f"{field}={[width // divisor for width in json.loads(value)]}" if divisor else override
 
 
-def colour_of(config: Config, epoch: int) -> np.ndarray:
-    """Colour shifts of an epoch's first pictures, for made-up statistics."""
-    steps = np.diag([12.0, 4.0, 2.0]) if config.data.colour != "none" else np.zeros((3, 3))
+def color_of(config: Config, epoch: int) -> np.ndarray:
+    """Color shifts of an epoch's first pictures, for made-up statistics."""
+    steps = np.diag([12.0, 4.0, 2.0]) if config.data.color != "none" else np.zeros((3, 3))
     return Augmentation(config.data, seed=1, height_px=256, width_px=256, steps=steps).draw(epoch, 0, 8).shift
 
 
@@ -135,14 +137,15 @@ def test_facts_of_run_145() -> None:
     """configs/original.toml, value for value, as the program's layer files have it; the loader's part included."""
     config = recipe("original")
     model, data, train = config.model, config.data, config.train
-    assert model.after == ("norm pool relu", "relu norm spatial_norm pool", "relu", "relu", "pool relu")
+    layer1, layer2 = ("lrn", "maxpool", "relu"), ("relu", "lrn", "lrn_within_channel", "maxpool")
+    assert model.post_ops == (layer1, layer2, ("relu",), ("relu",), ("maxpool", "relu"))
     assert model.init_std == (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
     assert model.init_bias == (0, 1, 0, 1, 1, 1, 1, 0)
-    assert (model.norm.size * model.norm.alpha, model.norm.k, model.norm.beta) == (pytest.approx(1e-4), 2, 0.75)
-    assert (25 * model.norm.spatial_alpha, model.norm.spatial_size) == (pytest.approx(1e-3), 5)
-    assert (model.pads[0], model.dropout, model.dropout_kind) == ((0, 3), 0.5, "original")
-    assert (data.crop_px, data.crop_shared_by, data.mean, data.colour_divisor) == (224, 32, "centre", 1.1)
-    assert (data.colour, data.colour_sigma, data.colour_off_epoch, data.scale) == ("deviation", 0.1, 67, "255")
+    assert (model.lrn.size * model.lrn.alpha, model.lrn.k, model.lrn.beta) == (pytest.approx(1e-4), 2, 0.75)
+    assert (25 * model.lrn.within_channel_alpha, model.lrn.within_channel_size) == (pytest.approx(1e-3), 5)
+    assert (model.paddings[0], model.dropout, model.dropout_kind) == ((0, 3), 0.5, "original")
+    assert (data.crop_px, data.crop_shared_by, data.mean, data.color_divisor) == (224, 32, "image_center", 1.1)
+    assert (data.color, data.color_sigma, data.color_off_epoch, data.normalize) == ("deviation", 0.1, 67, "none")
     assert (train.epochs, train.batch_size) == (91, 128)
     assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 0.0005)
     assert not config.optimizer.decay_biases
@@ -227,7 +230,7 @@ def test_rates_of_the_recipes(name: str) -> None:
         found = (rates.weights, rates.biases)
         assert found == (pytest.approx(weights, rel=1e-5), pytest.approx(biases, rel=1e-5)), epoch
         assert rates.layers == ({} if conv1 is None else {"conv1": pytest.approx(conv1)}), epoch
-    drops = [epoch for epoch in config.optimizer.drop_epochs if epoch not in expected]
+    drops = [epoch for epoch in config.optimizer.milestones if epoch not in expected]
     assert not drops, "every drop is in the table"
 
 
@@ -248,7 +251,7 @@ def test_hands_off_drops_the_biases_at_half_of_any_length(epochs: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "milestones", "conv1", "colour_off", "epochs"),
+    ("name", "milestones", "conv1", "color_off", "epochs"),
     [
         ("#147", (23, 51, 79), {79: (0, 0)}, -1, 90),
         ("#148", (22, 44, 86), {69: (1e-5, 2e-2), 73: (0, 0)}, 69, 97),
@@ -256,11 +259,11 @@ def test_hands_off_drops_the_biases_at_half_of_any_length(epochs: int) -> None:
     ],
 )
 def test_schedules_of_the_ablations(
-    name: str, milestones: tuple[int, ...], conv1: dict[int, tuple[float, float]], colour_off: int, epochs: int
+    name: str, milestones: tuple[int, ...], conv1: dict[int, tuple[float, float]], color_off: int, epochs: int
 ) -> None:
     """The second table of configs/README.md: each run's own schedule."""
     config = recipe("original", *dict(TABLE)[f"schedule of {name}"])
-    assert (config.train.epochs, config.data.colour_off_epoch) == (epochs, colour_off)
+    assert (config.train.epochs, config.data.color_off_epoch) == (epochs, color_off)
     for drops, epoch in enumerate(milestones):
         for shift, factor in ((-1e-6, 10.0**-drops), (0, 10.0 ** -(drops + 1))):
             rates = rates_at(config.optimizer, epoch + shift, epochs=epochs)
@@ -290,13 +293,13 @@ def test_hands_off_is_the_same_net() -> None:
     """Run #170 differs from run #145 in its schedule only."""
     ours, theirs = recipe("handsoff"), recipe("original")
     assert ours.model == theirs.model
-    assert dataclasses.replace(ours.data, colour_off_epoch=67) == theirs.data
+    assert dataclasses.replace(ours.data, color_off_epoch=67) == theirs.data
 
 
 def test_half_net() -> None:
     """48-128-192-192-256, 4096 units, one tower; its parameters by hand are about those of both towers."""
     model = recipe("half").model
-    assert (model.maps, model.units, model.towers) == ((48, 128, 192, 192, 256), (4096, 4096), 1)
+    assert (model.channels, model.hidden, model.towers) == ((48, 128, 192, 192, 256), (4096, 4096), 1)
     by_hand = [48 * 363, 128 * 1200, 192 * 1152, 192 * 1728, 256 * 1728, 4096 * 9216, 4096 * 4096, 1000 * 4096]
     facts = to_dict(model)
     assert facts["parameters"] == sum(by_hand) + 48 + 128 + 192 + 192 + 256 + 4096 + 4096 + 1000
@@ -313,7 +316,7 @@ def test_large_recipes_say_that_nothing_was_measured(name: str) -> None:
 
 
 def test_batch_norm_parameters_are_counted_and_named() -> None:
-    """scale and shift a map, undecayed; describe counts them; nothing more crosses than with response normalisation."""
+    """scale and shift a map, undecayed; describe counts them; nothing more crosses than with response normalization."""
     model = recipe("batchnorm", *SMALL).model
     net = AlexNet(model)
     names = set(lone_tower(model, "b").state_dict())
@@ -331,11 +334,13 @@ def test_batch_norm_parameters_are_counted_and_named() -> None:
 
 
 def test_batch_norm_trains_on_the_batch_and_tests_on_what_it_has_seen() -> None:
-    """In training: mean 0 and deviation 1 a map over the batch. In testing: no picture depends on its neighbours.
+    """In training: mean 0 and deviation 1 a map over the batch. In testing: no picture depends on its neighbors.
 
-    float64; the deviation is 1 but for batch normalisation's epsilon.
+    float64; the deviation is 1 but for batch normalization's epsilon.
     """
-    config = recipe("batchnorm", *SMALL, "model.after=['batch_norm', 'batch_norm relu', 'relu', 'relu', '']")
+    config = recipe(
+        "batchnorm", *SMALL, "model.post_ops=[['batch_norm'], ['batch_norm', 'relu'], ['relu'], ['relu'], []]"
+    )
     net = AlexNet(config.model, seed=1).double()
     images, labels = a_batch(config)
     images = images.double()

@@ -118,11 +118,11 @@ def _change_loader(record: BenchRecord, costs: Costs) -> Iterator[Change]:
             yield change, changed, "computed: the decoding's wall time divided among all cores"
         yield _store_raw(record, loader, costs)
     wire = record.ceiling("exchange bandwidth")
-    if workload.processes == 2 and workload.feed == "each" and wire:
+    if workload.processes == 2 and workload.decode == "replicated" and wire:
         moved_ms = workload.batch_size / 2 * workload.raw_bytes / wire.figure.median / 1e6
         changed = without(record, ("decode",), 0.5)
         changed = dataclasses.replace(changed, loader_ms=changed.loader_ms + moved_ms)
-        yield "data.feed = 'split'", changed, f"computed: half the decoding, {moved_ms:.2g} ms of pixels exchanged"
+        yield "data.decode = 'sharded'", changed, f"computed: half the decoding, {moved_ms:.2g} ms of pixels exchanged"
     disk, cached = record.ceiling("disk read"), record.ceiling("cached read")
     if disk and cached and loader["read"].ceiling == "disk read":
         now, then = disk.figure.median, cached.figure.median

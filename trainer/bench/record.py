@@ -104,7 +104,7 @@ class Workload:
     precision: str  # fp32 or bf16
     cores: int  # that all processes share
     threads: int  # decoding threads of a loader
-    feed: str  # each or split
+    decode: str  # replicated or sharded
     rounds: int  # intervals of each measurement
     seconds: float  # of all rounds of a measurement together
     crossing_bytes: int  # per step, forward and backward, both ways together

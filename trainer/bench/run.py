@@ -112,7 +112,7 @@ def describe_workload(
     workload = Workload(
         recipe=recipe,
         data=str(settings.data or ""),
-        pictures=f"synthetic {model.image_px}x{model.image_px}x{model.channels}",
+        pictures=f"synthetic {model.image_px}x{model.image_px}x{model.in_channels}",
         encoding="",
         processes=processes,
         device=choose_device(device),
@@ -120,7 +120,7 @@ def describe_workload(
         precision=train.precision,
         cores=cores,
         threads=config.data.threads or cores,
-        feed=config.data.feed,
+        decode=config.data.decode,
         rounds=settings.rounds,
         seconds=settings.seconds,
         crossing_bytes=2 * crossing * train.batch_size,
@@ -191,7 +191,7 @@ def count_work(model: ModelConfig, batch: int, processes: int) -> Work:
     return Work(
         forward_flop=forward,
         backward_flop=2 * forward - 2.0 * mine["conv1"] * batch,
-        pixel_bytes=float(FLOAT_BYTES * model.channels * model.image_px**2 * batch),
+        pixel_bytes=float(FLOAT_BYTES * model.in_channels * model.image_px**2 * batch),
         parameters=sum(row.parameters_a + (row.parameters_b if processes == 1 else 0) for row in rows),
     )
 

@@ -136,8 +136,8 @@ class SyntheticLoader:
     def __init__(self, config: Config, device: str, replicas: int) -> None:
         model, size = config.model, config.train.batch_size // replicas
         generator = torch.Generator().manual_seed(config.train.seed)
-        std = 60.0 if config.data.scale == "255" else 1.0
-        images = soft_noise(size, model.channels, model.image_px, std, generator)
+        std = 60.0 if config.data.normalize == "none" else 1.0
+        images = soft_noise(size, model.in_channels, model.image_px, std, generator)
         labels = torch.randint(model.classes, (size,), generator=generator)
         keys, draws = tuple(f"{number:08d}" for number in range(size)), np.zeros((size, 3), np.int32)
         self._batch = Batch(images.to(device), labels.to(device), keys, draws, epoch=0, position=0, fingerprint=0)

@@ -23,7 +23,7 @@ from trainer.training.run_folder import CONFIG_NAME, check_fits
 FORMAT = "twotower merged weights 1"
 LAYOUT = (
     "tower a's maps before tower b's; groups=2 where groups says 2: (maps, inputs a tower, k, k); fc6 sees flatten(1) "
-    "of the merged maps: a's maps row by row, then b's; normalisation within each tower's half of the maps; "
+    "of the merged maps: a's maps row by row, then b's; normalization within each tower's half of the maps; "
     "in testing fc6's and fc7's outputs are multiplied by test_factor after the activation"
 )
 
@@ -74,8 +74,8 @@ def _facts(config: Config, step: str, manifest: Manifest | None) -> dict[str, st
         "towers": str(model.towers),
         "test_factor": str(testing_factor(model)),
         "input": (
-            f"(N, {model.channels}, {model.image_px}, {model.image_px}) float32: pixels 0..255, mean '{data.mean}' "
-            f"of the training set subtracted, scale '{data.scale}'"
+            f"(N, {model.in_channels}, {model.image_px}, {model.image_px}) float32: pixels 0..255, mean '{data.mean}' "
+            f"of the training set subtracted, normalize '{data.normalize}'"
         ),
         "step": step,
         "config": to_toml(config),

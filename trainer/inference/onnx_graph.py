@@ -56,7 +56,7 @@ class _Graph:
 
 
 def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
-    """Serialises the net.
+    """Serializes the net.
 
     Args:
         config: the recipe.
@@ -78,7 +78,7 @@ def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str,
     for layer in LAYERS[5:]:
         _connected(graph, model, layer, merged)
     side = model.image_px
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", model.channels, side, side])
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", model.in_channels, side, side])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", model.classes])
     whole = helper.make_graph(graph.nodes, "twotower", [images], [logits], graph.constants)
     opsets = [helper.make_opsetid("", OPSET)]
@@ -91,18 +91,18 @@ def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str,
 def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[str, Tensor]) -> None:
     """A convolution and what follows it."""
     layer = LAYERS[index]
-    before, after = model.pads[index]
+    before, after = model.paddings[index]
     graph.add(
         "Conv",
         layer,
         graph.constant(f"{layer}.weight", merged[f"{layer}.weight"]),
         graph.constant(f"{layer}.bias", merged[f"{layer}.bias"]),
-        kernel_shape=[model.kernels[index]] * 2,
+        kernel_shape=[model.kernel_sizes[index]] * 2,
         strides=[model.strides[index]] * 2,
         pads=[before, before, after, after],
         group=groups_of(model, layer),
     )
-    for name in model.after[index].split():
+    for name in model.post_ops[index]:
         if name == "batch_norm":
             names = [f"post{index + 1}.batch_norm.{kind}" for kind in ("weight", "bias", "running_mean", "running_var")]
             tensors = [graph.constant(name, merged[name]) for name in names]
@@ -113,16 +113,16 @@ def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[
 
 def _then(graph: _Graph, model: ModelConfig, output: str, name: str) -> None:
     """One operation of ``ModelConfig.after``."""
-    norm = model.norm
+    norm = model.lrn
     if name in ("relu", "tanh"):
         graph.add({"relu": "Relu", "tanh": "Tanh"}[name], output)
-    elif name == "pool":
+    elif name == "maxpool":
         window = {"kernel_shape": [model.pool_px] * 2, "strides": [model.pool_stride] * 2}
         graph.add("MaxPool", output, **window, ceil_mode=int(model.pool_ceil))
-    elif name == "norm":
+    elif name == "lrn":
         scaled = {"alpha": norm.alpha * norm.size, "beta": norm.beta, "bias": norm.k}
         graph.add_halves("LRN", output, model.towers, size=norm.size, **scaled)
-    elif name == "spatial_norm":
+    elif name == "lrn_within_channel":
         _spatial_norm(graph, model, output)
     else:
         raise ExportError(f"{output}: the operation {name} cannot be exported to ONNX yet; use .safetensors")
@@ -130,16 +130,16 @@ def _then(graph: _Graph, model: ModelConfig, output: str, name: str) -> None:
 
 def _spatial_norm(graph: _Graph, model: ModelConfig, output: str) -> None:
     """``x * (1 + alpha * sum x^2)^-beta``, the sum over a window of the same map."""
-    norm, x = model.norm, graph.end
-    window = [norm.spatial_size] * 2
-    scale = norm.spatial_alpha * norm.spatial_size**2  # AveragePool divides by the window
+    norm, x = model.lrn, graph.end
+    window = [norm.within_channel_size] * 2
+    scale = norm.within_channel_alpha * norm.within_channel_size**2  # AveragePool divides by the window
     graph.add("Mul", f"{output}.square", x)
     graph.add(
         "AveragePool",
         f"{output}.mean",
         kernel_shape=window,
         strides=[1, 1],
-        pads=[norm.spatial_size // 2] * 4,
+        pads=[norm.within_channel_size // 2] * 4,
         count_include_pad=1,
     )
     graph.add("Mul", f"{output}.scaled", graph.constant(f"{output}.alpha", scale))

@@ -48,7 +48,7 @@ class Prediction:
     Attributes:
         path: the file.
         classes: the likeliest classes, likeliest first; empty where the picture could not be used.
-        image: the centre crop that the net looked at, uint8 (S, S, C), or None.
+        image: the center crop that the net looked at, uint8 (S, S, C), or None.
         error: why the picture could not be used; empty where it could.
     """
 
@@ -89,7 +89,7 @@ class Predictor:
         run: run folder.
         data: data set whose preparation, statistics and class names apply; None for the one the run was trained on.
         device: where the net runs.
-        views: ``centre``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
+        views: ``center``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
         which: see :func:`trainer.training.checkpoint.choose`.
 
     Raises:
@@ -103,7 +103,7 @@ class Predictor:
         data: Path | None = None,
         *,
         device: str = "cpu",
-        views: str = "centre",
+        views: str = "center",
         which: str = "newest",
     ) -> None:
         loaded = load_network(run, device, which=which)
@@ -141,7 +141,7 @@ class Predictor:
                 yield prediction
                 continue
             classes = self._likeliest(next(rows), top)
-            image = self._reader.centre(prediction.image).copy() if images else None
+            image = self._reader.center(prediction.image).copy() if images else None
             yield dataclasses.replace(prediction, classes=classes, image=image)
 
     @torch.no_grad()

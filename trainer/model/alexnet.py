@@ -53,8 +53,8 @@ class AlexNet(nn.Module):
         super().__init__()
         layers = layers or WholeNetLayers(config)
         self.config, self.towers = config, layers.towers
-        channels, hidden, held = config.maps, config.units, layers.towers
-        self.conv1 = layers.conv("conv1", config.channels, channels[0], image=True)  # both towers see the image
+        channels, hidden, held = config.channels, config.hidden, layers.towers
+        self.conv1 = layers.conv("conv1", config.in_channels, channels[0], image=True)  # both towers see the image
         self.post1 = post_ops(config, 0, len(held))
         self.conv2 = layers.conv("conv2", channels[0], channels[1])  # a tower sees its own half
         self.post2 = post_ops(config, 1, len(held))

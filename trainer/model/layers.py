@@ -91,7 +91,7 @@ class WholeNetLayers:
         num, config = len(self.towers), self._config
         index = int(layer.removeprefix("conv")) - 1
         groups = 1 if image else self._groups(layer)
-        shape = config.kernels[index], config.strides[index], config.pads[index]
+        shape = config.kernel_sizes[index], config.strides[index], config.paddings[index]
         return Conv2d(inputs if image else inputs * num, outputs * num, *shape, groups=groups)
 
     def linear(self, layer: str, inputs: int, outputs: int) -> Linear:
@@ -105,24 +105,24 @@ class WholeNetLayers:
 
 def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
     """What follows convolution ``index`` (0: conv1), for the channels of ``num_towers`` towers: see ``ModelConfig``."""
-    norm, channels = config.norm, config.maps[index]
+    channels = config.channels[index]
     modules: list[tuple[str, nn.Module]] = []
-    for name in config.after[index].split():
+    for name in config.post_ops[index]:
         if name == "relu":  # in place: neither convolution, pooling nor normalization needs its output again
             module: nn.Module = nn.ReLU(inplace=True)
         elif name == "tanh":
             module = nn.Tanh()
-        elif name == "pool":
+        elif name == "maxpool":
             module = nn.MaxPool2d(config.pool_px, config.pool_stride, ceil_mode=config.pool_ceil)
         elif name == "batch_norm":  # per channel, so the towers' statistics never meet
             module = BatchNorm2d(channels * num_towers)
-        elif name == "norm":  # within a tower: channels 47 and 48 of conv1 are no neighbors
+        elif name == "lrn":  # within a tower: channels 47 and 48 of conv1 are no neighbors
             rectify = bool(modules) and modules[-1][0] == "relu"
             if rectify:
                 modules.pop()  # ReLU and normalization in one pass over memory
-            module = LocalResponseNorm(channels, norm, rectify=rectify)
+            module = LocalResponseNorm(channels, config.lrn, rectify=rectify)
         else:
-            module = WithinChannelNorm(norm)
+            module = WithinChannelNorm(config.lrn)
         modules.append((name, module))
     taken = [name for name, _ in modules]
     names = [name if taken.count(name) == 1 else f"{name}{number}" for number, name in enumerate(taken)]

@@ -1,4 +1,4 @@
-"""Local response normalisation with an analytic backward that keeps nothing but its input.
+"""Local response normalization with an analytic backward that keeps nothing but its input.
 
 Source: paper section 3.3; layers ``rnorm1`` and ``rnorm2`` of ``layers-145.cfg``. torch's ``nn.LocalResponseNorm``
 takes half of a plain training step, in ``pow`` and in many passes over memory. Here ``d^-0.75`` is
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import NormConfig
+from trainer.config import LrnConfig
 from trainer.model import kernels
 from trainer.model.kernels.interface import BETA, SIZES, Kernels, Norm
 
@@ -22,7 +22,7 @@ BLOCK_ELEMENTS = 1 << 18  # elements a pass on a CPU: 1 MiB, so that the few scr
 
 
 def _across_maps(values: Tensor, size: int) -> Tensor:
-    """Sum over ``size`` neighbouring maps, the window cut off at the edges. (N, C, H, W) -> (N, C, H, W)."""
+    """Sum over ``size`` neighboring maps, the window cut off at the edges. (N, C, H, W) -> (N, C, H, W)."""
     half, maps = size // 2, values.shape[1]
     padded = functional.pad(values, (0, 0, 0, 0, half, half))
     total = padded[:, 0:maps]
@@ -106,7 +106,7 @@ class _KernelResponseNorm(torch.autograd.Function):
 class _Rows:
     """Windows over the maps of a block of rows; a row is one pixel's maps of one tower.
 
-    Rows lie in memory with a border before and after each, so that every sum of neighbours is a pass over flat memory.
+    Rows lie in memory with a border before and after each, so that every sum of neighbors is a pass over flat memory.
 
     Args:
         block: rows a block, B.
@@ -133,7 +133,7 @@ class _Rows:
         return flat[: rows * self.width].view(rows, self.width)[:, : self.maps]
 
     def window(self, padded: Tensor) -> Tensor:
-        """Sums of ``size`` neighbours, flat; :meth:`cut` has them by map."""
+        """Sums of ``size`` neighbors, flat; :meth:`cut` has them by map."""
         flat = padded.view(-1)
         length = len(flat) - self.size + 1
         sums, pairs = self.sums[:length], self.pairs[: len(flat) - 1]
@@ -216,7 +216,7 @@ def _rows(x: Tensor, maps: int) -> Tensor:
 def response_norm(
     x: Tensor, *, size: int, alpha: float, beta: float, k: float, maps: int | None = None, rectify: bool = False
 ) -> Tensor:
-    """Normalises across neighbouring maps of one tower.
+    """Normalizes across neighboring maps of one tower.
 
     Args:
         x: (N, C, H, W), or (N, 2 C, H, W) with tower a's maps before tower b's; any memory format, channels_last is the
@@ -226,7 +226,7 @@ def response_norm(
         beta: exponent; 0.75 is the fast one.
         k: offset.
         maps: C, maps of one tower; None where x has one tower's only.
-        rectify: normalise ReLU(x); x may be overwritten with it.
+        rectify: normalize ReLU(x); x may be overwritten with it.
 
     Returns:
         The shape, dtype and memory format of x.
@@ -243,8 +243,8 @@ def response_norm(
     return towers[0] if len(towers) == 1 else torch.cat(towers, dim=1)
 
 
-def spatial_norm(x: Tensor, *, size: int, alpha: float, beta: float) -> Tensor:
-    """Normalises within each map over a ``size`` x ``size`` px window: ``x * (1 + alpha * sum x^2)^-beta``.
+def lrn_within_channel(x: Tensor, *, size: int, alpha: float, beta: float) -> Tensor:
+    """Normalizes within each map over a ``size`` x ``size`` px window: ``x * (1 + alpha * sum x^2)^-beta``.
 
     Source: layer ``rnorm2`` of ``layers-145.cfg``; not in the paper. Arguments as in :func:`response_norm`.
     """
@@ -260,7 +260,7 @@ class LocalResponseNorm(nn.Module):
         rectify: normalize ReLU(x).
     """
 
-    def __init__(self, channels: int, config: NormConfig, *, rectify: bool) -> None:
+    def __init__(self, channels: int, config: LrnConfig, *, rectify: bool) -> None:
         super().__init__()
         self.channels, self.rectify = channels, rectify
         self.config = config
@@ -274,13 +274,13 @@ class LocalResponseNorm(nn.Module):
 
 
 class WithinChannelNorm(nn.Module):
-    """:func:`spatial_norm` as a layer."""
+    """:func:`lrn_within_channel` as a layer."""
 
-    def __init__(self, config: NormConfig) -> None:
+    def __init__(self, config: LrnConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         c = self.config
-        return spatial_norm(x, size=c.spatial_size, alpha=c.spatial_alpha, beta=c.beta)
+        return lrn_within_channel(x, size=c.within_channel_size, alpha=c.within_channel_alpha, beta=c.beta)

@@ -192,7 +192,7 @@ class TowerLayers:
     def conv(self, layer: str, inputs: int, outputs: int, *, image: bool = False) -> Conv2d:
         """This tower's convolution."""
         config, index = self._config, int(layer.removeprefix("conv")) - 1
-        shape = config.kernels[index], config.strides[index], config.pads[index]
+        shape = config.kernel_sizes[index], config.strides[index], config.paddings[index]
         if image or layer not in config.crossings:
             return Conv2d(inputs, outputs, *shape)
         module = CrossingConv2d(2 * inputs, outputs, *shape)
@@ -219,6 +219,6 @@ def make_net(config: Config, link: Link | None, *, device: str = "cpu") -> AlexN
         device: ``cpu`` or ``cuda:N``.
     """
     model = config.model
-    layers = TowerLayers(model, link, COMM_DTYPES[config.train.wire]) if link else WholeNetLayers(model)
+    layers = TowerLayers(model, link, COMM_DTYPES[config.train.comm_dtype]) if link else WholeNetLayers(model)
     net = AlexNet(model, layers, seed=config.train.seed)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

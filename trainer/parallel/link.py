@@ -171,7 +171,7 @@ class Link:
             return received.to(transfer.like.device, transfer.like.dtype)
 
     def exchange_pixels(self, half: Tensor) -> Tensor:
-        """Shares images (``feed = "split"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
+        """Shares images (``decode = "sharded"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
         theirs = torch.empty_like(half, memory_format=torch.contiguous_format)
         mine = half.contiguous()
         if self._on_cpu:

@@ -1,6 +1,6 @@
 """The mesh of processes, (replica x tower), and the groups in which they talk.
 
-Rank = 2 x replica + tower, so the two towers of a pair are neighbours, and stay on one node where every node starts an
+Rank = 2 x replica + tower, so the two towers of a pair are neighbors, and stay on one node where every node starts an
 even number of processes. A process talks to the other tower of its pair (:class:`.link.Link`: the four
 crossings), to the same tower in all other replicas (:class:`Replicas`: gradients), and to nobody else.
 """

@@ -58,15 +58,15 @@ def count_layers(config: ModelConfig) -> list[LayerCount]:
     """Counts every layer (section 3.5 and figure 2 of the paper)."""
     sizes, towers = config.map_sizes(), config.towers
     rows = []
-    inputs = config.channels
+    inputs = config.in_channels
     for index, layer in enumerate(LAYERS[:5]):
         inputs *= towers if layer in config.crossings else 1
-        maps, kernel, side = config.maps[index], config.kernels[index], sizes[layer]
+        maps, kernel, side = config.channels[index], config.kernel_sizes[index], sizes[layer]
         weights = kernel * kernel * inputs * maps
         stride = f", stride {config.strides[index]}" if config.strides[index] > 1 else ""
         pooled = sizes.get(f"pool{index + 1}")
         output = f"{maps} x {side} x {side}" + (f", pooled {pooled} x {pooled}" if pooled else "")
-        parameters = weights + maps * (3 if "batch_norm" in config.after[index].split() else 1)  # scale, shift
+        parameters = weights + maps * (3 if "batch_norm" in config.post_ops[index] else 1)  # scale, shift
         rows.append(
             LayerCount(
                 layer=layer,
@@ -82,7 +82,7 @@ def count_layers(config: ModelConfig) -> list[LayerCount]:
     for layer in LAYERS[5:]:
         inputs *= towers if layer in config.crossings else 1
         last = layer == "fc8"
-        units = {"fc6": config.units[0], "fc7": config.units[1], "fc8": config.classes}[layer]
+        units = {"fc6": config.hidden[0], "fc7": config.hidden[1], "fc8": config.classes}[layer]
         parameters = inputs * units + units
         rows.append(
             LayerCount(
@@ -105,10 +105,10 @@ def count_crossings(config: ModelConfig) -> list[CrossingCount]:
     pooled = list(config.map_sizes().values())
     side2 = config.map_sizes().get("pool2", config.map_sizes()["conv2"])
     elements = {
-        "conv3": config.maps[1] * side2**2,
-        "fc6": config.maps[4] * pooled[-1] ** 2,
-        "fc7": config.units[0],
-        "fc8": config.units[1],
+        "conv3": config.channels[1] * side2**2,
+        "fc6": config.channels[4] * pooled[-1] ** 2,
+        "fc7": config.hidden[0],
+        "fc8": config.hidden[1],
     }
     return [
         CrossingCount(layer, elements[layer], 0 if layer == "fc8" else elements[layer] * BYTES, elements[layer] * BYTES)
@@ -120,8 +120,8 @@ def count_crossings(config: ModelConfig) -> list[CrossingCount]:
 def count_neurons(config: ModelConfig) -> int:
     """Units of the net: every convolution's maps and every fully connected unit."""
     sizes, towers = config.map_sizes(), config.towers
-    maps = sum(config.maps[i] * sizes[f"conv{i + 1}"] ** 2 for i in range(5)) * towers
-    return maps + sum(config.units) * towers + config.classes
+    maps = sum(config.channels[i] * sizes[f"conv{i + 1}"] ** 2 for i in range(5)) * towers
+    return maps + sum(config.hidden) * towers + config.classes
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _memory(config: Config, net: AlexNet, holder: str, batch: int) -> Memory:
     """Memory of the process that trains ``net``."""
     one, two = (_kept_bytes(config, net, count) for count in (1, 2))
     model, train = config.model, config.train
-    image = 4 * model.channels * model.image_px**2
+    image = 4 * model.in_channels * model.image_px**2
     return Memory(
         holder=holder,
         parameters=sum(parameter.nbytes for parameter in net.parameters()),
@@ -266,8 +266,8 @@ def _made_up_batch(config: Config, count: int, device: str) -> tuple[Tensor, Ten
     """Noise on the scale of pictures without their mean, (N, C, S, S), and labels (N,)."""
     model = config.model
     generator = torch.Generator().manual_seed(0)
-    images = torch.empty(count, model.channels, model.image_px, model.image_px).uniform_(-1, 1, generator=generator)
-    images *= 128 if config.data.scale == "255" else 1
+    images = torch.empty(count, model.in_channels, model.image_px, model.image_px).uniform_(-1, 1, generator=generator)
+    images *= 128 if config.data.normalize == "none" else 1
     labels = torch.arange(count) % model.classes
     return images.to(device).contiguous(memory_format=torch.channels_last), labels.to(device)
 

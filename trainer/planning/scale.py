@@ -105,7 +105,7 @@ def _count(config: Config, coord: MeshCoord, pictures: int) -> Traffic:
         net = AlexNet(config.model, TowerLayers(config.model, mesh.link))
         train = dataclasses.replace(config.train, batch_size=coord.replicas, accumulate=1)
         side = config.model.image_px
-        images = torch.zeros(1, config.model.channels, side, side)
+        images = torch.zeros(1, config.model.in_channels, side, side)
         ForwardBackward(net, train, mesh=mesh)(images, torch.zeros(1, dtype=torch.int64), 0)
         mesh.link.control([0] * CONTROL_WORDS)
         if mesh.replicas:

@@ -130,7 +130,7 @@ def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    views = "ten views" if result.views == "ten" else "centre crop"
+    views = "ten views" if result.views == "ten" else "center crop"
     heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} pictures, {views}"
     buffer = io.BytesIO()
     with drawing(1, 1) as figure:

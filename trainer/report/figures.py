@@ -65,7 +65,7 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
             ],
         ),
         (
-            f"Accuracy. Split {split}, {pictures}, centre crop.",
+            f"Accuracy. Split {split}, {pictures}, center crop.",
             "No accuracy curve: the run has not been evaluated yet.",
             Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
             [
@@ -118,7 +118,7 @@ def traffic_of(run: RunRecord) -> Traffic | None:
     else:
         crossings = planned
         note = "Bytes an image, forward, in fp32, if each tower had its process. Gradients go back the same ways."
-    image = f"{model.image_px}x{model.image_px}x{model.channels}"
+    image = f"{model.image_px}x{model.image_px}x{model.in_channels}"
     on_a_alone = {crossing.layer for crossing in crossings if not crossing.bytes_a_to_b}
     replicas = any(row["kind"] == "replica" for row in ledger)
     table, sums = _ledger_table(ledger)

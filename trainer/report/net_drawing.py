@@ -16,7 +16,7 @@ from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.planning.describe import CrossingCount, count_crossings, count_layers
 
-NOTES = {"norm": "LRN", "spatial_norm": "spatial norm", "batch_norm": "batch norm"}
+NOTES = {"lrn": "LRN", "lrn_within_channel": "spatial norm", "batch_norm": "batch norm"}
 
 _WIDTH = 628  # of the view box; every length below is in its units
 _BOX = 206  # width of a layer's box
@@ -73,7 +73,7 @@ class _Placed:
 
 def draw_net(model: ModelConfig) -> str:
     """The net of a recipe as an SVG document; bytes on the crossings are an image's, forward, float32."""
-    image = f"{model.image_px}x{model.image_px}x{model.channels}"
+    image = f"{model.image_px}x{model.image_px}x{model.in_channels}"
     return draw_towers(layer_rows(model), count_crossings(model), image=image, towers=model.towers)
 
 
@@ -102,9 +102,9 @@ def layer_rows(model: ModelConfig) -> list[LayerRow]:
             rows.append(LayerRow(name, f"{inputs} to {units}{dropout}", units, count.parameters_a))
             continue
         index = int(name[-1]) - 1
-        maps, side, kernel = model.maps[index], sizes[name], model.kernels[index]
+        maps, side, kernel = model.channels[index], sizes[name], model.kernel_sizes[index]
         stride = f", stride {model.strides[index]}" if model.strides[index] > 1 else ""
-        then = [NOTES[word] for word in model.after[index].split() if word in NOTES]
+        then = [NOTES[word] for word in model.post_ops[index] if word in NOTES]
         detail = ", ".join([f"{kernel}x{kernel}{stride}", f"{maps} maps", *then])
         rows.append(LayerRow(name, detail, f"{side}x{side}x{maps}", count.parameters_a))
         pooled = sizes.get(f"pool{index + 1}")

@@ -194,7 +194,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
     wrong = np.flatnonzero(result.labels != result.predicted)
     most_confident = heapq.nlargest(NUM_WRONG, wrong.tolist(), key=lambda index: (result.confidence[index], -index))
     shown = dict.fromkeys([*range(min(NUM_FIRST, result.num_samples)), *most_confident])
-    plain = dataclasses.replace(config.data, mean="none", scale="255", colour="none")
+    plain = dataclasses.replace(config.data, mean="none", normalize="none", color="none")
     images = _images_at(EvaluationLoader(data, plain, batch_size=size, split=split), {result.keys[i] for i in shown})
     names = [record.title for record in manifest.classes]
     rows = {
@@ -218,7 +218,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
 
 
 def _images_at(batches: "Iterable[Batch]", keys: set[str]) -> dict[str, NDArray[np.uint8]]:
-    """The pictures with these keys as the net's centre crop shows them, uint8 (H, W, C)."""
+    """The pictures with these keys as the net's center crop shows them, uint8 (H, W, C)."""
     found: dict[str, NDArray[np.uint8]] = {}
     for batch in batches:
         for key, image in zip(batch.keys, batch.images, strict=True):

@@ -26,7 +26,7 @@ class RunRecord:
     Attributes:
         folder: the run folder.
         steps: rows of kind ``step``, ascending, one a step.
-        evaluations: rows of kind ``evaluation``, ascending; centre crop only, as ten views score higher.
+        evaluations: rows of kind ``evaluation``, ascending; center crop only, as ten views score higher.
         result: result.json, or {} while the run has not ended.
         environment: environment.json, or {}.
         config: the resolved recipe, or None.
@@ -85,7 +85,7 @@ def read_run(folder: Path) -> RunRecord:
         raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
     rows = read_metrics(folder)
     steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
-    evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "centre") == "centre"]
+    evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "center") == "center"]
     recipe = folder / "config.toml"
     kernels_step, kernels = _read_kernels(folder)
     return RunRecord(

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file a tower, whole or invisible.
 
 ``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
-velocities as ``velocity/conv1.weight``, the statistics of a batch normalisation as
+velocities as ``velocity/conv1.weight``, the statistics of a batch normalization as
 ``post1.batch_norm.running_mean``) and
 ``checkpoint.json`` (step, loader state, sizes and sha256 of the others), which is written last into a folder that gets
 its name only then. Names do not say how many processes wrote them: one process, two and several pairs read

@@ -30,7 +30,7 @@ class Evaluation:
         num_correct_top1: pictures whose likeliest class is the label.
         num_correct_top5: pictures whose label is among the five likeliest (or all, with fewer classes).
         loss: mean cross entropy, nats.
-        views: ``centre`` or ``ten``.
+        views: ``center`` or ``ten``.
         keys: sample keys, in the order of the data set.
         labels: (num_samples,) int64.
         predicted: (num_samples,) int64, the likeliest class.
@@ -74,13 +74,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "centre") -> Evaluation | None:
+def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") -> Evaluation | None:
     """Runs every picture through the net. Both towers must call it, where they are in two processes.
 
     Args:
         net: the net, or this process's tower.
         batches: batches of an :class:`pipeline.loader.batches.EvaluationLoader`.
-        views: ``centre``: images (N, C, S, S). ``ten``: (N, 10, C, S, S), softmax outputs averaged (paper section 4.1).
+        views: ``center``: images (N, C, S, S). ``ten``: (N, 10, C, S, S), softmax outputs averaged (paper section 4.1).
 
     Returns:
         The evaluation where tower a is held, None elsewhere.
@@ -97,10 +97,10 @@ def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "centre") 
             labels.append(batch.labels.cpu())
             keys += batch.keys
     net.train(was_training)
-    return _summarise(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.towers else None
+    return _summarize(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.towers else None
 
 
-def _summarise(probabilities: Tensor, labels: Tensor, keys: list[str], views: str) -> Evaluation:
+def _summarize(probabilities: Tensor, labels: Tensor, keys: list[str], views: str) -> Evaluation:
     """Counts; probabilities (N, classes), labels (N,)."""
     ranked = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
     hits = ranked.indices == labels[:, None]
@@ -161,7 +161,7 @@ def evaluate_run(
     data: Path,
     *,
     split: str | None = None,
-    views: str = "centre",
+    views: str = "center",
     device: str = "cpu",
     which: str = "newest",
 ) -> Evaluation:

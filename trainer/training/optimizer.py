@@ -23,7 +23,7 @@ class Rates:
 
     Attributes:
         weights: of the weights.
-        biases: of the biases, and of a batch normalisation's scale and shift.
+        biases: of the biases, and of a batch normalization's scale and shift.
         layers: weights' and biases' rate of layers that have their own (conv1 ...); 0 leaves parameters and their
             velocities as they are.
     """
@@ -43,7 +43,7 @@ class PaperSGD(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        own = {late.layer for late in config.late}
+        own = {override.layer for override in config.layer_overrides}
         members: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
         for name, parameter in parameters:
             layer = layer_of(name)
@@ -130,29 +130,29 @@ def rates_at(config: OptimizerConfig, epoch: float, *, epochs: float, plateaus: 
     weights = config.learning_rate * warm * _weight_factor(config, epoch, epochs, plateaus)
     biases = config.bias_learning_rate * warm * _bias_factor(config, epoch, epochs, plateaus)
     layers = {}
-    for late in config.late:  # a later one of the same layer replaces an earlier one
-        if epoch >= late.epoch:
-            own = biases if late.bias_learning_rate is None else late.bias_learning_rate
-            layers[late.layer] = (late.learning_rate, own)
+    for override in config.layer_overrides:  # a later one of the same layer replaces an earlier one
+        if epoch >= override.epoch:
+            own = biases if override.bias_learning_rate is None else override.bias_learning_rate
+            layers[override.layer] = (override.learning_rate, own)
     return Rates(weights, biases, layers)
 
 
 def _weight_factor(config: OptimizerConfig, epoch: float, epochs: float, plateaus: int) -> float:
     """What the schedule multiplies the weights' rate by."""
     if config.schedule == "steps":
-        return config.drop_factor ** _passed(config.drop_epochs, epoch)
+        return config.gamma ** _passed(config.milestones, epoch)
     if config.schedule == "plateau":
-        return config.drop_factor**plateaus
+        return config.gamma**plateaus
     quarters = [epochs * quarter / 4 for quarter in (1, 2, 3)]
-    return config.total_drop ** (-_passed(quarters, epoch) / 3)
+    return config.final_lr_ratio ** (_passed(quarters, epoch) / 3)
 
 
 def _bias_factor(config: OptimizerConfig, epoch: float, epochs: float, plateaus: int) -> float:
     """What the schedule multiplies the biases' rate by."""
     if config.bias_schedule == "same":
         return _weight_factor(config, epoch, epochs, plateaus)
-    drops = {"constant": (), "halfway": (epochs / 2,), "steps": config.bias_drop_epochs}[config.bias_schedule]
-    return config.bias_drop_factor ** _passed(drops, epoch)
+    drops = {"constant": (), "halfway": (epochs / 2,), "steps": config.bias_milestones}[config.bias_schedule]
+    return config.bias_gamma ** _passed(drops, epoch)
 
 
 def _passed(marks: Sequence[float], epoch: float) -> int:
@@ -164,7 +164,7 @@ def count_plateaus(errors: Sequence[float], config: OptimizerConfig) -> int:
     """How often the held-out error has stopped falling, each time with the learning rate of then.
 
     Paper, section 5: "divide the learning rate by 10 when the validation error rate stopped improving with the current
-    learning rate"; how long to wait is not said there, and is ``plateau_patience`` here.
+    learning rate"; how long to wait is not said there, and is ``patience`` here.
 
     Args:
         errors: top-1 errors (0..1) of every evaluation so far, oldest first.
@@ -172,10 +172,10 @@ def count_plateaus(errors: Sequence[float], config: OptimizerConfig) -> int:
     """
     plateaus, best, waited = 0, float("inf"), 0
     for error in errors:
-        if error <= best - config.plateau_threshold:
+        if error <= best - config.threshold:
             best, waited = error, 0
             continue
         waited += 1
-        if waited == config.plateau_patience:
+        if waited == config.patience:
             plateaus, waited = plateaus + 1, 0
-    return min(plateaus, config.plateau_drops)
+    return min(plateaus, config.max_drops)

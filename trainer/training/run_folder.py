@@ -117,8 +117,10 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
         ConfigError: naming the field and the value that would fit.
     """
     picture, model = manifest.picture, config.model
-    if picture.channels != model.channels:
-        raise ConfigError(f"model.channels = {model.channels}, and the pictures in {data} have {picture.channels}")
+    if picture.channels != model.in_channels:
+        raise ConfigError(
+            f"model.in_channels = {model.in_channels}, and the pictures in {data} have {picture.channels}"
+        )
     if len(manifest.classes) != model.classes:
         raise ConfigError(f"model.classes = {model.classes}, and {data} has {len(manifest.classes)} classes")
     smallest = min(picture.height_px or model.image_px, picture.width_px or model.image_px)
@@ -152,9 +154,9 @@ def check_replicas(config: Config, replicas: int) -> None:
         )
     if replicas > 1 and config.data.last_batch == "partial":
         raise ConfigError(f"data.last_batch is 'partial': expected 'drop' with {replicas} replicas")
-    if pieces > 1 and any("batch_norm" in text.split() for text in config.model.after):
+    if pieces > 1 and any("batch_norm" in names for names in config.model.post_ops):
         raise ConfigError(
-            f"model.after has batch_norm, whose statistics are those of a whole batch: {replicas} replicas x "
+            f"model.post_ops has batch_norm, whose statistics are those of a whole batch: {replicas} replicas x "
             f"train.accumulate = {train.accumulate} would each see a part; use one replica and train.accumulate = 1"
         )
 

@@ -11,8 +11,8 @@ from pipeline.loader.augmentation import (
     Augmentation,
     Draws,
     Statistics,
-    centre_geometry,
-    colour_steps,
+    center_geometry,
+    color_steps,
     fingerprint,
     reader_seed,
     ten_views,
@@ -27,12 +27,12 @@ STATISTICS = Statistics(np.full(3, 120.0), np.full(3, 60.0), None, DEVIATIONS**2
 
 def augmentation(seed: int = 1, **fields: object) -> Augmentation:
     config = LoaderConfig(**{"crop_px": 224, **fields})
-    return Augmentation(config, seed, 256, 256, colour_steps(config, STATISTICS))
+    return Augmentation(config, seed, 256, 256, color_steps(config, STATISTICS))
 
 
 @pytest.mark.parametrize("shared", [1, 3, 32])
 def test_any_stretch_of_an_epoch_draws_the_same(shared: int) -> None:
-    subject = augmentation(crop_shared_by=shared, colour="deviation")
+    subject = augmentation(crop_shared_by=shared, color="deviation")
     whole = subject.draw(5, 0, 200)
     for first, count in ((0, 1), (7, 50), (31, 2), (199, 1), (64, 64)):
         part = subject.draw(5, first, count)
@@ -42,8 +42,8 @@ def test_any_stretch_of_an_epoch_draws_the_same(shared: int) -> None:
 
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 2}])
 def test_another_epoch_or_seed_draws_otherwise(other: dict[str, int]) -> None:
-    first = augmentation(seed=1, colour="deviation").draw(0, 0, 100)
-    second = augmentation(seed=other.get("seed", 1), colour="deviation").draw(other.get("epoch", 0), 0, 100)
+    first = augmentation(seed=1, color="deviation").draw(0, 0, 100)
+    second = augmentation(seed=other.get("seed", 1), color="deviation").draw(other.get("epoch", 0), 0, 100)
     assert (first.geometry != second.geometry).any(axis=1).mean() > 0.9
     assert np.abs(first.shift - second.shift).min() > 0
 
@@ -63,8 +63,8 @@ def test_mirror_probability(probability: float) -> None:
     assert share == probability if probability in (0, 1) else abs(share - probability) < 0.015
 
 
-def test_shared_crops_change_every_32_samples_while_colour_changes_every_sample() -> None:
-    draws = augmentation(crop_shared_by=32, colour="deviation").draw(0, 0, 320)
+def test_shared_crops_change_every_32_samples_while_color_changes_every_sample() -> None:
+    draws = augmentation(crop_shared_by=32, color="deviation").draw(0, 0, 320)
     groups = draws.geometry.reshape(10, 32, 3)
     assert (groups == groups[:, :1]).all()
     assert len({tuple(group[0]) for group in groups}) == 10
@@ -73,7 +73,7 @@ def test_shared_crops_change_every_32_samples_while_colour_changes_every_sample(
 
 def test_rectangular_pictures_have_their_own_ranges() -> None:
     config = LoaderConfig(crop_px=8)
-    geometry = Augmentation(config, 0, 8, 12, colour_steps(config, STATISTICS)).draw(0, 0, 500).geometry
+    geometry = Augmentation(config, 0, 8, 12, color_steps(config, STATISTICS)).draw(0, 0, 500).geometry
     assert set(geometry[:, 0]) == {0, 1, 2, 3, 4} and set(geometry[:, 1]) == {0}
 
 
@@ -81,8 +81,8 @@ def test_rectangular_pictures_have_their_own_ranges() -> None:
     ("recipe", "expected"),
     [("deviation", 0.1 * DEVIATIONS), ("eigenvalue", 0.1 * DEVIATIONS**2 / 255)],
 )
-def test_colour_moves_along_the_eigenvectors_in_grey_levels(recipe: str, expected: np.ndarray) -> None:
-    shift = augmentation(colour=recipe).draw(0, 0, 40_000).shift.astype(np.float64)
+def test_color_moves_along_the_eigenvectors_in_gray_levels(recipe: str, expected: np.ndarray) -> None:
+    shift = augmentation(color=recipe).draw(0, 0, 40_000).shift.astype(np.float64)
     along = shift @ AXES  # coordinates in the eigenvectors' frame
     assert np.allclose(along.std(0), expected, rtol=0.02)
     assert np.abs(along.mean(0) / expected).max() < 0.02
@@ -91,30 +91,30 @@ def test_colour_moves_along_the_eigenvectors_in_grey_levels(recipe: str, expecte
     assert abs((np.abs(along[:, 0]) > 2 * expected[0]).mean() - 0.0455) < 0.004
 
 
-def test_colour_steps_for_ilsvrc_are_the_documented_ones() -> None:
+def test_color_steps_for_ilsvrc_are_the_documented_ones() -> None:
     for recipe, expected in (("deviation", [12.2, 3.7, 2.0]), ("eigenvalue", [5.8, 0.54, 0.15])):
-        lengths = np.linalg.norm(colour_steps(LoaderConfig(colour=recipe), STATISTICS), axis=0)
+        lengths = np.linalg.norm(color_steps(LoaderConfig(color=recipe), STATISTICS), axis=0)
         assert np.allclose(lengths, expected, rtol=0.03)
 
 
-def test_colour_switches_off_at_its_epoch_and_never_touches_the_crops() -> None:
-    on, off = augmentation(colour="deviation"), augmentation(colour="deviation", colour_off_epoch=2)
+def test_color_switches_off_at_its_epoch_and_never_touches_the_crops() -> None:
+    on, off = augmentation(color="deviation"), augmentation(color="deviation", color_off_epoch=2)
     assert np.array_equal(on.draw(1, 0, 9).shift, off.draw(1, 0, 9).shift)
     assert not off.draw(2, 0, 9).shift.any() and on.draw(2, 0, 9).shift.all()
-    plain = augmentation(colour="none").draw(2, 0, 9)
+    plain = augmentation(color="none").draw(2, 0, 9)
     assert np.array_equal(plain.geometry, on.draw(2, 0, 9).geometry) and not plain.shift.any()
 
 
 def test_evaluation_views() -> None:
     size = {"height_px": 256, "width_px": 256, "crop_px": 224}
-    assert centre_geometry(2, **size).tolist() == [[16, 16, 0], [16, 16, 0]]
+    assert center_geometry(2, **size).tolist() == [[16, 16, 0], [16, 16, 0]]
     views = ten_views(**size).tolist()
     assert views[:5] == [[0, 0, 0], [32, 0, 0], [16, 16, 0], [0, 32, 0], [32, 32, 0]]
     assert views[5:] == [[x, y, 1] for x, y, _ in views[:5]]
 
 
 def test_fingerprint_tells_every_difference() -> None:
-    draws = augmentation(colour="deviation").draw(0, 0, 4)
+    draws = augmentation(color="deviation").draw(0, 0, 4)
     keys = ("a", "b", "c", "d")
     base = fingerprint(keys, draws, epoch=0, position=0)
     assert base == fingerprint(list(keys), Draws(draws.geometry.copy(), draws.shift.copy()), epoch=0, position=0)
@@ -132,7 +132,7 @@ def test_fingerprint_tells_every_difference() -> None:
     assert len({base, *others}) == 6
 
 
-def test_neighbouring_seeds_get_unrelated_reader_seeds() -> None:
+def test_neighboring_seeds_get_unrelated_reader_seeds() -> None:
     seeds = [reader_seed(seed) for seed in range(1000)]
     assert len(set(seeds)) == 1000 and min(seeds) >= 0 and max(seeds) < 1 << 31
     assert np.abs(np.diff(np.sort(seeds))).min() > 100
@@ -142,8 +142,8 @@ def test_neighbouring_seeds_get_unrelated_reader_seeds() -> None:
     ("field", "value"),
     [
         ("crop_px", 0), ("crop_px", 2.5), ("crop_px", True), ("crop_shared_by", 0), ("mirror", 1.5), ("mirror", "yes"),
-        ("mirror", float("nan")), ("mean", "median"), ("scale", "1"), ("colour", "on"), ("colour_sigma", -1.0),
-        ("colour_off_epoch", -2), ("colour_divisor", 0.0), ("shuffle_buffer", 0), ("threads", -1), ("prefetch", 0),
+        ("mirror", float("nan")), ("mean", "median"), ("normalize", "1"), ("color", "on"), ("color_sigma", -1.0),
+        ("color_off_epoch", -2), ("color_divisor", 0.0), ("shuffle_buffer", 0), ("threads", -1), ("prefetch", 0),
         ("shuffle", "never"), ("last_batch", "keep"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.manifest import MANIFEST_NAME, read_manifest
 from tests.helpers.loader_data_set import make_data_set
 
-CONFIG = LoaderConfig(crop_px=12, colour="deviation", mean="pixel", shuffle_buffer=9, threads=1)
+CONFIG = LoaderConfig(crop_px=12, color="deviation", mean="image", shuffle_buffer=9, threads=1)
 ONCE = dataclasses.replace(CONFIG, shuffle="once", shuffle_buffer=LoaderConfig.shuffle_buffer)
 NUM_TRAIN = 24
 
@@ -108,8 +108,8 @@ def test_a_partial_batch_has_the_rest_of_the_epoch(data: Path, shuffle: str, bat
 def test_what_does_not_go_together_is_refused(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"shuffle_buffer is 9: expected none beside data\.shuffle = 'once'"):
         dataclasses.replace(CONFIG, shuffle="once")
-    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.feed = 'split'"):
-        dataclasses.replace(CONFIG, last_batch="partial", feed="split")
+    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.decode = 'sharded'"):
+        dataclasses.replace(CONFIG, last_batch="partial", decode="sharded")
     partial = dataclasses.replace(CONFIG, last_batch="partial")
     with pytest.raises(ConfigError, match="last_batch is 'partial': expected 'drop' with more than one replica"):
         open_training(data, config=partial, share=BatchShare(0, 2))
@@ -148,7 +148,8 @@ def test_resuming_twice(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"mean": "none"}, {"mean": "centre"}, {"scale": "standardise"}, {"colour": "none"}, {"prefetch": 4}]
+    "changed",
+    [{"mean": "none"}, {"mean": "image_center"}, {"normalize": "per_image"}, {"color": "none"}, {"prefetch": 4}],
 )
 def test_a_state_continues_under_another_recipe(data: Path, changed: dict[str, Any]) -> None:
     """DALI alone refuses this: its checkpoints belong to one graph."""

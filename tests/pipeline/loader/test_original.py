@@ -1,7 +1,7 @@
 """The images of ``configs/original.toml`` against the original program's, written here in NumPy with its own numbers.
 
-The reference knows neither the loader's code nor the recipe: 1.1, 0.1, the centre of the mean image stand in it. Only
-where a crop lies is taken from the batch; the colour noise is drawn again, from the same counters.
+The reference knows neither the loader's code nor the recipe: 1.1, 0.1, the center of the mean image stand in it. Only
+where a crop lies is taken from the batch; the color noise is drawn again, from the same counters.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from tests.helpers.loader_data_set import load_reference, make_data_set
 
-CROP, SIDE = 30, 41  # an odd margin: 11 px, so the centre begins at 5
+CROP, SIDE = 30, 41  # an odd margin: 11 px, so the center begins at 5
 BATCH, SEED = 6, 11
 NOISE_ENDS = 67  # the first epoch without it, counted from 0
 STEPS_PER_EPOCH = 2
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def noise(epoch: int, sample: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """0.1 N(0,1) standard deviations along each eigenvector of RGB, (3,) grey levels."""
+    """0.1 N(0,1) standard deviations along each eigenvector of RGB, (3,) gray levels."""
     generator = np.random.Philox(key=np.array([SEED, 2 * epoch + 1], np.uint64), counter=np.array([sample, 0, 0, 0]))
     u = (generator.random_raw(4) >> np.uint64(11)) / 2.0**53
     radius = np.sqrt(-2 * np.log(1 - u[[0, 2]]))
@@ -42,7 +42,7 @@ def noise(epoch: int, sample: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def as_the_program(pixels: np.ndarray, x: int, y: int, mirror: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """A test image: (H, W, 3) to (3, S, S), the centre of the mean image subtracted, and nothing else."""
+    """A test image: (H, W, 3) to (3, S, S), the center of the mean image subtracted, and nothing else."""
     crop = pixels[y : y + 30, x : x + 30].astype(np.float64)
     crop = crop[:, ::-1] if mirror else crop
     return (crop - arrays["mean_image"][5:35, 5:35]).transpose(2, 0, 1)
@@ -76,7 +76,7 @@ def before_the_end(folder: Path, config: LoaderConfig = RECIPE, **arguments: obj
 
 
 def test_the_recipe_is_read() -> None:
-    assert (RECIPE.colour_off_epoch, RECIPE.scale, RECIPE.mean) == (NOISE_ENDS, "255", "centre")
+    assert (RECIPE.color_off_epoch, RECIPE.normalize, RECIPE.mean) == (NOISE_ENDS, "none", "image_center")
     assert RECIPE.crop_shared_by == 32
 
 
@@ -106,7 +106,7 @@ def test_resumed_around_the_end_of_the_noise(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("way", ["shares", "split feed"])
 def test_the_noise_ends_in_every_way_of_reading(folders: dict[str, Path], way: str) -> None:
     if way == "split feed":
-        feed, config = SplitFeed(0, 1, lambda crops: crops), dataclasses.replace(RECIPE, feed="split")
+        feed, config = SplitFeed(0, 1, lambda crops: crops), dataclasses.replace(RECIPE, decode="sharded")
         loaders = [before_the_end(folders["png"], config, split_feed=feed)]
     else:
         loaders = [before_the_end(folders["png"], share=BatchShare(part, 2)) for part in range(2)]
@@ -122,9 +122,9 @@ def test_the_noise_ends_in_every_way_of_reading(folders: dict[str, Path], way: s
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
-@pytest.mark.parametrize("views", ["centre", "ten"])
+@pytest.mark.parametrize("views", ["center", "ten"])
 def test_testing(folders: dict[str, Path], encoding: str, views: str) -> None:
-    """No noise, no division: the centre, or corners and centre and then the same mirrored."""
+    """No noise, no division: the center, or corners and center and then the same mirrored."""
     folder = folders[encoding]
     arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
     places = [(0, 0), (11, 0), (5, 5), (0, 11), (11, 11)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.loader.augmentation import Augmentation, colour_steps, ten_views
+from pipeline.loader.augmentation import Augmentation, color_steps, ten_views
 from pipeline.loader.batch import Batch
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
@@ -34,10 +34,10 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def normalise(
+def normalize(
     picture: np.ndarray, view: np.ndarray, shift: np.ndarray, config: LoaderConfig, arrays: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """The definition, in float64: uint8 (H, W, C) to (C, S, S); not the division, which belongs to the colour noise."""
+    """The definition, in float64: uint8 (H, W, C) to (C, S, S); not the division, which belongs to the color noise."""
     size = config.crop_px
 
     def cut(image: np.ndarray) -> np.ndarray:
@@ -50,22 +50,22 @@ def normalise(
         result = result - arrays["mean"]
     elif config.mean == "pixel":
         result = result - cut(arrays["mean_image"])
-    elif config.mean == "centre":
+    elif config.mean == "center":
         top, left = ((length - size) // 2 for length in picture.shape[:2])
         result = result - arrays["mean_image"][top : top + size, left : left + size]
     result = result + shift
-    if config.scale == "std":
+    if config.normalize == "per_channel":
         result = result / np.sqrt(np.diag(arrays["covariance"]))
-    elif config.scale == "standardise":
+    elif config.normalize == "per_image":
         result = (result - result.mean()) / np.sqrt(result.var() + 1e-3)
     return result.transpose(2, 0, 1)
 
 
 def tolerance(config: LoaderConfig, arrays: dict[str, np.ndarray], data: str) -> float:
-    """One grey level in the recipe's unit for JPEG; float rounding for pictures without loss."""
-    if config.scale == "standardise":
-        level = 0.1  # these crops deviate by 10 grey levels or more
-    elif config.scale == "std":
+    """One gray level in the recipe's unit for JPEG; float rounding for pictures without loss."""
+    if config.normalize == "per_image":
+        level = 0.1  # these crops deviate by 10 gray levels or more
+    elif config.normalize == "per_channel":
         level = 1 / np.sqrt(np.diag(arrays["covariance"])).min()
     else:
         level = 1.0
@@ -76,26 +76,26 @@ RECIPES = [
     {"mean": "none"},
     {"mean": "none", "mirror": 0.0},
     {"mean": "channel"},
-    {"mean": "channel", "scale": "std"},
-    {"mean": "pixel"},
-    {"mean": "pixel", "colour": "eigenvalue"},
-    {"mean": "pixel", "colour": "deviation", "scale": "std"},
-    {"mean": "centre", "colour": "deviation", "colour_divisor": 1.1, "crop_shared_by": 4},
-    {"mean": "centre", "scale": "std", "colour": "deviation", "colour_divisor": 2.0},
-    {"mean": "centre", "colour_divisor": 2.0},  # no noise, no division
-    {"mean": "pixel", "colour": "deviation", "colour_sigma": 0.0, "colour_divisor": 2.0},
-    {"mean": "none", "scale": "standardise"},
-    {"mean": "pixel", "colour": "deviation", "scale": "standardise", "colour_divisor": 1.1},
-    {"mean": "pixel", "crop_px": 40},
+    {"mean": "channel", "normalize": "per_channel"},
+    {"mean": "image"},
+    {"mean": "image", "color": "eigenvalue"},
+    {"mean": "image", "color": "deviation", "normalize": "per_channel"},
+    {"mean": "image_center", "color": "deviation", "color_divisor": 1.1, "crop_shared_by": 4},
+    {"mean": "image_center", "normalize": "per_channel", "color": "deviation", "color_divisor": 2.0},
+    {"mean": "image_center", "color_divisor": 2.0},  # no noise, no division
+    {"mean": "image", "color": "deviation", "color_sigma": 0.0, "color_divisor": 2.0},
+    {"mean": "none", "normalize": "per_image"},
+    {"mean": "image", "color": "deviation", "normalize": "per_image", "color_divisor": 1.1},
+    {"mean": "image", "crop_px": 40},
 ]
 OTHER_DATA = [
     (data, recipe)
     for data in ("png", "raw", "original", "gray", "gray-png", "wide")
     for recipe in (
-        {"mean": "pixel", "colour": "deviation"},
-        {"mean": "channel", "scale": "std"},
-        {"mean": "centre", "scale": "standardise"},
-        {"mean": "centre"},  # png: an odd margin on both sides
+        {"mean": "image", "color": "deviation"},
+        {"mean": "channel", "normalize": "per_channel"},
+        {"mean": "image_center", "normalize": "per_image"},
+        {"mean": "image_center"},  # png: an odd margin on both sides
     )
 ]
 
@@ -112,7 +112,7 @@ def test_training_pictures_equal_numpy(data_sets: dict[str, Path], data: str, re
         3,
         manifest.picture.height_px or 0,
         manifest.picture.width_px or 0,
-        colour_steps(config, read_statistics(folder, manifest)),
+        color_steps(config, read_statistics(folder, manifest)),
     )
     for _ in range(loader.steps_per_epoch + 1):
         batch = loader.next()
@@ -121,25 +121,25 @@ def test_training_pictures_equal_numpy(data_sets: dict[str, Path], data: str, re
         for i, key in enumerate(batch.keys):
             picture, label = pictures[key]
             assert batch.labels[i] == label
-            reference = normalise(picture, expected.geometry[i], expected.shift[i].astype(np.float64), config, arrays)
-            if expected.shift.any() and config.scale != "standardise":
-                reference /= config.colour_divisor
+            reference = normalize(picture, expected.geometry[i], expected.shift[i].astype(np.float64), config, arrays)
+            if expected.shift.any() and config.normalize != "per_image":
+                reference /= config.color_divisor
             assert np.abs(batch.images[i].numpy() - reference).max() <= tolerance(config, arrays, data), (key, i)
     assert batch.images.shape == (BATCH, manifest.picture.channels, config.crop_px, config.crop_px)
     assert batch.images.is_contiguous()
 
 
-@pytest.mark.parametrize("views", ["centre", "ten"])
+@pytest.mark.parametrize("views", ["center", "ten"])
 @pytest.mark.parametrize(
-    ("data", "mean"), [("jpeg", "pixel"), ("png", "centre"), ("wide", "pixel"), ("gray", "channel")]
+    ("data", "mean"), [("jpeg", "pixel"), ("png", "center"), ("wide", "pixel"), ("gray", "channel")]
 )
 def test_evaluation_pictures_equal_numpy(data_sets: dict[str, Path], data: str, mean: str, views: str) -> None:
     folder = data_sets[data]
-    config = LoaderConfig(crop_px=CROP, mean=mean, colour="deviation", mirror=1.0, colour_divisor=1.1, threads=1)
+    config = LoaderConfig(crop_px=CROP, mean=mean, color="deviation", mirror=1.0, color_divisor=1.1, threads=1)
     arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
     height, width = next(iter(pictures.values()))[0].shape[:2]
     geometry = ten_views(height_px=height, width_px=width, crop_px=CROP)
-    if views == "centre":
+    if views == "center":
         geometry = geometry[2:3]
     seen: list[str] = []
     for batch in EvaluationLoader(folder, config, batch_size=4, views=views):
@@ -149,14 +149,14 @@ def test_evaluation_pictures_equal_numpy(data_sets: dict[str, Path], data: str, 
             assert batch.labels[i] == label
             found = batch.images[i].numpy().reshape(len(geometry), -1, CROP, CROP)
             for view, image in zip(geometry, found, strict=True):
-                reference = normalise(picture, view, np.zeros(1), config, arrays)
+                reference = normalize(picture, view, np.zeros(1), config, arrays)
                 assert np.abs(image - reference).max() <= tolerance(config, arrays, data)
     assert seen == sorted(pictures)
 
 
-def test_a_flat_picture_is_standardised_to_zero(tmp_path: Path) -> None:
+def test_a_flat_picture_is_standardized_to_zero(tmp_path: Path) -> None:
     folder = make_data_set(tmp_path, encoding="png", size=(8, 8), train=2, val=1, flat=True)
-    loader = TrainingLoader(folder, LoaderConfig(crop_px=8, mean="none", scale="standardise"), batch_size=2, seed=0)
+    loader = TrainingLoader(folder, LoaderConfig(crop_px=8, mean="none", normalize="per_image"), batch_size=2, seed=0)
     assert np.abs(loader.next().images.numpy()).max() < 1e-3
 
 
@@ -165,7 +165,7 @@ def test_the_gpus_mean_image_is_the_cpus() -> None:
     random = np.random.default_rng(2)
     image, std = random.uniform(0, 255, (13, 17, 3)), np.array([1, 2, 3], np.float32)
     geometry = np.stack([random.integers(0, 8, 50), random.integers(0, 4, 50), random.integers(0, 2, 50)], axis=1)
-    mean_image = MeanImage(image, std, 10, centre=False, device="cpu")
+    mean_image = MeanImage(image, std, 10, center=False, device="cpu")
     views = np.stack([mean_image._view(*place) for place in geometry.tolist()])
     assert np.array_equal(mean_image._gather(geometry).numpy(), views)
 

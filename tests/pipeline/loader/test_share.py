@@ -13,7 +13,7 @@ from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from tests.helpers.loader_data_set import make_encodings
 
-CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")
+CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, color="deviation")
 BATCH = 6
 
 
@@ -75,7 +75,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
             return torch.cat([own] * 3)
 
         feed = SplitFeed(3 + tower, 6, keep)
-        config = dataclasses.replace(CONFIG, feed="split")
+        config = dataclasses.replace(CONFIG, decode="sharded")
         share = BatchShare(1, 2)
         loader = TrainingLoader(folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=share)
         loader.next()
@@ -83,7 +83,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
     for tower in range(3):
         read_part(tower)
     union = torch.cat([crops[tower] for tower in range(3)])
-    config = dataclasses.replace(CONFIG, feed="split")
+    config = dataclasses.replace(CONFIG, decode="sharded")
     feed = SplitFeed(0, 1, lambda own: union)  # decodes all, and gets the replica's rows from elsewhere
     found = TrainingLoader(
         folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=BatchShare(1, 2)

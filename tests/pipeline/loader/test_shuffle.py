@@ -26,7 +26,7 @@ def test_the_same_order_again_scores_worst() -> None:
     assert quality.batchmates == pytest.approx(4_999 / 49)
 
 
-def test_tars_in_another_order_alone_leave_neighbours_together() -> None:
+def test_tars_in_another_order_alone_leave_neighbors_together() -> None:
     blocks = np.arange(10_000).reshape(100, 100)
     shuffled = blocks[np.random.default_rng(0).permutation(100)].ravel()
     quality = compare_orders(blocks.ravel(), shuffled, 100)

@@ -1,4 +1,4 @@
-"""``feed = "split"``: two towers that decode half a batch each get, after the exchange, the pictures of ``each``."""
+"""Sharded decoding: two towers that decode half a batch each get, after the exchange, what ``replicated`` gives."""
 
 import dataclasses
 import threading
@@ -16,7 +16,7 @@ from tests.helpers.loader_data_set import make_encodings
 
 pytestmark = pytest.mark.numeric
 
-CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, colour="deviation")
+CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, color="deviation")
 BATCH = 6
 
 
@@ -68,17 +68,17 @@ def read_both(
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"mean": "pixel"},
-        {"mean": "centre", "colour_divisor": 1.1},
-        {"mean": "channel", "scale": "std"},
-        {"mean": "none", "scale": "standardise", "colour_divisor": 1.1},
+        {"mean": "image"},
+        {"mean": "image_center", "color_divisor": 1.1},
+        {"mean": "channel", "normalize": "per_channel"},
+        {"mean": "none", "normalize": "per_image", "color_divisor": 1.1},
     ],
 )
 def test_split_equals_each(folders: dict[str, Path], encoding: str, recipe: dict[str, object]) -> None:
     config = dataclasses.replace(CONFIG, **recipe)  # type: ignore[arg-type]
     whole = TrainingLoader(folders[encoding], config, batch_size=BATCH, seed=5)
     batches = 5  # into the second epoch, over a dropped batch
-    towers, passed_bytes = read_both(folders[encoding], dataclasses.replace(config, feed="split"), batches)
+    towers, passed_bytes = read_both(folders[encoding], dataclasses.replace(config, decode="sharded"), batches)
     for a, b in zip(*towers, strict=True):
         expected = whole.next()
         assert torch.equal(a.images, b.images)
@@ -91,7 +91,7 @@ def test_split_equals_each(folders: dict[str, Path], encoding: str, recipe: dict
 
 
 def test_split_resumes(folders: dict[str, Path]) -> None:
-    config = dataclasses.replace(CONFIG, feed="split")
+    config = dataclasses.replace(CONFIG, decode="sharded")
     alone = SplitFeed(0, 1, lambda crops: crops)
     loader = TrainingLoader(folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=alone)
     for _ in range(4):
@@ -109,20 +109,20 @@ def test_each_tower_decodes_its_half_only(folders: dict[str, Path]) -> None:
         seen.append(tuple(crops.shape))
         return torch.cat([crops, crops])
 
-    config = dataclasses.replace(CONFIG, feed="split")
+    config = dataclasses.replace(CONFIG, decode="sharded")
     feed = SplitFeed(1, 2, exchange)
     TrainingLoader(folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed).next()
     assert seen == [(BATCH // 2, 3, 12, 12)]
 
 
 def test_split_without_a_partner_decodes_the_whole_batch(folders: dict[str, Path]) -> None:
-    a = TrainingLoader(folders["jpeg"], dataclasses.replace(CONFIG, feed="split"), batch_size=BATCH, seed=5).next()
+    a = TrainingLoader(folders["jpeg"], dataclasses.replace(CONFIG, decode="sharded"), batch_size=BATCH, seed=5).next()
     b = TrainingLoader(folders["jpeg"], CONFIG, batch_size=BATCH, seed=5).next()
     assert torch.equal(a.images, b.images)
 
 
 def test_a_batch_that_cannot_be_split_is_refused(folders: dict[str, Path]) -> None:
-    config = dataclasses.replace(CONFIG, feed="split")
+    config = dataclasses.replace(CONFIG, decode="sharded")
     with pytest.raises(ConfigError, match="batch size 5 cannot be split among 2"):
         TrainingLoader(folders["jpeg"], config, batch_size=5, seed=5, split_feed=SplitFeed(0, 2, torch.clone))
     with pytest.raises(ConfigError, match="part 2 of 2"):

@@ -68,7 +68,7 @@ def test_the_manifest_says_which() -> None:
     area, bicubic = PictureSettings(filter="area"), PictureSettings()
     assert byte_settings(bicubic)["filter"] == "centre square, then antialiased bicubic"
     assert byte_settings(area) == byte_settings(bicubic) | {
-        "filter": "centre square, then area averaging, halves rounded up"
+        "filter": "center square, then area averaging, halves rounded up"
     }
     assert byte_settings(dataclasses.replace(area, resize_px=None))["filter"] is None
 

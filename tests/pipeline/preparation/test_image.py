@@ -115,7 +115,7 @@ def test_a_cut_file_is_refused_at_every_length(photo: np.ndarray, kind: str) -> 
     ("height", "width"), [(300, 400), (401, 300), (256, 256), (257, 300), (40, 31), (1, 1), (1, 500)]
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_filter_is_pillows_antialiased_bicubic_of_the_centre(height: int, width: int, channels: int) -> None:
+def test_filter_is_pillows_antialiased_bicubic_of_the_center(height: int, width: int, channels: int) -> None:
     photo = np.resize(skimage.data.astronaut(), (height, width, 3))[..., :channels]
     found = resize(np.ascontiguousarray(photo), 128)
     square = min(height, width)

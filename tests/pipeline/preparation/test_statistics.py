@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from pipeline.preparation import statistics
-from pipeline.preparation.statistics import Accumulator, Totals, eigen, summarise, to_npz, totals_from_json
+from pipeline.preparation.statistics import Accumulator, Totals, eigen, summarize, to_npz, totals_from_json
 
 pytestmark = pytest.mark.numeric
 
 
 def pictures(count: int, channels: int = 3, side: int = 12) -> np.ndarray:
     rng = np.random.default_rng(count)
-    colour = rng.integers(0, 180, (count, 1, 1, 1))
-    return (colour + rng.integers(0, 76, (count, side, side + 1, channels))).astype(np.uint8)
+    color = rng.integers(0, 180, (count, 1, 1, 1))
+    return (color + rng.integers(0, 76, (count, side, side + 1, channels))).astype(np.uint8)
 
 
 def totals(rows: list[np.ndarray] | np.ndarray) -> Totals:
@@ -29,7 +29,7 @@ def totals(rows: list[np.ndarray] | np.ndarray) -> Totals:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equal_numpy_over_all_pixels(channels: int) -> None:
     rows = pictures(20, channels)
-    arrays = summarise(totals(rows))
+    arrays = summarize(totals(rows))
     flat = rows.reshape(-1, channels).astype(np.float64)
     np.testing.assert_allclose(arrays["mean"], flat.mean(0), rtol=1e-13)
     np.testing.assert_allclose(arrays["covariance"], np.cov(flat.T, bias=True).reshape(channels, channels), rtol=1e-11)
@@ -39,7 +39,7 @@ def test_equal_numpy_over_all_pixels(channels: int) -> None:
 
 
 def test_eigenvectors_equal_lapack_up_to_sign() -> None:
-    arrays = summarise(totals(pictures(50)))
+    arrays = summarize(totals(pictures(50)))
     values, vectors = np.linalg.eigh(arrays["covariance"])
     np.testing.assert_allclose(arrays["eigenvalues"], values[::-1], rtol=1e-10)
     cosines = np.abs((arrays["eigenvectors"] * vectors[:, ::-1]).sum(0))
@@ -56,11 +56,11 @@ def test_eigen_of_degenerate_matrices(matrix: np.ndarray) -> None:
 def test_merging_in_any_order_gives_the_same_bytes() -> None:
     rows = pictures(30)
     parts = [totals(rows[:1]), totals(rows[1:13]), totals(rows[13:20]), totals(rows[20:])]
-    files = {to_npz(summarise(functools.reduce(Totals.merge, order))) for order in itertools.permutations(parts)}
-    assert files == {to_npz(summarise(totals(rows)))}
+    files = {to_npz(summarize(functools.reduce(Totals.merge, order))) for order in itertools.permutations(parts)}
+    assert files == {to_npz(summarize(totals(rows)))}
 
 
-def test_mixed_sizes_have_no_mean_image_but_exact_colours() -> None:
+def test_mixed_sizes_have_no_mean_image_but_exact_colors() -> None:
     rows = [*pictures(3), *pictures(2, side=20), *pictures(2)]
     found = totals(rows)
     flat = np.concatenate([row.reshape(-1, 3) for row in rows]).astype(np.int64)
@@ -68,7 +68,7 @@ def test_mixed_sizes_have_no_mean_image_but_exact_colours() -> None:
     assert found.shape is None
     assert found.channel_sum == tuple(flat.sum(0).tolist())
     assert found.product_sum == tuple(map(tuple, (flat.T @ flat).tolist()))
-    assert "mean_image" not in summarise(found)
+    assert "mean_image" not in summarize(found)
     merged = totals(rows[:3]).merge(totals(rows[3:5])).merge(totals(rows[5:]))
     assert merged == found
 
@@ -123,10 +123,10 @@ def test_products_of_floats_and_of_bytes_equal_those_of_wide_integers(
 
     monkeypatch.setattr(statistics, "INT8_ROWS", 1000)  # several pieces
     noise = np.random.default_rng(size).choice(np.array([0, 1, 127, 128, 255], np.uint8), size * channels)
-    centred = noise.reshape(-1, channels).astype(np.int64) - 128
-    np.testing.assert_array_equal(statistics.float_products(noise, channels), centred.T @ centred)
+    centered = noise.reshape(-1, channels).astype(np.int64) - 128
+    np.testing.assert_array_equal(statistics.float_products(noise, channels), centered.T @ centered)
     if statistics.multiplies_bytes(torch):
-        np.testing.assert_array_equal(statistics.int8_products(noise, channels, torch), centred.T @ centred)
+        np.testing.assert_array_equal(statistics.int8_products(noise, channels, torch), centered.T @ centered)
 
 
 def test_a_cpu_whose_byte_products_saturate_is_not_asked() -> None:

@@ -50,7 +50,7 @@ def a_record(
     net = net or {"forward": 2.0, "backward": 4.0, "optimizer": 1.0}
     default = Workload(
         recipe="a.toml", data="data", pictures="", encoding="jpeg", processes=1, device="cpu", batch_size=BATCH,
-        precision="fp32", cores=16, threads=16, feed="each", rounds=5, seconds=5.0, crossing_bytes=10_000_000,
+        precision="fp32", cores=16, threads=16, decode="replicated", rounds=5, seconds=5.0, crossing_bytes=10_000_000,
         parameters=1_000_000, raw_bytes=30_000.0, sample_bytes=10_000.0, cached=1.0,
     )  # fmt: skip
     busy = (1.0, 2.0, 1.0)

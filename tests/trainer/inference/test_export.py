@@ -27,30 +27,35 @@ pytestmark = pytest.mark.numeric
 SMALL = [
     "model.image_px=80",
     "data.crop_px=80",
-    "model.maps=[8, 12, 10, 10, 6]",
-    "model.units=[24, 24]",
+    "model.channels=[8, 12, 10, 10, 6]",
+    "model.hidden=[24, 24]",
     "model.classes=7",
     "model.init_std=[0.02, 0.03, 0.05, 0.05, 0.05, 0.1, 0.2, 0.2]",
 ]
 ORIGINAL = [
-    'model.after=["norm pool relu", "relu norm spatial_norm pool", "relu", "relu", "pool relu"]',
-    "model.norm.alpha=2e-5",
-    'data.colour="deviation"',
-    "data.colour_divisor=1.1",
+    'model.post_ops=[["lrn", "maxpool", "relu"], ["relu", "lrn", "lrn_within_channel", "maxpool"], '
+    '["relu"], ["relu"], ["maxpool", "relu"]]',
+    "model.lrn.alpha=2e-5",
+    'data.color="deviation"',
+    "data.color_divisor=1.1",
 ]
 VARIANTS = {
     "paper": [],
     "original": ORIGINAL,
     "inverted": ['model.dropout_kind="inverted"', "model.dropout=0.3"],
     "tanh, dropout 0.3": ['model.activation="tanh"', "model.dropout=0.3"],
-    "batch norm": ['model.after=["batch_norm relu pool", "batch_norm relu pool", "relu", "relu", "relu pool"]'],
+    "batch norm": [
+        'model.post_ops=[["batch_norm", "relu", "maxpool"], ["batch_norm", "relu", "maxpool"], '
+        '["relu"], ["relu"], ["relu", "maxpool"]]'
+    ],
+    "pools that round up": ["model.pool_px=2", "model.pool_ceil=true", "model.image_px=83", "data.crop_px=83"],
     "no crossings": ['model.crossings=["fc8"]'],
     "one tower": ["model.towers=1"],
 }
 
 
 class PlainNet(nn.Module):
-    """The paper's net as anyone would write it: grouped convolutions, torch's own normalisation, a tower at a time."""
+    """The paper's net as anyone would write it: grouped convolutions, torch's own normalization, a tower at a time."""
 
     def __init__(self, maps: list[int], units: int, classes: int) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ def recipe(*changes: str):
 
 
 def a_run(folder, *changes: str):
-    """A run of 3 steps; the statistics of a batch normalisation are not those of its start."""
+    """A run of 3 steps; the statistics of a batch normalization are not those of its start."""
     run = make_run(folder, recipe(*changes), steps=3)
     loaded = load_network(run)
     net, config = loaded.net, loaded.config
@@ -143,7 +148,7 @@ def test_the_papers_shapes():
     from trainer.inference.weights import merge_towers
     from trainer.model.alexnet import AlexNet
 
-    config = load_config(None, ["model.units=[16, 16]"]).model  # the full fully connected layers take a second to draw
+    config = load_config(None, ["model.hidden=[16, 16]"]).model  # the full fully connected layers take a second to draw
     shapes = {name: tuple(tensor.shape) for name, tensor in merge_towers(AlexNet(config)).items()}
     assert shapes["conv1.weight"] == (96, 3, 11, 11)
     assert shapes["conv2.weight"] == (256, 48, 5, 5)
@@ -175,7 +180,7 @@ def test_onnxruntime_gives_the_runs_logits(tmp_path, changes):
         assert relative_error(torch.from_numpy(found).double(), logits_of(run, images.double())) < 1e-5
 
 
-def test_onnx_normalises_each_tower_alone_and_scales_alpha(tmp_path):
+def test_onnx_normalizes_each_tower_alone_and_scales_alpha(tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra dev)")
     path = export_run(a_run(tmp_path / "run"), tmp_path / "net.onnx")
     model = onnx.load(path)

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.numeric
 NUM_VAL = 6
 RECIPES = [
     LoaderConfig(crop_px=32),
-    LoaderConfig(crop_px=30, mean="centre", colour="deviation", colour_divisor=1.1),
-    LoaderConfig(crop_px=33, mean="channel", scale="std", colour="deviation"),
-    LoaderConfig(crop_px=32, mean="none", scale="standardise"),
+    LoaderConfig(crop_px=30, mean="image_center", color="deviation", color_divisor=1.1),
+    LoaderConfig(crop_px=33, mean="channel", normalize="per_channel", color="deviation"),
+    LoaderConfig(crop_px=32, mean="none", normalize="per_image"),
 ]
 
 
@@ -50,7 +50,7 @@ def prepared(folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> Pa
     return make_data_set(folder, encoding=encoding, val=NUM_VAL)
 
 
-@pytest.mark.parametrize("views", ["centre", "ten"])
+@pytest.mark.parametrize("views", ["center", "ten"])
 @pytest.mark.parametrize("encoding", ["jpeg", "raw"])
 def test_files_become_what_the_loader_makes_of_samples(tmp_path, monkeypatch, encoding, views):
     data = prepared(tmp_path / "data", encoding, monkeypatch)
@@ -61,7 +61,7 @@ def test_files_become_what_the_loader_makes_of_samples(tmp_path, monkeypatch, en
         (batch,) = EvaluationLoader(data, config, batch_size=NUM_VAL, views=views)
         assert found.shape == batch.images.shape
         difference = (found - batch.images).abs().numpy()
-        # JPEG: DALI's decoder and libjpeg-turbo differ by a grey level here and there; raw: float rounding.
+        # JPEG: DALI's decoder and libjpeg-turbo differ by a gray level here and there; raw: float rounding.
         scale = float(batch.images.std()) / 50
         assert difference.max() < (3 * scale if encoding == "jpeg" else 1e-4), config
         assert difference.mean() < 0.1 * scale, config
@@ -113,7 +113,7 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("views", ["centre", "ten"])
+@pytest.mark.parametrize("views", ["center", "ten"])
 def test_predictions_are_those_of_an_evaluation(run_and_data, tmp_path, views):
     """Batches of other sizes add in another order; what that makes of a probability: see test_evaluate.py."""
     run, data = run_and_data

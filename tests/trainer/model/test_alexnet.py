@@ -58,8 +58,11 @@ def test_parameters_of_the_module_equal_the_counts(name: str) -> None:
     [
         ("digits", []),
         ("digits", ['model.crossings=["fc8"]']),
-        ("digits", ['model.crossings=["fc6", "fc8"]', "model.units=[24, 40]", "model.activation=tanh"]),
-        ("digits", ["model.pool_px=2", "model.pool_ceil=true", "model.pads=[[2, 1], [2, 2], [0, 2], [1, 1], [1, 1]]"]),
+        ("digits", ['model.crossings=["fc6", "fc8"]', "model.hidden=[24, 40]", "model.activation=tanh"]),
+        (
+            "digits",
+            ["model.pool_px=2", "model.pool_ceil=true", "model.paddings=[[2, 1], [2, 2], [0, 2], [1, 1], [1, 1]]"],
+        ),
         ("original", ["model.classes=10"]),
     ],
 )
@@ -73,7 +76,7 @@ def test_equals_the_towers_side_by_side(name: str, overrides: list[str], trainin
     reference = SideBySide(net).train(training)
     side = config.model.image_px
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, config.model.channels, side, side, generator=generator, dtype=torch.float64) * 50
+    images = torch.randn(2, config.model.in_channels, side, side, generator=generator, dtype=torch.float64) * 50
     labels, draws = torch.tensor([1, 3]), DropoutDraws(0, 0) if training else None
     ours, expected = net.loss(images, labels, draws), reference.loss(images, labels, draws)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -133,7 +136,7 @@ def test_dropout_in_training_and_in_testing(kind: str, layer: str) -> None:
     """Averaged over many masks, a layer's output in training equals the one in testing, for both kinds."""
     config = load_config(CONFIGS / "digits.toml", [f"model.dropout_kind={kind}"]).model
     dropout = Dropout(config, layer, TOWERS)
-    x = torch.randn(4, 2 * config.units[0])
+    x = torch.randn(4, 2 * config.hidden[0])
     mean = torch.stack([dropout.train()(x, DropoutDraws(0, step)) for step in range(3000)]).mean(0)
     torch.testing.assert_close(mean, dropout.eval()(x, None), rtol=0.1, atol=0.1)
 
@@ -204,8 +207,8 @@ def test_one_tower_and_no_crossings() -> None:
     assert net.towers == WholeNetLayers(half).towers == ("a",)
     assert net(torch.randn(2, 1, 28, 28)).shape == (2, 10)
     alone = load_config(CONFIGS / "digits.toml", ['model.crossings=["fc8"]']).model
-    assert AlexNet(alone).conv3.weight.shape[1] == alone.maps[1]
-    assert lone_tower(alone, "b").conv3.weight.shape[1] == alone.maps[1]
+    assert AlexNet(alone).conv3.weight.shape[1] == alone.channels[1]
+    assert lone_tower(alone, "b").conv3.weight.shape[1] == alone.channels[1]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -1,11 +1,11 @@
-"""Response normalisation against torch's and against finite differences."""
+"""Response normalization against torch's and against finite differences."""
 
 import pytest
 import torch
 from torch import nn
 
 from trainer.model import response_norm as normalization
-from trainer.model.response_norm import response_norm, spatial_norm
+from trainer.model.response_norm import lrn_within_channel, response_norm
 
 pytestmark = pytest.mark.numeric
 
@@ -17,7 +17,7 @@ def test_gradients_are_exact(beta: float) -> None:
     assert torch.autograd.gradcheck(lambda v: response_norm(v, size=5, alpha=0.3, beta=beta, k=2.0), (x,))
     rows = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     assert torch.autograd.gradcheck(lambda v: response_norm(v, size=5, alpha=0.3, beta=beta, k=2.0), (rows,))
-    assert torch.autograd.gradcheck(lambda v: spatial_norm(v, size=3, alpha=0.3, beta=beta), (x,))
+    assert torch.autograd.gradcheck(lambda v: lrn_within_channel(v, size=3, alpha=0.3, beta=beta), (x,))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -64,11 +64,11 @@ def test_blocks_equal_the_formulas(size: int, dtype: torch.dtype, monkeypatch: p
 
 
 def test_spatial_norm_by_hand() -> None:
-    """One bright pixel, 3x3 window: its neighbours are zero, so only it is scaled."""
+    """One bright pixel, 3x3 window: its neighbors are zero, so only it is scaled."""
     x = torch.zeros(1, 1, 5, 5)
     x[0, 0, 2, 2] = 2.0
     x[0, 0, 2, 3] = 1.0
-    y = spatial_norm(x, size=3, alpha=0.1, beta=0.75)
+    y = lrn_within_channel(x, size=3, alpha=0.1, beta=0.75)
     assert y[0, 0, 2, 2].item() == pytest.approx(2.0 * (1 + 0.1 * 5.0) ** -0.75)
     assert y[0, 0, 2, 3].item() == pytest.approx(1.0 * (1 + 0.1 * 5.0) ** -0.75)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.helpers.loader_data_set import photo_crop
-from trainer.config import ModelConfig, NormConfig, load_config
+from trainer.config import LrnConfig, ModelConfig, load_config
 from trainer.model.alexnet import AlexNet
 from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops
 
@@ -52,14 +52,14 @@ def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, z
 
 
 def across_maps(x: np.ndarray) -> np.ndarray:
-    """The program's cross-map response normalisation: x (2 + 1e-4 / 5 * sum over 5 maps of x^2)^-0.75."""
+    """The program's cross-map response normalization: x (2 + 1e-4 / 5 * sum over 5 maps of x^2)^-0.75."""
     squares = np.pad(x**2, ((0, 0), (2, 2), (0, 0), (0, 0)))
     total = sum(squares[:, shift : shift + x.shape[1]] for shift in range(5))
     return x * (2.0 + 1e-4 / 5 * total) ** -0.75
 
 
 def across_pixels(x: np.ndarray) -> np.ndarray:
-    """The program's response normalisation inside a map: x (1 + 1e-3 / 25 * sum over 5x5 px of x^2)^-0.75."""
+    """The program's response normalization inside a map: x (1 + 1e-3 / 25 * sum over 5x5 px of x^2)^-0.75."""
     squares = np.pad(x**2, ((0, 0), (0, 0), (2, 2), (2, 2)))
     return x * (1.0 + 1e-3 / 25 * sliding_window_view(squares, (5, 5), axis=(2, 3)).sum((4, 5))) ** -0.75
 
@@ -146,12 +146,18 @@ def test_equals_run_145(net: AlexNet, expected: np.ndarray, dtype: torch.dtype, 
 
 
 OTHERS = {
-    "ReLU before the normalisation in layer 1": {"after": ("relu norm pool", *ORIGINAL.model.after[1:])},
-    "no spatial norm": {"after": (ORIGINAL.model.after[0], "relu norm pool", *ORIGINAL.model.after[2:])},
-    "zeros on all four sides of the image": {"pads": ((2, 2), *ORIGINAL.model.pads[1:])},
-    "the paper's alpha": {"norm": dataclasses.replace(ORIGINAL.model.norm, alpha=1e-4)},
+    "ReLU before the normalization in layer 1": {
+        "post_ops": (("relu", "lrn", "maxpool"), *ORIGINAL.model.post_ops[1:])
+    },
+    "no normalization within channels": {
+        "post_ops": (ORIGINAL.model.post_ops[0], ("relu", "lrn", "maxpool"), *ORIGINAL.model.post_ops[2:])
+    },
+    "zeros on all four sides of the image": {"paddings": ((2, 2), *ORIGINAL.model.paddings[1:])},
+    "the paper's alpha": {"lrn": dataclasses.replace(ORIGINAL.model.lrn, alpha=1e-4)},
     "outputs not halved in testing": {"dropout_kind": "inverted"},
-    "spatial norm's alpha not divided by 25": {"norm": dataclasses.replace(ORIGINAL.model.norm, spatial_alpha=1e-3)},
+    "within-channel alpha not divided by 25": {
+        "lrn": dataclasses.replace(ORIGINAL.model.lrn, within_channel_alpha=1e-3)
+    },
 }
 
 
@@ -167,16 +173,16 @@ def test_would_notice_another_net(net: AlexNet, expected: np.ndarray, change: st
 
 TINY = ModelConfig(
     image_px=31,
-    channels=3,
+    in_channels=3,
     classes=3,
-    maps=(6, 6, 4, 4, 4),
-    kernels=(5, 3, 3, 3, 3),
+    channels=(6, 6, 4, 4, 4),
+    kernel_sizes=(5, 3, 3, 3, 3),
     strides=(2, 1, 1, 1, 1),
-    pads=((0, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
-    after=ORIGINAL.model.after,
-    units=(5, 5),
+    paddings=((0, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    post_ops=ORIGINAL.model.post_ops,
+    hidden=(5, 5),
     init_std=(0.3,) * 8,
-    norm=NormConfig(alpha=0.05, spatial_alpha=0.02),  # strong enough to be seen in the gradient
+    lrn=LrnConfig(alpha=0.05, within_channel_alpha=0.02),  # strong enough to be seen in the gradient
 )
 
 
@@ -213,29 +219,29 @@ def check(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
     assert torch.autograd.gradcheck(function, (x, *values), fast_mode=fast)
 
 
-def operators(after: str, **changes: object) -> nn.Module:
-    """What follows a layer of six maps."""
-    return post_ops(dataclasses.replace(TINY, **{"after": ("", after, "", "", ""), **changes}), 1, 1)
+def operators(*names: str, **changes: object) -> nn.Module:
+    """What follows a layer of six channels."""
+    return post_ops(dataclasses.replace(TINY, **{"post_ops": ((), names, (), (), ()), **changes}), 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("after", "changes"),
+    ("names", "changes"),
     [
-        pytest.param("pool", {}, id="overlapping pool"),
-        pytest.param("pool", {"pool_px": 2}, id="pool without overlap"),
+        pytest.param("maxpool", {}, id="overlapping pool"),
+        pytest.param("maxpool", {"pool_px": 2}, id="pool without overlap"),
         pytest.param("relu", {}, id="relu"),
         pytest.param("tanh", {}, id="tanh"),
-        pytest.param("norm", {}, id="norm"),
-        pytest.param("norm", {"norm": NormConfig(alpha=0.05, beta=0.6, size=3)}, id="norm, other constants"),
-        pytest.param("spatial_norm", {}, id="spatial norm"),
-        pytest.param("norm pool relu", {}, id="layer 1"),
-        pytest.param("relu norm spatial_norm pool", {}, id="layer 2"),
+        pytest.param("lrn", {}, id="lrn"),
+        pytest.param("lrn", {"lrn": LrnConfig(alpha=0.05, beta=0.6, size=3)}, id="lrn, other constants"),
+        pytest.param("lrn_within_channel", {}, id="lrn within channel"),
+        pytest.param("lrn maxpool relu", {}, id="layer 1"),
+        pytest.param("relu lrn lrn_within_channel maxpool", {}, id="layer 2"),
     ],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_gradient_of_what_follows(after: str, changes: dict[str, object], layout: torch.memory_format) -> None:
+def test_gradient_of_what_follows(names: str, changes: dict[str, object], layout: torch.memory_format) -> None:
     """Pooling, activations and norms, alone and in the program's orders; the norms have kernels for both layouts."""
-    following = operators(after, **changes)
+    following = operators(*names.split(), **changes)
 
     def function(x: Tensor) -> Tensor:
         return following((x * 1.0).contiguous(memory_format=layout))  # on a copy, as some work in place
@@ -262,7 +268,7 @@ def test_gradient_of_batch_norm(training: bool) -> None:
 @pytest.mark.parametrize("layer", ["conv1", "conv2"])
 def test_gradient_of_convolutions(layer: str) -> None:
     """conv1 with its stride and zeros on two sides only, and a grouped one with zeros all around."""
-    module = WholeNetLayers(TINY).conv(layer, 3, TINY.maps[0], image=layer == "conv1")
+    module = WholeNetLayers(TINY).conv(layer, 3, TINY.channels[0], image=layer == "conv1")
     for parameter in module.parameters():
         nn.init.normal_(parameter, 0, 0.5, generator=torch.Generator().manual_seed(7))
     channels, side = (3, 9) if layer == "conv1" else (6, 5)
@@ -287,12 +293,18 @@ def test_gradient_of_dropout(kind: str, training: bool) -> None:
     check(module, lambda module, x: module(x, DropoutDraws(3, 4)), numbers(4, 14, seed=10))
 
 
-WITH_BATCH_NORM = ("batch_norm pool relu", "batch_norm pool tanh", "relu", "tanh", "pool relu")
+WITH_BATCH_NORM = (
+    ("batch_norm", "maxpool", "relu"),
+    ("batch_norm", "maxpool", "tanh"),
+    ("relu",),
+    ("tanh",),
+    ("maxpool", "relu"),
+)
 
 
-@pytest.mark.parametrize("after", [TINY.after, WITH_BATCH_NORM], ids=["original", "batch norm"])
-def test_gradient_of_the_whole_net(after: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [TINY.post_ops, WITH_BATCH_NORM], ids=["original", "batch norm"])
+def test_gradient_of_the_whole_net(names: tuple[tuple[str, ...], ...]) -> None:
     """Both towers with all crossings and dropout: logits by the images and all parameters."""
-    net = AlexNet(dataclasses.replace(TINY, after=after), seed=11)
+    net = AlexNet(dataclasses.replace(TINY, post_ops=names), seed=11)
     draws = DropoutDraws(5, 6)
     check(net, lambda module, x: module(x, draws), numbers(2, 3, 31, 31, seed=12), fast=True)

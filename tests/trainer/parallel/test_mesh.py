@@ -10,7 +10,7 @@ from trainer.parallel.data_parallel import fill_buckets
 from trainer.parallel.mesh import FailureStore, MeshCoord, check_world
 
 
-def test_pairs_are_neighbours_and_groups_cover_the_world() -> None:
+def test_pairs_are_neighbors_and_groups_cover_the_world() -> None:
     places = [MeshCoord(rank, 6) for rank in range(6)]
     assert [(place.replica, place.tower) for place in places] == [
         (0, "a"),

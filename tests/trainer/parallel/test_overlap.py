@@ -17,12 +17,12 @@ BATCH = 4
 BF16_LOSS, BF16 = 0.016, 0.1
 VARIANTS = (
     ("train.precision=bf16", *work.SMOOTH),
-    ("train.wire=fp16",),
-    ("train.wire=bf16", "train.accumulate=2"),
+    ("train.comm_dtype=fp16",),
+    ("train.comm_dtype=bf16", "train.accumulate=2"),
     ('model.crossings=["conv3", "fc8"]',),
     ('model.crossings=["fc6", "fc8"]', "model.activation=tanh"),
-    ("model.pads=[[2, 2], [2, 2], [0, 2], [1, 1], [1, 1]]",),
-    ("model.strides=[1, 1, 2, 1, 1]", "model.pads=[[2, 2], [2, 2], [4, 3], [1, 1], [1, 1]]"),
+    ("model.paddings=[[2, 2], [2, 2], [0, 2], [1, 1], [1, 1]]",),
+    ("model.strides=[1, 1, 2, 1, 1]", "model.paddings=[[2, 2], [2, 2], [4, 3], [1, 1], [1, 1]]"),
 )
 
 

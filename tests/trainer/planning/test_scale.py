@@ -30,7 +30,7 @@ def test_the_paper_net_sends_what_the_formulas_say(world: int, pictures: int) ->
 
 
 def test_the_small_net_too() -> None:
-    config = load_config(None, ["model.units=[64, 64]", "model.crossings=['fc6', 'fc8']", "model.classes=10"])
+    config = load_config(None, ["model.hidden=[64, 64]", "model.crossings=['fc6', 'fc8']", "model.classes=10"])
     facts = to_dict(config.model)
     a, b = count_traffic(config, 8, 3)
     expected = 3 * (facts["crossing_bytes_a_to_b"] + facts["crossing_bytes_b_to_a"])

@@ -236,7 +236,7 @@ def test_report_with_data_shows_pictures(reported: tuple[str, PictureSet]) -> No
 
 def test_data_that_does_not_fit_the_net_is_one_clear_error(run: Path, tmp_path: Path) -> None:
     make_data_set(tmp_path / "rgb", encoding="png", channels=3, size=(32, 32), train=64)
-    with pytest.raises(TrainerError, match=r"model\.channels = 1"):
+    with pytest.raises(TrainerError, match=r"model\.in_channels = 1"):
         write_report(run, tmp_path / "rgb")
 
 

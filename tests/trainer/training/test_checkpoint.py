@@ -86,7 +86,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
 def test_another_net_is_refused(tmp_path: Path) -> None:
     """The tensor that does not fit is named with both shapes."""
     folder = write(tmp_path, 3, make())
-    config = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml", ["model.units=[32, 32]"])
+    config = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml", ["model.hidden=[32, 32]"])
     net, optimizer = make(config=config)
     with pytest.raises(CheckpointError, match=r"fc6\.weight is \(128, 128\), and this recipe.s net needs \(32, 128\)"):
         checkpoint.load_towers(folder, net, optimizer)

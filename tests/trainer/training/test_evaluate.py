@@ -63,7 +63,7 @@ def test_counts(four):
     assert (four.num_samples, four.num_correct_top1, four.num_correct_top5) == (4, 2, 3)
     assert four.predicted.tolist() == [0, 1, 1, 3]
     assert four.in_top5.tolist() == [True, True, True, False]
-    assert four.sentence().startswith("top-1 0.5000 (2 of 4), top-5 0.7500 (3 of 4), centre, loss ")
+    assert four.sentence().startswith("top-1 0.5000 (2 of 4), top-5 0.7500 (3 of 4), center, loss ")
 
 
 def test_ten_views_average_probabilities_not_logits():

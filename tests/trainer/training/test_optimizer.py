@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import LateRate, OptimizerConfig, load_config
+from trainer.config import LayerOverride, OptimizerConfig, load_config
 from trainer.errors import ConfigError
 from trainer.training.optimizer import PaperSGD, Rates, count_plateaus, rates_at
 
@@ -84,14 +84,14 @@ class ThreeLayers(nn.Module):
     [
         ({"bias_schedule": "same"}, [1, 0.1, 0.01, 0.01]),
         ({"bias_schedule": "constant"}, [1, 1, 1, 1]),
-        ({"bias_schedule": "halfway", "bias_drop_factor": 0.3}, [1, 1, 0.3, 0.3]),
-        ({"bias_schedule": "steps", "bias_drop_factor": 0.5, "bias_drop_epochs": (1.0, 3.0)}, [1, 0.5, 0.5, 0.25]),
+        ({"bias_schedule": "halfway", "bias_gamma": 0.3}, [1, 1, 0.3, 0.3]),
+        ({"bias_schedule": "steps", "bias_gamma": 0.5, "bias_milestones": (1.0, 3.0)}, [1, 0.5, 0.5, 0.25]),
     ],
 )
 def test_schedules_of_the_biases(bias_schedule: dict[str, Any], factors: list[float]) -> None:
     """At epochs 0 to 3 of 4, beside weights that fall at 1 and 2; a layer without a bias rate of its own follows."""
-    own = (LateRate("fc8", 2.0, 0.3),)
-    config = OptimizerConfig(bias_learning_rate=0.02, drop_epochs=(1.0, 2.0), late=own, **bias_schedule)
+    own = (LayerOverride("fc8", 2.0, 0.3),)
+    config = OptimizerConfig(bias_learning_rate=0.02, milestones=(1.0, 2.0), layer_overrides=own, **bias_schedule)
     rates = [rates_at(config, float(epoch), epochs=4) for epoch in range(4)]
     assert [row.weights for row in rates] == pytest.approx([0.01, 0.001, 0.0001, 0.0001])
     assert [row.biases for row in rates] == pytest.approx([0.02 * factor for factor in factors])
@@ -101,7 +101,9 @@ def test_schedules_of_the_biases(bias_schedule: dict[str, Any], factors: list[fl
 
 def test_warm_up_is_linear_and_leaves_late_rates_alone() -> None:
     """Half of the warm-up: half of both rates."""
-    config = OptimizerConfig(bias_learning_rate=0.02, warmup_epochs=2.0, late=(LateRate("fc8", 0.0, 0.3, 0.4),))
+    config = OptimizerConfig(
+        bias_learning_rate=0.02, warmup_epochs=2.0, layer_overrides=(LayerOverride("fc8", 0.0, 0.3, 0.4),)
+    )
     assert rates_at(config, 0.5, epochs=9) == Rates(0.0025, 0.005, {"fc8": (0.3, 0.4)})
     assert rates_at(config, 2.0, epochs=9) == Rates(0.01, 0.02, {"fc8": (0.3, 0.4)})
 
@@ -120,7 +122,7 @@ def test_warm_up_is_linear_and_leaves_late_rates_alone() -> None:
 )
 def test_plateaus_by_hand(errors: list[float], counts: list[int]) -> None:
     """Patience 2, threshold 0.01, most 3: the count after each evaluation; it never falls as evaluations are added."""
-    config = OptimizerConfig(schedule="plateau", plateau_patience=2, plateau_threshold=0.01, plateau_drops=3)
+    config = OptimizerConfig(schedule="plateau", patience=2, threshold=0.01, max_drops=3)
     assert [count_plateaus(errors[: n + 1], config) for n in range(len(errors))] == counts
     factors = [rates_at(config, 3.0, epochs=90, plateaus=count).weights for count in counts]
     assert factors == pytest.approx([0.01 * 0.1**count for count in counts], rel=1e-12)
@@ -132,8 +134,8 @@ def test_late_rates_by_hand() -> None:
         learning_rate=0.01,
         bias_learning_rate=0.02,
         weight_decay=0.5,
-        drop_epochs=(2.0,),
-        late=(LateRate("conv1", 1.0, 0.001), LateRate("conv1", 2.0, 0.0, 0.0)),
+        milestones=(2.0,),
+        layer_overrides=(LayerOverride("conv1", 1.0, 0.001), LayerOverride("conv1", 2.0, 0.0, 0.0)),
     )
     net = ThreeLayers()
     optimizer = PaperSGD(net.named_parameters(), config)
@@ -163,17 +165,21 @@ def test_late_rates_by_hand() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ('optimizer.late=[{layer="conv9", epoch=1, learning_rate=0}]', "one of conv1"),
-        ('optimizer.late=[{layer="conv1", epoch=1}]', "a table with learning_rate"),
+        ('optimizer.layer_overrides=[{layer="conv9", epoch=1, learning_rate=0}]', "one of conv1"),
+        ('optimizer.layer_overrides=[{layer="conv1", epoch=1}]', "a table with learning_rate"),
         (
-            'optimizer.late=[{layer="conv1", epoch=3, learning_rate=1e-4}, {layer="conv1", epoch=2, learning_rate=0}]',
+            'optimizer.layer_overrides=[{layer="conv1", epoch=3, learning_rate=1e-4}, '
+            '{layer="conv1", epoch=2, learning_rate=0}]',
             "rising epochs for conv1",
         ),
-        ("optimizer.bias_drop_epochs=[3]", "none: not used by same"),
+        ("optimizer.bias_milestones=[3]", "none: not used by same"),
         ("optimizer.bias_schedule=steps", "for biases that never drop: constant"),
-        ('optimizer.late=[{layer="conv1", epoch=1, learning_rate=0, bias_learning_rate=-1}]', "zero or more"),
-        ("optimizer.drop_epochs=[3, 2]", "rising epochs"),
-        ("optimizer.plateau_patience=0", "1 or more"),
+        (
+            'optimizer.layer_overrides=[{layer="conv1", epoch=1, learning_rate=0, bias_learning_rate=-1}]',
+            "zero or more",
+        ),
+        ("optimizer.milestones=[3, 2]", "rising epochs"),
+        ("optimizer.patience=0", "1 or more"),
         ("optimizer.schedule=cosine", "one of steps, log_thirds, plateau"),
     ],
 )
@@ -188,4 +194,4 @@ def test_plateau_needs_evaluations_and_no_steps() -> None:
     with pytest.raises(ConfigError, match="plateau looks at the evaluations"):
         load_config(None, ["optimizer.schedule=plateau", "train.evaluate_every_epochs=0"])
     with pytest.raises(ConfigError, match="none: not used by plateau"):
-        load_config(None, ["optimizer.schedule=plateau", "optimizer.drop_epochs=[30]"])
+        load_config(None, ["optimizer.schedule=plateau", "optimizer.milestones=[30]"])

@@ -109,8 +109,8 @@ def test_two_processes_take_it_too(data: Path, whole: Path, tmp_path: Path) -> N
 def test_it_is_refused_where_a_batch_is_divided(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.accumulate is 2: expected 1 with data\.last_batch = partial"):
         load_config(CONFIG, [*OVERRIDES, "train.accumulate=2"])
-    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.feed = 'split'"):
-        load_config(CONFIG, [*OVERRIDES, "data.feed=split"])
+    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.decode = 'sharded'"):
+        load_config(CONFIG, [*OVERRIDES, "data.decode=sharded"])
     words = [word for text in OVERRIDES for word in ("--set", text)]
     more = ("--processes", 2, "--replicas", 2)
     done = run("trainer", "train", "--config", CONFIG, "--data", data, "--run", tmp_path / "r", *words, *more, code=2)

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.numeric
 OVERRIDES = (
     "train.epochs=3",  # of 11 steps
     "train.evaluate_every_epochs=1",
-    "optimizer.drop_epochs=[]",
+    "optimizer.milestones=[]",
     "optimizer.schedule=plateau",
-    "optimizer.plateau_patience=1",
-    "optimizer.plateau_threshold=0.95",  # no fall is large enough: the second evaluation, after step 22, is a plateau
-    "optimizer.plateau_drops=1",
-    "optimizer.drop_factor=1e-30",  # gradients no longer move anything: from then on v = 0.9 v
+    "optimizer.patience=1",
+    "optimizer.threshold=0.95",  # no fall is large enough: the second evaluation, after step 22, is a plateau
+    "optimizer.max_drops=1",
+    "optimizer.gamma=1e-30",  # gradients no longer move anything: from then on v = 0.9 v
 )
 
 

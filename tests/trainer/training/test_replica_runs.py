@@ -102,7 +102,7 @@ def test_other_numbers_of_processes_go_on(
 @pytest.mark.slow
 def test_split_feeding_with_replicas(digits: Path, tmp_path: Path) -> None:
     """Every process decodes a quarter of the batch; the pictures are the same, so training is the same bits."""
-    for name, feed in (("full", ()), ("run", ("data.feed=split",))):
+    for name, feed in (("full", ()), ("run", ("data.decode=sharded",))):
         run(*train_words(digits, tmp_path / name, *FOUR, overrides=(*ROUND_PIXELS, *feed)))
     assert_same(tmp_path / "run", tmp_path / "full")
 
@@ -168,7 +168,8 @@ def test_what_cannot_be_shared_is_refused(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line, exit code 2, nothing written."""
-    batch_norm = ('model.after=["relu batch_norm pool", "relu pool", "relu", "relu", "relu pool"]',)
+    post_ops = '[["relu", "batch_norm", "maxpool"], ["relu", "maxpool"], ["relu"], ["relu"], ["relu", "maxpool"]]'
+    batch_norm = (f"model.post_ops={post_ops}",)
     cases = [
         (("--replicas", 2), (), "add --processes 2"),
         (("--processes", 2, "--replicas", 3), (), "cannot be divided among 3 replicas"),

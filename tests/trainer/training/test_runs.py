@@ -26,9 +26,9 @@ from trainer.training.checkpoint import checkpoints, folder_of
 STEPS = 1437 // 128
 ROUND_PIXELS = (  # whatever makes floats of them rounds nothing; conv1 is scaled for them, and must not run away
     "data.mean=none",
-    'data.scale="255"',
+    'data.normalize="none"',
     "model.init_std=[0.0022, 0.12, 0.1, 0.1, 0.1, 0.12, 0.12, 0.1]",
-    'optimizer.late=[{layer="conv1", epoch=0, learning_rate=0, bias_learning_rate=0}]',
+    'optimizer.layer_overrides=[{layer="conv1", epoch=0, learning_rate=0, bias_learning_rate=0}]',
 )
 EXACT = 1e-12  # of runs in float64 that add in another order: 2^-53 times about a hundred roundings a step, and room
 FIRST_LOSS = 1e-5  # of fp32: eight layers, sums of up to 288 products, a random walk: 8 sqrt(288) 2^-24 = 8e-6
@@ -131,7 +131,7 @@ def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -
     fp16 rounds by 2^-11 at most, at four crossings. Later losses part: rounding moves units across the kink of ReLU.
     """
     folder = tmp_path / "run"
-    run(*train_words(digits, folder, "--processes", 2, "--profile", 2, overrides=("train.wire=fp16",)))
+    run(*train_words(digits, folder, "--processes", 2, "--profile", 2, overrides=("train.comm_dtype=fp16",)))
     full, half = (json.loads((path / "result.json").read_text())["ledger"] for path in (pair, folder))
     for before, after in zip(full, half, strict=True):
         assert after["bytes"] == before["bytes"] // (2 if before["kind"] == "crossing" else 1), before
@@ -172,7 +172,7 @@ def test_the_digits_recipe_learns(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: Path) -> None:
     """Each tower decodes half: the pixels are in the ledger as input, no crossing; training is the same bits."""
-    for name, feed in (("full", ()), ("run", ("data.feed=split",))):
+    for name, feed in (("full", ()), ("run", ("data.decode=sharded",))):
         run(*train_words(digits, tmp_path / name, "--processes", 2, overrides=(*ROUND_PIXELS, *feed)))
     assert_same(tmp_path / "run", tmp_path / "full")
     ledger = json.loads((tmp_path / "run" / "result.json").read_text())["ledger"]

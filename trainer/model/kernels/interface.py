@@ -28,7 +28,7 @@ class Kernels(Protocol):
     """What compiled kernels do, in C++ or in Triton."""
 
     def norm_forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """The normalised maps, like x, which is dense: ``norm.rows`` rows of ``norm.maps`` maps."""
+        """The normalized maps, like x, which is dense: ``norm.rows`` rows of ``norm.maps`` maps."""
 
     def norm_backward(self, x: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
         """The gradient to x; ``gradient`` has x's dtype and strides."""

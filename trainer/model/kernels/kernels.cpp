@@ -1,4 +1,4 @@
-// Response normalisation (paper section 3.3) and the parameter update (section 5), one pass over memory each.
+// Response normalization (paper section 3.3) and the parameter update (section 5), one pass over memory each.
 //
 // Plain C interface, no torch headers: trainer/model/kernels/__init__.py compiles this file in two seconds at first use and calls it
 // through ctypes. Rows are independent and nothing is reduced across them, so results do not depend on the number of
@@ -40,7 +40,7 @@ inline void store(bfloat16 &to, float value) {  // to nearest, ties to even; a N
     to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-// y = x d^-0.75 with d = k + alpha * (sum of x^2 over size neighbours, the window cut off at the edges).
+// y = x d^-0.75 with d = k + alpha * (sum of x^2 over size neighbors, the window cut off at the edges).
 struct Norm {
     int64_t rows, maps, size;  // a row is one pixel's maps of one tower; size is 3, 5 or 7
     double alpha, k;

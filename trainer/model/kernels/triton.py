@@ -1,6 +1,6 @@
 """The loops of ``kernels.cpp`` for a GPU, in Triton; imported only where Triton is.
 
-One thread an element: neighbours are loaded again by each of their neighbours, from the first-level cache. Nothing here
+One thread an element: neighbors are loaded again by each of their neighbors, from the first-level cache. Nothing here
 waits for the GPU.
 """
 
@@ -20,7 +20,7 @@ FUSED = {
 
 @triton.jit
 def _square(x, at, map_, offset, maps, inside, RECTIFY: tl.constexpr):
-    """Square of the neighbour ``offset`` maps further on; 0 outside the row."""
+    """Square of the neighbor ``offset`` maps further on; 0 outside the row."""
     near = map_ + offset
     value = tl.load(x + at + offset, mask=inside & (near >= 0) & (near < maps), other=0.0).to(tl.float32)
     if RECTIFY:
@@ -116,5 +116,5 @@ def _grid(x: Tensor) -> tuple[int]:
 
 
 def _arguments(x: Tensor, norm: Norm) -> tuple[int | float | bool, ...]:
-    """What both normalisation kernels take after their tensors."""
+    """What both normalization kernels take after their tensors."""
     return x.numel(), norm.maps, norm.alpha, norm.k, norm.size // 2, norm.rectify, BLOCK
