@@ -1,4 +1,4 @@
-# make demo    the whole path on real pictures: shard, train two towers, report
+# make demo    the whole path on real images: shard, train two towers, report
 # make test    lint, types and tests (about 5 minutes after installation on 2 cores)
 # make help    every target
 

@@ -134,7 +134,7 @@ def scaling(seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__, work="the data sets, which are made once and kept", rounds=9)
-    parser.add_argument("--count", type=int, default=4096, help="pictures; of few, the ends of the epochs show")
+    parser.add_argument("--count", type=int, default=4096, help="images; of few, the ends of the epochs show")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each measurement of a case")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this, and no scaling")
     args = parser.parse_args()

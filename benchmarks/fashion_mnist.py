@@ -4,7 +4,7 @@
     python benchmarks/fashion_mnist.py --work /tmp/fashion --input FOLDER --seeds 0 --epochs 1     a try
 
 FOLDER holds the four IDX files (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist). Prepares
-the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test pictures, with the center
+the shards once, trains a run a seed, evaluates the last checkpoint of each on the 10,000 test images, with the center
 crop and with ten views. A run that is finished already is not repeated: its figures are read from its folder, with what
 it says about its commit and machine.
 Results: benchmarks/results/DATE_MACHINE_fashion_mnist.json, and the curves beside it as .png.
@@ -91,7 +91,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.plot(epochs, top1, marker="o", markersize=3, color=color, label=f"seed {run['seed']}: {run['top1']:.4f}")
     axes.set(
         xlabel="epoch",
-        ylabel="top-1 on the 10,000 test pictures",
+        ylabel="top-1 on the 10,000 test images",
         title=f"Fashion-MNIST, two towers, {CORES} CPU cores",
     )
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,7 +1,7 @@
 """What does the way through the cluster cost? prepare as a Ray job beside the same prepare run directly, in turns.
 
     python benchmarks/job_overhead.py --work /tmp/job-bench            about 18 minutes on 2 cores, 3 GB
-    python benchmarks/job_overhead.py --work /tmp/job-bench --pictures 400 --rounds 1      a smoke test
+    python benchmarks/job_overhead.py --work /tmp/job-bench --images 400 --rounds 1      a smoke test
 
 Both make the same data set from 500x375 photos (JPEG, quality 95) on the same cores; a local cluster of one node runs
 throughout. `images/s` is what prepare itself reports, without the start of Ray; `wall_s` is the whole command as a user
@@ -27,7 +27,7 @@ from typing import Any
 from harness import CORES, ROOT, describe_machine, make_parser, ratio, spread, take_turns, write_results
 from photos import write_class_folders
 
-UNIQUE = 1000  # different pictures; the rest are hard links to them
+UNIQUE = 1000  # different images; the rest are hard links to them
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # of processes, by the first pattern that their command line matches
     "Ray": r"ray::(Dashboard|RuntimeEnv|Job)|ray-dashboard|gcs_server|raylet/raylet|dashboard/|log_monitor|monitor\.py",
@@ -37,8 +37,8 @@ KINDS = {  # of processes, by the first pattern that their command line matches
 }
 
 
-def make_pictures(work: Path, count: int) -> Path:
-    """Class folders with `count` pictures; kept for the next run."""
+def make_images(work: Path, count: int) -> Path:
+    """Class folders with `count` images; kept for the next run."""
     folder = work / f"photos-{count}"
     if folder.exists():
         return folder
@@ -107,11 +107,11 @@ class ProcessorTime(threading.Thread):
         return found
 
 
-def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_cluster: bool) -> dict[str, Any]:
+def prepare(work: Path, images: Path, environment: dict[str, str], *, through_cluster: bool) -> dict[str, Any]:
     """One run, from an empty folder."""
     output = work / "output"
     shutil.rmtree(output, ignore_errors=True)
-    command = ["-m", "pipeline", "prepare", "--source", "folder", "--input", str(pictures), "--output", str(output)]
+    command = ["-m", "pipeline", "prepare", "--source", "folder", "--input", str(images), "--output", str(output)]
     command += ["--workers", str(CORES)]
     if through_cluster:
         words = [sys.executable, "-m", "cluster", "submit", "--", "python", *command, "--address", "auto"]
@@ -119,7 +119,7 @@ def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_
         words = [sys.executable, *command]
     with ProcessorTime() as processor:
         text, wall_s = run(words, environment)
-    found = re.search(r"prepared [\d,]+ pictures in ([\d.]+) s, ([\d,]+) images/s", text)
+    found = re.search(r"prepared [\d,]+ images in ([\d.]+) s, ([\d,]+) images/s", text)
     first = re.search(r"first log line ([\d.]+) s", text)
     assert found, text
     return {
@@ -133,7 +133,7 @@ def prepare(work: Path, pictures: Path, environment: dict[str, str], *, through_
     }
 
 
-def measure(work: Path, pictures: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(work: Path, images: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Direct and through the cluster, in turns."""
     folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -144,7 +144,7 @@ def measure(work: Path, pictures: Path, rounds: int) -> dict[str, list[dict[str,
         run([*cluster, "up", "--local", *place, "--dashboard-port", "0"], environment)
         environment["RAY_API_SERVER_ADDRESS"] = json.loads((folder / "c" / "cluster.json").read_text())["address"]
         cases = {
-            name: functools.partial(prepare, work, pictures, environment, through_cluster=name == "cluster")
+            name: functools.partial(prepare, work, images, environment, through_cluster=name == "cluster")
             for name in ("direct", "cluster")
         }
         return take_turns(cases, rounds)
@@ -155,12 +155,12 @@ def measure(work: Path, pictures: Path, rounds: int) -> dict[str, list[dict[str,
 
 def main() -> None:
     """Command line."""
-    parser = make_parser(__doc__, work="pictures, which are kept, and outputs", rounds=5)
-    parser.add_argument("--pictures", type=int, default=80000)
+    parser = make_parser(__doc__, work="images, which are kept, and outputs", rounds=5)
+    parser.add_argument("--images", type=int, default=80000)
     arguments = parser.parse_args()
     machine = describe_machine("ray", "pillow", "simplejpeg", "numpy")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = measure(arguments.work, make_pictures(arguments.work, arguments.pictures), arguments.rounds)
+    rows = measure(arguments.work, make_images(arguments.work, arguments.images), arguments.rounds)
     print(json.dumps(summary(rows), indent=1))
     write_results(arguments.results, machine, {**summary(rows), "rounds": rows})
 

@@ -11,7 +11,7 @@ Cases, batch 128 of 224-px crops, float32:
     whole-channel   the same loader with a mean per channel instead of the mean image
     webdataset      webdataset + Pillow + torchvision in a DataLoader of 2 workers; mean per channel, no color
     webdataset-paper    the same with the paper's recipe: the work that whole does
-    whole-raw       TrainingLoader, the paper's recipe, on raw uint8 shards of the same pictures
+    whole-raw       TrainingLoader, the paper's recipe, on raw uint8 shards of the same images
     channel-raw     whole-channel on raw shards
     two-each        two loaders, one per tower, both decode the whole batch (decode = "replicated"); what both have
     two-split       each decodes half and hands its uint8 crops to the other (decode = "sharded"), within a process
@@ -266,7 +266,7 @@ PAIRS = (
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__, work="the data sets, which are made once and kept", rounds=7)
-    parser.add_argument("--count", type=int, default=2048, help="pictures")
+    parser.add_argument("--count", type=int, default=2048, help="images")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of an interval")
     args = parser.parse_args()
     machine = describe_machine("torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")

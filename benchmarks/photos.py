@@ -2,7 +2,7 @@
 
     python benchmarks/photos.py OUTPUT --count 2048 --size 500x375 --quality 95
 
-Nothing is downloaded. Eleven photos give as many different pictures as are asked for: every one is another crop of
+Nothing is downloaded. Eleven photos give as many different images as are asked for: every one is another crop of
 one of them, resized, so detail, contrast and compressed size vary as in a collection.
 """
 
@@ -24,7 +24,7 @@ SKIMAGE_NAMES = (
     "astronaut.png", "coffee.png", "chelsea.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "rocket.jpg",
     "motorcycle_left.png", "motorcycle_right.png",
 )  # fmt: skip
-SMALLEST_CROP = 0.45  # of the photo's shorter side: below that, enlarging would make pictures too smooth
+SMALLEST_CROP = 0.45  # of the photo's shorter side: below that, enlarging would make images too smooth
 
 
 def load_photos() -> list[Image.Image]:
@@ -34,7 +34,7 @@ def load_photos() -> list[Image.Image]:
 
 
 def crops(count: int, width_px: int, height_px: int, seed: int = 0) -> Iterator[Image.Image]:
-    """``count`` different pictures of one size."""
+    """``count`` different images of one size."""
     photos = load_photos()
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -51,10 +51,10 @@ def write_class_folders(
     output: Path, count: int, *, width_px: int, height_px: int, quality: int, classes: int = 10, seed: int = 0
 ) -> None:
     """Writes ``OUTPUT/class-NN/NNNNNN.jpg``, 4:2:0."""
-    for number, picture in enumerate(crops(count, width_px, height_px, seed)):
+    for number, image in enumerate(crops(count, width_px, height_px, seed)):
         folder = output / f"class-{number % classes:02d}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{number:06d}.jpg", "JPEG", quality=quality, subsampling="4:2:0")
+        image.save(folder / f"{number:06d}.jpg", "JPEG", quality=quality, subsampling="4:2:0")
 
 
 def prepare_shards(work: Path, count: int, *, val_fraction: float) -> dict[str, Path]:

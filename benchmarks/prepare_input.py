@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 from photos import crops
 
-UNIQUE = 2000  # different pictures; larger archives repeat them
+UNIQUE = 2000  # different images; larger archives repeat them
 QUALITY = 98  # of the sources: gives about 100 kB, near the 110 kB of ImageNet
 CLASSES = 10
 IMAGENET_TRAIN = 1_281_167
 
 
-def unique_pictures(work: Path) -> list[bytes]:
+def unique_images(work: Path) -> list[bytes]:
     """The sources as JPEG bytes; made once."""
     path = work / "unique.npz"
     if not path.exists():
         buffers = []
-        for picture in crops(UNIQUE, 500, 375):
+        for image in crops(UNIQUE, 500, 375):
             buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+            image.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
             buffers.append(np.frombuffer(buffer.getvalue(), np.uint8))
         np.savez(work / "unfinished.npz", data=np.concatenate(buffers), sizes=[len(row) for row in buffers])
         (work / "unfinished.npz").rename(path)
@@ -36,7 +36,7 @@ def write_archives(work: Path, count: int) -> Path:
     folder = work / f"archives-{count}"
     if folder.exists():
         return folder
-    pictures = unique_pictures(work)
+    images = unique_images(work)
     draft = work / "unfinished"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
@@ -46,7 +46,7 @@ def write_archives(work: Path, count: int) -> Path:
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for number in range(label, count, CLASSES):
-                    add(tar, f"{name}_{number}.JPEG", pictures[number % len(pictures)])
+                    add(tar, f"{name}_{number}.JPEG", images[number % len(images)])
             add(outer, f"{name}.tar", inner.getvalue())
     draft.rename(folder)
     return folder
@@ -60,10 +60,10 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def extracted(work: Path, count: int) -> Path:
-    """The same pictures as class folders, for the peers."""
+    """The same images as class folders, for the peers."""
     folder = work / f"extracted-{count}"
     if not folder.exists():
-        for number, data in enumerate(unique_pictures(work)[:count]):
+        for number, data in enumerate(unique_images(work)[:count]):
             path = folder / f"n{number % CLASSES:08d}" / f"{number}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

@@ -1,19 +1,19 @@
 """How fast does ``prepare`` turn ILSVRC archives into shards, beside the codec itself and beside its peers?
 
     python benchmarks/prepare_speed.py --work DIR          about 18 minutes on 2 cores, 4 GB of disk
-    python benchmarks/prepare_speed.py --work DIR --pictures 3000 --rounds 1 --parts floor,prepare          a try
+    python benchmarks/prepare_speed.py --work DIR --images 3000 --rounds 1 --parts floor,prepare          a try
 
-Pictures: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an archive like the official one. Parts:
+Images: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an archive like the official one. Parts:
 
-    floor      libjpeg-turbo alone: decode those bytes, encode the 256x256 pictures that prepare stores, nothing else
+    floor      libjpeg-turbo alone: decode those bytes, encode the 256x256 images that prepare stores, nothing else
     prepare    python -m pipeline prepare, 1 and 2 workers; the rate is taken from the first to the last finished
                shard (start-up of Ray and workers apart); the whole command's is printed
     peers      webdataset's ShardWriter with Pillow, one process; Ray Data's write_webdataset with Pillow on the
                same cores. Both read extracted files, which spares them work that prepare does
-    memory     peak resident memory of a worker for 1,000 and for 20,000 pictures
+    memory     peak resident memory of a worker for 1,000 and for 20,000 images
     plan       planning 1,281,167 entries of synthetic headers: seconds and peak memory
 
-Cases take turns; medians and ranges. Floor and prepare also give processor time a picture: the two kinds of ratio agree
+Cases take turns; medians and ranges. Floor and prepare also give processor time an image: the two kinds of ratio agree
 on a machine where nothing else runs, and only there. Results: benchmarks/results/DATE_MACHINE_prepare_speed.json.
 """
 
@@ -37,7 +37,7 @@ import numpy as np
 import simplejpeg
 from harness import ROOT, describe_machine, make_parser, spread, take_turns, write_results
 from PIL import Image
-from prepare_input import UNIQUE, extracted, unique_pictures, write_archives, write_headers
+from prepare_input import UNIQUE, extracted, unique_images, write_archives, write_headers
 
 PARTS = ("floor", "prepare", "peers", "memory", "plan")
 SHARD_SIZE = 250
@@ -51,30 +51,30 @@ class Measured:
 
     Attributes:
         rate: images/s by the clock on the wall.
-        cpu_ms: processor time a picture in ms, of the processes that make pictures; None where it is not known.
+        cpu_ms: processor time an image in ms, of the processes that make images; None where it is not known.
     """
 
     rate: float
     cpu_ms: float | None = None
 
     def __str__(self) -> str:
-        cpu = f", {self.cpu_ms:.3f} ms of processor a picture" if self.cpu_ms else ""
+        cpu = f", {self.cpu_ms:.3f} ms of processor an image" if self.cpu_ms else ""
         return f"{self.rate:,.0f} images/s{cpu}"
 
 
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__, work="archives, which are kept, and outputs", rounds=5)
-    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--parts", default=",".join(PARTS))
     args = parser.parse_args()
     parts = args.parts.split(",")
     machine = describe_machine("pillow", "simplejpeg", "torch", "ray", "webdataset", "numpy")
     args.work.mkdir(parents=True, exist_ok=True)
-    archives = write_archives(args.work, args.pictures)
+    archives = write_archives(args.work, args.images)
     found = take_turns(make_cases(args, archives, parts), args.rounds, show=str)
     rows = {name: summary(measured) for name, measured in found.items()}
-    result = {"bytes_per_picture": mean_size(archives), "images_per_s": rows, "ratios": ratios(rows)}
+    result = {"bytes_per_image": mean_size(archives), "images_per_s": rows, "ratios": ratios(rows)}
     if "memory" in parts:
         result["worker_peak_mib"] = memory(args.work)
     if "plan" in parts:
@@ -88,14 +88,14 @@ def make_cases(args: argparse.Namespace, archives: Path, parts: list[str]) -> di
     """What takes turns."""
     cases: dict[str, Callable[[], Measured]] = {}
     if "floor" in parts:
-        pictures = unique_pictures(args.work)[:300]
-        cases["floor, 1 process"] = functools.partial(floor, pictures, 1)
-        cases["floor, 2 processes"] = functools.partial(floor, pictures, 2)
+        images = unique_images(args.work)[:300]
+        cases["floor, 1 process"] = functools.partial(floor, images, 1)
+        cases["floor, 2 processes"] = functools.partial(floor, images, 2)
     if "prepare" in parts:
         for workers in (1, 2):
             cases[f"prepare, {workers} worker(s)"] = functools.partial(prepare, args.work, archives, workers)
     if "peers" in parts:
-        folder = extracted(args.work, min(args.pictures, UNIQUE))
+        folder = extracted(args.work, min(args.images, UNIQUE))
         cases["webdataset ShardWriter + Pillow, 1 process"] = lambda: Measured(shard_writer(args.work, folder))
         cases["Ray Data write_webdataset + Pillow, 2 cores"] = lambda: Measured(ray_data(args.work, folder))
     return cases
@@ -104,7 +104,7 @@ def make_cases(args: argparse.Namespace, archives: Path, parts: list[str]) -> di
 def summary(rows: list[Measured]) -> dict[str, Any]:
     """Median and range of the rates; median of the processor times."""
     cpu = [row.cpu_ms for row in rows if row.cpu_ms]
-    times = {"cpu_ms_per_picture": round(statistics.median(cpu), 4), "all_cpu_ms": cpu} if cpu else {}
+    times = {"cpu_ms_per_image": round(statistics.median(cpu), 4), "all_cpu_ms": cpu} if cpu else {}
     return spread([row.rate for row in rows]) | times
 
 
@@ -122,7 +122,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
     present = {name: pair for name, pair in names.items() if rows.keys() >= set(pair)}
     found = {name: round(rows[top]["median"] / rows[bottom]["median"], 3) for name, (top, bottom) in present.items()}
-    key = "cpu_ms_per_picture"
+    key = "cpu_ms_per_image"
     for name, (top, bottom) in present.items():
         if key in rows[top] and key in rows[bottom] and "floor" in name:
             found[f"{name}, by processor time"] = round(rows[bottom][key] / rows[top][key], 3)
@@ -130,29 +130,29 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def mean_size(archives: Path) -> int:
-    """Mean bytes of a source picture, headers included."""
+    """Mean bytes of a source image, headers included."""
     count = int(archives.name.rsplit("-", 1)[1])
     return (archives / "ILSVRC2012_img_train.tar").stat().st_size // count
 
 
-def floor(pictures: list[bytes], processes: int) -> Measured:
+def floor(images: list[bytes], processes: int) -> Measured:
     """decode + encode by libjpeg-turbo in some processes at once."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(codec_rate, [(pictures[:20], 0.5)] * processes)  # warm-up
-        rows = pool.map(codec_rate, [(pictures, FLOOR_S)] * processes, chunksize=1)
+        pool.map(codec_rate, [(images[:20], 0.5)] * processes)  # warm-up
+        rows = pool.map(codec_rate, [(images, FLOOR_S)] * processes, chunksize=1)
     return Measured(sum(rate for rate, _ in rows), statistics.mean(cpu_ms for _, cpu_ms in rows))
 
 
 def codec_rate(task: tuple[list[bytes], float]) -> tuple[float, float]:
-    """Images/s and processor time a picture in ms of one process."""
-    pictures, seconds = task
-    stored = [stored_pixels(data) for data in pictures]
+    """Images/s and processor time an image in ms of one process."""
+    images, seconds = task
+    stored = [stored_pixels(data) for data in images]
     start_s, start_cpu_s, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start_s < seconds:
-        for data, pixels in zip(pictures, stored, strict=True):
+        for data, pixels in zip(images, stored, strict=True):
             simplejpeg.decode_jpeg(data)
             simplejpeg.encode_jpeg(pixels, quality=STORED_QUALITY, colorsubsampling="420")
-        count += len(pictures)
+        count += len(images)
     return count / (time.perf_counter() - start_s), 1000 * (time.process_time() - start_cpu_s) / count
 
 
@@ -186,10 +186,10 @@ def prepare(work: Path, archives: Path, workers: int, probe: Callable[[], None] 
     if process.returncode:
         raise SystemExit(f"prepare failed: {stderr}")
     print("   ", re.findall(r"prepared .*", stdout)[0], flush=True)
-    return Measured(finished_rate(times, workers), cpu_ms_per_picture(seen, workers))
+    return Measured(finished_rate(times, workers), cpu_ms_per_image(seen, workers))
 
 
-def cpu_ms_per_picture(seen: list[tuple[int, dict[str, float]]], workers: int) -> float | None:
+def cpu_ms_per_image(seen: list[tuple[int, dict[str, float]]], workers: int) -> float | None:
     """Processor time of the busiest processes since every worker had finished a shard; None for too few shards."""
     seen = [row for row in seen if row[0] >= workers]
     if len(seen) < 2:
@@ -268,7 +268,7 @@ def memory(work: Path) -> dict[str, float]:
         archives = write_archives(work, count)
         seen = [0.0]
         prepare(work, archives, 2, probe=lambda seen=seen: seen.append(max(seen[-1], worker_peak_mib())))
-        peaks[f"{count:,} pictures"] = seen[-1]
+        peaks[f"{count:,} images"] = seen[-1]
         if count != 1000:
             shutil.rmtree(archives)
     return peaks
@@ -316,7 +316,7 @@ print(len(listing.splits["train"]), len(plan), time.perf_counter() - start_s, pe
 
 
 def planning(work: Path) -> dict[str, float]:
-    """Lists, hashes and plans an archive of ImageNet's size whose pictures are 100 bytes."""
+    """Lists, hashes and plans an archive of ImageNet's size whose images are 100 bytes."""
     folder = work / "headers"
     if not folder.exists():
         write_headers(folder)

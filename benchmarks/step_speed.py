@@ -3,7 +3,7 @@
     python benchmarks/step_speed.py                            about 30 minutes on 2 cores
     python benchmarks/step_speed.py --batch 16 --rounds 1      a try
 
-Cases, batch 128, synthetic pictures, each in a process of its own (so that peak memory is its own), in turns:
+Cases, batch 128, synthetic images, each in a process of its own (so that peak memory is its own), in turns:
 
     plain        Conv2d(groups), nn.LocalResponseNorm per tower, MaxPool2d, Linear, Dropout, cross_entropy, optim.SGD,
                  eager float32

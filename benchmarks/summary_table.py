@@ -77,7 +77,7 @@ def job_overhead(table: dict[str, Any]) -> Iterator[Row]:
 def fashion_mnist(table: dict[str, Any]) -> Iterator[Row]:
     """Accuracy by seed."""
     seeds = ", ".join(f"{run['top1']:.4f}" for run in table["runs"])
-    yield "Fashion-MNIST, top-1 of the test pictures by seed", f"{seeds}; at most {table['minutes']['max']:.0f} min"
+    yield "Fashion-MNIST, top-1 of the test images by seed", f"{seeds}; at most {table['minutes']['max']:.0f} min"
 
 
 def demo(table: dict[str, Any]) -> Iterator[Row]:

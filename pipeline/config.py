@@ -20,8 +20,8 @@ ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSettings:
-    """How one picture is checked, resized and stored.
+class ImageSettings:
+    """How one image is checked, resized and stored.
 
     Attributes:
         resize_px: side of the stored square, or None to keep the size.
@@ -30,7 +30,7 @@ class PictureSettings:
         quality: JPEG quality, 1 to 100.
         channels: 3 for RGB, 1 for gray.
         filter: of resizing, one of :data:`FILTERS`: ``bicubic``, or ``area`` as cuda-convnet2's preparation has it.
-        max_pixels: a picture of more pixels is refused before it is decoded.
+        max_pixels: an image of more pixels is refused before it is decoded.
         max_bytes: a file of more bytes is refused before it is read.
     """
 
@@ -50,7 +50,7 @@ class PrepareOptions:
     Attributes:
         source: name of the source, see :data:`pipeline.sources.SOURCES`.
         output: folder of the data set.
-        input: folder of the source, or its URL; None where the source brings its own pictures.
+        input: folder of the source, or its URL; None where the source brings its own images.
         workers: shards in work at once; 0 means every core (on a cluster: every CPU of it).
         seed: seed of the split and of the global shuffle.
         shard_size: most samples in one tar, 1 to 10,000,000; the shards of a split differ by at most one sample.
@@ -59,13 +59,13 @@ class PrepareOptions:
         quality: JPEG quality, 1 to 100.
         val_fraction: share of each class that goes to ``val`` where the source has no split, 0 <= share < 1.
         address: address of a Ray cluster, None for this machine.
-        on_error: ``quarantine`` lists pictures that cannot be used and goes on, ``fail`` stops at the first.
+        on_error: ``quarantine`` lists images that cannot be used and goes on, ``fail`` stops at the first.
         max_pixels: size cap in pixels.
         max_bytes: size cap in bytes.
         splits: only these splits; empty for all that the source has.
-        limit: only the first pictures of each split's shuffled order, for a trial; None for all.
+        limit: only the first images of each split's shuffled order, for a trial; None for all.
         label_order: ``default`` (the source's own), ``alphabetical`` or ``ilsvrc``.
-        max_errors: stop when more pictures than this cannot be used, ``N`` or ``P%``; None for no limit.
+        max_errors: stop when more images than this cannot be used, ``N`` or ``P%``; None for no limit.
         verify_source: check the published md5 of the input before anything else.
         filter: of resizing, one of :data:`FILTERS`.
     """
@@ -117,12 +117,12 @@ class PrepareOptions:
                 self.resize == "none", "--encoding", "original", "--resize none beside it (bytes are kept as they are)"
             )
 
-    def picture_settings(self, *, encoded: bool, channels: int) -> PictureSettings:
+    def image_settings(self, *, encoded: bool, channels: int) -> ImageSettings:
         """Resolves the defaults that depend on the source.
 
         Args:
             encoded: the source holds JPEG or PNG files; otherwise it holds pixels.
-            channels: channels of the source's pictures.
+            channels: channels of the source's images.
 
         Raises:
             ConfigError: ``original`` was asked of a source that holds pixels, or a filter where nothing is resized.
@@ -138,7 +138,7 @@ class PrepareOptions:
             raise ConfigError(
                 f"--encoding original: source {self.source} holds pixels, not files; use png, jpeg or raw"
             )
-        return PictureSettings(
+        return ImageSettings(
             resize_px=resize_px,
             encoding=encoding,
             quality=self.quality,
@@ -149,7 +149,7 @@ class PrepareOptions:
         )
 
     def error_limit(self, total: int) -> float:
-        """Pictures of ``total`` that may be left out."""
+        """Images of ``total`` that may be left out."""
         if self.max_errors is None:
             return float("inf")
         if self.max_errors.endswith("%"):
@@ -161,16 +161,16 @@ class PrepareOptions:
         return self.workers or len(os.sched_getaffinity(0))
 
 
-def byte_settings(picture: PictureSettings) -> dict[str, Any]:
-    """The picture settings that decide the stored bytes, as the manifest records them."""
-    jpeg = picture.encoding == "jpeg"
+def byte_settings(image: ImageSettings) -> dict[str, Any]:
+    """The image settings that decide the stored bytes, as the manifest records them."""
+    jpeg = image.encoding == "jpeg"
     return {
-        "resize_px": picture.resize_px,
-        "encoding": picture.encoding,
-        "quality": picture.quality if jpeg else None,
-        "chroma": CHROMA if jpeg and picture.channels == 3 else None,
-        "filter": FILTERS[picture.filter] if picture.resize_px else None,
+        "resize_px": image.resize_px,
+        "encoding": image.encoding,
+        "quality": image.quality if jpeg else None,
+        "chroma": CHROMA if jpeg and image.channels == 3 else None,
+        "filter": FILTERS[image.filter] if image.resize_px else None,
         "orientation": ORIENTATION,
-        "max_pixels": picture.max_pixels,
-        "max_bytes": picture.max_bytes,
+        "max_pixels": image.max_pixels,
+        "max_bytes": image.max_bytes,
     }

@@ -16,8 +16,8 @@ class SourceError(PipelineError):
     """The input is missing, is not what its source expects, or is damaged."""
 
 
-class PictureError(PipelineError):
-    """One picture cannot be decoded or is refused; it goes to the quarantine list with this message as reason."""
+class ImageError(PipelineError):
+    """One image cannot be decoded or is refused; it goes to the quarantine list with this message as reason."""
 
 
 class DatasetError(PipelineError):

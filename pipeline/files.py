@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeVar
 
-from pipeline.errors import PictureError, SourceError, first_line
+from pipeline.errors import ImageError, SourceError, first_line
 
 ATTEMPTS = 3
 PREFETCH = 16  # files asked for at once: a store answers each after tens of milliseconds, however many there are
@@ -34,7 +34,7 @@ def is_url(text: str) -> bool:
 class UrlPath:
     """The part of ``pathlib.Path`` that sources use, at a URL. Picklable: every process opens its own connection.
 
-    A store that fails is asked again; then :class:`SourceError` says so, and no picture is blamed for it.
+    A store that fails is asked again; then :class:`SourceError` says so, and no image is blamed for it.
 
     Attributes:
         url: address without a slash at its end.
@@ -153,18 +153,18 @@ def scan(folder: AnyPath) -> list[Entry]:
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
-    """Reads exactly ``size`` bytes at ``offset``; files stay open, so that a picture costs one system call.
+    """Reads exactly ``size`` bytes at ``offset``; files stay open, so that an image costs one system call.
 
     Raises:
         SourceError: the file is gone or shorter than it was when it was listed.
-        PictureError: these bytes cannot be read.
+        ImageError: these bytes cannot be read.
     """
     try:
         data = path.read_range(offset, size) if isinstance(path, UrlPath) else os.pread(_handle(path), size, offset)
     except FileNotFoundError:
         raise SourceError(f"{path}: is gone, or not on this machine") from None
     except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror}") from None
+        raise ImageError(f"cannot be read: {error.strerror}") from None
     if len(data) != size:
         raise SourceError(f"{path}: ended at byte {offset + len(data):,}; it is shorter than when it was listed")
     return data

@@ -8,7 +8,7 @@ Layout of a data set folder::
     val/...                   the other splits, the same way
     statistics.npz            mean image, mean RGB, RGB covariance, eigenvalues, eigenvectors, counts (train split)
     _info.json                shard list in the form timm reads
-    quarantine.jsonl          every picture left out or converted, and why
+    quarantine.jsonl          every image left out or converted, and why
 """
 
 import dataclasses
@@ -71,14 +71,14 @@ class ClassRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFormat:
-    """What the stored pictures are.
+class ImageFormat:
+    """What the stored images are.
 
     Attributes:
         encoding: ``jpeg``, ``png``, ``raw`` (uint8 HWC bytes) or ``original`` (bytes as the source had them).
         channels: 3 for RGB, 1 for gray.
-        height_px: height of every picture, or None where sizes differ.
-        width_px: width of every picture, or None where sizes differ.
+        height_px: height of every image, or None where sizes differ.
+        width_px: width of every image, or None where sizes differ.
     """
 
     encoding: str
@@ -98,7 +98,7 @@ class SplitRecord:
 
     Attributes:
         num_samples: samples in all shards.
-        num_quarantined: pictures of the source that were left out (see quarantine.jsonl).
+        num_quarantined: images of the source that were left out (see quarantine.jsonl).
         shards: the shards in order.
     """
 
@@ -115,7 +115,7 @@ class Manifest:
         format: version of this layout.
         source: name of the source (``digits``, ``folder``, ``imagenet``, ...).
         settings: every setting that decides the bytes (seed, shard size, resize, encoding, filter, orientation...).
-        picture: what the stored pictures are.
+        image: what the stored images are.
         classes: the class table; row number = label.
         label_order: how labels are ordered (``alphabetical``, ``ilsvrc``, ``source``).
         splits: the splits by name.
@@ -126,7 +126,7 @@ class Manifest:
     format: int
     source: str
     settings: dict[str, Any]
-    picture: PictureFormat
+    image: ImageFormat
     classes: tuple[ClassRecord, ...]
     label_order: str
     splits: dict[str, SplitRecord]
@@ -138,11 +138,12 @@ class Manifest:
         Its field ``sha256`` is the digest of the text without that field, so that a reader notices damage.
         """
         raw = dataclasses.asdict(self)
+        raw["picture"] = raw.pop("image")  # its name in every data set that exists
         return _canonical(raw | {"sha256": hashlib.sha256(_canonical(raw).encode()).hexdigest()})
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest's bytes: the identity of the data set, every picture included."""
+        """sha256 of the manifest's bytes: the identity of the data set, every image included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
@@ -188,7 +189,7 @@ def _from_raw(raw: dict[str, Any]) -> Manifest:
         format=raw["format"],
         source=raw["source"],
         settings=raw["settings"],
-        picture=PictureFormat(**raw["picture"]),
+        image=ImageFormat(**raw["picture"]),
         classes=tuple(ClassRecord(**row) for row in raw["classes"]),
         label_order=raw["label_order"],
         splits={

@@ -21,10 +21,10 @@ class ProgressLine:
         unit: what is counted.
     """
 
-    def __init__(self, total: int, done: int = 0, verb: str = "prepared", unit: str = "pictures") -> None:
+    def __init__(self, total: int, done: int = 0, verb: str = "prepared", unit: str = "images") -> None:
         self.done = self._start_done = done
         self._total, self._verb, self._unit = total, verb, unit
-        self._rate_unit = "images" if unit == "pictures" else unit
+        self._rate_unit = "images" if unit == "images" else unit
         self._start_s = self._last_line_s = time.monotonic()
         self._bar = _make_bar() if sys.stderr.isatty() else None
         if self._bar:

@@ -46,15 +46,15 @@ def exact_serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 small PNGs in three classes."""
-    return preparing.make_pictures(tmp_path_factory.mktemp("pictures"))
+    return preparing.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
-def arguments(pictures: Path) -> tuple[object, ...]:
+def arguments(images: Path) -> tuple[object, ...]:
     """prepare's arguments for them, but for --output and --workers: six shards of train, one of val."""
-    return ("prepare", "--source", "folder", "--input", pictures, "--shard-size", 9, *preparing.KEEP)
+    return ("prepare", "--source", "folder", "--input", images, "--shard-size", 9, *preparing.KEEP)
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    """Prints the likeliest classes of pictures; status 3 where some could not be used."""
+    """Prints the likeliest classes of images; status 3 where some could not be used."""
     _check_run(arguments)
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
@@ -201,7 +201,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         which=arguments.checkpoint,
     )
     results = []
-    paths = predict.find_pictures(arguments.pictures)
+    paths = predict.find_images(arguments.images)
     for result in predictor.predict(paths, top=arguments.top, images=arguments.html is not None):
         results.append(result)
         predict.print_error(result)
@@ -244,12 +244,12 @@ def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     if any(given) and not all(given):
         raise ConfigError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
     wires = Wires(*given, arguments.pair_bandwidth_gb_s or given[0]) if all(given) else None
-    pictures = arguments.per_pair or config.train.batch_size
-    table = scale_table(config, WORLDS, pictures=pictures, wires=wires)
+    images = arguments.per_pair or config.train.batch_size
+    table = scale_table(config, WORLDS, images=images, wires=wires)
     if arguments.json:
         print(json.dumps(table, indent=1))
     else:
-        print_scale(table, pictures, wires)
+        print_scale(table, images, wires)
     return 0
 
 

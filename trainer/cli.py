@@ -8,7 +8,7 @@ Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 something to fix (one line says what), "
-    "3 stopped by a signal (train), or some pictures could not be used (predict), "
+    "3 stopped by a signal (train), or some images could not be used (predict), "
     "4 another process of the run was lost (train)"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
@@ -97,7 +97,7 @@ def _device_option(parser: argparse.ArgumentParser) -> None:
 
 def _skip_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--skip-list", type=Path, metavar="FILE", help="keys of samples to leave out, one a line (bad pictures)"
+        "--skip-list", type=Path, metavar="FILE", help="keys of samples to leave out, one a line (bad images)"
     )
 
 
@@ -201,7 +201,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add(
         "evaluate",
-        "top-1 and top-5 of a run on held-out pictures",
+        "top-1 and top-5 of a run on held-out images",
         "evaluate --run demo/run --data demo/digits --per-class --confusion demo/confusion.png",
     )
     _folder(evaluate, "--run", "run with a checkpoint")
@@ -218,22 +218,22 @@ def _add_evaluate(commands: Commands) -> None:
 def _add_predict(commands: Commands) -> None:
     predict = commands.add(
         "predict",
-        "the likeliest classes of your own pictures",
+        "the likeliest classes of your own images",
         "predict cat.jpg holiday/ --run demo/run --html demo/predictions.html",
     )
     predict.add_argument(
-        "pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER", help="JPEG and PNG files, and folders of them"
+        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="JPEG and PNG files, and folders of them"
     )
     _folder(predict, "--run", "run with a checkpoint")
     _checkpoint_option(predict)
     _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
     _views_option(predict)
     predict.add_argument(
-        "--top", type=_positive, default=5, metavar="N", help="classes shown for each picture (default: 5)"
+        "--top", type=_positive, default=5, metavar="N", help="classes shown for each image (default: 5)"
     )
     _device_option(predict)
-    predict.add_argument("--json", action="store_true", help="a line of JSON for each picture instead of the table")
-    predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures besides")
+    predict.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
+    predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
 
 
 def _add_describe(commands: Commands) -> None:
@@ -249,7 +249,7 @@ def _add_describe(commands: Commands) -> None:
         "compute + crossing + max(0, sum - 2/3 compute) + control, each term's formula printed below the table",
     )
     describe.add_argument(
-        "--per-pair", type=_positive, metavar="N", help="pictures a pair of towers takes in a step (default: the batch)"
+        "--per-pair", type=_positive, metavar="N", help="images a pair of towers takes in a step (default: the batch)"
     )
     for name, text in (
         ("--bandwidth-gb-s", "of a GPU to other replicas, one way, 1e9 bytes/s"),
@@ -264,7 +264,7 @@ def _add_describe(commands: Commands) -> None:
 def _add_report(commands: Commands) -> None:
     report = commands.add("report", "write RUN/report.html", "report --run demo/run --data demo/digits")
     _folder(report, "--run", "run")
-    _folder(report, "--data", "data set, for the grid of test pictures", required=False)
+    _folder(report, "--data", "data set, for the grid of test images", required=False)
 
 
 def _add_export(commands: Commands) -> None:

@@ -251,10 +251,10 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training split.
-        batch_size: pictures a step; both towers see all of them.
-        accumulate: pieces in which a process takes its pictures of a step, one after the other: the same step with less
-            memory. Must divide the pictures a replica.
-        seed: of the weights, the order of pictures, the augmentation and the dropout masks.
+        batch_size: images a step; both towers see all of them.
+        accumulate: pieces in which a process takes its images of a step, one after the other: the same step with less
+            memory. Must divide the images a replica.
+        seed: of the weights, the order of images, the augmentation and the dropout masks.
         evaluate_every_epochs: epochs between evaluations on ``evaluate_split``; 0 for only at the end.
         evaluate_split: split of the data set that is held out.
         checkpoint_every_epochs: epochs between checkpoints; one is always written at the end.

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
         return 0
-    print(f"{result.pictures}, batch {result.batch_size}, {result.device}, {result.repeats} repeats")
+    print(f"{result.images}, batch {result.batch_size}, {result.device}, {result.repeats} repeats")
     print(
         f"{'stage':8} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'MB/s':>8} {'cores':>6} "
         f"{'us/image':>9} {'first batch':>12}"

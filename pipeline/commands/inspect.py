@@ -21,22 +21,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "inspect",
-        help="see what a data set holds: classes, sizes, pictures",
+        help="see what a data set holds: classes, sizes, images",
         description="Print classes, sizes and aspects of the sources; make a contact sheet; show one sample.",
         epilog="examples:\n"
         "  python -m pipeline inspect data/digits --sheet digits.png\n"
-        "  python -m pipeline inspect data/digits --sample train-00000042 --picture 42.png",
+        "  python -m pipeline inspect data/digits --sample train-00000042 --image 42.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the data set")
     parser.add_argument("--split", help="only this split (default: all; for the sheet: train)")
     parser.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="write a contact sheet of pictures spread over the shards"
+        "--sheet", type=Path, metavar="PNG", help="write a contact sheet of images spread over the shards"
     )
-    parser.add_argument("--pictures", type=int, default=64, metavar="N", help="on the sheet (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="on the sheet (default: %(default)s)")
     parser.add_argument("--sample", metavar="KEY", help="show one sample")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="write the sample's picture")
+    parser.add_argument("--image", type=Path, metavar="PNG", help="write the sample's image")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -68,31 +68,29 @@ def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
     from pipeline.inspection.inspect import contact_sheet, spread_samples
 
     split = args.split or ("train" if "train" in manifest.splits else next(iter(manifest.splits)))
-    samples = list(spread_samples(args.folder, manifest, split, max(1, args.pictures)))
+    samples = list(spread_samples(args.folder, manifest, split, max(1, args.images)))
     contact_sheet(samples, manifest).save(args.sheet, "PNG")
     if not args.json:
         print(f"contact sheet: {args.sheet}")
 
 
 def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
-    from pipeline.inspection.inspect import find_sample, open_picture
+    from pipeline.inspection.inspect import find_sample, open_image
 
     sample = find_sample(args.folder, manifest, args.sample)
     print(
-        json.dumps(
-            dataclasses.asdict(sample) | {"picture": f"{len(sample.picture):,} bytes"}, ensure_ascii=False, indent=1
-        )
+        json.dumps(dataclasses.asdict(sample) | {"image": f"{len(sample.image):,} bytes"}, ensure_ascii=False, indent=1)
     )
-    if args.picture:
-        open_picture(sample.picture, manifest.picture).save(args.picture, "PNG")
-        print(f"picture: {args.picture}")
+    if args.image:
+        open_image(sample.image, manifest.image).save(args.image, "PNG")
+        print(f"image: {args.image}")
 
 
 def _print_head(folder: Path, manifest: Manifest) -> None:
-    form = manifest.picture
+    form = manifest.image
     size = f"{form.width_px}x{form.height_px}" if form.width_px else "several sizes"
     print(f"{folder}: source {manifest.source}, {len(manifest.classes):,} classes in {manifest.label_order} order")
-    print(f"pictures: {form.encoding}, {form.channels} channels, {size}; fingerprint {manifest.fingerprint[:12]}")
+    print(f"images: {form.encoding}, {form.channels} channels, {size}; fingerprint {manifest.fingerprint[:12]}")
 
 
 def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:

@@ -1,4 +1,4 @@
-"""``prepare``: turn pictures into a data set."""
+"""``prepare``: turn images into a data set."""
 
 import argparse
 import shutil
@@ -20,7 +20,7 @@ STOPPED_INT = 130
 STOPPED_TERM = 143
 
 DESCRIPTION = """\
-Turn pictures into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
+Turn images into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
 repairs what is damaged, and does nothing when the data set is whole."""
 EPILOG = """\
 examples:
@@ -30,7 +30,7 @@ examples:
   python -m pipeline prepare --source imagenet --input s3://bucket/archives --output data/imagenet
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
-  0 whole; 3 whole, but some pictures were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
+  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
   1 a bug of ours; 130 and 143 stopped (the same command continues)"""
 
 
@@ -38,14 +38,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "prepare",
-        help="turn pictures into shards, on Ray",
+        help="turn images into shards, on Ray",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_places(parser)
-    _add_pictures(parser)
+    _add_images(parser)
     _add_running(parser)
     parser.set_defaults(run=run)
 
@@ -68,8 +68,8 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures")
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images")
     group.add_argument(
         "--resize", default="default", metavar="N|none", help="side in pixels (default: 256 for files, none for pixels)"
     )
@@ -98,11 +98,9 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         default=_default("on_error"),
         metavar="|".join(ON_ERROR),
-        help="for pictures that cannot be used (default: %(default)s)",
+        help="for images that cannot be used (default: %(default)s)",
     )
-    group.add_argument(
-        "--max-errors", metavar="N|P%", help="stop when more pictures cannot be used (default: no limit)"
-    )
+    group.add_argument("--max-errors", metavar="N|P%", help="stop when more images cannot be used (default: no limit)")
     for option, unit in (("max_pixels", "pixels"), ("max_bytes", "bytes")):
         group.add_argument(
             f"--{option.replace('_', '-')}",
@@ -121,7 +119,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--splits", type=_names, default=(), metavar="A,B", help="only these (default: all the source has)"
     )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each split, for a trial")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N images of each split, for a trial")
     group.add_argument("--verify-source", action="store_true", help="check the published md5 of the input first")
     group.add_argument("--dry-run", action="store_true", help="print the plan and an estimate, write nothing")
     group.add_argument("--address", metavar="A", help="of a Ray cluster (default: this machine)")
@@ -196,10 +194,10 @@ def print_summary(folder: Path, summary: "Summary") -> None:
         print(f"{folder} is whole already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6
-        print(f"{name}: {split.num_samples:,} pictures in {len(split.shards):,} shards, {size:,.1f} MB")
+        print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
-        print(f"prepared {summary.num_done:,} pictures in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
+        print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
     if summary.num_left_out:
-        print(f"left out: {summary.num_left_out:,} pictures that cannot be used; see {folder / QUARANTINE_NAME}")
+        print(f"left out: {summary.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -1,4 +1,4 @@
-"""``statistics``: mean image and colors of a data set, as numbers and as a picture."""
+"""``statistics``: mean image and colors of a data set, as numbers and as an image."""
 
 import argparse
 import json
@@ -14,12 +14,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="mean image, color covariance, eigenvectors",
         description="Print the statistics of the train split (on 0..255) and draw them: the mean image, and for every\n"
         "eigenvector the mean color from -3 to +3 standard deviations along it.",
-        epilog="example: python -m pipeline statistics data/imagenet --picture statistics.png",
+        epilog="example: python -m pipeline statistics data/imagenet --image statistics.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the data set")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="write them as a picture")
+    parser.add_argument("--image", type=Path, metavar="PNG", help="write them as an image")
     parser.add_argument("--json", action="store_true", help="print JSON (without the mean image)")
     parser.set_defaults(run=run)
 
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(numbers))
     else:
         _print(numbers)
-    if args.picture:
-        draw_statistics(arrays).save(args.picture, "PNG")
+    if args.image:
+        draw_statistics(arrays).save(args.image, "PNG")
     return 0
 
 
 def _print(numbers: dict[str, list]) -> None:
-    print(f"{numbers['num_pictures']:,} pictures, {numbers['num_pixels']:,} pixels, values on 0..255")
+    print(f"{numbers['num_images']:,} images, {numbers['num_pixels']:,} pixels, values on 0..255")
     print(f"mean         {_row(numbers['mean'])}")
     print(f"eigenvalues  {_row(numbers['eigenvalues'])}")
     print(f"deviations   {_row(numbers['deviations'])}   (square roots of the eigenvalues)")

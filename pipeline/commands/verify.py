@@ -11,7 +11,7 @@ SHOWN = 20
 CHECKED = {
     "fast": "sizes, headers, counts, indexes",
     "hashes": "every sha256, headers, counts, indexes",
-    "full": "every sha256, headers, counts, indexes, sample checksums; DALI's decoder takes every picture",
+    "full": "every sha256, headers, counts, indexes, sample checksums; DALI's decoder takes every image",
 }
 
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "verify",
         help="check every hash, count and index of a data set",
         description="Check a data set against its manifest and name what is wrong: sizes, headers, counts, indexes,\n"
-        "every sha256 (not with --fast); with --full every checksum, and DALI's decoder gets every picture.",
+        "every sha256 (not with --fast); with --full every checksum, and DALI's decoder gets every image.",
         epilog="example: python -m pipeline verify data/digits --full\n"
         "exit codes: 0 sound, 2 something is wrong (every finding is a line)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     level.add_argument(
         "--fast", dest="level", action="store_const", const="fast", help="headers, sizes, counts, indexes only"
     )
-    level.add_argument("--full", dest="level", action="store_const", const="full", help="decode every picture too")
+    level.add_argument("--full", dest="level", action="store_const", const="full", help="decode every image too")
     parser.set_defaults(run=run, level="hashes")
 
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     total = sum(split.num_samples for split in manifest.splits.values())
     with ProgressLine(total, verb="checked") as progress:
         problems = check_dataset(args.folder, manifest, level=args.level, report=progress.advance)
-    if not problems and args.level == "full" and manifest.picture.encoding != "raw":
+    if not problems and args.level == "full" and manifest.image.encoding != "raw":
         problems = undecodable(args.folder, manifest)
     for problem in problems[:SHOWN]:
         print(f"{args.folder / problem.file}: {problem.reason}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a data set holds, for people: counts of classes, sizes of the sources, and pictures to look at."""
+"""What a data set holds, for people: counts of classes, sizes of the sources, and images to look at."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import DatasetError
 from pipeline.files import read_range
-from pipeline.manifest import STATISTICS_NAME, Manifest, PictureFormat
+from pipeline.manifest import STATISTICS_NAME, ImageFormat, Manifest
 from pipeline.preparation.tar_writer import read_index
 from pipeline.sources.tar_reader import TarMember, TarSample
 
@@ -52,14 +52,14 @@ class StoredSample:
     Attributes:
         key: its key.
         shard: the tar it is in.
-        picture: its picture's bytes.
+        image: its image's bytes.
         label: its label.
         about: its JSON.
     """
 
     key: str
     shard: str
-    picture: bytes
+    image: bytes
     label: int
     about: dict[str, object]
 
@@ -108,28 +108,28 @@ def spread_samples(folder: Path, manifest: Manifest, split: str, count: int) -> 
 
 
 def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Image:
-    """A grid of pictures with their classes below."""
+    """A grid of images with their classes below."""
     rows = -(-len(samples) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (CELL_PX + 4) + 4, rows * (CELL_PX + CAPTION_PX + 4) + 4), "white")
     draw, font = ImageDraw.Draw(sheet), _font()
     for number, sample in enumerate(samples):
         left = 4 + number % COLUMNS * (CELL_PX + 4)
         top = 4 + number // COLUMNS * (CELL_PX + CAPTION_PX + 4)
-        picture = open_picture(sample.picture, manifest.picture).convert("RGB")
-        scale = CELL_PX / max(picture.size)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        image = open_image(sample.image, manifest.image).convert("RGB")
+        scale = CELL_PX / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         filters = (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
-        picture = picture.resize(size, filters[scale < 1])  # enlarged pixels stay visible as pixels
-        sheet.paste(picture, (left + (CELL_PX - size[0]) // 2, top + (CELL_PX - size[1]) // 2))
+        image = image.resize(size, filters[scale < 1])  # enlarged pixels stay visible as pixels
+        sheet.paste(image, (left + (CELL_PX - size[0]) // 2, top + (CELL_PX - size[1]) // 2))
         title = manifest.classes[sample.label].title
         draw.text((left + 1, top + CELL_PX), _fitting(font, title), fill="black", font=font)
     return sheet
 
 
-def open_picture(data: bytes, form: PictureFormat) -> Image.Image:
-    """A stored picture, whatever its encoding, upright."""
+def open_image(data: bytes, form: ImageFormat) -> Image.Image:
+    """A stored image, whatever its encoding, upright."""
     if form.encoding == "raw":
-        assert form.height_px is not None and form.width_px is not None, "raw pictures have one size"
+        assert form.height_px is not None and form.width_px is not None, "raw images have one size"
         pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
         return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
     return Image.open(io.BytesIO(data))
@@ -158,17 +158,17 @@ def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
     deviations = np.sqrt(np.maximum(arrays["eigenvalues"], 0))
     steps = np.array(STEPS)[None, :, None]
     colors = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
-    picture = Image.new("RGB", (2 * side, side))
+    image = Image.new("RGB", (2 * side, side))
     for number, values in enumerate((left, colors)):
         pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         half = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
-        picture.paste(half.resize((side, side), Image.Resampling.NEAREST), (number * side, 0))
-    return picture
+        image.paste(half.resize((side, side), Image.Resampling.NEAREST), (number * side, 0))
+    return image
 
 
 def _read(folder: Path, shard: str, sample: TarSample) -> StoredSample:
-    picture, label, about = (_bytes(folder / shard, member) for member in sample.members)
-    return StoredSample(sample.key, shard, picture, int(label), json.loads(about))
+    image, label, about = (_bytes(folder / shard, member) for member in sample.members)
+    return StoredSample(sample.key, shard, image, int(label), json.loads(about))
 
 
 def _bytes(tar: Path, member: TarMember) -> bytes:
@@ -183,7 +183,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str) -> str:
-    """As much of a text as fits below a picture."""
+    """As much of a text as fits below an image."""
     text = text.split(",")[0]
     while font.getlength(text) > CELL_PX and len(text) > 1:
         text = text[:-1]

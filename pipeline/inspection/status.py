@@ -14,9 +14,9 @@ class SplitProgress:
     """One split.
 
     Attributes:
-        done: pictures in finished shards, those left out included.
-        total: pictures planned.
-        left_out: pictures that could not be used, so far.
+        done: images in finished shards, those left out included.
+        total: images planned.
+        left_out: images that could not be used, so far.
         shards: finished shards.
     """
 
@@ -89,7 +89,7 @@ def _begun(folder: Path, totals: dict[str, int], stage: str) -> Status:
 
 
 def _rate(finished: list[tuple[float, int]]) -> float | None:
-    """Pictures a second from the first finished shard to the last one."""
+    """Images a second from the first finished shard to the last one."""
     if len(finished) < 2 or finished[-1][0] <= finished[0][0]:
         return None
-    return sum(pictures for _, pictures in finished[1:]) / (finished[-1][0] - finished[0][0])
+    return sum(images for _, images in finished[1:]) / (finished[-1][0] - finished[0][0])

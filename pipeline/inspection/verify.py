@@ -57,7 +57,7 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
         samples = read_samples(folder / shard.name)
     except DatasetError as error:
         return [*problems, Problem(shard.name, str(error))]
-    extensions = (manifest.picture.extension, "cls", "json")
+    extensions = (manifest.image.extension, "cls", "json")
     problems += [Problem(shard.name, reason) for reason in _shape_problems(samples, shard, extensions)]
     if (folder / shard.index_name).is_file():
         problems += [Problem(shard.index_name, reason) for reason in index_problems(folder / shard.index_name, samples)]
@@ -67,7 +67,7 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
 
 
 def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
-    """The samples whose picture DALI's decoder does not take, so that no training run is the first to find them."""
+    """The samples whose image DALI's decoder does not take, so that no training run is the first to find them."""
     from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, which only --full needs
 
     problems = []
@@ -75,9 +75,9 @@ def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
         for shard in split.shards:
             with (folder / shard.name).open("rb") as file:
                 for sample in read_samples(folder / shard.name):
-                    picture = sample.members[0]
-                    file.seek(picture.offset)
-                    if not dali_accepts(file.read(picture.size)):
+                    image = sample.members[0]
+                    file.seek(image.offset)
+                    if not dali_accepts(file.read(image.size)):
                         problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
     return problems
 

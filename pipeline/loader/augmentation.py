@@ -1,4 +1,4 @@
-"""Every random decision about a picture, as a pure function of (seed, epoch, position of the sample in the epoch).
+"""Every random decision about an image, as a pure function of (seed, epoch, position of the sample in the epoch).
 
 A counter-based generator (Philox) makes that cheap: sample p of an epoch always owns counter p, so nothing has to be
 remembered to resume, both towers draw the same, CPU and GPU draw the same, and the tests recompute it with NumPy.
@@ -22,7 +22,7 @@ class Draws:
     """The decisions for n consecutive samples.
 
     Attributes:
-        geometry: (n, 3) int32: crop x, crop y (pixels from the left and the top of the stored picture), mirror (0/1).
+        geometry: (n, 3) int32: crop x, crop y (pixels from the left and the top of the stored image), mirror (0/1).
         shift: (n, C) float32: what the color recipe adds to each channel, gray levels of 0..255.
     """
 
@@ -37,7 +37,7 @@ class Statistics:
     Attributes:
         mean: (C,) float64.
         std: (C,) float64, square roots of the covariance's diagonal.
-        mean_image: (H, W, C) float64, or None where the pictures have different sizes.
+        mean_image: (H, W, C) float64, or None where the images have different sizes.
         eigenvalues: (C,) float64, descending.
         eigenvectors: (C, C) float64, in columns.
     """
@@ -65,7 +65,7 @@ class Augmentation:
     Attributes:
         config: the recipe.
         seed: 0..2**63 - 1.
-        height_px, width_px: size of the stored pictures.
+        height_px, width_px: size of the stored images.
         steps: (C, C) matrix of :func:`color_steps`.
     """
 
@@ -93,7 +93,7 @@ class Augmentation:
         return Draws(geometry, self._shift(epoch, first, count))
 
     def color_is_on(self, epoch: int) -> bool:
-        """Whether the pictures of an epoch get color noise."""
+        """Whether the images of an epoch get color noise."""
         config = self.config
         return config.color != "none" and config.color_sigma > 0 and not 0 <= config.color_off_epoch <= epoch
 
@@ -110,10 +110,10 @@ class Augmentation:
 
 
 def check_crop(config: LoaderConfig, height_px: int, width_px: int) -> None:
-    """Raises ConfigError for a crop larger than the stored pictures."""
+    """Raises ConfigError for a crop larger than the stored images."""
     if config.crop_px > min(height_px, width_px):
         raise ConfigError(
-            f"data.crop_px is {config.crop_px}, but the pictures are {width_px}x{height_px}: "
+            f"data.crop_px is {config.crop_px}, but the images are {width_px}x{height_px}: "
             "use a smaller crop, or prepare with a larger --resize"
         )
 

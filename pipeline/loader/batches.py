@@ -32,7 +32,7 @@ from pipeline.loader.augmentation import (
 from pipeline.loader.batch import Batch, BatchShare, SplitFeed, read_keys, read_labels
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.graph import Reader, evaluation_graph, positions, split_graph, training_graph, with_decoder_share
-from pipeline.loader.image_reader import PictureReader
+from pipeline.loader.image_reader import ImageReader
 from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import OpenSplit, check_limits, open_split, read_statistics
 from pipeline.loader.running import QueueFill, RunningPipeline, describe_memory
@@ -42,8 +42,8 @@ __all__ = [
     "Batch",
     "BatchShare",
     "EvaluationLoader",
+    "ImageReader",
     "LoaderConfig",
-    "PictureReader",
     "QueueFill",
     "SplitFeed",
     "TrainingLoader",
@@ -71,7 +71,7 @@ class TrainingLoader:
     Attributes:
         steps_per_epoch: batches in an epoch; a partial one counts.
         num_classes: rows of the class table.
-        channels: of the pictures.
+        channels: of the images.
 
     Raises:
         ConfigError: a setting that cannot be used with this data set.
@@ -102,7 +102,7 @@ class TrainingLoader:
         self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, shuffle))
         self.steps_per_epoch = self._count_steps()
         self.num_classes = len(split.manifest.classes)
-        self.channels = split.manifest.picture.channels
+        self.channels = split.manifest.image.channels
         steps = color_steps(config, statistics)
         self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
         self._normalizer = Normalizer(config, statistics, device=device)
@@ -146,7 +146,7 @@ class TrainingLoader:
         """The next batch.
 
         Raises:
-            DatasetError: a picture cannot be decoded; names shard and key.
+            DatasetError: an image cannot be decoded; names shard and key.
         """
         while True:
             epoch, position = self._place()
@@ -204,21 +204,21 @@ class TrainingLoader:
 
 
 class EvaluationLoader:
-    """Every picture of a split exactly once, in stored order; the last batch may be smaller. Can be iterated again.
+    """Every image of a split exactly once, in stored order; the last batch may be smaller. Can be iterated again.
 
     Args:
         data: a prepared data set; a URL is staged to the local cache first.
         config: the recipe; its random parts are off.
-        batch_size: pictures a batch, >= 1.
+        batch_size: images a batch, >= 1.
         split: name of the split.
         views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``.
         skip_list: text file of sample keys to leave out, one a line.
 
     Attributes:
-        num_samples: pictures that will be seen.
+        num_samples: images that will be seen.
         num_classes: rows of the class table.
-        channels: of the pictures.
+        channels: of the images.
 
     Raises:
         ConfigError, DatasetError: as :class:`TrainingLoader`.
@@ -247,7 +247,7 @@ class EvaluationLoader:
         self._normalizer = Normalizer(config, statistics, device=device)
         self.num_samples = opened.num_samples
         self.num_classes = len(opened.manifest.classes)
-        self.channels = opened.manifest.picture.channels
+        self.channels = opened.manifest.image.channels
 
     def __iter__(self) -> Iterator[Batch]:
         (mean,), (std,) = self._normalizer.affine(np.zeros((1, self.channels), np.float32))

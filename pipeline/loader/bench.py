@@ -30,7 +30,7 @@ class StageResult:
             ``whole``: what :class:`pipeline.loader.batches.TrainingLoader` gives the trainer.
         images_per_s: median over the repeats.
         images_per_s_min, images_per_s_max: slowest and fastest repeat.
-        mb_per_s: stored megabytes (10**6) a second at the median; of raw pictures in mapped files only crops are read.
+        mb_per_s: stored megabytes (10**6) a second at the median; of raw images in mapped files only crops are read.
         cores: processor seconds a second, over the repeats.
         cpu_us_per_image: processor microseconds an image: what is left to compare on a machine that others use too.
         first_batch_s: from opening to the first batch.
@@ -68,7 +68,7 @@ class BenchResult:
 
     Attributes:
         data: fingerprint of the data set.
-        pictures: what is stored, in words.
+        images: what is stored, in words.
         device: ``cpu`` or ``cuda:N``.
         batch_size: samples a batch.
         repeats: measurements a stage.
@@ -79,7 +79,7 @@ class BenchResult:
     """
 
     data: str
-    pictures: str
+    images: str
     device: str
     batch_size: int
     repeats: int
@@ -119,7 +119,7 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
 
     Args:
         data: a prepared data set.
-        config: the recipe; None: the paper's, with a smaller crop where the pictures are smaller than 224 px.
+        config: the recipe; None: the paper's, with a smaller crop where the images are smaller than 224 px.
         options: how to measure.
 
     Raises:
@@ -139,10 +139,10 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
     def opener(name: str) -> Callable[[], Iterator[Any]]:
         return lambda: open_stage(name, folder, config, batch_size=batch_size, device=options.device)
 
-    picture = split.manifest.picture
+    image = split.manifest.image
     return BenchResult(
         data=split.manifest.fingerprint,
-        pictures=f"{split.num_samples} {picture.encoding} {picture.width_px}x{picture.height_px}x{picture.channels}",
+        images=f"{split.num_samples} {image.encoding} {image.width_px}x{image.height_px}x{image.channels}",
         device=options.device,
         batch_size=batch_size,
         repeats=options.repeats,

@@ -17,18 +17,18 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """What is done to a stored picture before the network sees it, and how the reading is arranged.
+    """What is done to a stored image before the network sees it, and how the reading is arranged.
 
-    A picture x (0..255) becomes ``(crop(x) - mean + color) / std``, float32; in training with
+    An image x (0..255) becomes ``(crop(x) - mean + color) / std``, float32; in training with
     color noise it is divided by ``color_divisor`` besides.
 
     Attributes:
-        crop_px: side of the square crop, pixels, >= 1 and at most the stored picture's side. Paper: 224 of 256.
+        crop_px: side of the square crop, pixels, >= 1 and at most the stored image's side. Paper: 224 of 256.
         crop_shared_by: consecutive samples of an epoch that share one crop and mirror draw, >= 1.
             1 is the paper; 32 is the original program.
         mirror: probability of a horizontal mirror image in training, 0..1.
         mean: what is subtracted. ``none``; ``channel``: one number per channel; ``image``: the mean image, cropped and
-            mirrored like the picture; ``image_center``: always the center crop of the mean image, never mirrored, as
+            mirrored like the image; ``image_center``: always the center crop of the mean image, never mirrored, as
             the original program does.
         normalize: ``none``: pixels stay on 0..255; ``per_channel``: each channel divided by its standard deviation over
             the training set; ``per_image``: each crop brought to mean 0 and deviation 1 over all its values, last of
@@ -54,7 +54,7 @@ class LoaderConfig:
             epoch 85, 14, 2.1 and 1.04 times as often as in a perfect shuffle with buffers of 1,024, 4,096, 16,384 and
             65,536 (measured).
         threads: decoding threads of one loader, 0: as many as this process may use cores.
-        prefetch: batches prepared ahead, 1..64. Each costs its float32 pictures, 77 MB for 128 of 224 px.
+        prefetch: batches prepared ahead, 1..64. Each costs its float32 images, 77 MB for 128 of 224 px.
         decode: ``replicated``: each tower decodes the whole batch; ``sharded``: each decodes half, and they exchange
             uint8 pixels before the normalization (pays where decoding is the bottleneck and the link is fast).
         hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder, 0..1; -1: measured at start-up.

@@ -66,7 +66,7 @@ class Reader:
 
 
 def read_encoded(reader: Reader) -> tuple[Any, Any, Any]:
-    """The reader: encoded pictures, label text (padded), source of each sample (padded)."""
+    """The reader: encoded images, label text (padded), source of each sample (padded)."""
     fn, seed = _dali().fn, reader_seed(reader.seed)
     shuffling = {
         "random_shuffle": True,
@@ -77,7 +77,7 @@ def read_encoded(reader: Reader) -> tuple[Any, Any, Any]:
     encoded, labels = fn.readers.webdataset(
         paths=list(reader.split.tars),
         index_paths=list(reader.split.indexes),
-        ext=[reader.split.manifest.picture.extension, "cls"],
+        ext=[reader.split.manifest.image.extension, "cls"],
         missing_component_behavior="error",  # the default makes empty tensors, silently
         name="Reader",
         pad_last_batch=True,
@@ -91,15 +91,15 @@ def read_encoded(reader: Reader) -> tuple[Any, Any, Any]:
 def decode(reader: Reader, encoded: Any, roi: dict[str, Any] | None = None) -> Any:
     """The decoder: uint8 HWC pixels, on the reader's device; cropped to ``roi`` if given (CPU)."""
     fn, types = _dali().fn, _dali().types
-    picture = reader.split.manifest.picture
+    image = reader.split.manifest.image
     on_gpu = reader.device_id is not None
-    if picture.encoding == "raw":
-        shape = [reader.split.height_px, reader.split.width_px, picture.channels]
+    if image.encoding == "raw":
+        shape = [reader.split.height_px, reader.split.width_px, image.channels]
         return fn.reshape(encoded.gpu() if on_gpu else encoded, shape=shape, layout="HWC")
     options: dict[str, Any] = {
         "device": "mixed" if on_gpu else "cpu",
-        "output_type": types.GRAY if picture.channels == 1 else types.RGB,
-        "adjust_orientation": picture.encoding == "original",  # prepare has applied it to everything it encoded
+        "output_type": types.GRAY if image.channels == 1 else types.RGB,
+        "adjust_orientation": image.encoding == "original",  # prepare has applied it to everything it encoded
     }
     if on_gpu:
         options["jpeg_fancy_upsampling"] = True  # the CPU decoder's chroma, so that both give the same pixels
@@ -110,13 +110,13 @@ def decode(reader: Reader, encoded: Any, roi: dict[str, Any] | None = None) -> A
 
 
 def encoded_graph(reader: Reader) -> tuple[Any, ...]:
-    """Reads only: encoded pictures, source text."""
+    """Reads only: encoded images, source text."""
     encoded, _, source = read_encoded(reader)
     return encoded, source
 
 
 def decoded_graph(reader: Reader) -> tuple[Any, ...]:
-    """Reads and decodes whole pictures."""
+    """Reads and decodes whole images."""
     return (decode(reader, read_encoded(reader)[0]),)
 
 
@@ -201,11 +201,11 @@ def split_graph(reader: Reader, feed: Any, *, part: int, parts: int) -> tuple[An
 
 
 def cropped_graph(reader: Reader, feed: Any) -> tuple[Any, ...]:
-    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw pictures the crops."""
+    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw images the crops."""
     encoded = read_encoded(reader)[0]
     x, y = _draws(lambda info: feed(info)[1:3], 2)
     pixels, window = _decode_crops(reader, encoded, x, y)
-    if reader.split.manifest.picture.encoding == "raw":
+    if reader.split.manifest.image.encoding == "raw":
         pixels = _dali().fn.crop(pixels, **window)
     return (pixels,)
 
@@ -267,7 +267,7 @@ def _decode_crops(reader: Reader, encoded: Any, x: Any, y: Any) -> tuple[Any, di
     On a CPU the decoder can stop at the crop's edge: 7 % faster, and the same pixels (tested).
     """
     window = _window(reader, x, y)
-    if reader.device_id is None and reader.split.manifest.picture.encoding in ("jpeg", "png"):
+    if reader.device_id is None and reader.split.manifest.image.encoding in ("jpeg", "png"):
         return decode(reader, encoded, window), {}
     return decode(reader, encoded), window
 
@@ -294,7 +294,7 @@ def with_decoder_share(reader: Reader) -> Reader:
     if reader.config.hw_decoder_load >= 0:
         return reader
     share = _DEFAULT_SHARE
-    if reader.device_id is not None and reader.split.manifest.picture.encoding in ("jpeg", "original"):
+    if reader.device_id is not None and reader.split.manifest.image.encoding in ("jpeg", "original"):
         rates = measure_decoder_shares(reader)
         share = max(rates, key=lambda candidate: rates[candidate])
         _LOGGER.info("hw_decoder_load %.2f chosen out of %s images/s", share, {k: round(v) for k, v in rates.items()})

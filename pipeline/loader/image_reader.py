@@ -1,6 +1,6 @@
-"""Pictures from anywhere, made into what the network sees, exactly as those of a data set: for predictions.
+"""Images from anywhere, made into what the network sees, exactly as those of a data set: for predictions.
 
-A picture is checked, resized and encoded with the settings that the data set's manifest records, decoded again, so that
+An image is checked, resized and encoded with the settings that the data set's manifest records, decoded again, so that
 JPEG's loss is the same, and cropped and normalized as :class:`pipeline.loader.batches.EvaluationLoader` does.
 """
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import FILTERS, PictureSettings
-from pipeline.errors import ConfigError, PictureError
+from pipeline.config import FILTERS, ImageSettings
+from pipeline.errors import ConfigError, ImageError
 from pipeline.loader.augmentation import Draws, center_geometry, check_crop, ten_views
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.normalize import Normalizer
@@ -21,8 +21,8 @@ from pipeline.loader.staging import stage
 from pipeline.manifest import Manifest, read_manifest
 
 
-class PictureReader:
-    """Reads picture files as if they were samples of a data set.
+class ImageReader:
+    """Reads image files as if they were samples of a data set.
 
     Only the data set's manifest and statistics are read, never its tars.
 
@@ -46,10 +46,10 @@ class PictureReader:
         folder = stage(data)
         self.manifest = read_manifest(folder)
         self.settings = settings_of(self.manifest)
-        picture = self.manifest.picture
-        if picture.height_px is None or picture.width_px is None:
-            raise ConfigError(f"{data} holds pictures of different sizes: prepare it with --resize to feed a network")
-        self._height_px, self._width_px = picture.height_px, picture.width_px
+        image = self.manifest.image
+        if image.height_px is None or image.width_px is None:
+            raise ConfigError(f"{data} holds images of different sizes: prepare it with --resize to feed a network")
+        self._height_px, self._width_px = image.height_px, image.width_px
         statistics = read_statistics(folder, self.manifest)
         check_crop(config, self._height_px, self._width_px)
         size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
@@ -63,61 +63,59 @@ class PictureReader:
         """One file as the data set would store it: uint8 (H, W, C).
 
         Raises:
-            PictureError: it cannot be used; says why, without the file's name.
+            ImageError: it cannot be used; says why, without the file's name.
         """
-        from pipeline.preparation.image import decode, make_picture  # image codecs, which nothing else here needs
+        from pipeline.preparation.image import decode, make_image  # image codecs, which nothing else here needs
 
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise PictureError(error.strerror or str(error)) from None
-        picture = make_picture(data, self.settings)
-        pixels = picture.pixels
+            raise ImageError(error.strerror or str(error)) from None
+        image = make_image(data, self.settings)
+        pixels = image.pixels
         if self.settings.encoding == "jpeg":
-            pixels = decode(picture.data, dataclasses.replace(self.settings, resize_px=None)).pixels
+            pixels = decode(image.data, dataclasses.replace(self.settings, resize_px=None)).pixels
         if pixels.shape[:2] != (self._height_px, self._width_px):
             found = f"{pixels.shape[1]}x{pixels.shape[0]} px"
-            raise PictureError(f"{found}, and the data set's pictures are {self._width_px}x{self._height_px} px")
+            raise ImageError(f"{found}, and the data set's images are {self._width_px}x{self._height_px} px")
         return pixels
 
-    def images(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """Stored pictures, uint8 (H, W, C), as the net sees them: float32 (N, C, S, S), or (N, 10, C, S, S)."""
+    def images(self, stored: Sequence[np.ndarray]) -> torch.Tensor:
+        """Stored images, uint8 (H, W, C), as the net sees them: float32 (N, C, S, S), or (N, 10, C, S, S)."""
         count, side = len(self._views), self._crop_px
-        crops = np.stack(
-            [_cut(picture, view, side) for picture in pictures for view in self._views]
-        )  # (N * views, S, S, C)
-        geometry = np.tile(self._views, (len(pictures), 1))
+        crops = np.stack([_cut(image, view, side) for image in stored for view in self._views])  # (N * views, S, S, C)
+        geometry = np.tile(self._views, (len(stored), 1))
         draws = Draws(geometry, np.zeros((len(geometry), crops.shape[-1]), np.float32))
         tensor = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).to(self._device)
         images = self._normalize(tensor, draws)
         return images.unflatten(0, (-1, count)) if count > 1 else images
 
-    def center(self, picture: np.ndarray) -> np.ndarray:
-        """The center crop of a stored picture, uint8 (S, S, C): what the net looks at, for people."""
-        return _cut(picture, self._center[0], self._crop_px)
+    def center(self, image: np.ndarray) -> np.ndarray:
+        """The center crop of a stored image, uint8 (S, S, C): what the net looks at, for people."""
+        return _cut(image, self._center[0], self._crop_px)
 
 
-def settings_of(manifest: Manifest) -> PictureSettings:
-    """How a data set's pictures were made, from its manifest.
+def settings_of(manifest: Manifest) -> ImageSettings:
+    """How a data set's images were made, from its manifest.
 
-    A source of pixels (digits, CIFAR-10) may have had nothing to resize; its pictures' own side then applies.
+    A source of pixels (digits, CIFAR-10) may have had nothing to resize; its images' own side then applies.
     """
-    recorded, picture = manifest.settings, manifest.picture
-    square = picture.width_px if picture.width_px == picture.height_px else None
-    standard = PictureSettings()
-    return PictureSettings(
-        resize_px=recorded.get("resize_px") or (None if picture.encoding == "original" else square),
-        encoding=picture.encoding,
+    recorded, image = manifest.settings, manifest.image
+    square = image.width_px if image.width_px == image.height_px else None
+    standard = ImageSettings()
+    return ImageSettings(
+        resize_px=recorded.get("resize_px") or (None if image.encoding == "original" else square),
+        encoding=image.encoding,
         quality=recorded.get("quality") or standard.quality,
-        channels=picture.channels,
+        channels=image.channels,
         max_pixels=recorded.get("max_pixels") or standard.max_pixels,
         max_bytes=recorded.get("max_bytes") or standard.max_bytes,
         filter=next((name for name, words in FILTERS.items() if words == recorded.get("filter")), standard.filter),
     )
 
 
-def _cut(picture: np.ndarray, view: np.ndarray, side_px: int) -> np.ndarray:
-    """One view (x, y, mirror) of a picture (H, W, C)."""
+def _cut(image: np.ndarray, view: np.ndarray, side_px: int) -> np.ndarray:
+    """One view (x, y, mirror) of an image (H, W, C)."""
     x, y, mirror = (int(number) for number in view)
-    crop = picture[y : y + side_px, x : x + side_px]
+    crop = image[y : y + side_px, x : x + side_px]
     return crop[:, ::-1] if mirror else crop

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.loader.augmentation import Draws, Statistics, center_geometry
 from pipeline.loader.config import LoaderConfig
 
-STANDARDIZE_EPSILON = 1e-3  # gray levels squared, added to the variance: a flat picture becomes 0, not a division by 0
+STANDARDIZE_EPSILON = 1e-3  # gray levels squared, added to the variance: a flat image becomes 0, not a division by 0
 
 
 class MeanImage:

@@ -33,7 +33,7 @@ class OpenSplit:
         tars, indexes: absolute paths, in order.
         num_samples: samples that will be read: those of the record less the skipped ones.
         skipped: keys of this split that the skip list took out, sorted.
-        height_px, width_px: size of every picture.
+        height_px, width_px: size of every image.
         index_folder: the shorter indexes that a skip list makes, there as long as this is held.
     """
 
@@ -70,9 +70,9 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
     if split not in manifest.splits:
         raise DatasetError(f"{folder} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
     record = manifest.splits[split]
-    picture = manifest.picture
-    if picture.height_px is None or picture.width_px is None:
-        raise DatasetError(f"{folder} holds pictures of different sizes: prepare it with --resize to feed a network")
+    image = manifest.image
+    if image.height_px is None or image.width_px is None:
+        raise DatasetError(f"{folder} holds images of different sizes: prepare it with --resize to feed a network")
     if sum(shard.num_samples for shard in record.shards) != record.num_samples or not record.num_samples:
         raise DatasetError(f"{folder}: split {split!r} records {record.num_samples} samples, not those of its shards")
     for shard in record.shards:
@@ -85,8 +85,8 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
         indexes=tuple(str(folder / shard.index_name) for shard in record.shards),
         num_samples=record.num_samples,
         skipped=(),
-        height_px=picture.height_px,
-        width_px=picture.width_px,
+        height_px=image.height_px,
+        width_px=image.width_px,
     )
     return opened if skip_list is None else _skip(opened, read_skip_list(skip_list))
 

@@ -1,4 +1,4 @@
-"""A DALI pipeline at work: waiting measured, failures turned into one line that names the picture."""
+"""A DALI pipeline at work: waiting measured, failures turned into one line that names the image."""
 
 import dataclasses
 import gc
@@ -72,7 +72,7 @@ class RunningPipeline:
         """The outputs of the next iteration, as DALI tensor lists that stay valid while they are held.
 
         Raises:
-            DatasetError: a picture cannot be decoded, or reading failed.
+            DatasetError: an image cannot be decoded, or reading failed.
         """
         if self._pipeline is None:
             raise DatasetError("the loader is closed")
@@ -120,12 +120,12 @@ class RunningPipeline:
 
 
 def explain(reader: Reader, iteration: int, reason: str) -> str:
-    """What to tell the user when iteration ``iteration`` failed: which picture it was, if it can be found."""
+    """What to tell the user when iteration ``iteration`` failed: which image it was, if it can be found."""
     folder = reader.split.folder
     refused = find_refused(reader, iteration)
     if not refused:
         return f"reading {folder} failed: {reason}"
-    named = "; ".join(f"{shard}: picture {key}" for shard, key in refused)
+    named = "; ".join(f"{shard}: image {key}" for shard, key in refused)
     return (
         f"DALI cannot decode {named} ({reason}): prepare {folder} again with --on-error quarantine, "
         "or name the key in a --skip-list file"
@@ -133,10 +133,10 @@ def explain(reader: Reader, iteration: int, reason: str) -> str:
 
 
 def find_refused(reader: Reader, iteration: int) -> list[tuple[str, str]]:
-    """Shard and key of every picture of an iteration that the decoder refuses.
+    """Shard and key of every image of an iteration that the decoder refuses.
 
     DALI names the sample in some of its errors only. Reading without decoding repeats the order at over 100,000
-    samples a second, so the batch is read again and its pictures are tried one by one.
+    samples a second, so the batch is read again and its images are tried one by one.
     """
     quiet = dataclasses.replace(reader, config=dataclasses.replace(reader.config, prefetch=1, threads=1))
     pipeline = build_pipeline(quiet, lambda: encoded_graph(quiet))
@@ -152,9 +152,9 @@ def find_refused(reader: Reader, iteration: int) -> list[tuple[str, str]]:
 
 
 def _accepts(reader: Reader, data: bytes) -> bool:
-    picture = reader.split.manifest.picture
-    if picture.encoding == "raw":
-        return len(data) == reader.split.height_px * reader.split.width_px * picture.channels
+    image = reader.split.manifest.image
+    if image.encoding == "raw":
+        return len(data) == reader.split.height_px * reader.split.width_px * image.channels
     from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, only needed after an error
 
     return dali_accepts(data)
@@ -165,7 +165,7 @@ def describe_memory(reader: Reader) -> str:
     split, config = reader.split, reader.config
     buffer = min(config.shuffle_buffer, split.num_samples) if reader.shuffle else 0
     buffer_mb = buffer * split.sample_bytes / 1e6
-    channels = split.manifest.picture.channels
+    channels = split.manifest.image.channels
     pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
     ahead_mb = (config.prefetch + 1) * reader.batch_size * pixels / 1e6
     return (

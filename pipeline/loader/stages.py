@@ -21,14 +21,14 @@ PAGE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredPictures:
+class StoredImages:
     """What a data set's training split holds.
 
     Attributes:
         encoding: ``jpeg``, ``png``, ``raw`` or ``original``.
-        height_px, width_px, channels: of every picture.
-        num_samples: pictures.
-        sample_bytes: bytes of the tars a picture.
+        height_px, width_px, channels: of every image.
+        num_samples: images.
+        sample_bytes: bytes of the tars an image.
         tars: the files.
         fingerprint: of the data set.
     """
@@ -43,19 +43,19 @@ class StoredPictures:
     fingerprint: str
 
 
-def describe_pictures(data: Path) -> StoredPictures:
+def describe_images(data: Path) -> StoredImages:
     """What the training split of a prepared data set holds.
 
     Raises:
         DatasetError: it is not whole.
     """
     split = open_split(data, "train")
-    picture = split.manifest.picture
-    return StoredPictures(
-        encoding=picture.encoding,
+    image = split.manifest.image
+    return StoredImages(
+        encoding=image.encoding,
         height_px=split.height_px,
         width_px=split.width_px,
-        channels=picture.channels,
+        channels=image.channels,
         num_samples=split.num_samples,
         sample_bytes=split.sample_bytes,
         tars=split.tars,
@@ -80,7 +80,7 @@ def open_stage(
     """Endless batches of the loader up to and with one stage.
 
     Args:
-        stage: one of :data:`STAGES`: ``read``: every encoded byte copied out of the files, of raw pictures in mapped
+        stage: one of :data:`STAGES`: ``read``: every encoded byte copied out of the files, of raw images in mapped
             files the crops, for nothing else of them is ever touched; ``decode``: and decoded; ``whole``: what
             :class:`pipeline.loader.batches.TrainingLoader` gives the trainer.
         data: a prepared data set on this machine.
@@ -95,7 +95,7 @@ def open_stage(
     split = open_split(data, "train")
     config = dataclasses.replace(config, last_batch="drop")  # every batch measured is a whole one
     loader: RunningPipeline | TrainingLoader
-    if stage == "read" and not (config.mmap and split.manifest.picture.encoding == "raw"):
+    if stage == "read" and not (config.mmap and split.manifest.image.encoding == "raw"):
         # Mapped files that nobody decodes are never read, so this stage reads them as files.
         copying = dataclasses.replace(config, mmap=False, hw_decoder_load=abs(config.hw_decoder_load))
         reader = Reader(split, copying, batch_size, device, seed, config.shuffle == "epoch")

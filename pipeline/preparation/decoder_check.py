@@ -1,4 +1,4 @@
-"""Asks the decoder that DALI uses (nvImageCodec, CPU) whether it takes a picture, before a training run has to."""
+"""Asks the decoder that DALI uses (nvImageCodec, CPU) whether it takes an image, before a training run has to."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ from typing import Any
 def dali_accepts(data: bytes) -> bool:
     """Tells whether DALI's CPU decoder makes pixels of these bytes.
 
-    One picture that it refuses would end a whole DALI pipeline, which has no skip option (DALI #3913).
+    One image that it refuses would end a whole DALI pipeline, which has no skip option (DALI #3913).
     """
     stream, decoder, parameters = _decoder()
     return decoder.decode(stream(data), params=parameters) is not None

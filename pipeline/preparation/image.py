@@ -1,8 +1,8 @@
-"""One picture: the source's bytes or pixels in, checked and resized bytes out.
+"""One image: the source's bytes or pixels in, checked and resized bytes out.
 
 What a file is, its content tells, never its name. JPEG and PNG are taken; anything else is refused with a reason.
 Oddities are converted and reported: CMYK, gray, palette, 16-bit and alpha become 8-bit RGB, the EXIF orientation
-is applied to the pixels. A 1x1 picture is a picture: it is kept, and enlarged like any small one.
+is applied to the pixels. A 1x1 image is an image: it is kept, and enlarged like any small one.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.config import CHROMA, PictureSettings
-from pipeline.errors import PictureError
+from pipeline.config import CHROMA, ImageSettings
+from pipeline.errors import ImageError
 
 Image.MAX_IMAGE_PIXELS = None  # our own cap (max_pixels) is checked before any pixel is decoded
 
@@ -27,8 +27,8 @@ SIGNATURES = {
     b"MM\0*": "TIFF",
     b"RIFF": "WebP",
 }
-BATCH_PICTURES = 16
-BATCH_BYTES = 8 * 2**20  # of decoded pixels: a batch of large pictures ends early, so that memory stays what it was
+BATCH_IMAGES = 16
+BATCH_BYTES = 8 * 2**20  # of decoded pixels: a batch of large images ends early, so that memory stays what it was
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (transpose first, flip rows, flip columns)
 ORIENTATIONS = {
@@ -46,8 +46,8 @@ Payload = bytes | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One stored picture.
+class StoredImage:
+    """One stored image.
 
     Attributes:
         data: the bytes for the tar.
@@ -81,84 +81,84 @@ class Decoded:
     converted: tuple[str, ...]
 
 
-def make_picture(payload: Payload, settings: PictureSettings) -> Picture:
-    """Checks, resizes and encodes one picture.
+def make_image(payload: Payload, settings: ImageSettings) -> StoredImage:
+    """Checks, resizes and encodes one image.
 
     Args:
         payload: bytes of a JPEG or PNG file, or uint8 pixels (H, W, C).
         settings: what to make of it.
 
     Raises:
-        PictureError: the picture cannot be used; the message is the reason.
+        ImageError: the image cannot be used; the message is the reason.
     """
-    made = next(make_pictures([payload], settings))
-    if isinstance(made, PictureError):
+    made = next(make_images([payload], settings))
+    if isinstance(made, ImageError):
         raise made
     return made
 
 
-def make_pictures(
-    payloads: Iterable[Payload | PictureError], settings: PictureSettings
-) -> Iterator[Picture | PictureError]:
-    """Checks, resizes and encodes pictures, giving one result for each payload, in order.
+def make_images(
+    payloads: Iterable[Payload | ImageError], settings: ImageSettings
+) -> Iterator[StoredImage | ImageError]:
+    """Checks, resizes and encodes images, giving one result for each payload, in order.
 
-    A few at a time are all decoded, then all resized, then all encoded: between two pictures each library's code stays
+    A few at a time are all decoded, then all resized, then all encoded: between two images each library's code stays
     in the CPU's cache, which saves an eighth of the time.
 
     Args:
-        payloads: as of :func:`make_picture`; an error, in place of a picture that could not be read, is handed through.
+        payloads: as of :func:`make_image`; an error, in place of an image that could not be read, is handed through.
         settings: what to make of them.
     """
-    batch: list[tuple[Payload | PictureError, Decoded | PictureError]] = []
+    batch: list[tuple[Payload | ImageError, Decoded | ImageError]] = []
     size_bytes = 0
     for payload in payloads:
         decoded = _decode_payload(payload, settings)
         batch.append((payload, decoded))
-        size_bytes += 0 if isinstance(decoded, PictureError) else decoded.pixels.nbytes
-        if len(batch) == BATCH_PICTURES or size_bytes >= BATCH_BYTES:
+        size_bytes += 0 if isinstance(decoded, ImageError) else decoded.pixels.nbytes
+        if len(batch) == BATCH_IMAGES or size_bytes >= BATCH_BYTES:
             yield from _finish(batch, settings)
             batch, size_bytes = [], 0
     yield from _finish(batch, settings)
 
 
-def _decode_payload(payload: Payload | PictureError, settings: PictureSettings) -> Decoded | PictureError:
-    if isinstance(payload, PictureError):
+def _decode_payload(payload: Payload | ImageError, settings: ImageSettings) -> Decoded | ImageError:
+    if isinstance(payload, ImageError):
         return payload
     if isinstance(payload, np.ndarray):
         return Decoded(payload, payload.shape[1], payload.shape[0], ())
     try:
         return decode(payload, settings)
-    except PictureError as error:
+    except ImageError as error:
         return error
 
 
 def _finish(
-    batch: list[tuple[Payload | PictureError, Decoded | PictureError]], settings: PictureSettings
-) -> list[Picture | PictureError]:
+    batch: list[tuple[Payload | ImageError, Decoded | ImageError]], settings: ImageSettings
+) -> list[StoredImage | ImageError]:
     """Resizes all, then encodes all."""
     side = settings.resize_px
     sized = [
         (payload, made)
-        if side is None or isinstance(made, PictureError)
+        if side is None or isinstance(made, ImageError)
         else (payload, dataclasses.replace(made, pixels=resize(made.pixels, side, settings.filter)))
         for payload, made in batch
     ]
-    return [made if isinstance(made, PictureError) else _store(payload, made, settings) for payload, made in sized]
+    return [made if isinstance(made, ImageError) else _store(payload, made, settings) for payload, made in sized]
 
 
-def _store(payload: Payload | PictureError, made: Decoded, settings: PictureSettings) -> Picture:
+def _store(payload: Payload | ImageError, made: Decoded, settings: ImageSettings) -> StoredImage:
     if settings.encoding == "original" and isinstance(payload, bytes):
         return _keep(payload, made, settings)
-    return Picture(encode(made.pixels, settings), made.pixels, made.width_px, made.height_px, made.converted)
+    return StoredImage(encode(made.pixels, settings), made.pixels, made.width_px, made.height_px, made.converted)
 
 
-def decode(data: bytes, settings: PictureSettings) -> Decoded:
+def decode(data: bytes, settings: ImageSettings) -> Decoded:
     """Decodes a JPEG or PNG file into upright 8-bit pixels with ``settings.channels`` channels.
 
     A large JPEG is decoded at 1/2, 1/4 or 1/8, as long as its shorter side stays at least twice the target.
 
     Raises:
-        PictureError: it is empty, of another kind, too large, or damaged.
+        ImageError: it is empty, of another kind, too large, or damaged.
     """
     kind = _kind(data, settings)
     if kind == "JPEG":
@@ -169,11 +169,11 @@ def decode(data: bytes, settings: PictureSettings) -> Decoded:
 
 
 def resize(pixels: np.ndarray, side_px: int, filter_name: str = "bicubic") -> np.ndarray:
-    """The center square of a picture at ``side_px``.
+    """The center square of an image at ``side_px``.
 
     By antialiased bicubic interpolation (a = -0.5, Pillow's), or by averaging the area that each pixel covers.
 
-    Same picture as scaling the shorter side and cutting out the center, without computing what is cut off.
+    Same image as scaling the shorter side and cutting out the center, without computing what is cut off.
 
     Args:
         pixels: uint8 (H, W, C).
@@ -202,7 +202,7 @@ def resize(pixels: np.ndarray, side_px: int, filter_name: str = "bicubic") -> np
 def _area_sums(pixels: np.ndarray, side: int) -> np.ndarray:
     """What each of ``side`` equal stretches of the first axis covers, times ``side``: (n, ...) to (side, ...) int64.
 
-    The edges of the stretches lie at whole numbers of 1/side of a pixel, so the sums are exact and the picture's bytes
+    The edges of the stretches lie at whole numbers of 1/side of a pixel, so the sums are exact and the image's bytes
     do not depend on a processor. Enlarging works the same way: a stretch then covers parts of one pixel or two.
     OpenCV's INTER_AREA has the same weights.
     """
@@ -213,7 +213,7 @@ def _area_sums(pixels: np.ndarray, side: int) -> np.ndarray:
     return whole * side + begun[1:] - begun[:-1]
 
 
-def encode(pixels: np.ndarray, settings: PictureSettings) -> bytes:
+def encode(pixels: np.ndarray, settings: ImageSettings) -> bytes:
     """Encodes uint8 (H, W, C) pixels as ``settings.encoding``; ``raw`` is their bytes in HWC order."""
     if settings.encoding == "raw":
         return pixels.tobytes()
@@ -230,7 +230,7 @@ def encode(pixels: np.ndarray, settings: PictureSettings) -> bytes:
     )
 
 
-def _keep(data: bytes, decoded: Decoded, settings: PictureSettings) -> Picture:
+def _keep(data: bytes, decoded: Decoded, settings: ImageSettings) -> StoredImage:
     """Keeps the source's bytes if DALI's decoder takes them, else stores the decoded pixels as JPEG."""
     from pipeline.preparation.decoder_check import (
         dali_accepts,  # loads the codec library, which only this encoding needs
@@ -240,30 +240,30 @@ def _keep(data: bytes, decoded: Decoded, settings: PictureSettings) -> Picture:
     if not dali_accepts(data):
         data = encode(decoded.pixels, dataclasses.replace(settings, encoding="jpeg"))
         converted = ("refused by DALI's decoder, encoded again as JPEG",)
-    return Picture(data, decoded.pixels, decoded.width_px, decoded.height_px, converted)
+    return StoredImage(data, decoded.pixels, decoded.width_px, decoded.height_px, converted)
 
 
-def _kind(data: bytes, settings: PictureSettings) -> str:
+def _kind(data: bytes, settings: ImageSettings) -> str:
     if not data:
-        raise PictureError("empty file")
+        raise ImageError("empty file")
     if len(data) > settings.max_bytes:
-        raise PictureError(f"{len(data):,} bytes, more than --max-bytes {settings.max_bytes:,}")
+        raise ImageError(f"{len(data):,} bytes, more than --max-bytes {settings.max_bytes:,}")
     kind = next((name for signature, name in SIGNATURES.items() if data.startswith(signature)), None)
     if kind in ("JPEG", "PNG"):
         return kind
     if kind:
-        raise PictureError(f"{kind} is not supported: only JPEG and PNG are")
-    raise PictureError("not a picture: neither JPEG nor PNG by its content")
+        raise ImageError(f"{kind} is not supported: only JPEG and PNG are")
+    raise ImageError("not an image: neither JPEG nor PNG by its content")
 
 
-def _check_size(width: int, height: int, settings: PictureSettings) -> None:
+def _check_size(width: int, height: int, settings: ImageSettings) -> None:
     if width < 1 or height < 1:
-        raise PictureError(f"damaged: {width}x{height} pixels")
+        raise ImageError(f"damaged: {width}x{height} pixels")
     if width * height > settings.max_pixels:
-        raise PictureError(f"{width}x{height} is more than --max-pixels {settings.max_pixels:,}")
+        raise ImageError(f"{width}x{height} is more than --max-pixels {settings.max_pixels:,}")
 
 
-def _decode_jpeg(data: bytes, settings: PictureSettings) -> Decoded | None:
+def _decode_jpeg(data: bytes, settings: ImageSettings) -> Decoded | None:
     """Decodes an ordinary JPEG by libjpeg-turbo; None if it is unusual or damaged, for the slow path to tell."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -289,16 +289,16 @@ def _decode_jpeg(data: bytes, settings: PictureSettings) -> Decoded | None:
     return Decoded(pixels, width, height, tuple(converted))
 
 
-def _decode_slowly(data: bytes, kind: str, settings: PictureSettings) -> Decoded:
+def _decode_slowly(data: bytes, kind: str, settings: ImageSettings) -> Decoded:
     """Decodes by Pillow: PNG, and JPEGs that are CMYK or that libjpeg-turbo's strict mode refused."""
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
         _check_size(*image.size, settings)
         image.load()
-    except PictureError:
+    except ImageError:
         raise
-    except Exception as error:  # hostile bytes make decoders fail in many ways; each is this picture's reason, not ours
-        raise PictureError(f"damaged {kind}: {error}".replace("\n", " ")) from None
+    except Exception as error:  # hostile bytes make decoders fail in many ways; each is this image's reason, not ours
+        raise ImageError(f"damaged {kind}: {error}".replace("\n", " ")) from None
     converted: list[str] = []
     pixels = _eight_bit(image, settings.channels, converted)
     pixels = _upright(pixels, _orientation(image), converted)
@@ -349,7 +349,7 @@ def _exif_orientation(segment: bytes) -> int:
     try:
         exif.load(segment)
         return _valid(exif.get(ORIENTATION_TAG))
-    except Exception:  # broken EXIF says nothing about orientation; the picture itself may be fine
+    except Exception:  # broken EXIF says nothing about orientation; the image itself may be fine
         return 1
 
 
@@ -366,7 +366,7 @@ def _valid(orientation: object) -> int:
 
 def _resize_rgb(pixels: np.ndarray, side_px: int) -> np.ndarray:
     """torch's vectorised uint8 resampling: Pillow's filter, within one gray level of it, 5 times as fast."""
-    import torch  # takes 2 s to import, so only workers that resize RGB pictures load it
+    import torch  # takes 2 s to import, so only workers that resize RGB images load it
 
     channels_last = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(channels_last, (side_px, side_px), mode="bicubic", antialias=True)

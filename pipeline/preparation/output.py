@@ -124,7 +124,7 @@ def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> Non
     Args:
         output: folder of the data set.
         settings: everything that decides the bytes.
-        totals: pictures planned for each split.
+        totals: images planned for each split.
 
     Raises:
         OutputError: the folder was begun with other settings.
@@ -249,12 +249,12 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
 
     Args:
         output: folder of the data set.
-        draft: the manifest without what comes from the shards: splits, files and the size of the pictures.
+        draft: the manifest without what comes from the shards: splits, files and the size of the images.
         results: every shard's record, in the order of the plan.
         totals: statistics of the train split, None without one.
 
     Raises:
-        OutputError: a split has no usable picture at all.
+        OutputError: a split has no usable image at all.
     """
     splits = _splits(results)
     sizes = {result.size_px for result in results if result.shard.num_samples}
@@ -271,7 +271,7 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
         write_atomic(output / name, data)
     manifest = dataclasses.replace(
         draft,
-        picture=dataclasses.replace(draft.picture, height_px=height, width_px=width),
+        image=dataclasses.replace(draft.image, height_px=height, width_px=width),
         splits=splits,
         files={
             name: {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
@@ -309,8 +309,8 @@ def _splits(results: list[ShardResult]) -> dict[str, SplitRecord]:
     for split, rows in by_split.items():
         shards = tuple(row.shard for row in rows if row.shard.num_samples)
         if not shards:
-            reasons = next((line["reason"] for row in rows for line in row.quarantine), "no pictures")
-            raise OutputError(f"split {split} has no usable picture; the first reason: {reasons}")
+            reasons = next((line["reason"] for row in rows for line in row.quarantine), "no images")
+            raise OutputError(f"split {split} has no usable image; the first reason: {reasons}")
         splits[split] = SplitRecord(
             num_samples=sum(shard.num_samples for shard in shards),
             num_quarantined=sum(row.num_left_out for row in rows),

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PictureSettings, PrepareOptions, byte_settings
-from pipeline.errors import ConfigError, PictureError, SourceError
-from pipeline.preparation.image import make_picture
+from pipeline.config import ImageSettings, PrepareOptions, byte_settings
+from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.preparation.image import make_image
 from pipeline.preparation.output import check_ours
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
@@ -25,7 +25,7 @@ from pipeline.sources.listing import Item, Listing, Source
 from pipeline.sources.split import shuffled
 
 READ_BYTES = 8 * 2**20
-SAMPLE_PICTURES = 200  # of a dry run, for at most SAMPLE_S
+SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
 SAMPLE_S = 5.0
 OVERHEAD_BYTES = 3 * BLOCK + 2 * BLOCK + BLOCK // 2  # three headers, cls and json blocks, half a block of padding
 
@@ -53,9 +53,9 @@ class Request:
 
     Attributes:
         options: what was asked for.
-        source: reads the pictures.
-        listing: the pictures of the chosen splits.
-        picture: what to make of each.
+        source: reads the images.
+        listing: the images of the chosen splits.
+        image: what to make of each.
         settings: everything that decides the bytes of the data set, as the manifest records it.
         shards: every shard of every split.
     """
@@ -63,7 +63,7 @@ class Request:
     options: PrepareOptions
     source: Source
     listing: Listing
-    picture: PictureSettings
+    image: ImageSettings
     settings: dict[str, Any]
     shards: list[ShardPlan]
 
@@ -76,9 +76,9 @@ def make_request(options: PrepareOptions) -> Request:
     """
     source = open_source(options)
     listing = chosen_splits(source.listing(), options)
-    picture = options.picture_settings(encoded=listing.encoded, channels=listing.channels)
-    settings = all_settings(options, listing, picture)
-    return Request(options, source, listing, picture, settings, make_plan(listing, options))
+    image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
+    settings = all_settings(options, listing, image)
+    return Request(options, source, listing, image, settings, make_plan(listing, options))
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
@@ -97,10 +97,10 @@ def plan_split(split: str, count: int, *, seed: int, shard_size: int, limit: int
 
     Args:
         split: name of the split.
-        count: pictures in it.
+        count: images in it.
         seed: seed of the shuffle.
         shard_size: most samples in a shard.
-        limit: only the first ``limit`` pictures of the shuffled order.
+        limit: only the first ``limit`` images of the shuffled order.
     """
     order = shuffled(count, seed, f"shuffle {split}")[:limit]
     num_shards = -(-len(order) // shard_size)
@@ -145,12 +145,12 @@ def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
     return dataclasses.replace(listing, splits=kept)
 
 
-def all_settings(options: PrepareOptions, listing: Listing, picture: PictureSettings) -> dict[str, Any]:
+def all_settings(options: PrepareOptions, listing: Listing, image: ImageSettings) -> dict[str, Any]:
     """Everything that decides the bytes of the data set, as the manifest records it."""
     libraries = ["pillow"]  # those whose version can change a byte
-    if picture.encoding in ("jpeg", "original") or picture.channels == 3:
+    if image.encoding in ("jpeg", "original") or image.channels == 3:
         libraries.append("simplejpeg")
-    if picture.resize_px and picture.channels == 3 and picture.filter == "bicubic":
+    if image.resize_px and image.channels == 3 and image.filter == "bicubic":
         libraries.append("torch")
     return {
         "source": options.source,
@@ -160,25 +160,25 @@ def all_settings(options: PrepareOptions, listing: Listing, picture: PictureSett
         "label_order": listing.label_order,
         "val_fraction": options.val_fraction if options.source in ("folder", "webdataset") else None,
         "input_sha256": listing.digest(),
-        **byte_settings(picture),
+        **byte_settings(image),
         "libraries": {name: metadata.version(name) for name in libraries},
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What some pictures cost.
+    """What some images cost.
 
     Attributes:
-        seconds: median seconds a picture on one core, warmed up.
+        seconds: median seconds an image on one core, warmed up.
         size_bytes: mean bytes a sample takes in a tar.
-        num_pictures: pictures measured.
+        num_images: images measured.
         num_refused: how many of them cannot be used.
     """
 
     seconds: float
     size_bytes: float
-    num_pictures: int
+    num_images: int
     num_refused: int
 
 
@@ -196,7 +196,7 @@ def print_plan(options: PrepareOptions) -> None:
     print(f"source {options.source}: {len(listing.classes):,} classes, labels in {listing.label_order} order")
     for split in sorted(listing.splits):
         counts = [len(shard.rows) for shard in request.shards if shard.split == split]
-        print(f"{split}: {sum(counts):,} pictures in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
+        print(f"{split}: {sum(counts):,} images in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
     total = sum(len(shard.rows) for shard in request.shards)
     cost = measure(request)
     folder = next(path for path in (options.output.absolute(), *options.output.absolute().parents) if path.exists())
@@ -206,22 +206,22 @@ def print_plan(options: PrepareOptions) -> None:
     workers = options.num_workers()
     print(
         f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
-        f"({1 / cost.seconds:,.0f} images/s a core over {cost.num_pictures} measured pictures, "
+        f"({1 / cost.seconds:,.0f} images/s a core over {cost.num_images} measured images, "
         f"{cost.num_refused} of them unusable)"
     )
     print("nothing was written (--dry-run)")
 
 
 def measure(request: Request) -> Cost:
-    """Makes some pictures spread evenly over the listing, for at most some seconds."""
+    """Makes some images spread evenly over the listing, for at most some seconds."""
     rows = max(request.listing.splits.values(), key=len)
-    items = rows.items(np.unique(np.linspace(0, len(rows) - 1, SAMPLE_PICTURES).astype(np.int64)))
+    items = rows.items(np.unique(np.linspace(0, len(rows) - 1, SAMPLE_IMAGES).astype(np.int64)))
 
     def make(item: Item) -> int | None:
-        """Bytes that the sample takes in a tar; None if the picture cannot be used."""
+        """Bytes that the sample takes in a tar; None if the image cannot be used."""
         try:
-            return len(make_picture(request.source.read(item), request.picture).data) + OVERHEAD_BYTES
-        except PictureError:
+            return len(make_image(request.source.read(item), request.image).data) + OVERHEAD_BYTES
+        except ImageError:
             return None
 
     make(items[0])  # loads the libraries, which may take longer than everything after it

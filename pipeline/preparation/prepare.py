@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, Manifest, PictureFormat, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
@@ -25,7 +25,7 @@ class Summary:
 
     Attributes:
         manifest: the whole data set.
-        num_done: pictures this run worked on; 0 if the data set was whole already.
+        num_done: images this run worked on; 0 if the data set was whole already.
         elapsed_s: seconds spent on shards, without starting Ray.
         num_indexes: indexes made again from their sound tars.
     """
@@ -37,7 +37,7 @@ class Summary:
 
     @property
     def num_left_out(self) -> int:
-        """Pictures of the source that are not in the data set."""
+        """Images of the source that are not in the data set."""
         return sum(split.num_quarantined for split in self.manifest.splits.values())
 
 
@@ -77,7 +77,7 @@ def _make(request: Request) -> Summary:
         format=FORMAT,
         source=request.options.source,
         settings=request.settings,
-        picture=PictureFormat(request.picture.encoding, request.picture.channels, None, None),
+        image=ImageFormat(request.image.encoding, request.image.channels, None, None),
         classes=request.listing.classes,
         label_order=request.listing.label_order,
         splits={},
@@ -85,7 +85,7 @@ def _make(request: Request) -> Summary:
     )
     manifest = output.finish(folder, draft, results, totals)
     output.clear_work(folder)
-    return Summary(manifest, _num_pictures(missing), elapsed_s)
+    return Summary(manifest, _num_images(missing), elapsed_s)
 
 
 def _repair(request: Request, manifest: Manifest) -> Summary | None:
@@ -107,7 +107,7 @@ def _repair(request: Request, manifest: Manifest) -> Summary | None:
     if damaged_files:
         output.write_info(folder, manifest)
     output.clear_work(folder)
-    return Summary(manifest, _num_pictures(damaged), elapsed_s, len(restored))
+    return Summary(manifest, _num_images(damaged), elapsed_s, len(restored))
 
 
 def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
@@ -120,11 +120,11 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
         run_shards,
     )
 
-    options, num_missing, total = request.options, _num_pictures(missing), _num_pictures(request.shards)
+    options, num_missing, total = request.options, _num_images(missing), _num_images(request.shards)
     job = ShardJob(
         output=options.output.absolute(),
         source=request.source,
-        picture=request.picture,
+        image=request.image,
         class_names=tuple(record.name for record in request.listing.classes),
         fail_on_error=options.on_error == "fail",
     )
@@ -137,7 +137,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")
                 raise SourceError(
-                    f"{left_out:,} pictures cannot be used, more than --max-errors {options.max_errors}; "
+                    f"{left_out:,} images cannot be used, more than --max-errors {options.max_errors}; "
                     f"the last: {reason['source']}: {reason['reason']}"
                 )
             if recorded is not None and result.shard != recorded[result.shard.name]:
@@ -148,7 +148,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
 
 
 def _tasks(request: Request, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:
-    """The shards with their pictures, one by one: all at once would be a million rows."""
+    """The shards with their images, one by one: all at once would be a million rows."""
     for shard in shards:
         items = request.listing.splits[shard.split].items(shard.rows)
         yield ShardTask(name=shard.name, split=shard.split, start=shard.start, items=items)
@@ -170,14 +170,14 @@ def _collect(request: Request) -> tuple[list[ShardResult], Totals | None]:
 
 
 def _totals(request: Request) -> dict[str, int]:
-    """Pictures planned for each split."""
+    """Images planned for each split."""
     return {
-        split: _num_pictures(shard for shard in request.shards if shard.split == split)
+        split: _num_images(shard for shard in request.shards if shard.split == split)
         for split in dict.fromkeys(shard.split for shard in request.shards)
     }
 
 
-def _num_pictures(shards: Iterable[ShardPlan]) -> int:
+def _num_images(shards: Iterable[ShardPlan]) -> int:
     return sum(len(shard.rows) for shard in shards)
 
 

@@ -26,7 +26,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
 POLL_S = 0.5
 WORKER_BYTES = 512 * 2**20  # of its own (libraries are shared): 400 MiB measured with torch, on 500x375 photos
 NO_CPU_S = 300.0  # an autoscaler may take minutes for the first node
-# One thread a worker; the memory of a picture is kept for the next one instead of given back to the system: a tenth
+# One thread a worker; the memory of an image is kept for the next one instead of given back to the system: a tenth
 # faster, measured on 500x375 JPEGs.
 WORKER_ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -114,7 +114,7 @@ def run_shards(
 
 
 class Gauges:
-    """How far a run is, on Ray's Prometheus endpoint: twotower_images_per_s and twotower_pictures, stage ``prepare``.
+    """How far a run is, on Ray's Prometheus endpoint: twotower_images_per_s and twotower_images, stage ``prepare``.
 
     Args:
         name: of the output folder, the label ``run``.
@@ -123,7 +123,7 @@ class Gauges:
 
     def __init__(self, name: str, progress: ProgressLine) -> None:
         self._progress = progress
-        texts = {"images_per_s": "pictures prepared a second", "pictures": "pictures prepared so far"}
+        texts = {"images_per_s": "images prepared a second", "images": "images prepared so far"}
         self._gauges = {}
         for key, text in texts.items():
             self._gauges[key] = Gauge(f"twotower_{key}", description=text, tag_keys=("run", "stage"))
@@ -132,7 +132,7 @@ class Gauges:
     def update(self) -> None:
         """Publishes, and prints the plain line when it is time to; to be called at least every second."""
         self._gauges["images_per_s"].set(self._progress.rate())
-        self._gauges["pictures"].set(self._progress.done)
+        self._gauges["images"].set(self._progress.done)
         self._progress.tick()
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PictureSettings
-from pipeline.errors import DatasetError, OutputError, PictureError
+from pipeline.config import ImageSettings
+from pipeline.errors import DatasetError, ImageError, OutputError
 from pipeline.files import UrlPath, prefetch
-from pipeline.manifest import PictureFormat, ShardRecord, read_record, sync_folder
+from pipeline.manifest import ImageFormat, ShardRecord, read_record, sync_folder
 from pipeline.preparation import faults
-from pipeline.preparation.image import Payload, Picture, make_pictures
+from pipeline.preparation.image import Payload, StoredImage, make_images
 from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
 from pipeline.preparation.tar_writer import TarWriter
 from pipeline.sources.listing import Item, Source, printable
@@ -33,15 +33,15 @@ class ShardJob:
 
     Attributes:
         output: folder of the data set.
-        source: reads the pictures.
-        picture: what to make of them.
+        source: reads the images.
+        image: what to make of them.
         class_names: the class table's names.
-        fail_on_error: stop at the first picture that cannot be used, instead of leaving it out.
+        fail_on_error: stop at the first image that cannot be used, instead of leaving it out.
     """
 
     output: Path
     source: Source
-    picture: PictureSettings
+    image: ImageSettings
     class_names: tuple[str, ...]
     fail_on_error: bool
 
@@ -53,8 +53,8 @@ class ShardTask:
     Attributes:
         name: path of the tar inside the data set.
         split: its split.
-        start: position in the split of its first picture.
-        items: its pictures in order.
+        start: position in the split of its first image.
+        items: its images in order.
     """
 
     name: str
@@ -75,9 +75,9 @@ class ShardResult:
     Attributes:
         shard: its row in the manifest; a shard without any sample has no files and no row.
         split: its split.
-        num_planned: pictures planned for it.
+        num_planned: images planned for it.
         quarantine: lines for quarantine.jsonl.
-        size_px: (height, width) if all its pictures have one size, else None.
+        size_px: (height, width) if all its images have one size, else None.
         totals: its statistics (without the sums per position, when read without them).
     """
 
@@ -90,18 +90,18 @@ class ShardResult:
 
     @property
     def num_left_out(self) -> int:
-        """Pictures that could not be used."""
+        """Images that could not be used."""
         return self.num_planned - self.shard.num_samples
 
 
 def build_shard(job: ShardJob, task: ShardTask) -> ShardResult:
-    """Makes one shard from its pictures.
+    """Makes one shard from its images.
 
     Running it again, even at the same time in another process, ends with the same bytes under the same names.
 
     Raises:
         SourceError: the input is gone.
-        PictureError: a picture cannot be used and the job says to stop then.
+        ImageError: an image cannot be used and the job says to stop then.
         OutputError: the output cannot be written.
     """
     work = job.output / WORK_NAME
@@ -120,11 +120,11 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
         writer = TarWriter(file)
         filler = _Filler(job, task, writer)
         read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
-        made = make_pictures(read(filler.read, task.items), job.picture)
-        for position, (item, picture) in enumerate(zip(task.items, made, strict=True)):
+        made = make_images(read(filler.read, task.items), job.image)
+        for position, (item, image) in enumerate(zip(task.items, made, strict=True)):
             if position == len(task.items) // 2:
                 faults.reach("tar-half", task.stem)
-            filler.add(position, item, picture)
+            filler.add(position, item, image)
         writer.finish()
         file.flush()
         os.fsync(file.fileno())
@@ -140,38 +140,38 @@ def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> Shard
 
 
 class _Filler:
-    """Turns a task's pictures into samples of a tar, keeping the counts."""
+    """Turns a task's images into samples of a tar, keeping the counts."""
 
     def __init__(self, job: ShardJob, task: ShardTask, writer: TarWriter) -> None:
         self._job = job
         self._task = task
         self._writer = writer
-        self._extension = PictureFormat(job.picture.encoding, job.picture.channels, None, None).extension
-        self._statistics = Accumulator(job.picture.channels)
+        self._extension = ImageFormat(job.image.encoding, job.image.channels, None, None).extension
+        self._statistics = Accumulator(job.image.channels)
         self._quarantine: list[dict[str, str]] = []
         self._sizes: set[tuple[int, int]] = set()
 
-    def read(self, item: Item) -> Payload | PictureError:
-        """One picture of the source, or why it cannot be read."""
+    def read(self, item: Item) -> Payload | ImageError:
+        """One image of the source, or why it cannot be read."""
         try:
             return self._job.source.read(item)
-        except PictureError as error:
+        except ImageError as error:
             return error
 
-    def add(self, position: int, item: Item, picture: Picture | PictureError) -> None:
+    def add(self, position: int, item: Item, image: StoredImage | ImageError) -> None:
         """Appends one sample, or the line that says why not."""
-        if isinstance(picture, PictureError):
+        if isinstance(image, ImageError):
             if self._job.fail_on_error:
-                raise PictureError(f"{printable(item.name)}: {picture}")
-            self._report(item, "left_out", str(picture))
+                raise ImageError(f"{printable(item.name)}: {image}")
+            self._report(item, "left_out", str(image))
             return
-        if picture.converted:
-            self._report(item, "converted", "; ".join(picture.converted))
+        if image.converted:
+            self._report(item, "converted", "; ".join(image.converted))
         key = key_of(self._task.split, self._task.start + position)
-        self._writer.add_sample(key, self._components(item, picture))
-        self._sizes.add((picture.pixels.shape[0], picture.pixels.shape[1]))
+        self._writer.add_sample(key, self._components(item, image))
+        self._sizes.add((image.pixels.shape[0], image.pixels.shape[1]))
         if self._task.split == "train":
-            self._statistics.add(picture.pixels)
+            self._statistics.add(image.pixels)
 
     def result(self, index: bytes) -> ShardResult:
         """The record of what was written."""
@@ -192,17 +192,17 @@ class _Filler:
             totals=self._statistics.totals(),
         )
 
-    def _components(self, item: Item, picture: Picture) -> list[tuple[str, bytes]]:
+    def _components(self, item: Item, image: StoredImage) -> list[tuple[str, bytes]]:
         label = b"%d" % item.label
         body = {
             "source": printable(item.name),
             "class": self._job.class_names[item.label],
             "label": item.label,
-            "width": picture.width_px,
-            "height": picture.height_px,
-            "converted": "; ".join(picture.converted),
+            "width": image.width_px,
+            "height": image.height_px,
+            "converted": "; ".join(image.converted),
         }
-        return [(self._extension, picture.data), ("cls", label), ("json", sealed_json(body, picture.data, label))]
+        return [(self._extension, image.data), ("cls", label), ("json", sealed_json(body, image.data, label))]
 
     def _report(self, item: Item, action: str, reason: str) -> None:
         self._quarantine.append(

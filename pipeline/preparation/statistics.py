@@ -15,30 +15,30 @@ from typing import Any
 import numpy as np
 
 FOLD_EVERY = 257  # 257 * 255 is the last sum that fits 16 bits
-COLLECT_BYTES = 2**20  # pixels of five pictures of 256x256, collected for one matrix product
+COLLECT_BYTES = 2**20  # pixels of five images of 256x256, collected for one matrix product
 CENTER = 128  # products are summed of values minus this
 FLOAT_PIXELS = 4  # pixels in a row of the float32 matrix
 FLOAT_ROWS = 1024  # 128 * 128 * 1,024 = 2^24: float32 is exact
 FLOAT_BLOCKS = 4  # 200 kB of float32 at a time stay in the cache
 INT8_PIXELS = 16  # pixels in a row of the int8 matrix: 48 columns were the fastest of 3 to 192
 INT8_ROWS = 2**16  # 128 * 128 * 65,536 = 2^30: int32 is exact
-MAX_POSITIONS = 2**20  # above a million pixels a picture, sums per position would cost more memory than they are worth
+MAX_POSITIONS = 2**20  # above a million pixels an image, sums per position would cost more memory than they are worth
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over pictures; every number is an exact integer.
+    """Sums over images; every number is an exact integer.
 
     Attributes:
-        num_pictures: pictures summed.
+        num_images: images summed.
         num_pixels: pixels summed.
         channel_sum: (C,) sum of each channel.
         product_sum: (C, C) sum of products of channels.
-        shape: (H, W, C) if every picture had it, else None.
-        position_sum: (H, W, C) uint64 sums per position if every picture had one shape, else None.
+        shape: (H, W, C) if every image had it, else None.
+        position_sum: (H, W, C) uint64 sums per position if every image had one shape, else None.
     """
 
-    num_pictures: int
+    num_images: int
     num_pixels: int
     channel_sum: tuple[int, ...]
     product_sum: tuple[tuple[int, ...], ...]
@@ -47,11 +47,11 @@ class Totals:
 
     def merge(self, other: "Totals") -> "Totals":
         """The totals over both; commutative and associative."""
-        if not self.num_pictures or not other.num_pictures:
-            return self if self.num_pictures else other
+        if not self.num_images or not other.num_images:
+            return self if self.num_images else other
         same = self.shape is not None and self.shape == other.shape
         return Totals(
-            num_pictures=self.num_pictures + other.num_pictures,
+            num_images=self.num_images + other.num_images,
             num_pixels=self.num_pixels + other.num_pixels,
             channel_sum=tuple(a + b for a, b in zip(self.channel_sum, other.channel_sum, strict=True)),
             product_sum=tuple(
@@ -74,7 +74,7 @@ class Totals:
 def totals_from_json(raw: dict[str, Any], position_sum: np.ndarray | None) -> Totals:
     """The inverse of :meth:`Totals.to_json`."""
     return Totals(
-        num_pictures=raw["num_pictures"],
+        num_images=raw["num_images"],
         num_pixels=raw["num_pixels"],
         channel_sum=tuple(raw["channel_sum"]),
         product_sum=tuple(tuple(row) for row in raw["product_sum"]),
@@ -84,20 +84,20 @@ def totals_from_json(raw: dict[str, Any], position_sum: np.ndarray | None) -> To
 
 
 class Accumulator:
-    """Sums pictures one by one, exactly.
+    """Sums images one by one, exactly.
 
-    Pictures of one size are summed per position in 16 bits and folded into 64 bits before those can overflow.
+    Images of one size are summed per position in 16 bits and folded into 64 bits before those can overflow.
     Products are summed of values minus 128, small enough for fast exact sums; :meth:`totals` moves them back.
 
     Args:
-        channels: C of every picture.
+        channels: C of every image.
     """
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
-        self._num_pictures = 0
+        self._num_images = 0
         self._num_pixels = 0
-        self._channel_sum = np.zeros(channels, np.int64)  # of the pictures that are not in the sums per position
+        self._channel_sum = np.zeros(channels, np.int64)  # of the images that are not in the sums per position
         self._centered_products = np.zeros((channels, channels), np.int64)
         self._shape: tuple[int, int, int] | None = None
         self._position_sum: np.ndarray | None = None
@@ -107,11 +107,11 @@ class Accumulator:
         self._num_collected = 0
 
     def add(self, pixels: np.ndarray) -> None:
-        """Adds one picture, uint8 (H, W, C)."""
+        """Adds one image, uint8 (H, W, C)."""
         shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
-        if not self._num_pictures:
+        if not self._num_images:
             self._start(shape)
-        self._num_pictures += 1
+        self._num_images += 1
         self._num_pixels += shape[0] * shape[1]
         values = pixels.reshape(-1)
         self._collect(values)
@@ -134,7 +134,7 @@ class Accumulator:
             sums += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
         shift = CENTER * (sums[:, None] + sums[None, :]) - CENTER**2 * self._num_pixels
         return Totals(
-            num_pictures=self._num_pictures,
+            num_images=self._num_images,
             num_pixels=self._num_pixels,
             channel_sum=tuple(sums.tolist()),
             product_sum=tuple(tuple(row) for row in (self._centered_products + shift).tolist()),
@@ -143,7 +143,7 @@ class Accumulator:
         )
 
     def _collect(self, values: np.ndarray) -> None:
-        """Keeps values until there are enough for a matrix product: one for several pictures costs less each."""
+        """Keeps values until there are enough for a matrix product: one for several images costs less each."""
         if self._num_collected + len(values) > COLLECT_BYTES:
             self._multiply()
         if len(values) > COLLECT_BYTES:
@@ -173,7 +173,7 @@ class Accumulator:
             self._pending = 0
 
     def _forget_positions(self) -> None:
-        """A picture of another size came: only sums over channels go on."""
+        """An image of another size came: only sums over channels go on."""
         self._fold()
         if self._position_sum is not None:
             self._channel_sum += self._position_sum.reshape(-1, self._channels).sum(0).astype(np.int64)
@@ -184,7 +184,7 @@ def centered_products(values: np.ndarray, channels: int) -> np.ndarray:
     """Sums of products of channels, of values minus 128.
 
     Several pixels make a row, so that one matrix product of the rows with themselves sums several pixels at a time;
-    the blocks on its diagonal are added up. Where torch is loaded already (it resizes RGB pictures) and the CPU
+    the blocks on its diagonal are added up. Where torch is loaded already (it resizes RGB images) and the CPU
     multiplies bytes exactly, the product is of int8, in under half of float32's time; both are exact, so equal.
 
     Args:
@@ -258,7 +258,7 @@ def summarize(totals: Totals) -> dict[str, np.ndarray]:
 
     Returns:
         ``mean`` float64 (C,), ``covariance`` (C, C), ``eigenvalues`` (C,) descending, ``eigenvectors`` (C, C) in
-        columns, ``num_pictures``, ``num_pixels`` and, if every picture had one size, ``mean_image`` (H, W, C).
+        columns, ``num_pictures``, ``num_pixels`` and, if every image had one size, ``mean_image`` (H, W, C).
     """
     count = totals.num_pixels
     mean = [Fraction(value, count) for value in totals.channel_sum]
@@ -274,11 +274,11 @@ def summarize(totals: Totals) -> dict[str, np.ndarray]:
         "covariance": covariance,
         "eigenvalues": eigenvalues,
         "eigenvectors": eigenvectors,
-        "num_pictures": np.array(totals.num_pictures, np.int64),
+        "num_pictures": np.array(totals.num_images, np.int64),  # its name in every data set that exists
         "num_pixels": np.array(count, np.int64),
     }
     if totals.position_sum is not None:
-        arrays["mean_image"] = totals.position_sum.astype(np.float64) / totals.num_pictures
+        arrays["mean_image"] = totals.position_sum.astype(np.float64) / totals.num_images
     return arrays
 
 
@@ -286,7 +286,7 @@ def eigen(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues (descending) and eigenvectors (columns) by Jacobi rotations.
 
     Not numpy.linalg.eigh: its last bits depend on the CPU (five kernels of OpenBLAS gave four results for the same
-    matrices), and statistics.npz is hashed, so the same pictures would not give the same data set everywhere. Here it
+    matrices), and statistics.npz is hashed, so the same images would not give the same data set everywhere. Here it
     is plain IEEE arithmetic. The component of the largest magnitude of each vector is positive.
     """
     size = len(symmetric)

@@ -1,4 +1,4 @@
-"""Where pictures come from. A source lists its pictures once, on the driver, and reads single ones, on any worker.
+"""Where images come from. A source lists its images once, on the driver, and reads single ones, on any worker.
 
 A new source is one file with a frozen (picklable) dataclass that inherits :class:`~pipeline.sources.listing.Source`, a
 function ``from_options`` that makes it, and one row in :data:`SOURCES`. Nothing heavy is imported to tell their names.

@@ -27,7 +27,7 @@ RECORD_BYTES = 1 + PIXEL_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class Cifar10Source(Source):
-    """32x32 color pictures of ten classes.
+    """32x32 color images of ten classes.
 
     Attributes:
         root: folder of the binary files or of the archive.
@@ -36,7 +36,7 @@ class Cifar10Source(Source):
     root: Path
 
     def listing(self) -> Listing:
-        """50,000 train and 10,000 val pictures, in the order of the files."""
+        """50,000 train and 10,000 val images, in the order of the files."""
         where = self._find()
         return Listing(
             classes=tuple(ClassRecord(name, name) for name in CLASSES),
@@ -47,7 +47,7 @@ class Cifar10Source(Source):
         )
 
     def read(self, item: Item) -> np.ndarray:
-        """One picture, uint8 (32, 32, 3); the file holds it as three planes."""
+        """One image, uint8 (32, 32, 3); the file holds it as three planes."""
         data = read_batch(self.root / item.file)
         planes = np.frombuffer(data, np.uint8, PIXEL_BYTES, item.offset).reshape(3, 32, 32)
         return np.ascontiguousarray(planes.transpose(1, 2, 0))

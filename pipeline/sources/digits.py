@@ -25,7 +25,7 @@ class DigitsSource(Source):
     seed: int
 
     def listing(self) -> Listing:
-        """1,437 train and 360 val pictures of ten classes."""
+        """1,437 train and 360 val images of ten classes."""
         _, labels = _digits()
         order = shuffled(len(labels), self.seed, "digits split")
         rows = {"train": np.sort(order[:NUM_TRAIN]), "val": np.sort(order[NUM_TRAIN:])}
@@ -46,7 +46,7 @@ class DigitsSource(Source):
 def from_options(options: PrepareOptions) -> DigitsSource:
     """Makes the source; it takes no input."""
     if options.input is not None:
-        raise ConfigError(f"--input {options.input}: source digits brings its own pictures; leave --input out")
+        raise ConfigError(f"--input {options.input}: source digits brings its own images; leave --input out")
     return DigitsSource(seed=options.seed)
 
 

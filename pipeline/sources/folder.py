@@ -1,7 +1,7 @@
 """Source ``folder``: class folders of JPEG or PNG files.
 
 ``INPUT/{train,val,test}/CLASS/*`` keeps its splits; ``INPUT/CLASS/*`` is split by a seed, class by class. Every
-file that is not hidden counts as a picture: what it is, its content tells, not its name.
+file that is not hidden counts as an image: what it is, its content tells, not its name.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError, PictureError, SourceError
+from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.files import AnyPath, scan
 from pipeline.manifest import ClassRecord
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, printable
@@ -19,7 +19,7 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource(Source):
-    """Pictures in class folders.
+    """Images in class folders.
 
     Attributes:
         root: the input folder.
@@ -88,10 +88,10 @@ def from_options(options: PrepareOptions) -> FolderSource:
 
 
 def read_file(root: AnyPath, name: str) -> bytes:
-    """Reads a picture that is a file of its own.
+    """Reads an image that is a file of its own.
 
     Raises:
-        PictureError: this file cannot be read.
+        ImageError: this file cannot be read.
         SourceError: the whole input is gone.
     """
     try:
@@ -99,7 +99,7 @@ def read_file(root: AnyPath, name: str) -> bytes:
     except OSError as error:
         if not root.is_dir():
             raise SourceError(f"{root}: the input folder is gone, or not on this machine") from None
-        raise PictureError(f"cannot be read: {error.strerror}") from None
+        raise ImageError(f"cannot be read: {error.strerror}") from None
 
 
 def _files(root: AnyPath, folder: str) -> Iterator[tuple[str, str, int]]:

@@ -41,7 +41,7 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class IdxSource(Source):
-    """28x28 gray pictures of ten classes.
+    """28x28 gray images of ten classes.
 
     Attributes:
         name: ``mnist`` or ``fashion-mnist``; it decides the class titles and checksums.
@@ -52,7 +52,7 @@ class IdxSource(Source):
     root: Path
 
     def listing(self) -> Listing:
-        """60,000 train and 10,000 val pictures, in the order of the files."""
+        """60,000 train and 10,000 val images, in the order of the files."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
         return Listing(
@@ -64,7 +64,7 @@ class IdxSource(Source):
         )
 
     def read(self, item: Item) -> np.ndarray:
-        """One picture, uint8 (H, W, 1)."""
+        """One image, uint8 (H, W, 1)."""
         shape, data = read_idx(self.root / item.file, dimensions=3)
         start = item.offset - HEADER_BYTES
         return np.frombuffer(data, np.uint8, item.size, start).reshape(shape[1], shape[2], 1)
@@ -84,7 +84,7 @@ class IdxSource(Source):
         _, data = read_idx(labels_path, dimensions=1)
         labels = np.frombuffer(data, np.uint8).astype(np.int32)
         if len(labels) != shape[0]:
-            raise SourceError(f"{labels_path}: {len(labels):,} labels for {shape[0]:,} pictures")
+            raise SourceError(f"{labels_path}: {len(labels):,} labels for {shape[0]:,} images")
         if len(labels) and labels.max() >= len(TITLES[self.name]):
             raise SourceError(f"{labels_path}: label {labels.max()}, expected 0 to {len(TITLES[self.name]) - 1}")
         size = shape[1] * shape[2]

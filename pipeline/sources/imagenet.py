@@ -50,7 +50,7 @@ class Devkit:
     Attributes:
         wordnet_ids: the classes in ILSVRC order: row i has ILSVRC id i + 1.
         titles: their names, in the same order.
-        val_ids: ILSVRC id of the i-th validation picture in the order of names.
+        val_ids: ILSVRC id of the i-th validation image in the order of names.
     """
 
     wordnet_ids: tuple[str, ...]
@@ -59,10 +59,10 @@ class Devkit:
 
 
 class _Found(NamedTuple):
-    """A picture before the class table is known.
+    """An image before the class table is known.
 
     Attributes:
-        wordnet_id: its class; empty for a flat val picture, whose class comes from a label file.
+        wordnet_id: its class; empty for a flat val image, whose class comes from a label file.
         name: the source's own name of it.
         file: path of the file that holds it, relative to the input.
         offset: byte where it starts there.
@@ -100,22 +100,22 @@ class ImagenetSource(Source):
                 "train/WNID/*.JPEG and val/, or Data/CLS-LOC/"
             )
         found["val"] = self._with_val_labels(found["val"], devkit)
-        present = {picture.wordnet_id for pictures in found.values() for picture in pictures}
+        present = {image.wordnet_id for images in found.values() for image in images}
         classes = self._classes(present, devkit)
         label_of = {record.name: label for label, record in enumerate(classes)}
         unknown = sorted(present - label_of.keys())
         if unknown:
             raise SourceError(f"{self.root}: class {unknown[0]} is not one of the devkit's {len(classes)}")
         splits = {}
-        for split, pictures in found.items():
-            pictures.sort(key=lambda picture: os.fsencode(picture.name))
-            items = [Item(p.name, label_of[p.wordnet_id], p.file, p.offset, p.size) for p in pictures]
+        for split, images in found.items():
+            images.sort(key=lambda image: os.fsencode(image.name))
+            items = [Item(p.name, label_of[p.wordnet_id], p.file, p.offset, p.size) for p in images]
             if items:
                 splits[split] = SplitListing.of(items)
         return Listing(classes, self.label_order, splits, encoded=True, channels=3)
 
     def read(self, item: Item) -> bytes:
-        """The picture's bytes, from the archive or the file."""
+        """The image's bytes, from the archive or the file."""
         if item.file.endswith(".tar"):
             return read_range(self.root / item.file, item.offset, item.size)
         return read_file(self.root, item.file)
@@ -143,25 +143,25 @@ class ImagenetSource(Source):
         candidates = [split, *(f"{base}/Data/CLS-LOC/{split}".lstrip("/") for base in KAGGLE_FOLDERS)]
         return next((name for name in candidates if (self.root / name).is_dir()), None)
 
-    def _with_val_labels(self, pictures: list[_Found], devkit: Devkit | None) -> list[_Found]:
-        """Puts the classes to flat validation pictures."""
-        if not pictures or pictures[0].wordnet_id:
-            return pictures
-        pictures = sorted(pictures, key=lambda picture: picture.name)
+    def _with_val_labels(self, images: list[_Found], devkit: Devkit | None) -> list[_Found]:
+        """Puts the classes to flat validation images."""
+        if not images or images[0].wordnet_id:
+            return images
+        images = sorted(images, key=lambda image: image.name)
         kaggle = self._kaggle_file("LOC_val_solution.csv")
         if devkit is not None:
-            if len(devkit.val_ids) != len(pictures):
+            if len(devkit.val_ids) != len(images):
                 raise SourceError(
-                    f"{self.root}: {len(pictures):,} val pictures, but the devkit labels {len(devkit.val_ids):,}"
+                    f"{self.root}: {len(images):,} val images, but the devkit labels {len(devkit.val_ids):,}"
                 )
             names: Iterable[str] = (devkit.wordnet_ids[label - 1] for label in devkit.val_ids)
         elif kaggle is not None:
-            names = _kaggle_labels(kaggle, pictures)
+            names = _kaggle_labels(kaggle, images)
         else:
             raise SourceError(
                 f"{self.root}: val is flat, so {DEVKIT_NAME} or LOC_val_solution.csv is needed for its labels"
             )
-        return [picture._replace(wordnet_id=name) for name, picture in zip(names, pictures, strict=True)]
+        return [image._replace(wordnet_id=name) for name, image in zip(names, images, strict=True)]
 
     def _classes(self, present: set[str], devkit: Devkit | None) -> tuple[ClassRecord, ...]:
         if devkit is None and self.label_order == "ilsvrc":
@@ -187,7 +187,7 @@ def from_options(options: PrepareOptions) -> ImagenetSource:
         ConfigError: no input was given.
     """
     if options.input is None:
-        raise ConfigError("--source imagenet needs --input FOLDER, with the official archives or extracted pictures")
+        raise ConfigError("--source imagenet needs --input FOLDER, with the official archives or extracted images")
     order = "alphabetical" if options.label_order == "default" else options.label_order
     return ImagenetSource(root=options.input.absolute(), label_order=order)
 
@@ -230,13 +230,13 @@ def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath) -> Devkit:
 
 
 def _outer_tar(path: AnyPath) -> list[_Found]:
-    """Every picture of the inner tars, by its place in the outer one."""
+    """Every image of the inner tars, by its place in the outer one."""
     inner = list(walk_file(path))
     for member in inner:
         if not WORDNET_ID.fullmatch(member.base.removesuffix(".tar")):
             raise SourceError(f"{path}: {member.name} is not an inner tar named by a WordNet id")
     with ThreadPoolExecutor(URL_THREADS if isinstance(path, UrlPath) else SCAN_THREADS) as pool:
-        return [picture for found in pool.map(lambda member: _inner_tar(path, member), inner) for picture in found]
+        return [image for found in pool.map(lambda member: _inner_tar(path, member), inner) for image in found]
 
 
 def _inner_tar(path: AnyPath, inner: TarMember) -> list[_Found]:
@@ -249,11 +249,11 @@ def _class_folders(root: AnyPath, folder: str | None) -> list[_Found]:
     if folder is None:
         return []
     return [
-        _Found(entry.name, f"{entry.name}/{picture.name}", f"{folder}/{entry.name}/{picture.name}", 0, picture.size)
+        _Found(entry.name, f"{entry.name}/{image.name}", f"{folder}/{entry.name}/{image.name}", 0, image.size)
         for entry in scan(root / folder)
         if entry.kind == "directory" and WORDNET_ID.fullmatch(entry.name)
-        for picture in scan(root / folder / entry.name)
-        if picture.kind == "file"
+        for image in scan(root / folder / entry.name)
+        if image.kind == "file"
     ]
 
 
@@ -264,11 +264,11 @@ def _flat_folder(root: AnyPath, folder: str | None) -> list[_Found]:
     return [_Found("", entry.name, f"{folder}/{entry.name}", 0, entry.size) for entry in entries]
 
 
-def _kaggle_labels(path: AnyPath, pictures: list[_Found]) -> list[str]:
+def _kaggle_labels(path: AnyPath, images: list[_Found]) -> list[str]:
     table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
     label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in table}
-    stems = [PurePosixPath(picture.name).stem for picture in pictures]
-    missing = [picture.name for picture, stem in zip(pictures, stems, strict=True) if stem not in label_of]
+    stems = [PurePosixPath(image.name).stem for image in images]
+    missing = [image.name for image, stem in zip(images, stems, strict=True) if stem not in label_of]
     if missing:
-        raise SourceError(f"{path}: no label for {missing[0]} ({len(missing):,} such pictures)")
+        raise SourceError(f"{path}: no label for {missing[0]} ({len(missing):,} such images)")
     return [label_of[stem] for stem in stems]

@@ -1,4 +1,4 @@
-"""What a source tells: its pictures in columns, the class table, and how single pictures are read."""
+"""What a source tells: its images in columns, the class table, and how single images are read."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ CHUNK = 65536  # names hashed at a time; part of the digest: the name at a borde
 
 
 class Item(NamedTuple):
-    """One picture of a source.
+    """One image of a source.
 
     Attributes:
         name: the source's own name of it, for people.
@@ -35,12 +35,12 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitListing:
-    """The pictures of one split in the source's canonical order, as columns: a million rows cost about 150 MB.
+    """The images of one split in the source's canonical order, as columns: a million rows cost about 150 MB.
 
     Attributes:
         names: (N,) source names.
         labels: (N,) int32 rows of the class table.
-        files: the files that hold the pictures.
+        files: the files that hold the images.
         file_of: (N,) int32 index into ``files``.
         offsets: (N,) int64 bytes.
         sizes: (N,) int64 bytes.
@@ -57,7 +57,7 @@ class SplitListing:
         return len(self.names)
 
     def items(self, rows: np.ndarray) -> list[Item]:
-        """The pictures in these rows, in this order."""
+        """The images in these rows, in this order."""
         return [
             Item(
                 self.names[row], int(self.labels[row]), self.files[self.file_of[row]], int(self.offsets[row]), int(size)
@@ -67,7 +67,7 @@ class SplitListing:
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> "SplitListing":
-        """The columns of these pictures, in this order."""
+        """The columns of these images, in this order."""
         number_of = {name: number for number, name in enumerate(dict.fromkeys(item.file for item in items))}
         return cls(
             names=[item.name for item in items],
@@ -103,8 +103,8 @@ class Listing:
     Attributes:
         classes: the class table.
         label_order: ``alphabetical``, ``ilsvrc`` or ``source``.
-        splits: pictures by split name.
-        encoded: pictures are JPEG or PNG bytes; otherwise they are pixels.
+        splits: images by split name.
+        encoded: images are JPEG or PNG bytes; otherwise they are pixels.
         channels: 3 for RGB, 1 for gray.
     """
 
@@ -133,7 +133,7 @@ class Source(Protocol):
     """One kind of input. A source is a frozen, picklable dataclass that inherits from this."""
 
     def listing(self) -> Listing:
-        """Lists every picture without reading it.
+        """Lists every image without reading it.
 
         Raises:
             SourceError: the input is missing or is not what this source expects.
@@ -149,10 +149,10 @@ class Source(Protocol):
         raise SourceError("--verify-source: this source has no published checksums")
 
     def read(self, item: Item) -> bytes | np.ndarray:
-        """Reads one picture: the file's bytes, or uint8 pixels (H, W, C).
+        """Reads one image: the file's bytes, or uint8 pixels (H, W, C).
 
         Raises:
-            PictureError: this picture cannot be read.
+            ImageError: this image cannot be read.
             SourceError: the whole input cannot be read.
         """
         ...

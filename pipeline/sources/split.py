@@ -15,7 +15,7 @@ def shuffled(count: int, seed: int, purpose: str) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """Chooses about ``fraction`` of every class, at least one picture of it staying out; (N,) bool, True = chosen."""
+    """Chooses about ``fraction`` of every class, at least one image of it staying out; (N,) bool, True = chosen."""
     order = shuffled(len(labels), seed, "stratified split")
     rank_of = np.empty(len(labels), np.int64)
     rank_of[order] = np.arange(len(labels))

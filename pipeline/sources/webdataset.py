@@ -1,6 +1,6 @@
 """Source ``webdataset``: tars that others wrote, to be shuffled, resized and indexed anew.
 
-A sample is what shares a key; it needs a picture (jpg, jpeg, png) and a label (``cls``, a number as text). Splits are
+A sample is what shares a key; it needs an image (jpg, jpeg, png) and a label (``cls``, a number as text). Splits are
 the folders ``train``, ``val``, ``test``, or those words in the tars' names; tars without either are split by a seed.
 Nothing else in the tars is read: no pickles, no ``pipe:`` addresses.
 """
@@ -18,7 +18,7 @@ from pipeline.sources.folder import SPLIT_FOLDERS
 from pipeline.sources.listing import Item, Listing, Source, SplitListing
 from pipeline.sources.tar_reader import TarMember, group_samples, walk_file
 
-PICTURES = ("jpg", "jpeg", "png")
+IMAGES = ("jpg", "jpeg", "png")
 CLASS_FILES = ("classnames.txt", "classes.txt")
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_FOLDERS, key=len, reverse=True))})(?![a-z])")
 
@@ -53,7 +53,7 @@ class WebdatasetSource(Source):
         return Listing(self._classes(max(labels) + 1), "source", splits, encoded=True, channels=3)
 
     def read(self, item: Item) -> bytes:
-        """The picture's bytes."""
+        """The image's bytes."""
         return read_range(self.root / item.file, item.offset, item.size)
 
     def _tars(self) -> list[AnyPath]:
@@ -99,17 +99,17 @@ def from_options(options: PrepareOptions) -> WebdatasetSource:
 
 
 def _items(root: AnyPath, path: AnyPath) -> Iterator[Item]:
-    """The pictures of a tar with their labels, each sample of it being a picture and a label."""
+    """The images of a tar with their labels, each sample of it being an image and a label."""
     name = relative_to(path, root).as_posix()
     passed_over: list[TarMember] = []
     for sample in group_samples(walk_file(path), passed_over):
         members = {member.extension.lower(): member for member in sample.members}
-        picture = next((members[extension] for extension in PICTURES if extension in members), None)
-        if picture is None or "cls" not in members:
-            raise SourceError(f"{path}: sample {sample.key} has {', '.join(members)}; expected a picture and cls")
+        image = next((members[extension] for extension in IMAGES if extension in members), None)
+        if image is None or "cls" not in members:
+            raise SourceError(f"{path}: sample {sample.key} has {', '.join(members)}; expected an image and cls")
         text = read_range(path, members["cls"].offset, min(members["cls"].size, 32)).strip()
         if not text.isdigit() or len(text) > 9:
             raise SourceError(f"{path}: sample {sample.key}: its cls is {text[:20]!r} instead of a label number")
-        yield Item(f"{name}/{picture.name}", int(text), name, picture.offset, picture.size)
+        yield Item(f"{name}/{image.name}", int(text), name, image.offset, image.size)
     if passed_over:
         raise SourceError(f"{path}: {passed_over[0].name} belongs to no sample; expected KEY.jpg and KEY.cls")

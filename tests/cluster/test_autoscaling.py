@@ -80,7 +80,7 @@ def test_prepare_asks_for_a_node_and_uses_it(machine: Machine, tmp_path: Path) -
     prepare_directly(tmp_path / "direct")
     words = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
     done = machine.run("submit", "--", *words, expect=0)
-    assert "1,797 pictures" in done.stdout
+    assert "1,797 images" in done.stdout
     assert manifest(tmp_path / "d") == manifest(tmp_path / "direct")
 
 

@@ -93,7 +93,7 @@ def parent_of(pid: int) -> int:
 def test_prepare_equals_a_direct_run(machine, data, tmp_path):
     command = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
     done = machine.run("submit", "--id", "digits", "--", *command, expect=0)
-    assert "1,797 pictures" in done.stdout
+    assert "1,797 images" in done.stdout
     assert manifest(tmp_path / "d") == manifest(data)
     result = json.loads((machine.logs / "job-result-digits.json").read_text())
     assert (result["outcome"], result["exit_code"]) == ("succeeded", 0) and result["elapsed_s"] > 0

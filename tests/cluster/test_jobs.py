@@ -93,9 +93,9 @@ def test_ending_without_a_result_file(job, outcome, code):
 @pytest.mark.parametrize(
     ("line", "done", "total", "rate", "left"),
     [
-        ("prepared 239 / 1,797 pictures, 48 images/s, 33 s left", 239, 1797, 48.0, "33 s"),
+        ("prepared 239 / 1,797 images, 48 images/s, 33 s left", 239, 1797, 48.0, "33 s"),
         ("(RayTrainWorker pid=7) step 55/88  epoch 3  loss 1.7552  921 images/s", 55, 88, 921.0, ""),
-        ("epoch 2/4: top-1 0.5222, top-5 0.9389 on 360 held-out pictures, 1,742.5 images/s", 2, 4, 1742.5, ""),
+        ("epoch 2/4: top-1 0.5222, top-5 0.9389 on 360 held-out images, 1,742.5 images/s", 2, 4, 1742.5, ""),
         ("shards 3/12", 3, 12, None, ""),
     ],
 )
@@ -133,7 +133,7 @@ def test_stage_of_a_command(command, stage):
 def test_bar_replaces_progress_lines_and_passes_all_others():
     terminal = io.BytesIO()
     stream = BarStream(terminal)
-    log = b"begin\nprepared 2 / 8 pictures, 48 images/s, 33 s left\nwarning\nprepared 8 / 8 pictures, 50 images/s\nend"
+    log = b"begin\nprepared 2 / 8 images, 48 images/s, 33 s left\nwarning\nprepared 8 / 8 images, 50 images/s\nend"
     for start in range(0, len(log), 5):  # pieces that end anywhere
         stream.write(log[start : start + 5])
     stream.close()

@@ -75,7 +75,7 @@ def test_stop_lets_the_command_save_and_reports_stopped(machine):
     code = "import signal, sys, time\ndef save(*_):\n    time.sleep(4)\n"  # longer than Ray's default of 3 s
     code += f"    open({str(saved)!r}, 'w').close()\n    sys.exit(0)\n"
     code += "signal.signal(signal.SIGTERM, save)\n"
-    code += "print('prepared 239 / 1,797 pictures, 48 images/s, 33 s left\\nready', flush=True); time.sleep(600)"
+    code += "print('prepared 239 / 1,797 images, 48 images/s, 33 s left\\nready', flush=True); time.sleep(600)"
     job = machine.submit("python", "-c", code)
     wait_until(lambda: "ready\n" in machine.run("logs", job).stdout, "the command runs")
     row = machine.status(job)

@@ -17,7 +17,7 @@ from trainer.parallel import launch
 
 
 def use_float64() -> None:
-    """New weights are float64; so is every picture that enters the net; processes started from here do the same."""
+    """New weights are float64; so is every image that enters the net; processes started from here do the same."""
     torch.set_default_dtype(torch.float64)
     forward, run_towers = AlexNet.forward, launch.run_towers
 

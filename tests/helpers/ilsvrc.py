@@ -23,7 +23,7 @@ def jpeg(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def train_pictures() -> dict[str, dict[str, bytes]]:
+def train_images() -> dict[str, dict[str, bytes]]:
     """WordNet id -> file name -> bytes."""
     names = sorted(name for name, _ in SYNSETS.values())
     return {
@@ -32,7 +32,7 @@ def train_pictures() -> dict[str, dict[str, bytes]]:
     }
 
 
-def val_pictures() -> dict[str, bytes]:
+def val_images() -> dict[str, bytes]:
     """File name -> bytes; VAL_IDS has their ILSVRC ids in order."""
     return {f"ILSVRC2012_val_{number + 1:08d}.JPEG": jpeg(100 + number) for number in range(len(VAL_IDS))}
 
@@ -71,16 +71,16 @@ def devkit() -> bytes:
 def write_archives(folder: Path) -> Path:
     """The three official archives."""
     folder.mkdir(parents=True, exist_ok=True)
-    inner = {f"{name}.tar": tar_of(files) for name, files in train_pictures().items()}
+    inner = {f"{name}.tar": tar_of(files) for name, files in train_images().items()}
     (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_pictures()))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_images()))
     (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit())
     return folder
 
 
 def write_train_folders(folder: Path) -> None:
     """train/WNID/*.JPEG."""
-    for name, files in train_pictures().items():
+    for name, files in train_images().items():
         (folder / name).mkdir(parents=True)
         for file, data in files.items():
             (folder / name / file).write_bytes(data)
@@ -89,7 +89,7 @@ def write_train_folders(folder: Path) -> None:
 def write_flat(folder: Path) -> None:
     """val/*.JPEG."""
     folder.mkdir(parents=True)
-    for file, data in val_pictures().items():
+    for file, data in val_images().items():
         (folder / file).write_bytes(data)
 
 
@@ -100,7 +100,7 @@ def write_extracted(folder: Path, *, flat_val: bool) -> Path:
         write_flat(folder / "val")
         (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit())
     else:
-        for label, (file, data) in zip(VAL_IDS, val_pictures().items(), strict=True):
+        for label, (file, data) in zip(VAL_IDS, val_images().items(), strict=True):
             (folder / "val" / SYNSETS[label][0]).mkdir(parents=True, exist_ok=True)
             (folder / "val" / SYNSETS[label][0] / file).write_bytes(data)
     return folder
@@ -111,7 +111,7 @@ def write_kaggle(folder: Path) -> Path:
     write_train_folders(folder / "ILSVRC/Data/CLS-LOC/train")
     write_flat(folder / "ILSVRC/Data/CLS-LOC/val")
     lines = [
-        f"{Path(file).stem},{SYNSETS[label][0]} 1 2 3 4\n" for label, file in zip(VAL_IDS, val_pictures(), strict=True)
+        f"{Path(file).stem},{SYNSETS[label][0]} 1 2 3 4\n" for label, file in zip(VAL_IDS, val_images(), strict=True)
     ]
     (folder / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(reversed(lines)))
     mapping = sorted(f"{name} {words}\n" for name, words in SYNSETS.values())

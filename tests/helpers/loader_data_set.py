@@ -1,4 +1,4 @@
-"""Small data sets of real photos for the loader's tests, and the same pictures as PIL reads them from the tars."""
+"""Small data sets of real photos for the loader's tests, and the same images as PIL reads them from the tars."""
 
 import hashlib
 import io
@@ -16,8 +16,8 @@ from pipeline.manifest import (
     MANIFEST_NAME,
     STATISTICS_NAME,
     ClassRecord,
+    ImageFormat,
     Manifest,
-    PictureFormat,
     ShardRecord,
     SplitRecord,
     read_manifest,
@@ -68,15 +68,15 @@ def make_data_set(
     shard_size: int = 5,
     flat: bool = False,
 ) -> Path:
-    """Writes a data set in the layout of pipeline.manifest; size is (width, height); flat pictures have one color."""
-    picture = PictureFormat(encoding, channels, size[1], size[0])
+    """Writes a data set in the layout of pipeline.manifest; size is (width, height); flat images have one color."""
+    image = ImageFormat(encoding, channels, size[1], size[0])
     splits = {
-        "train": _write_split(folder, "train", range(train), shard_size, picture, flat),
-        "val": _write_split(folder, "val", range(1000, 1000 + val), shard_size, picture, flat),
+        "train": _write_split(folder, "train", range(train), shard_size, image, flat),
+        "val": _write_split(folder, "val", range(1000, 1000 + val), shard_size, image, flat),
     }
-    pictures = np.stack([pixels for pixels, _ in reference_pictures(folder, splits["train"], picture).values()])
+    images = np.stack([pixels for pixels, _ in reference_images(folder, splits["train"], image).values()])
     buffer = io.BytesIO()
-    np.savez(buffer, **_statistics(pictures.astype(np.float64)))
+    np.savez(buffer, **_statistics(images.astype(np.float64)))
     write_atomic(folder / STATISTICS_NAME, buffer.getvalue())
     files = {
         STATISTICS_NAME: {
@@ -85,29 +85,29 @@ def make_data_set(
         }
     }
     classes = tuple(ClassRecord(str(number), str(number)) for number in range(NUM_CLASSES))
-    manifest = Manifest(FORMAT, "test", {}, picture, classes, "source", splits, files)
+    manifest = Manifest(FORMAT, "test", {}, image, classes, "source", splits, files)
     write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
     return folder
 
 
 def _write_split(
-    folder: Path, split: str, numbers: range, shard_size: int, picture: PictureFormat, flat: bool
+    folder: Path, split: str, numbers: range, shard_size: int, image: ImageFormat, flat: bool
 ) -> SplitRecord:
     shards = []
     for shard, first in enumerate(range(0, len(numbers), shard_size)):
         part = numbers[first : first + shard_size]
-        samples = [(f"{split}-{number - numbers[0]:08d}", _members(number, picture, flat)) for number in part]
+        samples = [(f"{split}-{number - numbers[0]:08d}", _members(number, image, flat)) for number in part]
         shards.append(_write_shard(folder, f"{split}/{split}-{shard:06d}.tar", samples))
     return SplitRecord(len(numbers), 0, tuple(shards))
 
 
-def _members(number: int, picture: PictureFormat, flat: bool) -> dict[str, bytes]:
-    assert picture.width_px and picture.height_px
-    pixels = photo_crop(number, picture.width_px, picture.height_px, picture.channels)
+def _members(number: int, image: ImageFormat, flat: bool) -> dict[str, bytes]:
+    assert image.width_px and image.height_px
+    pixels = photo_crop(number, image.width_px, image.height_px, image.channels)
     if flat:
         pixels = np.full_like(pixels, number % 256)
-    data = encode(pixels, picture.encoding)
-    return {picture.extension: data, "cls": str(number % NUM_CLASSES).encode(), "json": b"{}"}
+    data = encode(pixels, image.encoding)
+    return {image.extension: data, "cls": str(number % NUM_CLASSES).encode(), "json": b"{}"}
 
 
 def _write_shard(folder: Path, name: str, samples: list[tuple[str, dict[str, bytes]]]) -> ShardRecord:
@@ -130,7 +130,7 @@ def _write_shard(folder: Path, name: str, samples: list[tuple[str, dict[str, byt
     return record
 
 
-def reference_pictures(folder: Path, split: SplitRecord, picture: PictureFormat) -> dict[str, tuple[np.ndarray, int]]:
+def reference_images(folder: Path, split: SplitRecord, image: ImageFormat) -> dict[str, tuple[np.ndarray, int]]:
     """Key -> (uint8 (H, W, C) as PIL decodes it, label)."""
     found: dict[str, dict[str, bytes]] = {}
     for shard in split.shards:
@@ -140,41 +140,41 @@ def reference_pictures(folder: Path, split: SplitRecord, picture: PictureFormat)
                 file = tar.extractfile(member)
                 assert file is not None
                 found.setdefault(key, {})[extension] = file.read()
-    return {key: (decode(parts[picture.extension], picture), int(parts["cls"])) for key, parts in found.items()}
+    return {key: (decode(parts[image.extension], image), int(parts["cls"])) for key, parts in found.items()}
 
 
-def decode(data: bytes, picture: PictureFormat) -> np.ndarray:
+def decode(data: bytes, image: ImageFormat) -> np.ndarray:
     """The bytes of a tar member as PIL sees them: uint8 (H, W, C)."""
-    shape = (picture.height_px, picture.width_px, picture.channels)
-    if picture.encoding == "raw":
+    shape = (image.height_px, image.width_px, image.channels)
+    if image.encoding == "raw":
         return np.frombuffer(data, np.uint8).reshape(shape)
-    image = Image.open(io.BytesIO(data))
-    return np.asarray(image.convert("L" if picture.channels == 1 else "RGB")).reshape(shape)
+    opened = Image.open(io.BytesIO(data))
+    return np.asarray(opened.convert("L" if image.channels == 1 else "RGB")).reshape(shape)
 
 
-def _statistics(pictures: np.ndarray) -> dict[str, np.ndarray]:
-    pixels = pictures.reshape(-1, pictures.shape[-1])
+def _statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    pixels = images.reshape(-1, images.shape[-1])
     covariance = np.atleast_2d(np.cov(pixels.T, bias=True))
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     return {
-        "mean_image": pictures.mean(0),
+        "mean_image": images.mean(0),
         "mean": pixels.mean(0),
         "covariance": covariance,
         "eigenvalues": eigenvalues[::-1],
         "eigenvectors": eigenvectors[:, ::-1],
-        "num_pictures": np.int64(len(pictures)),
+        "num_pictures": np.int64(len(images)),
         "num_pixels": np.int64(len(pixels)),
     }
 
 
 def load_reference(folder: Path, split: str = "train") -> dict[str, tuple[np.ndarray, int]]:
-    """Key -> (picture, label) of a whole split."""
+    """Key -> (image, label) of a whole split."""
     manifest = read_manifest(folder)
-    return reference_pictures(folder, manifest.splits[split], manifest.picture)
+    return reference_images(folder, manifest.splits[split], manifest.image)
 
 
 def make_encodings(folder: Path, *encodings: str) -> dict[str, Path]:
-    """The same small data set in several encodings: 20 training pictures, 18x16."""
+    """The same small data set in several encodings: 20 training images, 18x16."""
     return {
         encoding: make_data_set(folder / encoding, encoding=encoding, size=(18, 16), train=20, val=2)
         for encoding in encodings

@@ -61,8 +61,8 @@ def tree(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def make_pictures(folder: Path, count: int = 60, side: int = 24) -> Path:
-    """Class folders of small PNGs, each a picture of its own."""
+def make_images(folder: Path, count: int = 60, side: int = 24) -> Path:
+    """Class folders of small PNGs, each an image of its own."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / ("ant", "bee", "cat")[number % 3] / f"{number:03d}.png"

@@ -8,7 +8,7 @@ import numpy as np
 from trainer.config import Config, load_config, to_toml
 from trainer.model.alexnet import AlexNet
 from trainer.planning.describe import count_crossings
-from trainer.report.report import PictureRow, PictureSet
+from trainer.report.report import ImageRow, ImageSet
 from trainer.training import checkpoint
 from trainer.training.metrics import MetricsLog
 from trainer.training.optimizer import PaperSGD
@@ -87,14 +87,14 @@ def make_run(folder: Path, config: Config, *, steps: int = 440, ended: bool = Tr
     return folder
 
 
-def some_pictures() -> PictureSet:
+def some_images() -> ImageSet:
     generator = np.random.default_rng(3)
     images = generator.integers(0, 255, (6, 28, 28, 1), dtype=np.uint8)
-    first = [PictureRow(image, str(i), str(i), 0.99) for i, image in enumerate(images[:5])]
-    wrong = PictureRow(images[5], "3", "8", 0.731)
+    first = [ImageRow(image, str(i), str(i), 0.99) for i, image in enumerate(images[:5])]
+    wrong = ImageRow(images[5], "3", "8", 0.731)
     confusion = np.diag(np.full(10, 36))
     confusion[3, 8], confusion[3, 3] = 1, 35
     names = [str(i) for i in range(10)]
-    return PictureSet(
+    return ImageSet(
         [*first, wrong], [wrong], num_wrong=1, num_samples=360, num_in_split=360, confusion=confusion, classes=names
     )

@@ -62,7 +62,7 @@ ABLATIONS = [(name, values) for name, values in TABLE if not name.startswith("sc
 
 
 def a_batch(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight mean-subtracted pictures of noise that differ in contrast, and labels."""
+    """Eight mean-subtracted images of noise that differ in contrast, and labels."""
     generator = torch.Generator().manual_seed(1)
     side = config.model.image_px
     images = torch.randn(8, config.model.in_channels, side, side, generator=generator)
@@ -128,7 +128,7 @@ def narrow(override: str) -> str:
 
 
 def color_of(config: Config, epoch: int) -> np.ndarray:
-    """Color shifts of an epoch's first pictures, for made-up statistics."""
+    """Color shifts of an epoch's first images, for made-up statistics."""
     steps = np.diag([12.0, 4.0, 2.0]) if config.data.color != "none" else np.zeros((3, 3))
     return Augmentation(config.data, seed=1, height_px=256, width_px=256, steps=steps).draw(epoch, 0, 8).shift
 
@@ -334,7 +334,7 @@ def test_batch_norm_parameters_are_counted_and_named() -> None:
 
 
 def test_batch_norm_trains_on_the_batch_and_tests_on_what_it_has_seen() -> None:
-    """In training: mean 0 and deviation 1 a map over the batch. In testing: no picture depends on its neighbors.
+    """In training: mean 0 and deviation 1 a map over the batch. In testing: no image depends on its neighbors.
 
     float64; the deviation is 1 but for batch normalization's epsilon.
     """

@@ -79,7 +79,7 @@ def _stages_of(limit: str) -> tuple[str, ...]:
 def _compare_sides(record: BenchRecord, costs: Costs) -> str:
     """How the loader and the net compare."""
     if record.loader is None:
-        return "The pictures were synthetic, so nothing was read or decoded."
+        return "The images were synthetic, so nothing was read or decoded."
     loader, net = record.loader.images_per_s, record.synthetic.images_per_s
     text = f"Alone, the loader gives {loader:,.0f} images/s and the net takes {net:,.0f}"
     if costs.limit == "processor":

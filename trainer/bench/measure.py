@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.loader.stages import cached_share, describe_pictures, open_stage
+from pipeline.loader.stages import cached_share, describe_images, open_stage
 from trainer.bench.record import Ceiling, Figure
 from trainer.bench.timing import Clock, Interval, Spans, TimedTrainer
 from trainer.config import Config
@@ -132,7 +132,7 @@ def _make_cases(config: Config, settings: BenchSettings, trainer: TimedTrainer) 
         if settings.stages:
             loaders = {"read": config.data, "decode": config.data}
             several = (config.data.threads or len(os.sched_getaffinity(0))) > 1
-            if on_cpu and several and describe_pictures(data).encoding != "raw":  # how well do more threads help?
+            if on_cpu and several and describe_images(data).encoding != "raw":  # how well do more threads help?
                 loaders["decode, 1 thread"] = dataclasses.replace(config.data, threads=1)
             for name, loader in loaders.items():
                 stage = open_stage(
@@ -180,7 +180,7 @@ def _take_turns(
         case.settle = _agree_on(trainer, case.settle if case.settle * batch_s < interval_s else 1)
         part.intervals[case.name] = []
     if settings.data is not None:
-        part.cached = cached_share(describe_pictures(settings.data).tars)
+        part.cached = cached_share(describe_images(settings.data).tars)
     for number in range(settings.rounds):
         say(f"round {number + 1} of {settings.rounds}")
         for case in cases:
@@ -222,7 +222,7 @@ def _measure_ceilings(settings: BenchSettings, link: Link | None, device: str, s
     found += _measure_matrices(device, seconds)
     if link is None or link.tower == "a":  # the disk is shared: one measures, the other waits
         if settings.data is not None:
-            found += _measure_reading(describe_pictures(settings.data).tars)
+            found += _measure_reading(describe_images(settings.data).tars)
         found.append(_measure_writing(scratch))
     if link:
         link.control([0, 0, 0])

@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 LABEL_SHARE = 0.075  # of the timeline's length: shorter spans carry no name
 WHAT = {
     "read": "stored bytes copied out of the files, shuffled as in training",
-    "decode": "pictures decoded, to the crops of training",
+    "decode": "images decoded, to the crops of training",
     "augment": "crop, mirror, mean, color, scale, labels",
     "transfer": "the batch brought into the net's memory layout",
-    "forward": "from pictures to the loss, without the crossings",
+    "forward": "from images to the loss, without the crossings",
     "exchange": "bytes between the towers, at conv3, fc6, fc7 and fc8, forward and backward",
     "waiting": "a tower that came to a crossing first waits for the other",
     "backward": "from the loss to the gradients, without the crossings",
@@ -118,8 +118,8 @@ def _charts(record: BenchRecord, projections: Sequence[Projection]) -> list[tupl
         points = {record.workload.batch_size: record.training.images_per_s}
         points |= {size: figure.median for size, figure in record.sweep.items()}
         line = Line("measured", sorted(points), [points[size] for size in sorted(points)], "a")
-        kind = "End to end" if record.end_to_end else "Training on synthetic pictures"
-        chart = Markup(line_chart([line], axis, x_label="pictures a step"))
+        kind = "End to end" if record.end_to_end else "Training on synthetic images"
+        chart = Markup(line_chart([line], axis, x_label="images a step"))
         charts.append((chart, "By batch size.", f"{kind}, medians."))
     caption = ""
     if projections:
@@ -131,7 +131,7 @@ def _charts(record: BenchRecord, projections: Sequence[Projection]) -> list[tupl
         )
     if record.scaling:
         lines.append(Line("measured", list(record.scaling), [rate.median for rate in record.scaling.values()], "a"))
-        caption += "Blue is training on synthetic pictures, measured here after all else."
+        caption += "Blue is training on synthetic images, measured here after all else."
     if lines:
         charts.append((Markup(line_chart(lines, axis, x_label="processes")), "By processes.", caption))
     return charts

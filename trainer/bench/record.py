@@ -96,7 +96,7 @@ class Workload:
 
     recipe: str  # name of the recipe's file
     data: str  # folder of the data set, or empty
-    pictures: str  # what is stored, in words
+    images: str  # what is stored, in words
     encoding: str  # jpeg, raw... or empty
     processes: int  # 1 (both towers in one) or 2
     device: str  # cpu or cuda:N, of tower a

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.loader.stages import describe_pictures
+from pipeline.loader.stages import describe_images
 from trainer.bench.measure import BY_THREADS, BenchSettings, Part, measure
 from trainer.bench.prediction import FLOAT_BYTES
 from trainer.bench.record import BenchRecord, Figure, Span, Stage, Throughput, Workload
@@ -112,7 +112,7 @@ def describe_workload(
     workload = Workload(
         recipe=recipe,
         data=str(settings.data or ""),
-        pictures=f"synthetic {model.image_px}x{model.image_px}x{model.in_channels}",
+        images=f"synthetic {model.image_px}x{model.image_px}x{model.in_channels}",
         encoding="",
         processes=processes,
         device=choose_device(device),
@@ -132,11 +132,11 @@ def describe_workload(
     )
     if settings.data is None:
         return workload
-    stored = describe_pictures(settings.data)
+    stored = describe_images(settings.data)
     crops = stored.encoding == "raw" and config.data.mmap
     return dataclasses.replace(
         workload,
-        pictures=f"{stored.num_samples} {stored.encoding} {stored.width_px}x{stored.height_px}x{stored.channels}",
+        images=f"{stored.num_samples} {stored.encoding} {stored.width_px}x{stored.height_px}x{stored.channels}",
         encoding=stored.encoding,
         raw_bytes=float(stored.height_px * stored.width_px * stored.channels),
         sample_bytes=stored.sample_bytes,

@@ -70,7 +70,7 @@ def about(record: BenchRecord) -> str:
     workload, processor = record.workload, record.environment.get("processor", "an unnamed processor")
     count = "one process" if workload.processes == 1 else f"{workload.processes} processes, one per tower"
     return (
-        f"{workload.pictures}, batch {workload.batch_size}, {workload.precision}, {workload.device}, {count}, "
+        f"{workload.images}, batch {workload.batch_size}, {workload.precision}, {workload.device}, {count}, "
         f"{workload.cores} cores of {processor}"
     )
 
@@ -166,7 +166,7 @@ def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[P
     for row in found.suggestions:
         console.print(f"- {row.change}: {row.factor:.2f} times, {row.images_per_s:,.0f} images/s ({row.basis})")
     if projections:
-        console.print(f"model: {projections[0].basis}; measured: training on synthetic pictures")
+        console.print(f"model: {projections[0].basis}; measured: training on synthetic images")
     measured = {count: f", measured here {figure.median:,.1f}" for count, figure in record.scaling.items()}
     for model in projections:
         name = "1 process" if model.processes == 1 else f"{model.processes} processes"

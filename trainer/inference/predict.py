@@ -1,4 +1,4 @@
-"""What a run's net says about pictures that are in no data set: as a table, as lines of JSON, and as a page."""
+"""What a run's net says about images that are in no data set: as a table, as lines of JSON, and as a page."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn import functional
 
-from pipeline.errors import PictureError
-from pipeline.loader.image_reader import PictureReader
+from pipeline.errors import ImageError
+from pipeline.loader.image_reader import ImageReader
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.report.page import percent, render
@@ -43,13 +43,13 @@ class ClassShare:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What was said about one picture, or why nothing was.
+    """What was said about one image, or why nothing was.
 
     Attributes:
         path: the file.
-        classes: the likeliest classes, likeliest first; empty where the picture could not be used.
+        classes: the likeliest classes, likeliest first; empty where the image could not be used.
         image: the center crop that the net looked at, uint8 (S, S, C), or None.
-        error: why the picture could not be used; empty where it could.
+        error: why the image could not be used; empty where it could.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Prediction:
     error: str = ""
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and in place of a folder every file in it that is not hidden, at any depth, by name.
 
     What a file is, its content tells later, not its name: as in preparing a folder.
@@ -73,7 +73,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
             continue
         inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
         if not inside:
-            raise RunError(f"{path} has no files in it: name pictures, or a folder of them")
+            raise RunError(f"{path} has no files in it: name images, or a folder of them")
         found += inside
     return found
 
@@ -83,7 +83,7 @@ def _hidden(path: Path) -> bool:
 
 
 class Predictor:
-    """A checkpoint of a run, ready to look at pictures.
+    """A checkpoint of a run, ready to look at images.
 
     Args:
         run: run folder.
@@ -109,23 +109,23 @@ class Predictor:
         loaded = load_network(run, device, which=which)
         self._net, self._config = loaded.net, loaded.config
         data = data or data_of(run)
-        self._reader = PictureReader(data, self._config.data, views=views, device=device)
+        self._reader = ImageReader(data, self._config.data, views=views, device=device)
         check_fits(self._config, self._reader.manifest, data)
         self._ten = views == "ten"
 
     def predict(self, paths: Iterable[Path], *, top: int = 5, images: bool = True) -> Iterator[Prediction]:
-        """Predicts pictures in batches; a file that cannot be used is a :class:`Prediction` with its error.
+        """Predicts images in batches; a file that cannot be used is a :class:`Prediction` with its error.
 
         Args:
             paths: files, in the order in which predictions come.
-            top: classes a picture, >= 1.
-            images: whether predictions carry their pictures; without, a folder of any size takes no more memory.
+            top: classes an image, >= 1.
+            images: whether predictions carry their images; without, a folder of any size takes no more memory.
         """
         waiting: list[Prediction] = []
         for path in paths:
             try:
                 waiting.append(Prediction(path, image=self._reader.read(path)))
-            except PictureError as error:
+            except ImageError as error:
                 waiting.append(Prediction(path, error=str(error)))
             if len(waiting) == self._config.train.batch_size:
                 yield from self._answer(waiting, top, images)
@@ -133,9 +133,9 @@ class Predictor:
         yield from self._answer(waiting, top, images)
 
     def _answer(self, waiting: Sequence[Prediction], top: int, images: bool) -> Iterator[Prediction]:
-        """Fills in the classes of the pictures of one batch; their ``image`` is the stored picture until then."""
-        pictures = [prediction.image for prediction in waiting if prediction.image is not None]
-        rows = iter(self._shares(pictures) if pictures else ())
+        """Fills in the classes of the images of one batch; their ``image`` is the stored image until then."""
+        stored = [prediction.image for prediction in waiting if prediction.image is not None]
+        rows = iter(self._shares(stored) if stored else ())
         for prediction in waiting:
             if prediction.image is None:
                 yield prediction
@@ -145,16 +145,16 @@ class Predictor:
             yield dataclasses.replace(prediction, classes=classes, image=image)
 
     @torch.no_grad()
-    def _shares(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """Probabilities of stored pictures, (N, classes) on the CPU."""
-        images = self._reader.images(pictures)
+    def _shares(self, stored: Sequence[np.ndarray]) -> torch.Tensor:
+        """Probabilities of stored images, (N, classes) on the CPU."""
+        images = self._reader.images(stored)
         if not self._ten:
             return functional.softmax(self._net(images).float(), dim=1).cpu()
         shares = functional.softmax(self._net(images.flatten(0, 1)).float(), dim=1)
         return shares.unflatten(0, (-1, images.shape[1])).mean(1).cpu()
 
     def _likeliest(self, shares: torch.Tensor, top: int) -> tuple[ClassShare, ...]:
-        """The ``top`` likeliest classes of one picture's (classes,) probabilities."""
+        """The ``top`` likeliest classes of one image's (classes,) probabilities."""
         records = self._reader.manifest.classes
         values, labels = shares.topk(min(max(1, top), len(records)))
         return tuple(
@@ -176,9 +176,9 @@ def data_of(run: Path) -> Path:
 
 
 def print_table(results: Sequence[Prediction]) -> None:
-    """Prints a row for each picture that could be used."""
+    """Prints a row for each image that could be used."""
     table = Table()
-    table.add_column("picture", overflow="fold")
+    table.add_column("image", overflow="fold")
     table.add_column("likeliest", overflow="fold")
     table.add_column("", justify="right")
     table.add_column("then", overflow="fold")
@@ -193,8 +193,8 @@ def print_table(results: Sequence[Prediction]) -> None:
 
 
 def print_json(result: Prediction) -> None:
-    """Prints a JSON object: ``picture`` and either ``classes``, the likeliest first, or ``error``."""
-    row: dict[str, object] = {"picture": str(result.path)}
+    """Prints a JSON object: ``image`` and either ``classes``, the likeliest first, or ``error``."""
+    row: dict[str, object] = {"image": str(result.path)}
     if result.error:
         row["error"] = result.error
     else:
@@ -203,13 +203,13 @@ def print_json(result: Prediction) -> None:
 
 
 def print_error(result: Prediction) -> None:
-    """Prints a line on stderr where the picture could not be used."""
+    """Prints a line on stderr where the image could not be used."""
     if result.error:
         print(f"error: {result.path}: {result.error}", file=sys.stderr)
 
 
 def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:
-    """Writes a self-contained page with every picture as the net saw it, and what it said.
+    """Writes a self-contained page with every image as the net saw it, and what it said.
 
     Raises:
         RunError: the file cannot be written.

@@ -30,7 +30,7 @@ class LocalStatus:
         stop: a signal has come.
         plateaus: plateaus of the held-out error so far; 0 where it is not known.
         norms: Euclidean norm of all gradients, by tower held here.
-        loss: of the pictures of this replica; nan on tower b, which does not know it.
+        loss: of the images of this replica; nan on tower b, which does not know it.
         written: this process's part of the checkpoint under way is on the disk.
         unsaved: it could not be written.
     """

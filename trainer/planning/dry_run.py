@@ -1,7 +1,7 @@
 """What a training run would take, before it is started: steps, memory a device, time, and what would cross.
 
-One picture and then two go through the very net that would train, and autograd is asked what it keeps for the backward;
-that is linear in the pictures. A few steps of the whole batch are then timed.
+One image and then two go through the very net that would train, and autograd is asked what it keeps for the backward;
+that is linear in the images. A few steps of the whole batch are then timed.
 """
 
 import contextlib
@@ -102,8 +102,8 @@ class RunPlan:
     replicas: int = 1
 
     @property
-    def pictures(self) -> int:
-        """Pictures that a process takes in a step."""
+    def images(self) -> int:
+        """Images that a process takes in a step."""
         return self.config.train.batch_size // self.replicas
 
     @property
@@ -208,7 +208,7 @@ def plan_run(
 
 
 def _count(config: Config, processes: int, batch: int) -> tuple[tuple[Memory, ...], tuple[CrossingRow, ...]]:
-    """Memory of each process of a pair that takes ``batch`` pictures a step, and what crosses between them."""
+    """Memory of each process of a pair that takes ``batch`` images a step, and what crosses between them."""
     if processes == 1:
         holder = "both towers" if config.model.towers == 2 else "the tower"
         return (_memory(config, make_net(config, None), holder, batch),), ()
@@ -246,7 +246,7 @@ def _memory(config: Config, net: AlexNet, holder: str, batch: int) -> Memory:
 
 
 def _kept_bytes(config: Config, net: AlexNet, count: int) -> int:
-    """Bytes that autograd keeps between forward and backward of ``count`` pictures, on the CPU, each storage once."""
+    """Bytes that autograd keeps between forward and backward of ``count`` images, on the CPU, each storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -263,7 +263,7 @@ def _kept_bytes(config: Config, net: AlexNet, count: int) -> int:
 
 
 def _made_up_batch(config: Config, count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Noise on the scale of pictures without their mean, (N, C, S, S), and labels (N,)."""
+    """Noise on the scale of images without their mean, (N, C, S, S), and labels (N,)."""
     model = config.model
     generator = torch.Generator().manual_seed(0)
     images = torch.empty(count, model.in_channels, model.image_px, model.image_px).uniform_(-1, 1, generator=generator)
@@ -301,15 +301,15 @@ def _measure(plan: RunPlan) -> RunPlan:
     alone = _own_devices(device, plan.processes * plan.replicas)
     net = _lone_tower(config, EchoLink("a"), device) if alone else make_net(config, None, device=device)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    images, labels = _made_up_batch(config, plan.pictures, device)
+    images, labels = _made_up_batch(config, plan.images, device)
     times: list[float] = []
     busy = "" if device.startswith("cuda") else _busy()
     while len(times) < 2 or (sum(times[1:]) < MEASURE_S and len(times) <= MOST_STEPS):
         times.append(_time_step(config, net, optimizer, (images, labels), device))
     holder = "tower a alone" if alone else "both towers in this process" if config.model.towers == 2 else "the tower"
     steps = "one step" if len(times) == 2 else f"median of {len(times) - 1} steps"
-    share = f", {pluralize(plan.pictures, 'picture')} of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
-    words = f"{steps} of {holder}{share} on made-up pictures, without loading and crossing{busy}"
+    share = f", {pluralize(plan.images, 'image')} of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
+    words = f"{steps} of {holder}{share} on made-up images, without loading and crossing{busy}"
     return dataclasses.replace(plan, step_s=statistics.median(times[1:]), measured=words)
 
 

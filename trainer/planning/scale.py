@@ -1,7 +1,7 @@
 """What a training step sends on 2, 4 ... 512 GPUs: counted; and how long it would take: a model.
 
-The count: a process of the mesh runs the trainer's own step, with one picture, on torch's fake process group, where
-everything is sent to nobody; its ledger is read, and what depends on the pictures (the crossings, not the gradients) is
+The count: a process of the mesh runs the trainer's own step, with one image, on torch's fake process group, where
+everything is sent to nobody; its ledger is read, and what depends on the images (the crossings, not the gradients) is
 multiplied. The model: see :func:`predict_step`.
 """
 
@@ -88,25 +88,25 @@ class Prediction:
         return self.compute_s + self.crossing_s + max(0.0, self.sum_s - self.compute_s * 2 / 3) + self.control_s
 
 
-def count_traffic(config: Config, world: int, pictures: int) -> list[Traffic]:
+def count_traffic(config: Config, world: int, images: int) -> list[Traffic]:
     """Counts what the towers of a pair send in a step, by running it.
 
     Args:
         config: the recipe, of a net with two towers.
         world: GPUs, an even number.
-        pictures: pictures a pair takes in a step.
+        images: images a pair takes in a step.
     """
-    return [_count(config, MeshCoord(rank, world), pictures) for rank in (0, 1)]
+    return [_count(config, MeshCoord(rank, world), images) for rank in (0, 1)]
 
 
-def _count(config: Config, coord: MeshCoord, pictures: int) -> Traffic:
+def _count(config: Config, coord: MeshCoord, images: int) -> Traffic:
     """One tower's count."""
     with _fake_world(coord) as mesh:
         net = AlexNet(config.model, TowerLayers(config.model, mesh.link))
         train = dataclasses.replace(config.train, batch_size=coord.replicas, accumulate=1)
         side = config.model.image_px
-        images = torch.zeros(1, config.model.in_channels, side, side)
-        ForwardBackward(net, train, mesh=mesh)(images, torch.zeros(1, dtype=torch.int64), 0)
+        batch = torch.zeros(1, config.model.in_channels, side, side)
+        ForwardBackward(net, train, mesh=mesh)(batch, torch.zeros(1, dtype=torch.int64), 0)
         mesh.link.control([0] * CONTROL_WORDS)
         if mesh.replicas:
             mesh.replicas.gather([0] * REPLICA_WORDS)
@@ -120,7 +120,7 @@ def _count(config: Config, coord: MeshCoord, pictures: int) -> Traffic:
     return Traffic(
         tower=coord.tower,
         crossing_calls=total("crossing", "calls"),
-        crossing_bytes=total("crossing", "num_bytes") * pictures,
+        crossing_bytes=total("crossing", "num_bytes") * images,
         sum_calls=total("replica", "calls"),
         sum_bytes=total("replica", "num_bytes"),
         control_bytes=total("control", "num_bytes"),
@@ -140,8 +140,8 @@ def _fake_world(coord: MeshCoord) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pictures: int) -> Prediction:
-    """The model's step with computation counted too: operations of a picture on this tower x pictures / rate.
+def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, images: int) -> Prediction:
+    """The model's step with computation counted too: operations of an image on this tower x images / rate.
 
     2 operations a multiply-accumulate, forward once, backward twice, but nothing goes back through conv1.
     """
@@ -149,7 +149,7 @@ def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, pi
     for row in count_layers(config.model):
         share = (1 if traffic.tower == "a" else 0) if row.layer == "fc8" else 0.5
         operations += 2 * (2 if row.layer == "conv1" else 3) * int(row.multiply_accumulates * share)
-    return predict_step(operations * pictures / (wires.tflops * 1e12), traffic, wires, replicas=replicas)
+    return predict_step(operations * images / (wires.tflops * 1e12), traffic, wires, replicas=replicas)
 
 
 def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: int) -> Prediction:
@@ -174,15 +174,15 @@ def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: 
     )
 
 
-def scale_table(config: Config, worlds: Sequence[int], *, pictures: int, wires: Wires | None) -> list[dict[str, Any]]:
+def scale_table(config: Config, worlds: Sequence[int], *, images: int, wires: Wires | None) -> list[dict[str, Any]]:
     """A row for every number of GPUs: the count of the busier tower and, where ``wires`` are given, the model."""
     table = []
     for world in worlds:
-        towers = count_traffic(config, world, pictures)
-        row: dict[str, Any] = {"gpus": world, "batch_size": pictures * world // 2}
+        towers = count_traffic(config, world, images)
+        row: dict[str, Any] = {"gpus": world, "batch_size": images * world // 2}
         row |= {"counted": [dataclasses.asdict(traffic) for traffic in towers]}
         if wires:
-            options = {"replicas": world // 2, "pictures": pictures}
+            options = {"replicas": world // 2, "images": images}
             steps = [predict(config, traffic, wires, **options) for traffic in towers]
             slower = max(steps, key=lambda step: step.step_s)
             row |= {"model": dataclasses.asdict(slower) | {"step_s": slower.step_s}}
@@ -190,11 +190,11 @@ def scale_table(config: Config, worlds: Sequence[int], *, pictures: int, wires: 
     return table
 
 
-def print_scale(table: Sequence[dict[str, Any]], pictures: int, wires: Wires | None) -> None:
+def print_scale(table: Sequence[dict[str, Any]], images: int, wires: Wires | None) -> None:
     """Prints the count, and the model where there is one."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.out(
-        f"{pluralize(pictures, 'picture')} a pair and step; counted by running the trainer's step on a fake process "
+        f"{pluralize(images, 'image')} a pair and step; counted by running the trainer's step on a fake process "
         "group. A GPU, a step:"
     )
     console.print(_counted(table))

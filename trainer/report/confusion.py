@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAMED_CLASSES = 50  # up to here the axes carry names
 COUNTED_CLASSES = 25  # up to here the cells carry counts
-TITLE_LENGTH = 24  # longer names are cut in the picture
+TITLE_LENGTH = 24  # longer names are cut in the image
 CELL_PX, SIDE_PX = 33, 1100  # of a cell, and of the whole matrix at most, at 72 dpi
 PNG_DPI = 150
 
@@ -35,7 +35,7 @@ class ClassScore:
     Attributes:
         label: its label.
         title: its name.
-        num_samples: pictures of it.
+        num_samples: images of it.
         num_correct_top1: those whose likeliest class it was.
         num_correct_top5: those with it among the five likeliest.
         taken_for: name of the class that it was mistaken for most often; empty where it never was.
@@ -52,17 +52,17 @@ class ClassScore:
 
     @property
     def top1(self) -> float | None:
-        """Share of its pictures whose likeliest class it was, 0..1; None without pictures."""
+        """Share of its images whose likeliest class it was, 0..1; None without images."""
         return self.num_correct_top1 / self.num_samples if self.num_samples else None
 
     @property
     def top5(self) -> float | None:
-        """Share of its pictures with it among the five likeliest, 0..1; None without pictures."""
+        """Share of its images with it among the five likeliest, 0..1; None without images."""
         return self.num_correct_top5 / self.num_samples if self.num_samples else None
 
 
 def count_pairs(result: "Evaluation", classes: int) -> NDArray[np.int64]:
-    """Pictures of class i taken for class j, shape (classes, classes), int64."""
+    """Images of class i taken for class j, shape (classes, classes), int64."""
     counts = np.bincount(result.labels * classes + result.predicted, minlength=classes * classes)
     return counts.reshape(classes, classes)
 
@@ -104,12 +104,12 @@ def to_dict(result: "Evaluation", titles: Sequence[str]) -> dict[str, Any]:
 
 
 def print_classes(result: "Evaluation", titles: Sequence[str], console: Console | None = None) -> None:
-    """Prints the classes, the worst first; those without pictures last."""
+    """Prints the classes, the worst first; those without images last."""
     scores = sorted(score_classes(result, titles), key=lambda score: (score.top1 is None, score.top1 or 0, score.label))
     table = Table(title=f"{len(titles)} classes, the worst first", title_justify="left")
     for heading in ("class", "taken most often for"):
         table.add_column(heading)
-    for heading in ("pictures", "top-1", "top-5"):
+    for heading in ("images", "top-1", "top-5"):
         table.add_column(heading, justify="right")
     for score in scores:
         mistaken = f"{score.taken_for} ({score.num_taken_for})" if score.taken_for else ""
@@ -119,7 +119,7 @@ def print_classes(result: "Evaluation", titles: Sequence[str], console: Console 
 
 
 def check_name(path: Path) -> None:
-    """Raises RunError where a picture cannot get this name; called before the evaluation, which may take long."""
+    """Raises RunError where an image cannot get this name; called before the evaluation, which may take long."""
     if path.suffix.lower() != ".png":
         raise RunError(f"--confusion {path}: expected a name that ends in .png")
 
@@ -131,7 +131,7 @@ def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
         RunError: the file cannot be written.
     """
     views = "ten views" if result.views == "ten" else "center crop"
-    heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} pictures, {views}"
+    heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} images, {views}"
     buffer = io.BytesIO()
     with drawing(1, 1) as figure:
         _draw_matrix(figure, count_pairs(result, len(titles)), titles, heading)
@@ -146,7 +146,7 @@ def confusion_svg(counts: NDArray[np.int64], titles: Sequence[str]) -> Markup:
     """The confusion matrix for a page.
 
     Args:
-        counts: pictures of class i taken for class j, shape (C, C).
+        counts: images of class i taken for class j, shape (C, C).
         titles: names of the classes, C of them.
     """
     with drawing(1, 1) as figure:

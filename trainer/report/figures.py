@@ -23,7 +23,7 @@ class Traffic:
         head: headings of the ledger.
         ledger: rows of the ledger of one step as text, the totals last; empty where there is none.
         sums: indices of the totals.
-        batch: pictures a pair of towers takes in a step.
+        batch: images a pair of towers takes in a step.
         pairs: pairs of towers; the ledger is that of the first.
         step_bytes: bytes that cross in a step of a pair, forward and backward.
         parameters: of the whole net.
@@ -53,7 +53,7 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
     measured = np.isfinite(waits)
     wait = float(np.median(waits[measured])) if measured.any() else None
     split = evaluations[-1].get("split", "held-out") if evaluations else ""
-    pictures = pluralize(evaluations[-1]["num_samples"], "picture") if evaluations else ""
+    images = pluralize(evaluations[-1]["num_samples"], "image") if evaluations else ""
     charts: list[tuple[str, str, Axis, list[Line]]] = [
         (
             "Loss. Cross entropy; training as the median and the range of neighboring steps, with dropout on.",
@@ -65,7 +65,7 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
             ],
         ),
         (
-            f"Accuracy. Split {split}, {pictures}, center crop.",
+            f"Accuracy. Split {split}, {images}, center crop.",
             "No accuracy curve: the run has not been evaluated yet.",
             Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
             [
@@ -74,7 +74,7 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
             ],
         ),
         (
-            "Throughput. Pictures of one step over its wall time; median and range of neighboring steps.",
+            "Throughput. Images of one step over its wall time; median and range of neighboring steps.",
             "No throughput was recorded.",
             Axis("Images/s", _rate, low=0),
             [Line("median", steps, run.column("images_per_s"), summarize=True, shown=run.images_per_s)],
@@ -170,7 +170,7 @@ def _ledger_table(ledger: Sequence[dict[str, Any]]) -> tuple[list[list[str]], ra
 
 
 def kernel_sheet(weight: NDArray[np.float32], *, columns: int = 8, kernel_px: int = 66) -> NDArray[np.uint8]:
-    """Kernels of a first layer as one picture, as in figure 3 of the paper.
+    """Kernels of a first layer as one image, as in figure 3 of the paper.
 
     Each kernel is shown on its own scale: zero is middle gray, its greatest absolute weight is black or full color.
 

@@ -1,4 +1,4 @@
-"""The two towers as a picture: layers as two columns, image at the top, loss at the bottom, crossings between them.
+"""The two towers as an image: layers as two columns, image at the top, loss at the bottom, crossings between them.
 
 :func:`draw_net` draws a recipe's net, for the README and ``describe --svg``; the report gives :func:`draw_towers` the
 bytes that a run counted. The SVG is written here, as no chart library draws ribbons between boxes; it needs no torch.
@@ -138,7 +138,7 @@ def draw_towers(
         rows: the layers of one tower from the image to the classes.
         crossings: what crosses, each naming its layer in ``rows``; line width is in proportion to bytes. A layer that
             nothing crosses to from a to b lives on tower a alone.
-        image: text under the picture at the top, for example ``224x224x3``.
+        image: text under the image at the top, for example ``224x224x3``.
         note: what the bytes on the crossings mean; the last line of the drawing of two towers.
         towers: 2, or 1 for a net of one tower, which has no crossings.
 
@@ -216,7 +216,7 @@ def _times(text: str) -> str:
 
 
 def _frame(middle: float) -> str:
-    """The sign for a picture."""
+    """The sign for an image."""
     hills = f"M{middle - 25} 66l17-20 12 13 9-9 12 16z"
     return (
         f'<rect x="{middle - 30}" y="22" width="60" height="50" rx="2" fill="none" stroke="var(--soft)"/>'

@@ -14,7 +14,7 @@ from PIL import Image
 
 from trainer.planning.describe import pluralize
 
-SMALL_PX = 96  # pictures up to this side stay exact (PNG) and are enlarged as squares; larger ones become JPEG
+SMALL_PX = 96  # images up to this side stay exact (PNG) and are enlarged as squares; larger ones become JPEG
 
 
 def percent(share: float) -> str:
@@ -22,8 +22,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def picture_address(image: NDArray[np.uint8]) -> str:
-    """A ``data:`` address of a picture, uint8 (H, W, 1, 3 or 4): PNG where small or with alpha, else JPEG."""
+def image_address(image: NDArray[np.uint8]) -> str:
+    """A ``data:`` address of an image, uint8 (H, W, 1, 3 or 4): PNG where small or with alpha, else JPEG."""
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     file = io.BytesIO()
     if image.shape[2] == 4 or is_small(image):
@@ -36,7 +36,7 @@ def picture_address(image: NDArray[np.uint8]) -> str:
 
 
 def is_small(image: NDArray[np.uint8]) -> bool:
-    """Whether a picture, (H, W, C), is shown with its pixels as squares."""
+    """Whether an image, (H, W, C), is shown with its pixels as squares."""
     return max(image.shape[:2]) <= SMALL_PX
 
 
@@ -48,7 +48,7 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters |= {"pluralize": pluralize, "percent": percent, "address": picture_address}
+ENVIRONMENT.filters |= {"pluralize": pluralize, "percent": percent, "address": image_address}
 ENVIRONMENT.tests["small"] = is_small
 
 

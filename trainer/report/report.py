@@ -1,6 +1,6 @@
 """``RUN/report.html``: what a run did, as one page that needs nothing outside itself.
 
-:func:`write_report` gathers: ``run_data`` reads the run folder, :func:`predict_pictures` asks the newest checkpoint.
+:func:`write_report` gathers: ``run_data`` reads the run folder, :func:`predict_images` asks the newest checkpoint.
 ``figures`` and ``confusion`` draw. The page's words and order are in ``report.html.j2``, its look in ``page.css``.
 """
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MOST_PICTURES = 2000  # held-out pictures run through the net for the report; accuracy figures come from the run itself
+MOST_IMAGES = 2000  # held-out images run through the net for the report; accuracy figures come from the run itself
 MOST_CLASSES = 20  # up to here the confusion matrix is drawn
-NUM_FIRST, NUM_WRONG = 30, 20  # pictures shown
+NUM_FIRST, NUM_WRONG = 30, 20  # images shown
 FILES = {
     "config.toml": "the resolved recipe: the run can be repeated from it alone",
     "environment.json": "commit, versions, machine",
@@ -48,8 +48,8 @@ ENVIRONMENT.filters |= {
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureRow:
-    """One test picture and what the net said.
+class ImageRow:
+    """One test image and what the net said.
 
     Attributes:
         image: uint8, shape (H, W, 1 or 3).
@@ -70,21 +70,21 @@ class PictureRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """What was predicted for a split.
 
     Attributes:
-        first: the first pictures of the split, right or wrong: not a selection.
-        wrong: pictures predicted wrongly, the most confident first.
+        first: the first images of the split, right or wrong: not a selection.
+        wrong: images predicted wrongly, the most confident first.
         num_wrong: wrong ones in all.
-        num_samples: pictures predicted, from the start of the split.
-        num_in_split: pictures in the split.
-        confusion: pictures of class i taken for class j, shape (C, C); None where there are too many classes to draw.
+        num_samples: images predicted, from the start of the split.
+        num_in_split: images in the split.
+        confusion: images of class i taken for class j, shape (C, C); None where there are too many classes to draw.
         classes: names of the classes in label order.
     """
 
-    first: Sequence[PictureRow]
-    wrong: Sequence[PictureRow]
+    first: Sequence[ImageRow]
+    wrong: Sequence[ImageRow]
     num_wrong: int
     num_samples: int
     num_in_split: int
@@ -98,14 +98,14 @@ class Report:
 
     Attributes:
         run: the run.
-        pictures: predictions, or None.
-        no_pictures: why there are none.
+        images: predictions, or None.
+        no_images: why there are none.
         data: one line about the data set, or empty.
     """
 
     run: RunRecord
-    pictures: PictureSet | None = None
-    no_pictures: str = ""
+    images: ImageSet | None = None
+    no_images: str = ""
     data: str = ""
 
 
@@ -114,7 +114,7 @@ def write_report(run: Path, data: Path | None = None, *, device: str = "cpu") ->
 
     Args:
         run: run folder; may be unfinished, stopped or without checkpoint: what is missing is said in its place.
-        data: data set folder, for test pictures and predictions; None leaves them out.
+        data: data set folder, for test images and predictions; None leaves them out.
         device: where the net runs for them.
 
     Returns:
@@ -127,14 +127,14 @@ def write_report(run: Path, data: Path | None = None, *, device: str = "cpu") ->
     record = read_run(run)
     report = Report(record)
     if data is None:
-        report = dataclasses.replace(report, no_pictures="No test pictures: no data set was given (--data DIR).")
+        report = dataclasses.replace(report, no_images="No test images: no data set was given (--data DIR).")
     else:
         manifest = read_manifest(data)
         report = dataclasses.replace(report, data=_describe_data(data, manifest))
         if latest_checkpoint(run) is None:
-            report = dataclasses.replace(report, no_pictures="No test pictures: the run has no checkpoint yet.")
+            report = dataclasses.replace(report, no_images="No test images: the run has no checkpoint yet.")
         else:
-            report = dataclasses.replace(report, pictures=predict_pictures(run, data, device=device))
+            report = dataclasses.replace(report, images=predict_images(run, data, device=device))
     path = run / REPORT_NAME
     write_atomic(path, render_report(report).encode())
     return path
@@ -142,7 +142,7 @@ def write_report(run: Path, data: Path | None = None, *, device: str = "cpu") ->
 
 def render_report(report: Report) -> str:
     """The page as HTML text."""
-    run, found = report.run, report.pictures
+    run, found = report.run, report.images
     model = run.config.model if run.config else None
     words = {
         "steps": pluralize(len(run.steps), "step"),
@@ -159,21 +159,21 @@ def render_report(report: Report) -> str:
         curves=figures.curves(run),
         traffic=figures.traffic_of(run),
         color=any(weight.shape[1] == 3 for weight in run.kernels.values()),
-        pictures=found,
-        no_pictures=report.no_pictures,
+        images=found,
+        no_images=report.no_images,
         confusion=confusion_svg(found.confusion, found.classes) if found and found.confusion is not None else "",
         paths=[(path, what.format(**words)) for path, what in FILES.items() if (run.folder / path).exists()],
     )
 
 
-def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int = MOST_PICTURES) -> PictureSet:
-    """Runs the newest checkpoint over the held-out split and keeps the pictures worth showing.
+def predict_images(run: Path, data: Path, *, device: str = "cpu", limit: int = MOST_IMAGES) -> ImageSet:
+    """Runs the newest checkpoint over the held-out split and keeps the images worth showing.
 
     Args:
         run: run folder with a checkpoint.
         data: data set folder.
         device: where the net runs.
-        limit: at most about this many pictures (whole batches), from the start of the split.
+        limit: at most about this many images (whole batches), from the start of the split.
 
     Raises:
         TrainerError: the data set does not fit the net.
@@ -198,7 +198,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
     images = _images_at(EvaluationLoader(data, plain, batch_size=size, split=split), {result.keys[i] for i in shown})
     names = [record.title for record in manifest.classes]
     rows = {
-        index: PictureRow(
+        index: ImageRow(
             images[result.keys[index]],
             names[result.labels[index]],
             names[result.predicted[index]],
@@ -206,7 +206,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
         )
         for index in shown
     }
-    return PictureSet(
+    return ImageSet(
         first=[rows[index] for index in range(min(NUM_FIRST, result.num_samples))],
         wrong=[rows[index] for index in most_confident],
         num_wrong=len(wrong),
@@ -218,7 +218,7 @@ def predict_pictures(run: Path, data: Path, *, device: str = "cpu", limit: int =
 
 
 def _images_at(batches: "Iterable[Batch]", keys: set[str]) -> dict[str, NDArray[np.uint8]]:
-    """The pictures with these keys as the net's center crop shows them, uint8 (H, W, C)."""
+    """The images with these keys as the net's center crop shows them, uint8 (H, W, C)."""
     found: dict[str, NDArray[np.uint8]] = {}
     for batch in batches:
         for key, image in zip(batch.keys, batch.images, strict=True):
@@ -231,8 +231,8 @@ def _images_at(batches: "Iterable[Batch]", keys: set[str]) -> dict[str, NDArray[
 
 def _describe_data(data: Path, manifest: Manifest) -> str:
     """One line about a data set."""
-    picture = manifest.picture
-    sizes = f"{picture.width_px} \u00d7 {picture.height_px} px" if picture.height_px else "of many sizes"
+    image = manifest.image
+    sizes = f"{image.width_px} \u00d7 {image.height_px} px" if image.height_px else "of many sizes"
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in sorted(manifest.splits.items()))
     classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes):,} classes"
-    return f"{manifest.source}: {splits}; {classes}; {picture.encoding}, {sizes} ({data})"
+    return f"{manifest.source}: {splits}; {classes}; {image.encoding}, {sizes} ({data})"

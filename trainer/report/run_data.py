@@ -136,7 +136,7 @@ def headline(run: RunRecord) -> list[tuple[str, str, str]]:
         number = int(accuracy["num_samples"])
         for name, key in (("top-1, held out", "top1"), ("top-5, held out", "top5")):
             right = round(accuracy[key] * number)
-            small = f"{right:,} of {pluralize(number, 'picture')}"
+            small = f"{right:,} of {pluralize(number, 'image')}"
             small += f"; 95 % interval {interval(right, number)}" if key == "top1" else ""
             rows.append((name, f"{100 * accuracy[key]:.2f} %", small))
     else:

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a net on held-out pictures."""
+"""Top-1 and top-5 accuracy of a net on held-out images."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -26,9 +26,9 @@ class Evaluation:
     """Counts and rates over a split, and every prediction.
 
     Attributes:
-        num_samples: pictures.
-        num_correct_top1: pictures whose likeliest class is the label.
-        num_correct_top5: pictures whose label is among the five likeliest (or all, with fewer classes).
+        num_samples: images.
+        num_correct_top1: images whose likeliest class is the label.
+        num_correct_top5: images whose label is among the five likeliest (or all, with fewer classes).
         loss: mean cross entropy, nats.
         views: ``center`` or ``ten``.
         keys: sample keys, in the order of the data set.
@@ -51,12 +51,12 @@ class Evaluation:
 
     @property
     def top1(self) -> float:
-        """Share of pictures whose likeliest class is the label, 0..1."""
+        """Share of images whose likeliest class is the label, 0..1."""
         return self.num_correct_top1 / max(1, self.num_samples)
 
     @property
     def top5(self) -> float:
-        """Share of pictures whose label is among the five likeliest, 0..1."""
+        """Share of images whose label is among the five likeliest, 0..1."""
         return self.num_correct_top5 / max(1, self.num_samples)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") -> Evaluation | None:
-    """Runs every picture through the net. Both towers must call it, where they are in two processes.
+    """Runs every image through the net. Both towers must call it, where they are in two processes.
 
     Args:
         net: the net, or this process's tower.

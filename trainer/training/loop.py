@@ -278,7 +278,7 @@ class Trainer:
             raise DivergedError(
                 f"step {self.step}: not finite (loss {verdict.loss:.4g}, gradient norms {shown}); the update was not "
                 f"applied; batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these "
-                "pictures"
+                "images"
             )
         return verdict
 
@@ -314,7 +314,7 @@ class Trainer:
         self.log.flush()
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
-            f"on {evaluation.num_samples} held-out pictures, {statistics.median(self.rates or [0.0]):.0f} images/s"
+            f"on {evaluation.num_samples} held-out images, {statistics.median(self.rates or [0.0]):.0f} images/s"
         )
 
     def _save(self) -> None:

@@ -26,13 +26,13 @@ class Result:
         reason: one sentence where it did not finish.
         step: finished updates.
         epoch: finished epochs, with fraction.
-        top1: share of right pictures in the last evaluation, 0..1; None without one.
+        top1: share of right images in the last evaluation, 0..1; None without one.
         top5: share with the label among the five likeliest; None without an evaluation.
-        num_samples: pictures evaluated.
+        num_samples: images evaluated.
         elapsed_s: wall time of this process, s.
         images_per_s: median over the steps.
         processes: processes that held the towers.
-        batch_size: pictures a step.
+        batch_size: images a step.
         ledger: what crossed between the towers in one training step.
     """
 
@@ -116,17 +116,15 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
     Raises:
         ConfigError: naming the field and the value that would fit.
     """
-    picture, model = manifest.picture, config.model
-    if picture.channels != model.in_channels:
-        raise ConfigError(
-            f"model.in_channels = {model.in_channels}, and the pictures in {data} have {picture.channels}"
-        )
+    image, model = manifest.image, config.model
+    if image.channels != model.in_channels:
+        raise ConfigError(f"model.in_channels = {model.in_channels}, and the images in {data} have {image.channels}")
     if len(manifest.classes) != model.classes:
         raise ConfigError(f"model.classes = {model.classes}, and {data} has {len(manifest.classes)} classes")
-    smallest = min(picture.height_px or model.image_px, picture.width_px or model.image_px)
+    smallest = min(image.height_px or model.image_px, image.width_px or model.image_px)
     if smallest < model.image_px:
         raise ConfigError(
-            f"model.image_px = {model.image_px}, and the pictures in {data} are {smallest} px: "
+            f"model.image_px = {model.image_px}, and the images in {data} are {smallest} px: "
             f"prepare them with --resize {model.image_px} or more"
         )
     for split in ("train", config.train.evaluate_split):
@@ -134,9 +132,7 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
             raise ConfigError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
     if manifest.splits["train"].num_samples < config.train.batch_size and config.data.last_batch == "drop":
         found = manifest.splits["train"].num_samples
-        raise ConfigError(
-            f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training pictures"
-        )
+        raise ConfigError(f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training images")
 
 
 def check_replicas(config: Config, replicas: int) -> None:

@@ -66,7 +66,7 @@ class ForwardBackward:
             with self._timed("forward"), self._precision():
                 loss = self._net.loss(images[piece], labels[piece], draws)
             with self._timed("backward"):
-                (loss * (size / total)).backward()  # a picture's share is that in the mean over the whole batch
+                (loss * (size / total)).backward()  # an image's share is that in the mean over the whole batch
             losses.append(loss.detach())
         if self._sum:
             with self._timed("backward"):

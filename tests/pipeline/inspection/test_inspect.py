@@ -18,7 +18,7 @@ from pipeline.preparation import output
 from pipeline.preparation.shard import build_shard
 from pipeline.preparation.tar_writer import read_index, write_index
 from tests.helpers.ilsvrc import tar_of
-from tests.helpers.shard_data import MemorySource, make_dataset, make_job, make_tasks, picture
+from tests.helpers.shard_data import MemorySource, image, make_dataset, make_job, make_tasks
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -42,14 +42,14 @@ def test_a_sample_is_found_by_key(tmp_path: Path) -> None:
         find_sample(tmp_path, manifest, "x")
 
 
-def test_sheet_shows_the_pictures_spread_over_the_shards(tmp_path: Path) -> None:
+def test_sheet_shows_the_images_spread_over_the_shards(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path, count=10)
     samples = list(spread_samples(tmp_path, manifest, "train", 4))
     assert [sample.key[-1] for sample in samples] == ["0", "3", "6", "9"]
     sheet = np.asarray(contact_sheet(samples, manifest))
     number = int(str(samples[1].about["source"])[9:13])
     shown = sheet[4 : 4 + 112, 4 + 116 : 4 + 116 + 112]
-    expected = np.asarray(Image.fromarray(picture(number)).resize((112, 112), Image.Resampling.NEAREST))
+    expected = np.asarray(Image.fromarray(image(number)).resize((112, 112), Image.Resampling.NEAREST))
     np.testing.assert_array_equal(shown, expected)
 
 
@@ -62,14 +62,13 @@ def test_commands_print_and_write(
     assert run(monkeypatch, "inspect", tmp_path / "data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["val"]["classes"] == [4, 3, 3]
     assert (
-        run(monkeypatch, "inspect", tmp_path / "data", "--sample", "train-00000001", "--picture", tmp_path / "1.png")
-        == 0
+        run(monkeypatch, "inspect", tmp_path / "data", "--sample", "train-00000001", "--image", tmp_path / "1.png") == 0
     )
     assert Image.open(tmp_path / "1.png").size == (12, 12)
     capsys.readouterr()
-    assert run(monkeypatch, "statistics", tmp_path / "data", "--json", "--picture", tmp_path / "s.png") == 0
+    assert run(monkeypatch, "statistics", tmp_path / "data", "--json", "--image", tmp_path / "s.png") == 0
     numbers = json.loads(capsys.readouterr().out)
-    pixels = np.stack([picture(number) for number in range(10)]).reshape(-1, 3)
+    pixels = np.stack([image(number) for number in range(10)]).reshape(-1, 3)
     np.testing.assert_allclose(numbers["mean"], pixels.mean(0))
     assert np.asarray(Image.open(tmp_path / "s.png")).shape == (256, 512, 3)
     assert run(monkeypatch, "inspect", tmp_path / "data", "--split", "test") == 2

@@ -42,7 +42,7 @@ def test_a_flip_at_any_place_of_a_tar_is_found_and_named(tmp_path: Path, manifes
     path.write_bytes(whole)
 
 
-def test_a_flip_in_a_picture_names_its_sample(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_flip_in_a_image_names_its_sample(tmp_path: Path, manifest: Manifest) -> None:
     path = tmp_path / TAR
     flipped = bytearray(path.read_bytes())
     flipped[BLOCK + 100] ^= 1

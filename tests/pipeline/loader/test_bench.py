@@ -30,7 +30,7 @@ def test_the_command_prints_one_json_object(data: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [row["name"] for row in result["stages"]] == ["read", "decode", "whole"]
-    assert result["pictures"] == "24 jpeg 24x20x3" and result["batch_size"] == 24
+    assert result["images"] == "24 jpeg 24x20x3" and result["batch_size"] == 24
     for row in result["stages"]:
         assert 0 < row["images_per_s_min"] <= row["images_per_s"] <= row["images_per_s_max"]
         assert row["first_batch_s"] > 0 and row["cores"] > 0 and row["mb_per_s"] > 0
@@ -57,7 +57,7 @@ def test_user_errors_are_one_line_and_exit_2(data: Path, tmp_path: Path) -> None
 def test_bad_options_are_refused(data: Path) -> None:
     with pytest.raises(ConfigError, match="--repeats"):
         BenchOptions(repeats=0)
-    with pytest.raises(ConfigError, match=r"crop_px is 21, but the pictures are 24x20"):
+    with pytest.raises(ConfigError, match=r"crop_px is 21, but the images are 24x20"):
         run_bench(data, LoaderConfig(crop_px=21), BenchOptions(seconds=0.01, repeats=1))
     with pytest.raises(DatasetError, match="no data set folder"):
         run_bench(data / "nowhere", None, BenchOptions())

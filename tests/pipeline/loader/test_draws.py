@@ -71,7 +71,7 @@ def test_shared_crops_change_every_32_samples_while_color_changes_every_sample()
     assert len(np.unique(draws.shift[:, 0])) == 320
 
 
-def test_rectangular_pictures_have_their_own_ranges() -> None:
+def test_rectangular_images_have_their_own_ranges() -> None:
     config = LoaderConfig(crop_px=8)
     geometry = Augmentation(config, 0, 8, 12, color_steps(config, STATISTICS)).draw(0, 0, 500).geometry
     assert set(geometry[:, 0]) == {0, 1, 2, 3, 4} and set(geometry[:, 1]) == {0}
@@ -172,6 +172,6 @@ def test_a_bad_seed_is_refused(seed: object) -> None:
         augmentation(seed=seed)  # type: ignore[arg-type]
 
 
-def test_a_crop_larger_than_the_pictures_is_refused() -> None:
-    with pytest.raises(ConfigError, match="crop_px is 257, but the pictures are 256x256"):
+def test_a_crop_larger_than_the_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="crop_px is 257, but the images are 256x256"):
         augmentation(crop_px=257)

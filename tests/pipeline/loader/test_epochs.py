@@ -203,7 +203,7 @@ def test_a_damaged_state_is_refused(data: Path, damage: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 8])
-def test_evaluation_sees_every_picture_once_whatever_the_batch(data: Path, batch_size: int) -> None:
+def test_evaluation_sees_every_image_once_whatever_the_batch(data: Path, batch_size: int) -> None:
     loader = EvaluationLoader(data, CONFIG, batch_size=batch_size)
     assert loader.num_samples == 7
     for _ in range(2):  # it can be iterated again
@@ -267,10 +267,10 @@ def test_bad_arguments_are_refused(data: Path, tmp_path: Path) -> None:
         open_training(tmp_path / "nowhere")
 
 
-def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
+def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     folder = _damaged(tmp_path)
     manifest = read_manifest(folder)
-    mixed = dataclasses.replace(manifest, picture=dataclasses.replace(manifest.picture, height_px=None))
+    mixed = dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, height_px=None))
     (folder / MANIFEST_NAME).write_text(mixed.to_json())
     with pytest.raises(DatasetError, match="different sizes: prepare it with --resize"):
         open_training(folder)

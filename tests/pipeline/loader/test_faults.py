@@ -1,4 +1,4 @@
-"""What goes wrong while reading: pictures that DALI refuses, skip lists, limits, data sets at a URL, the queue."""
+"""What goes wrong while reading: images that DALI refuses, skip lists, limits, data sets at a URL, the queue."""
 
 import dataclasses
 import hashlib
@@ -32,8 +32,8 @@ def make(folder: Path, **arguments: Any) -> Path:
     return make_data_set(folder, **{"size": (16, 16), "train": 20, "val": 6, **arguments})
 
 
-def damage_picture(folder: Path, key: str, replacement: bytes | None = None) -> None:
-    """Overwrites a picture inside its tar and makes manifest and hashes agree, as if it had been prepared so."""
+def damage_image(folder: Path, key: str, replacement: bytes | None = None) -> None:
+    """Overwrites an image inside its tar and makes manifest and hashes agree, as if it had been prepared so."""
     manifest = read_manifest(folder)
     split = manifest.splits[key.split("-")[0]]
     shards = list(split.shards)
@@ -62,29 +62,29 @@ def read_until_error(folder: Path, **arguments: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("replacement", [None, b"no picture at all", b"GIF89a", b""])
+@pytest.mark.parametrize("replacement", [None, b"no image at all", b"GIF89a", b""])
 @pytest.mark.parametrize("encoding", ["jpeg", "png"])
-def test_a_picture_that_dali_rejects_is_named_with_its_shard(
+def test_a_image_that_dali_rejects_is_named_with_its_shard(
     tmp_path: Path, encoding: str, replacement: bytes | None
 ) -> None:
     folder = make(tmp_path, encoding=encoding)
-    damage_picture(folder, BAD[1], replacement)
+    damage_image(folder, BAD[1], replacement)
     message = read_until_error(folder)
-    assert f"train/train-000003.tar: picture {BAD[1]} " in message and "--skip-list" in message
-    assert message.count("picture train-") == 1
+    assert f"train/train-000003.tar: image {BAD[1]} " in message and "--skip-list" in message
+    assert message.count("image train-") == 1
 
 
-def test_a_bad_picture_in_evaluation_is_named(tmp_path: Path) -> None:
+def test_a_bad_image_in_evaluation_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path)
-    damage_picture(folder, "val-00000005", b"text")
-    with pytest.raises(DatasetError, match=r"val/val-000001\.tar: picture val-00000005 "):
+    damage_image(folder, "val-00000005", b"text")
+    with pytest.raises(DatasetError, match=r"val/val-000001\.tar: image val-00000005 "):
         list(EvaluationLoader(folder, CONFIG, batch_size=4))
 
 
 def test_a_skip_list_lets_the_run_go_on(tmp_path: Path) -> None:
     folder = make(tmp_path / "data")
     for key in BAD:
-        damage_picture(folder, key)
+        damage_image(folder, key)
     skip = tmp_path / "skip.txt"
     skip.write_text(f"# found by the first run\n{BAD[0]}\n\n{BAD[1]}   # truncated\n")
     opened = TrainingLoader(folder, CONFIG, batch_size=3, seed=1, skip_list=skip)
@@ -113,12 +113,12 @@ def test_a_skip_list_can_empty_a_shard_but_not_the_split(tmp_path: Path, caplog:
         EvaluationLoader(folder, CONFIG, batch_size=4, skip_list=tmp_path / "none.txt")
 
 
-def test_a_raw_picture_of_another_size_is_named(tmp_path: Path) -> None:
+def test_a_raw_image_of_another_size_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path, encoding="raw")
     manifest = read_manifest(folder)
-    picture = dataclasses.replace(manifest.picture, height_px=17)
-    (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, picture=picture).to_json())
-    assert "picture train-" in read_until_error(folder)
+    image = dataclasses.replace(manifest.image, height_px=17)
+    (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, image=image).to_json())
+    assert "image train-" in read_until_error(folder)
 
 
 @pytest.fixture

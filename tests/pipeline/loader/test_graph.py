@@ -39,7 +39,7 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
     split = open_split(folder, "train")
     reader = Reader(split, config, 2, device, 0, graph != "evaluation")
     views = ten_views(height_px=16, width_px=16, crop_px=12)
-    zeros, ones = np.zeros(split.manifest.picture.channels), np.ones(split.manifest.picture.channels)
+    zeros, ones = np.zeros(split.manifest.image.channels), np.ones(split.manifest.image.channels)
     graphs = {
         "training": lambda: training_graph(reader, lambda _: ()),
         "split": lambda: split_graph(reader, lambda _: (), part=1, parts=2),

@@ -50,11 +50,11 @@ def as_the_program(pixels: np.ndarray, x: int, y: int, mirror: int, arrays: dict
 
 def assert_training_images(batch: Batch, folder: Path) -> None:
     """Noise and the division by 1.1 before epoch 67; neither from then on."""
-    arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder)
+    arrays, images = dict(np.load(folder / "statistics.npz")), load_reference(folder)
     for row, (key, image, (x, y, mirror)) in enumerate(
         zip(batch.keys, batch.images.numpy(), batch.draws.tolist(), strict=True)
     ):
-        expected = as_the_program(pictures[key][0], x, y, mirror, arrays)
+        expected = as_the_program(images[key][0], x, y, mirror, arrays)
         if batch.epoch < 67:
             added = noise(batch.epoch, batch.position * BATCH + row, arrays)
             assert np.abs(added).max() > 0.1
@@ -126,14 +126,14 @@ def test_the_noise_ends_in_every_way_of_reading(folders: dict[str, Path], way: s
 def test_testing(folders: dict[str, Path], encoding: str, views: str) -> None:
     """No noise, no division: the center, or corners and center and then the same mirrored."""
     folder = folders[encoding]
-    arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
+    arrays, stored = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
     places = [(0, 0), (11, 0), (5, 5), (0, 11), (11, 11)]
     looks = [(x, y, mirror) for mirror in (0, 1) for x, y in places] if views == "ten" else [(5, 5, 0)]
     seen = 0
     for batch in EvaluationLoader(folder, RECIPE, batch_size=4, views=views):
         for key, images in zip(batch.keys, batch.images.numpy(), strict=True):
             for image, look in zip(images if views == "ten" else images[None], looks, strict=True):
-                expected = as_the_program(pictures[key][0], *look, arrays)
+                expected = as_the_program(stored[key][0], *look, arrays)
                 assert np.abs(image - expected).max() <= tolerance(folder), (key, look)
             seen += 1
     assert seen == 7

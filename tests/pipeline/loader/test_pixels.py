@@ -1,4 +1,4 @@
-"""Every recipe against plain NumPy on pictures that PIL decoded: geometry exact, pixels within rounding."""
+"""Every recipe against plain NumPy on images that PIL decoded: geometry exact, pixels within rounding."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def normalize(
-    picture: np.ndarray, view: np.ndarray, shift: np.ndarray, config: LoaderConfig, arrays: dict[str, np.ndarray]
+    stored: np.ndarray, view: np.ndarray, shift: np.ndarray, config: LoaderConfig, arrays: dict[str, np.ndarray]
 ) -> np.ndarray:
     """The definition, in float64: uint8 (H, W, C) to (C, S, S); not the division, which belongs to the color noise."""
     size = config.crop_px
@@ -45,13 +45,13 @@ def normalize(
         crop = image[y : y + size, x : x + size]
         return crop[:, ::-1] if mirror else crop
 
-    result = cut(picture.astype(np.float64))
+    result = cut(stored.astype(np.float64))
     if config.mean == "channel":
         result = result - arrays["mean"]
     elif config.mean == "pixel":
         result = result - cut(arrays["mean_image"])
     elif config.mean == "center":
-        top, left = ((length - size) // 2 for length in picture.shape[:2])
+        top, left = ((length - size) // 2 for length in stored.shape[:2])
         result = result - arrays["mean_image"][top : top + size, left : left + size]
     result = result + shift
     if config.normalize == "per_channel":
@@ -62,7 +62,7 @@ def normalize(
 
 
 def tolerance(config: LoaderConfig, arrays: dict[str, np.ndarray], data: str) -> float:
-    """One gray level in the recipe's unit for JPEG; float rounding for pictures without loss."""
+    """One gray level in the recipe's unit for JPEG; float rounding for images without loss."""
     if config.normalize == "per_image":
         level = 0.1  # these crops deviate by 10 gray levels or more
     elif config.normalize == "per_channel":
@@ -101,17 +101,17 @@ OTHER_DATA = [
 
 
 @pytest.mark.parametrize(("data", "recipe"), [*(("jpeg", recipe) for recipe in RECIPES), *OTHER_DATA])
-def test_training_pictures_equal_numpy(data_sets: dict[str, Path], data: str, recipe: dict[str, object]) -> None:
+def test_training_images_equal_numpy(data_sets: dict[str, Path], data: str, recipe: dict[str, object]) -> None:
     folder = data_sets[data]
     config = LoaderConfig(**{"crop_px": CROP, "shuffle_buffer": 7, "threads": 1, **recipe})
     loader = TrainingLoader(folder, config, batch_size=BATCH, seed=3)
-    arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder)
+    arrays, images = dict(np.load(folder / "statistics.npz")), load_reference(folder)
     manifest = read_manifest(folder)
     draws = Augmentation(
         config,
         3,
-        manifest.picture.height_px or 0,
-        manifest.picture.width_px or 0,
+        manifest.image.height_px or 0,
+        manifest.image.width_px or 0,
         color_steps(config, read_statistics(folder, manifest)),
     )
     for _ in range(loader.steps_per_epoch + 1):
@@ -119,13 +119,13 @@ def test_training_pictures_equal_numpy(data_sets: dict[str, Path], data: str, re
         expected = draws.draw(batch.epoch, batch.position * BATCH, BATCH)
         assert np.array_equal(batch.draws, expected.geometry)
         for i, key in enumerate(batch.keys):
-            picture, label = pictures[key]
+            image, label = images[key]
             assert batch.labels[i] == label
-            reference = normalize(picture, expected.geometry[i], expected.shift[i].astype(np.float64), config, arrays)
+            reference = normalize(image, expected.geometry[i], expected.shift[i].astype(np.float64), config, arrays)
             if expected.shift.any() and config.normalize != "per_image":
                 reference /= config.color_divisor
             assert np.abs(batch.images[i].numpy() - reference).max() <= tolerance(config, arrays, data), (key, i)
-    assert batch.images.shape == (BATCH, manifest.picture.channels, config.crop_px, config.crop_px)
+    assert batch.images.shape == (BATCH, manifest.image.channels, config.crop_px, config.crop_px)
     assert batch.images.is_contiguous()
 
 
@@ -133,11 +133,11 @@ def test_training_pictures_equal_numpy(data_sets: dict[str, Path], data: str, re
 @pytest.mark.parametrize(
     ("data", "mean"), [("jpeg", "pixel"), ("png", "center"), ("wide", "pixel"), ("gray", "channel")]
 )
-def test_evaluation_pictures_equal_numpy(data_sets: dict[str, Path], data: str, mean: str, views: str) -> None:
+def test_evaluation_images_equal_numpy(data_sets: dict[str, Path], data: str, mean: str, views: str) -> None:
     folder = data_sets[data]
     config = LoaderConfig(crop_px=CROP, mean=mean, color="deviation", mirror=1.0, color_divisor=1.1, threads=1)
-    arrays, pictures = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
-    height, width = next(iter(pictures.values()))[0].shape[:2]
+    arrays, images = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
+    height, width = next(iter(images.values()))[0].shape[:2]
     geometry = ten_views(height_px=height, width_px=width, crop_px=CROP)
     if views == "center":
         geometry = geometry[2:3]
@@ -145,16 +145,16 @@ def test_evaluation_pictures_equal_numpy(data_sets: dict[str, Path], data: str, 
     for batch in EvaluationLoader(folder, config, batch_size=4, views=views):
         seen += batch.keys
         for i, key in enumerate(batch.keys):
-            picture, label = pictures[key]
+            stored, label = images[key]
             assert batch.labels[i] == label
             found = batch.images[i].numpy().reshape(len(geometry), -1, CROP, CROP)
             for view, image in zip(geometry, found, strict=True):
-                reference = normalize(picture, view, np.zeros(1), config, arrays)
+                reference = normalize(stored, view, np.zeros(1), config, arrays)
                 assert np.abs(image - reference).max() <= tolerance(config, arrays, data)
-    assert seen == sorted(pictures)
+    assert seen == sorted(images)
 
 
-def test_a_flat_picture_is_standardized_to_zero(tmp_path: Path) -> None:
+def test_a_flat_image_is_standardized_to_zero(tmp_path: Path) -> None:
     folder = make_data_set(tmp_path, encoding="png", size=(8, 8), train=2, val=1, flat=True)
     loader = TrainingLoader(folder, LoaderConfig(crop_px=8, mean="none", normalize="per_image"), batch_size=2, seed=0)
     assert np.abs(loader.next().images.numpy()).max() < 1e-3

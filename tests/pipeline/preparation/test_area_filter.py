@@ -8,11 +8,11 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from pipeline.config import PictureSettings, byte_settings
+from pipeline.config import ImageSettings, byte_settings
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.image_reader import PictureReader, settings_of
+from pipeline.loader.image_reader import ImageReader, settings_of
 from pipeline.manifest import read_manifest
-from pipeline.preparation.image import decode, encode, make_picture, resize
+from pipeline.preparation.image import decode, encode, make_image, resize
 from tests.helpers.loader_data_set import load_reference
 from tests.helpers.preparing import run
 
@@ -57,15 +57,15 @@ def test_halves_are_rounded_up() -> None:
 def test_a_large_jpeg_is_decoded_whole() -> None:
     """libjpeg would decode it at half the size for the other filter."""
     photo = Image.fromarray(np.kron(skimage.data.astronaut()[:256, :256], np.ones((2, 2, 1), np.uint8)))
-    settings = PictureSettings(resize_px=64, encoding="raw", filter="area")
-    data = encode(np.asarray(photo), PictureSettings(encoding="jpeg"))
-    whole = decode(data, PictureSettings(resize_px=None)).pixels
+    settings = ImageSettings(resize_px=64, encoding="raw", filter="area")
+    data = encode(np.asarray(photo), ImageSettings(encoding="jpeg"))
+    whole = decode(data, ImageSettings(resize_px=None)).pixels
     assert whole.shape == (512, 512, 3)
-    assert np.array_equal(make_picture(data, settings).pixels, resize(whole, 64, "area"))
+    assert np.array_equal(make_image(data, settings).pixels, resize(whole, 64, "area"))
 
 
 def test_the_manifest_says_which() -> None:
-    area, bicubic = PictureSettings(filter="area"), PictureSettings()
+    area, bicubic = ImageSettings(filter="area"), ImageSettings()
     assert byte_settings(bicubic)["filter"] == "centre square, then antialiased bicubic"
     assert byte_settings(area) == byte_settings(bicubic) | {
         "filter": "center square, then area averaging, halves rounded up"
@@ -85,7 +85,7 @@ def test_prepared_and_predicted_alike(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "data")
     assert "torch" not in manifest.settings["libraries"]
     assert settings_of(manifest).filter == "area"
-    reader = PictureReader(tmp_path / "data", LoaderConfig(crop_px=32))
+    reader = ImageReader(tmp_path / "data", LoaderConfig(crop_px=32))
     found = sorted(reader.read(path).tobytes() for path in (tmp_path / "photos").rglob("*.png"))
     stored = sorted(image.tobytes() for image, _ in load_reference(tmp_path / "data").values())
     assert found == stored

@@ -1,4 +1,4 @@
-"""One picture: odd ones converted as Pillow would, bad ones refused with a reason, the filter as stated."""
+"""One image: odd ones converted as Pillow would, bad ones refused with a reason, the filter as stated."""
 
 import io
 
@@ -7,12 +7,12 @@ import pytest
 import skimage.data
 from PIL import Image, ImageOps
 
-from pipeline.config import PictureSettings
-from pipeline.errors import PictureError
+from pipeline.config import ImageSettings
+from pipeline.errors import ImageError
 from pipeline.preparation.decoder_check import dali_accepts
-from pipeline.preparation.image import decode, encode, make_picture, make_pictures, resize
+from pipeline.preparation.image import decode, encode, make_image, make_images, resize
 
-KEEP = PictureSettings(resize_px=None, encoding="png")
+KEEP = ImageSettings(resize_px=None, encoding="png")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_exif_orientation_is_applied(photo: np.ndarray, orientation: int, kind: 
     assert bool(found.converted) == (orientation != 1)
 
 
-def test_broken_exif_is_no_reason_to_lose_a_picture(photo: np.ndarray) -> None:
+def test_broken_exif_is_no_reason_to_lose_a_image(photo: np.ndarray) -> None:
     data = saved(Image.fromarray(photo), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert decode(data, KEEP).pixels.shape == photo.shape
 
@@ -80,34 +80,34 @@ def test_content_decides_not_the_name(photo: np.ndarray) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP"])
 def test_other_kinds_are_refused_by_name(photo: np.ndarray, kind: str) -> None:
-    with pytest.raises(PictureError, match=f"(?i){kind} is not supported"):
+    with pytest.raises(ImageError, match=f"(?i){kind} is not supported"):
         decode(saved(Image.fromarray(photo), kind), KEEP)
 
 
 def test_empty_text_and_large_are_refused(photo: np.ndarray) -> None:
-    with pytest.raises(PictureError, match="empty file"):
+    with pytest.raises(ImageError, match="empty file"):
         decode(b"", KEEP)
-    with pytest.raises(PictureError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         decode(b"this is text", KEEP)
-    with pytest.raises(PictureError, match="--max-bytes"):
-        decode(b"x" * 11, PictureSettings(max_bytes=10))
+    with pytest.raises(ImageError, match="--max-bytes"):
+        decode(b"x" * 11, ImageSettings(max_bytes=10))
     for kind in ("JPEG", "PNG"):
-        with pytest.raises(PictureError, match="400x300 is more than --max-pixels"):
-            decode(saved(Image.fromarray(photo), kind), PictureSettings(max_pixels=400 * 300 - 1))
+        with pytest.raises(ImageError, match="400x300 is more than --max-pixels"):
+            decode(saved(Image.fromarray(photo), kind), ImageSettings(max_pixels=400 * 300 - 1))
 
 
 def test_a_bomb_costs_nothing() -> None:
     bomb = saved(Image.new("1", (12000, 12000)), "PNG")  # 144 million pixels in about 20 kB
     assert len(bomb) < 200_000
-    with pytest.raises(PictureError, match="--max-pixels"):
-        make_picture(bomb, PictureSettings())
+    with pytest.raises(ImageError, match="--max-pixels"):
+        make_image(bomb, ImageSettings())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_cut_file_is_refused_at_every_length(photo: np.ndarray, kind: str) -> None:
     data = saved(Image.fromarray(photo[:60, :60]), kind)
     for length in range(1, len(data) - 12, 97):
-        with pytest.raises(PictureError):
+        with pytest.raises(ImageError):
             decode(data[:length], KEEP)
 
 
@@ -135,7 +135,7 @@ def test_fine_stripes_do_not_alias() -> None:
 def test_large_jpegs_decoded_small_stay_close_to_the_whole_way() -> None:
     photo = np.ascontiguousarray(np.kron(skimage.data.astronaut(), np.ones((4, 4, 1), np.uint8)))
     data = saved(Image.fromarray(photo), "JPEG", quality=95)
-    quick = make_picture(data, PictureSettings(resize_px=128, encoding="raw"))
+    quick = make_image(data, ImageSettings(resize_px=128, encoding="raw"))
     whole = resize(decode(data, KEEP).pixels, 128)
     assert (quick.width_px, quick.height_px) == (2048, 2048)
     assert np.abs(quick.pixels.astype(int) - whole).mean() < 1.0
@@ -144,25 +144,25 @@ def test_large_jpegs_decoded_small_stay_close_to_the_whole_way() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_and_raw_lose_nothing_and_jpeg_little(photo: np.ndarray, channels: int) -> None:
     pixels = np.ascontiguousarray(photo[..., :channels])
-    raw = encode(pixels, PictureSettings(encoding="raw"))
+    raw = encode(pixels, ImageSettings(encoding="raw"))
     np.testing.assert_array_equal(np.frombuffer(raw, np.uint8).reshape(pixels.shape), pixels)
-    png = pixels_of(encode(pixels, PictureSettings(encoding="png")))
+    png = pixels_of(encode(pixels, ImageSettings(encoding="png")))
     np.testing.assert_array_equal(png.reshape(pixels.shape), pixels)
-    jpeg = pixels_of(encode(pixels, PictureSettings(encoding="jpeg", quality=95)))
+    jpeg = pixels_of(encode(pixels, ImageSettings(encoding="jpeg", quality=95)))
     assert np.abs(jpeg.reshape(pixels.shape).astype(int) - pixels).mean() < 4
 
 
 def test_original_keeps_bytes_that_dali_takes(photo: np.ndarray) -> None:
-    settings = PictureSettings(resize_px=None, encoding="original")
+    settings = ImageSettings(resize_px=None, encoding="original")
     for data in (saved(Image.fromarray(photo), "JPEG"), saved(Image.fromarray(photo).convert("CMYK"), "JPEG")):
-        assert make_picture(data, settings).data == data
+        assert make_image(data, settings).data == data
         assert dali_accepts(data)
 
 
 def test_original_refused_by_dali_is_encoded_again(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.preparation.decoder_check.dali_accepts", lambda data: False)
     data = saved(Image.fromarray(photo), "JPEG")
-    made = make_picture(data, PictureSettings(resize_px=None, encoding="original"))
+    made = make_image(data, ImageSettings(resize_px=None, encoding="original"))
     assert made.data != data
     assert "DALI" in made.converted[0]
     assert dali_accepts(made.data)
@@ -170,30 +170,30 @@ def test_original_refused_by_dali_is_encoded_again(photo: np.ndarray, monkeypatc
 
 def test_pixels_stay_as_they_are() -> None:
     digit = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    made = make_picture(digit, PictureSettings(resize_px=None, encoding="png", channels=1))
+    made = make_image(digit, ImageSettings(resize_px=None, encoding="png", channels=1))
     np.testing.assert_array_equal(pixels_of(made.data), digit[..., 0])
 
 
-def test_pictures_made_together_equal_those_made_alone_in_their_order(
+def test_images_made_together_equal_those_made_alone_in_their_order(
     photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.preparation.image.BATCH_PICTURES", 3)
-    settings = PictureSettings(resize_px=32)
+    monkeypatch.setattr("pipeline.preparation.image.BATCH_IMAGES", 3)
+    settings = ImageSettings(resize_px=32)
     payloads: list = [saved(Image.fromarray(photo[:, :width]), "JPEG") for width in (50, 60, 70, 80, 90, 100)]
-    payloads[2:2] = [b"text", photo, PictureError("cannot be read"), b""]
-    made = list(make_pictures(payloads, settings))
-    assert [str(row) if isinstance(row, PictureError) else "" for row in made] == [
-        *("", "", "not a picture: neither JPEG nor PNG by its content", ""),
+    payloads[2:2] = [b"text", photo, ImageError("cannot be read"), b""]
+    made = list(make_images(payloads, settings))
+    assert [str(row) if isinstance(row, ImageError) else "" for row in made] == [
+        *("", "", "not an image: neither JPEG nor PNG by its content", ""),
         *("cannot be read", "empty file", "", "", "", ""),
     ]
     for payload, row in zip(payloads, made, strict=True):
-        if not isinstance(row, PictureError):
-            assert row.data == make_picture(payload, settings).data
+        if not isinstance(row, ImageError):
+            assert row.data == make_image(payload, settings).data
 
 
-def test_a_batch_of_large_pictures_ends_early(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_large_images_ends_early(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.preparation.image.BATCH_BYTES", 2 * photo.nbytes)
     asked = []
     payloads = (asked.append(number) or photo for number in range(9))
-    next(make_pictures(payloads, PictureSettings()))
+    next(make_images(payloads, ImageSettings()))
     assert len(asked) == 2

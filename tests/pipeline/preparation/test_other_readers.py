@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.manifest import Manifest, read_manifest
-from tests.helpers.shard_data import make_dataset, picture
+from tests.helpers.shard_data import image, make_dataset
 
 COUNT = 10
 
@@ -43,7 +43,7 @@ def by_dali(folder: Path, manifest: Manifest) -> Samples:
     pipe = read()
     pipe.build()
     batches = [pipe.run() for _ in range(pipe.epoch_size("reader"))]
-    return [(np.asarray(pictures[0]), int(bytes(np.asarray(labels[0])))) for pictures, labels in batches]
+    return [(np.asarray(images[0]), int(bytes(np.asarray(labels[0])))) for images, labels in batches]
 
 
 def by_timm(folder: Path, manifest: Manifest) -> Samples:
@@ -76,5 +76,5 @@ def test_every_reader_sees_the_same_samples(tmp_path: Path, read: Callable[[Path
     ]
     assert len(found) == len(abouts) == COUNT
     for (pixels, label), about in zip(found, abouts, strict=True):
-        np.testing.assert_array_equal(pixels, picture(int(about["source"][9:13])))
+        np.testing.assert_array_equal(pixels, image(int(about["source"][9:13])))
         assert label == about["label"]

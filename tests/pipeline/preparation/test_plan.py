@@ -1,4 +1,4 @@
-"""The plan covers every picture once, the same for ever for a seed; splits, limits, checksums, and a dry run."""
+"""The plan covers every image once, the same for ever for a seed; splits, limits, checksums, and a dry run."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers import ilsvrc
 
 
 @pytest.mark.parametrize(("count", "shard_size"), [(1, 1), (7, 3), (1437, 128), (1000, 1000), (1001, 1000)])
-def test_every_picture_is_in_exactly_one_shard(count: int, shard_size: int) -> None:
+def test_every_image_is_in_exactly_one_shard(count: int, shard_size: int) -> None:
     shards = plan_split("train", count, seed=3, shard_size=shard_size)
     rows = np.concatenate([shard.rows for shard in shards])
     assert sorted(rows.tolist()) == list(range(count))
@@ -27,7 +27,7 @@ def test_every_picture_is_in_exactly_one_shard(count: int, shard_size: int) -> N
     assert [shard.start for shard in shards] == np.cumsum([0, *sizes[:-1]]).tolist()
 
 
-def test_no_pictures_make_no_shards() -> None:
+def test_no_images_make_no_shards() -> None:
     assert plan_split("val", 0, seed=0, shard_size=10) == []
 
 
@@ -77,7 +77,7 @@ def test_stratified_takes_the_share_of_every_class_and_never_all() -> None:
     assert stratified(labels, 0.0, seed=5).sum() == 0
 
 
-def test_a_million_pictures_are_planned_in_columns() -> None:
+def test_a_million_images_are_planned_in_columns() -> None:
     shards = plan_split("train", 1_281_167, seed=0, shard_size=2048)
     assert len(shards) == 626
     assert {len(shard.rows) for shard in shards} == {2046, 2047}
@@ -117,7 +117,7 @@ def test_settings_follow_everything_that_decides_bytes() -> None:
     def settings(**values: object) -> dict[str, object]:
         asked = options(**values)
         listing = chosen_splits(open_source(asked).listing(), asked)
-        return all_settings(asked, listing, asked.picture_settings(encoded=listing.encoded, channels=listing.channels))
+        return all_settings(asked, listing, asked.image_settings(encoded=listing.encoded, channels=listing.channels))
 
     plain = settings()
     assert settings(workers=7, on_error="fail", max_errors="3", output=Path("elsewhere")) == plain
@@ -149,7 +149,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path, capsy
     )
     print_plan(asked)
     printed = capsys.readouterr().out
-    assert "train: 15 pictures in 4 shards of 3 to 4" in printed
-    assert "val: 6 pictures in 2 shards of 3 to 3" in printed
-    assert "images/s a core over 15 measured pictures, 0 of them unusable" in printed
+    assert "train: 15 images in 4 shards of 3 to 4" in printed
+    assert "val: 6 images in 2 shards of 3 to 3" in printed
+    assert "images/s a core over 15 measured images, 0 of them unusable" in printed
     assert not (tmp_path / "out").exists()

@@ -27,14 +27,14 @@ def test_more_workers_make_the_same_bytes_as_one(
 
 
 def test_input_at_a_url_gives_the_same_bytes_as_in_a_folder(
-    pictures: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
+    images: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
 ) -> None:
-    at_url = [f"file://{pictures}" if argument == pictures else argument for argument in arguments]
+    at_url = [f"file://{images}" if argument == images else argument for argument in arguments]
     run(*at_url, "--workers", 2, "--output", tmp_path / "data")
     assert tree(tmp_path / "data") == tree(undisturbed)
 
 
-def test_every_picture_is_there_once(undisturbed: Path) -> None:
+def test_every_image_is_there_once(undisturbed: Path) -> None:
     manifest = read_manifest(undisturbed)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 54, "val": 6}
     assert [shard.num_samples for shard in manifest.splits["train"].shards] == [9] * 6
@@ -75,7 +75,7 @@ def test_an_odd_folder_gives_a_data_set_that_dali_reads_whole(tmp_path: Path) ->
         *("--resize", 48, "--workers", 2, "--val-fraction", 0),
         expect=3,
     )
-    assert f"left out: {len(bad)} pictures" in done.stdout
+    assert f"left out: {len(bad)} images" in done.stdout
     lines = [json.loads(line) for line in (data / "quarantine.jsonl").read_text().splitlines()]
     left_out = {line["source"]: line["reason"] for line in lines if line["action"] == "left_out"}
     assert left_out.keys() == bad
@@ -111,27 +111,27 @@ def make_odd_folder(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def read_with_dali(data: Path) -> int:
-    """Decodes every train picture with DALI; returns how many there were."""
+    """Decodes every train image with DALI; returns how many there were."""
     dali = pytest.importorskip("nvidia.dali")
     shards = read_manifest(data).splits["train"].shards
 
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def read() -> tuple:
-        picture, label = dali.fn.readers.webdataset(
+        image, label = dali.fn.readers.webdataset(
             paths=[str(data / shard.name) for shard in shards],
             index_paths=[str(data / shard.index_name) for shard in shards],
             ext=["jpg", "cls"],
             missing_component_behavior="error",
             name="reader",
         )
-        return dali.fn.decoders.image(picture), label
+        return dali.fn.decoders.image(image), label
 
     pipe = read()
     pipe.build()
     size = pipe.epoch_size("reader")
     for _ in range(size):
-        pictures, labels = pipe.run()
-        assert np.asarray(pictures[0]).shape == (48, 48, 3)
+        images, labels = pipe.run()
+        assert np.asarray(images[0]).shape == (48, 48, 3)
         assert bytes(np.asarray(labels[0])) == b"0"
     return size
 
@@ -181,7 +181,7 @@ def assert_one_line(text: str, *words: str) -> None:
         assert word in text, text
 
 
-def test_a_damaged_index_is_made_again_without_its_pictures(
+def test_a_damaged_index_is_made_again_without_its_images(
     arguments: Arguments, undisturbed: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.preparation import faults
-from tests.helpers.preparing import command, environment, make_pictures, run, start, tree
+from tests.helpers.preparing import command, environment, make_images, run, start, tree
 from tests.helpers.small_disk import remount, small_disk
 
 pytestmark = pytest.mark.slow
@@ -51,8 +51,8 @@ def test_a_driver_killed_at_any_point_is_continued(
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    """Arguments for enough pictures that a signal arrives in the middle."""
-    folder = make_pictures(tmp_path_factory.mktemp("many"), count=600, side=160)
+    """Arguments for enough images that a signal arrives in the middle."""
+    folder = make_images(tmp_path_factory.mktemp("many"), count=600, side=160)
     return (
         "prepare",
         "--source",
@@ -187,7 +187,7 @@ def test_later_damage_is_found_and_repaired(
 def test_another_working_folder_and_names_of_all_kinds(tmp_path: Path) -> None:
     source = tmp_path / "in"
     names = ["a b/c d.png", "Ähre/ü.png", "ähre/ü.png", "CAT/x.png", "cat/x.png", "cat/same.png", "CAT/same.png"]
-    made = sorted(make_pictures(tmp_path / "made", count=len(names)).rglob("*.png"))
+    made = sorted(make_images(tmp_path / "made", count=len(names)).rglob("*.png"))
     for name, path in zip(names, made, strict=True):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, source / name)
@@ -204,19 +204,19 @@ def test_another_working_folder_and_names_of_all_kinds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     run("verify", elsewhere / "out", "--full")
-    assert "train: 7 pictures" in done.stdout
+    assert "train: 7 images" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--max-errors", "1"), "2 pictures cannot be used, more than --max-errors 1"),
-        (("--max-errors", "2%"), "pictures cannot be used, more than --max-errors 2%"),
-        (("--on-error", "fail"), "bad.png: not a picture"),
+        (("--max-errors", "1"), "2 images cannot be used, more than --max-errors 1"),
+        (("--max-errors", "2%"), "images cannot be used, more than --max-errors 2%"),
+        (("--on-error", "fail"), "bad.png: not an image"),
     ],
 )
-def test_too_many_bad_pictures_stop_the_run(tmp_path: Path, options: tuple[str, str], words: str) -> None:
-    source = make_pictures(tmp_path / "in", count=30)
+def test_too_many_bad_images_stop_the_run(tmp_path: Path, options: tuple[str, str], words: str) -> None:
+    source = make_images(tmp_path / "in", count=30)
     for name in ("ant", "bee"):
         (source / name / "bad.png").write_text("text")
     arguments = ("prepare", "--source", "folder", "--input", source, "--shard-size", 40, "--val-fraction", 0)

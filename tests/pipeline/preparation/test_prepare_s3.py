@@ -104,12 +104,12 @@ def test_the_data_set_arrives_whole_and_again_does_nothing(
 
 
 def test_input_in_a_bucket_gives_the_same_bytes(
-    s3: dict[str, str], pictures: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
+    s3: dict[str, str], images: Path, arguments: Arguments, undisturbed: Path, tmp_path: Path
 ) -> None:
     import s3fs
 
-    s3fs.S3FileSystem(anon=True, endpoint_url=s3["url"]).put(f"{pictures}/", "bucket/input/", recursive=True)
-    at_url = ["s3://bucket/input" if argument == pictures else argument for argument in arguments]
+    s3fs.S3FileSystem(anon=True, endpoint_url=s3["url"]).put(f"{images}/", "bucket/input/", recursive=True)
+    at_url = ["s3://bucket/input" if argument == images else argument for argument in arguments]
     prepare(s3, tmp_path, *at_url, "--workers", 2, "--output", tmp_path / "data")
     assert tree(tmp_path / "data") == tree(undisturbed)
 

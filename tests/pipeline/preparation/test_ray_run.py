@@ -107,4 +107,4 @@ def test_gauges_tell_rate_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.advance(30)
     gauges.update()
     labels = {"run": "digits", "stage": "prepare"}
-    assert published == {"twotower_images_per_s": (15.0, labels), "twotower_pictures": (50, labels)}
+    assert published == {"twotower_images_per_s": (15.0, labels), "twotower_images": (50, labels)}

@@ -16,11 +16,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.errors import OutputError, PictureError
+from pipeline.errors import ImageError, OutputError
 from pipeline.preparation import faults, statistics
 from pipeline.preparation.shard import build_shard, read_result, seal_holds, sealed_json
 from pipeline.preparation.tar_writer import header
-from tests.helpers.shard_data import MemorySource, make_job, make_tasks, picture
+from tests.helpers.shard_data import MemorySource, image, make_job, make_tasks
 
 WORKER_POINTS = faults.POINTS[: faults.POINTS.index("driver-shard-done")]
 
@@ -67,7 +67,7 @@ def test_tarfile_and_webdataset_read_every_sample(tmp_path: Path) -> None:
         assert sample["__key__"] == f"train-{position:08d}"
         assert sample["cls"] == b"%d" % item.label == contents[f"{sample['__key__']}.cls"]
         assert sample["png"] == contents[f"{sample['__key__']}.png"]
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), picture(item.offset))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), image(item.offset))
         about = json.loads(sample["json"])
         assert (about["source"], about["width"], about["height"]) == (item.name, 12, 12)
         assert about["class"] == ("ant", "bee", "cat")[item.label]
@@ -99,20 +99,20 @@ def test_dali_reads_every_sample(tmp_path: Path) -> None:
 
     pipe = read()
     pipe.build()
-    pictures, labels = pipe.run()
+    images, labels = pipe.run()
     for position, item in enumerate(task.items):
-        np.testing.assert_array_equal(np.asarray(pictures[position]), picture(item.offset))
+        np.testing.assert_array_equal(np.asarray(images[position]), image(item.offset))
         assert int(bytes(np.asarray(labels[position]))) == item.label
 
 
-def test_bad_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
     tasks = make_tasks(10, 10)
     result = build_shard(make_job(tmp_path, MemorySource(bad=3)), tasks[0])
     assert result.shard.num_samples == 9
     assert result.num_left_out == 1
-    line = {"split": "train", "source": "pictures/0003.png", "class": "ant", "action": "left_out"}
+    line = {"split": "train", "source": "images/0003.png", "class": "ant", "action": "left_out"}
     assert [dict(row) for row in result.quarantine] == [
-        line | {"reason": "not a picture: neither JPEG nor PNG by its content"}
+        line | {"reason": "not an image: neither JPEG nor PNG by its content"}
     ]
     keys = [sample["__key__"] for sample in webdataset.WebDataset(str(tmp_path / tasks[0].name), shardshuffle=False)]
     missing = next(position for position, item in enumerate(tasks[0].items) if item.offset == 3)
@@ -121,12 +121,12 @@ def test_bad_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
 
 def test_asked_to_fail_it_fails_and_leaves_nothing(tmp_path: Path) -> None:
     job = dataclasses.replace(make_job(tmp_path, MemorySource(bad=3)), fail_on_error=True)
-    with pytest.raises(PictureError, match=r"pictures/0003\.png: not a picture"):
+    with pytest.raises(ImageError, match=r"images/0003\.png: not an image"):
         build_shard(job, make_tasks(10, 10)[0])
     assert tree(tmp_path) == {}
 
 
-def test_a_shard_of_nothing_but_bad_pictures_has_a_record_only(tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_bad_images_has_a_record_only(tmp_path: Path) -> None:
     result = build_shard(make_job(tmp_path, MemorySource(bad=0)), make_tasks(1, 1)[0])
     assert result.shard.num_samples == 0
     assert sorted(tree(tmp_path)) == [".work/records/train-000000.json"]
@@ -173,12 +173,12 @@ def test_a_damaged_record_counts_as_none(tmp_path: Path, cut: str) -> None:
 
 
 def test_seal_notices_every_flipped_byte() -> None:
-    sealed = sealed_json({"source": "é", "label": 1}, b"picture", b"1")
+    sealed = sealed_json({"source": "é", "label": 1}, b"image", b"1")
     assert json.loads(sealed)["source"] == "é"
-    assert seal_holds(sealed, b"picture", b"1")
+    assert seal_holds(sealed, b"image", b"1")
     assert not seal_holds(sealed, b"pictura", b"1")
-    assert not seal_holds(sealed, b"picture", b"2")
+    assert not seal_holds(sealed, b"image", b"2")
     for position in range(len(sealed)):
         flipped = bytearray(sealed)
         flipped[position] ^= 1
-        assert not seal_holds(bytes(flipped), b"picture", b"1")
+        assert not seal_holds(bytes(flipped), b"image", b"1")

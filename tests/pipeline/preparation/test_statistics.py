@@ -13,7 +13,7 @@ from pipeline.preparation.statistics import Accumulator, Totals, eigen, summariz
 pytestmark = pytest.mark.numeric
 
 
-def pictures(count: int, channels: int = 3, side: int = 12) -> np.ndarray:
+def images(count: int, channels: int = 3, side: int = 12) -> np.ndarray:
     rng = np.random.default_rng(count)
     color = rng.integers(0, 180, (count, 1, 1, 1))
     return (color + rng.integers(0, 76, (count, side, side + 1, channels))).astype(np.uint8)
@@ -28,18 +28,18 @@ def totals(rows: list[np.ndarray] | np.ndarray) -> Totals:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equal_numpy_over_all_pixels(channels: int) -> None:
-    rows = pictures(20, channels)
+    rows = images(20, channels)
     arrays = summarize(totals(rows))
     flat = rows.reshape(-1, channels).astype(np.float64)
     np.testing.assert_allclose(arrays["mean"], flat.mean(0), rtol=1e-13)
     np.testing.assert_allclose(arrays["covariance"], np.cov(flat.T, bias=True).reshape(channels, channels), rtol=1e-11)
     np.testing.assert_allclose(arrays["mean_image"], rows.astype(np.float64).mean(0), rtol=1e-13)
-    assert int(arrays["num_pictures"]) == 20
+    assert int(arrays["num_images"]) == 20
     assert int(arrays["num_pixels"]) == len(flat)
 
 
 def test_eigenvectors_equal_lapack_up_to_sign() -> None:
-    arrays = summarize(totals(pictures(50)))
+    arrays = summarize(totals(images(50)))
     values, vectors = np.linalg.eigh(arrays["covariance"])
     np.testing.assert_allclose(arrays["eigenvalues"], values[::-1], rtol=1e-10)
     cosines = np.abs((arrays["eigenvectors"] * vectors[:, ::-1]).sum(0))
@@ -54,14 +54,14 @@ def test_eigen_of_degenerate_matrices(matrix: np.ndarray) -> None:
 
 
 def test_merging_in_any_order_gives_the_same_bytes() -> None:
-    rows = pictures(30)
+    rows = images(30)
     parts = [totals(rows[:1]), totals(rows[1:13]), totals(rows[13:20]), totals(rows[20:])]
     files = {to_npz(summarize(functools.reduce(Totals.merge, order))) for order in itertools.permutations(parts)}
     assert files == {to_npz(summarize(totals(rows)))}
 
 
 def test_mixed_sizes_have_no_mean_image_but_exact_colors() -> None:
-    rows = [*pictures(3), *pictures(2, side=20), *pictures(2)]
+    rows = [*images(3), *images(2, side=20), *images(2)]
     found = totals(rows)
     flat = np.concatenate([row.reshape(-1, 3) for row in rows]).astype(np.int64)
     assert found.position_sum is None
@@ -74,7 +74,7 @@ def test_mixed_sizes_have_no_mean_image_but_exact_colors() -> None:
 
 
 def test_nothing_merges_as_nothing() -> None:
-    empty, one = Accumulator(3).totals(), totals(pictures(2))
+    empty, one = Accumulator(3).totals(), totals(images(2))
     assert empty.merge(one) is one
     assert one.merge(empty) is one
 
@@ -88,7 +88,7 @@ def test_sums_stay_exact_when_32_bits_would_overflow(monkeypatch: pytest.MonkeyP
 
 
 def test_json_round_trip() -> None:
-    found = totals(pictures(4))
+    found = totals(images(4))
     again = totals_from_json(json.loads(json.dumps(found.to_json())), found.position_sum)
     assert again == found
 
@@ -101,7 +101,7 @@ def test_the_fold_comes_before_the_overflow() -> None:
 
 @pytest.mark.parametrize("value", [0, 127, 255])
 @pytest.mark.parametrize("side", [63, 256, 601])
-def test_large_pictures_of_extreme_values_are_summed_exactly(value: int, side: int) -> None:
+def test_large_images_of_extreme_values_are_summed_exactly(value: int, side: int) -> None:
     found = totals([np.full((side, side, 3), value, np.uint8)] * 2)
     assert found.channel_sum == (2 * side * side * value,) * 3
     assert found.product_sum == ((2 * side * side * value**2,) * 3,) * 3

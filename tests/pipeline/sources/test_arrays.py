@@ -42,7 +42,7 @@ def write_idx(folder: Path, compress: bool) -> dict[str, tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_idx_pictures_and_labels(tmp_path: Path, name: str, compress: bool) -> None:
+def test_idx_images_and_labels(tmp_path: Path, name: str, compress: bool) -> None:
     arrays = write_idx(tmp_path, compress)
     source = source_of(name, tmp_path)
     listing = source.listing()
@@ -61,7 +61,7 @@ def test_idx_pictures_and_labels(tmp_path: Path, name: str, compress: bool) -> N
         ("train-images-idx3-ubyte", lambda data: data[:-1], "its header states"),
         ("train-images-idx3-ubyte", lambda data: data[:10], "not an IDX file"),
         ("train-labels-idx1-ubyte", lambda data: data[:8] + b"\x0a" * 30, "label 10"),
-        ("train-labels-idx1-ubyte", lambda data: data[:7] + b"\x1d" + data[8:-1], "29 labels for 30 pictures"),
+        ("train-labels-idx1-ubyte", lambda data: data[:7] + b"\x1d" + data[8:-1], "29 labels for 30 images"),
         ("t10k-labels-idx1-ubyte", lambda data: b"\x1f\x8b" + data, "cannot be read"),
     ],
 )
@@ -100,7 +100,7 @@ def write_cifar(folder: Path, archive: bool) -> dict[str, list[tuple[int, np.nda
 
 
 @pytest.mark.parametrize("archive", [False, True])
-def test_cifar_pictures_and_labels(tmp_path: Path, archive: bool) -> None:
+def test_cifar_images_and_labels(tmp_path: Path, archive: bool) -> None:
     written = write_cifar(tmp_path, archive)
     source = source_of("cifar10", tmp_path)
     listing = source.listing()
@@ -165,8 +165,8 @@ def test_our_own_data_set_can_be_sharded_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "words"),
     [
-        ({"__key__": "a", "jpg": b"x"}, "expected a picture and cls"),
-        ({"__key__": "a", "cls": 1}, "expected a picture and cls"),
+        ({"__key__": "a", "jpg": b"x"}, "expected an image and cls"),
+        ({"__key__": "a", "cls": 1}, "expected an image and cls"),
         ({"__key__": "a", "jpg": b"x", "cls": b"dog"}, "instead of a label number"),
     ],
 )

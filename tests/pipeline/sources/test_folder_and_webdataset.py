@@ -1,4 +1,4 @@
-"""Sources list every picture once, in an order that depends on nothing but the input."""
+"""Sources list every image once, in an order that depends on nothing but the input."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import sklearn.datasets
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError, PictureError, SourceError
+from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.sources import open_source
 from pipeline.sources.listing import Listing
 
@@ -113,7 +113,7 @@ def test_broken_links_are_reported_not_dropped(tmp_path: Path) -> None:
     source = open_source(options(input=tmp_path))
     rows = source.listing().splits["train"]
     assert list(rows.names) == ["a/1.jpg", "a/gone.jpg"]
-    with pytest.raises(PictureError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read"):
         source.read(rows.items(np.array([1]))[0])
 
 

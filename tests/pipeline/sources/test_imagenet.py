@@ -1,4 +1,4 @@
-"""Source imagenet: every layout gives the same pictures and labels; hostile archives are one clear error."""
+"""Source imagenet: every layout gives the same images and labels; hostile archives are one clear error."""
 
 import io
 import tarfile
@@ -28,10 +28,10 @@ def contents(source: Source, listing: Listing) -> dict[str, set[tuple[str, bytes
 
 
 EXPECTED = {
-    "train": {(name, data) for name, files in ilsvrc.train_pictures().items() for data in files.values()},
+    "train": {(name, data) for name, files in ilsvrc.train_images().items() for data in files.values()},
     "val": {
         (ilsvrc.SYNSETS[label][0], data)
-        for label, data in zip(ilsvrc.VAL_IDS, ilsvrc.val_pictures().values(), strict=True)
+        for label, data in zip(ilsvrc.VAL_IDS, ilsvrc.val_images().values(), strict=True)
     },
 }
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_pictures_and_labels(tmp_path: Path, layout: str) -> None:
+def test_every_layout_gives_the_same_images_and_labels(tmp_path: Path, layout: str) -> None:
     source = source_of(LAYOUTS[layout](tmp_path))
     listing = source.listing()
     assert contents(source, listing) == EXPECTED
@@ -78,10 +78,10 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         source_of(tmp_path / "x", "ilsvrc").listing()
 
 
-def test_a_missing_val_picture_is_noticed(tmp_path: Path) -> None:
+def test_a_missing_val_image_is_noticed(tmp_path: Path) -> None:
     ilsvrc.write_extracted(tmp_path, flat_val=True)
     next((tmp_path / "val").iterdir()).unlink()
-    with pytest.raises(SourceError, match="5 val pictures, but the devkit labels 6"):
+    with pytest.raises(SourceError, match="5 val images, but the devkit labels 6"):
         source_of(tmp_path).listing()
 
 

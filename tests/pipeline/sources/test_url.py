@@ -40,7 +40,7 @@ def opened(kind: str, root: AnyPath) -> tuple[Source, Listing]:
     return source, source.listing()
 
 
-def pictures(source: Source, listing: Listing) -> list[bytes]:
+def images(source: Source, listing: Listing) -> list[bytes]:
     return [
         bytes(source.read(item))
         for split in sorted(listing.splits)
@@ -63,7 +63,7 @@ def test_a_url_holds_what_the_folder_holds(tmp_path: Path, url: str, layout: str
     write(tmp_path)
     here, there = opened(kind, tmp_path), opened(kind, put(tmp_path, url))
     assert there[1].digest() == here[1].digest()
-    assert pictures(*there) == pictures(*here)
+    assert images(*there) == images(*here)
 
 
 def test_archives_are_read_by_ranges(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

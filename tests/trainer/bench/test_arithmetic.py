@@ -49,7 +49,7 @@ def a_record(
     """Read, decode, augment of ``loader`` ms with 2, 2 and 1 cores busy; a net with its stages on one core."""
     net = net or {"forward": 2.0, "backward": 4.0, "optimizer": 1.0}
     default = Workload(
-        recipe="a.toml", data="data", pictures="", encoding="jpeg", processes=1, device="cpu", batch_size=BATCH,
+        recipe="a.toml", data="data", images="", encoding="jpeg", processes=1, device="cpu", batch_size=BATCH,
         precision="fp32", cores=16, threads=16, decode="replicated", rounds=5, seconds=5.0, crossing_bytes=10_000_000,
         parameters=1_000_000, raw_bytes=30_000.0, sample_bytes=10_000.0, cached=1.0,
     )  # fmt: skip
@@ -300,7 +300,7 @@ def test_a_result_that_cannot_be_is_doubted():
 def test_the_page_escapes_every_text():
     """A result may come from another machine's file."""
     evil = "<evil a='\">"
-    texts = dict.fromkeys(("recipe", "data", "pictures", "device", "precision"), evil)
+    texts = dict.fromkeys(("recipe", "data", "images", "device", "precision"), evil)
     record = a_record(**texts, processes=2)
     stages = [dataclasses.replace(row, ceiling=evil, ceiling_ms=1.0, note=evil) for row in record.stages]
     record = dataclasses.replace(

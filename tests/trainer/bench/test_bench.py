@@ -27,7 +27,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small raw pictures: nothing to decode."""
+    """Small raw images: nothing to decode."""
     return make_data_set(tmp_path_factory.mktemp("raw"), encoding="raw", train=64, size=(64, 64), shard_size=32)
 
 

@@ -103,7 +103,7 @@ def a_run(folder, *changes: str):
     return run
 
 
-def real_pictures(count: int = 6) -> torch.Tensor:
+def real_images(count: int = 6) -> torch.Tensor:
     """Crops of photos, (count, 3, 80, 80), their mean subtracted."""
     photo = photos.astronaut()
     crops = np.stack([photo[60 * i : 60 * i + 80, 50 * i : 50 * i + 80] for i in range(count)])
@@ -126,9 +126,9 @@ def test_exported_weights_reproduce_the_run_in_a_plain_module(tmp_path):
     run = a_run(tmp_path / "run")
     net = PlainNet([8, 12, 10, 10, 6], 24, 7)
     net.load_state_dict(load_file(export_run(run, tmp_path / "net.safetensors")))
-    images = real_pictures().double()
+    images = real_images().double()
     expected = logits_of(run, images)
-    assert float(expected.std(0).min()) > 1e-3  # the pictures differ in every logit
+    assert float(expected.std(0).min()) > 1e-3  # the images differ in every logit
     with torch.no_grad():
         assert relative_error(net.double()(images), expected) < 1e-12
 
@@ -139,7 +139,7 @@ def test_the_plain_module_notices_swapped_towers(tmp_path):
     first, second = weights["conv2.weight"].chunk(2)
     net = PlainNet([8, 12, 10, 10, 6], 24, 7)
     net.load_state_dict(weights | {"conv2.weight": torch.cat((second, first))})
-    images = real_pictures()
+    images = real_images()
     with torch.no_grad():
         assert relative_error(net(images), logits_of(run, images)) > 1e-3
 
@@ -175,7 +175,7 @@ def test_onnxruntime_gives_the_runs_logits(tmp_path, changes):
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     for count in (6, 1):  # the batch is free
-        images = real_pictures(count)
+        images = real_images(count)
         (found,) = session.run(["logits"], {"images": images.numpy()})
         assert relative_error(torch.from_numpy(found).double(), logits_of(run, images.double())) < 1e-5
 
@@ -205,7 +205,7 @@ def test_export_and_import_are_exact(tmp_path, changes):
         assert torch.equal(before[name], after[name]), name
     again = export_run(tmp_path / "again", tmp_path / "again.safetensors")
     assert load_file(again).keys() == load_file(exported).keys()
-    images = real_pictures(2)
+    images = real_images(2)
     assert torch.equal(logits_of(run, images), logits_of(tmp_path / "again", images))
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import PictureError
+from pipeline.errors import ImageError
 from pipeline.loader.batches import EvaluationLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.image_reader import PictureReader
-from pipeline.preparation.image import make_picture
+from pipeline.loader.image_reader import ImageReader
+from pipeline.preparation.image import make_image
 from tests.helpers import loader_data_set
 from tests.helpers.loader_data_set import make_data_set, photo_crop
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.__main__ import main
 from trainer.errors import RunError
-from trainer.inference.predict import Predictor, find_pictures
+from trainer.inference.predict import Predictor, find_images
 from trainer.training.evaluate import evaluate_run
 
 pytestmark = pytest.mark.numeric
@@ -42,9 +42,9 @@ def prepared(folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A data set whose samples pipeline.preparation.image has encoded, as prepare does."""
 
     def encode(pixels: np.ndarray, encoding: str) -> bytes:
-        from pipeline.config import PictureSettings
+        from pipeline.config import ImageSettings
 
-        return make_picture(pixels, PictureSettings(resize_px=40, encoding=encoding)).data
+        return make_image(pixels, ImageSettings(resize_px=40, encoding=encoding)).data
 
     monkeypatch.setattr(loader_data_set, "encode", encode)
     return make_data_set(folder, encoding=encoding, val=NUM_VAL)
@@ -56,7 +56,7 @@ def test_files_become_what_the_loader_makes_of_samples(tmp_path, monkeypatch, en
     data = prepared(tmp_path / "data", encoding, monkeypatch)
     files = [source_file(tmp_path, 1000 + i) for i in range(NUM_VAL)]
     for config in RECIPES:
-        reader = PictureReader(data, config, views=views)
+        reader = ImageReader(data, config, views=views)
         found = reader.images([reader.read(path) for path in files])
         (batch,) = EvaluationLoader(data, config, batch_size=NUM_VAL, views=views)
         assert found.shape == batch.images.shape
@@ -69,7 +69,7 @@ def test_files_become_what_the_loader_makes_of_samples(tmp_path, monkeypatch, en
 
 def test_reader_resizes_and_turns_as_prepare_does(tmp_path):
     data = make_data_set(tmp_path / "data", encoding="raw")
-    reader = PictureReader(data, LoaderConfig(crop_px=32))
+    reader = ImageReader(data, LoaderConfig(crop_px=32))
     wide = Image.fromarray(photo_crop(3, 160, 80, 3))
     wide.save(tmp_path / "wide.png")
     upright = reader.read(tmp_path / "wide.png")
@@ -81,11 +81,11 @@ def test_reader_resizes_and_turns_as_prepare_does(tmp_path):
 
 
 def test_reader_names_what_is_wrong_with_a_file(tmp_path):
-    reader = PictureReader(make_data_set(tmp_path / "data", encoding="raw"), LoaderConfig(crop_px=32))
-    (tmp_path / "note.jpg").write_text("no picture")
-    with pytest.raises(PictureError, match="neither JPEG nor PNG"):
+    reader = ImageReader(make_data_set(tmp_path / "data", encoding="raw"), LoaderConfig(crop_px=32))
+    (tmp_path / "note.jpg").write_text("no image")
+    with pytest.raises(ImageError, match="neither JPEG nor PNG"):
         reader.read(tmp_path / "note.jpg")
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(ImageError, match="No such file"):
         reader.read(tmp_path / "gone.jpg")
 
 
@@ -100,9 +100,9 @@ def run_and_data(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """A folder with three good files, one of them in a subfolder, and two bad ones."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for i in range(2):
         source_file(folder, 1000 + i, (32, 32), 1)
@@ -129,12 +129,12 @@ def test_predictions_are_those_of_an_evaluation(run_and_data, tmp_path, views):
         assert row.image.shape == (28, 28, 1)
 
 
-def test_files_are_found_in_order_hidden_ones_not(pictures):
-    names = [path.relative_to(pictures).as_posix() for path in find_pictures([pictures])]
+def test_files_are_found_in_order_hidden_ones_not(images):
+    names = [path.relative_to(images).as_posix() for path in find_images([images])]
     assert names == ["empty.png", "more/photo-1002.png", "photo-1000.png", "photo-1001.png", "torn.png"]
-    (pictures / "none").mkdir()
+    (images / "none").mkdir()
     with pytest.raises(RunError, match="has no files in it"):
-        find_pictures([pictures / "none"])
+        find_images([images / "none"])
 
 
 def predict(monkeypatch, *words) -> int:
@@ -142,8 +142,8 @@ def predict(monkeypatch, *words) -> int:
     return main()
 
 
-def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, pictures, monkeypatch, capsys):
-    code = predict(monkeypatch, pictures, pictures / "gone.jpg", "--run", run_and_data[0], "--json")
+def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, images, monkeypatch, capsys):
+    code = predict(monkeypatch, images, images / "gone.jpg", "--run", run_and_data[0], "--json")
     output = capsys.readouterr()
     assert code == 3
     rows = [json.loads(line) for line in output.out.splitlines()]
@@ -153,13 +153,13 @@ def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, pi
     assert len(rows[1]["classes"]) == 5
     errors = output.err.splitlines()
     assert len(errors) == 3
-    assert errors[0] == f"error: {pictures / 'empty.png'}: empty file"
-    assert errors[1].startswith(f"error: {pictures / 'torn.png'}: damaged PNG")
+    assert errors[0] == f"error: {images / 'empty.png'}: empty file"
+    assert errors[1].startswith(f"error: {images / 'torn.png'}: damaged PNG")
 
 
-def test_table_and_page(run_and_data, pictures, tmp_path, monkeypatch, capsys):
+def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
     html = tmp_path / "page.html"
-    good = [pictures / "photo-1000.png", pictures / "more"]
+    good = [images / "photo-1000.png", images / "more"]
     assert predict(monkeypatch, *good, "--run", run_and_data[0], "--html", html) == 0
     output = capsys.readouterr()
     assert output.err == ""
@@ -168,12 +168,12 @@ def test_table_and_page(run_and_data, pictures, tmp_path, monkeypatch, capsys):
     assert page.count("data:image/png") == 2
     assert "photo-1002.png" in page and "Not used" not in page
     assert "http" not in page.replace("http-equiv", "")
-    assert predict(monkeypatch, pictures, "--run", run_and_data[0], "--html", html) == 3
+    assert predict(monkeypatch, images, "--run", run_and_data[0], "--html", html) == 3
     assert "Not used" in html.read_text() and "empty file" in html.read_text()
 
 
-def test_pictures_are_kept_only_for_a_page(run_and_data, pictures):
-    files = [pictures / "photo-1000.png", pictures / "empty.png"]
+def test_images_are_kept_only_for_a_page(run_and_data, images):
+    files = [images / "photo-1000.png", images / "empty.png"]
     found = list(Predictor(run_and_data[0]).predict(files, images=False))
     assert [row.image for row in found] == [None, None]
     assert found[0].classes and found[1].error == "empty file"

@@ -73,7 +73,7 @@ def test_plan_of_two_pairs_and_of_pieces(data):
     """Each process takes its share; pieces halve what the forward keeps, and leave the rest."""
     config = digits_config()
     pair, pairs = (plan_run(config, data, processes=2, replicas=number, measure=False) for number in (1, 2))
-    assert pairs.pictures == config.train.batch_size // 2 and pairs.steps == pair.steps
+    assert pairs.images == config.train.batch_size // 2 and pairs.steps == pair.steps
     for row, whole in zip(pairs.crossings, pair.crossings, strict=True):
         assert row.num_bytes == (whole.num_bytes if row.name == "control" else whole.num_bytes // 2)
     assert pairs.needed_bytes == 2 * sum(row.total for row in pairs.memory)  # on one machine

@@ -14,14 +14,14 @@ PARAMETERS = {"a": 32_531_112, "b": 28_434_112}  # counted by hand from the pape
 CROSSING_BYTES = {"a": 113_152, "b": 121_344}  # an image, forward, sent
 
 
-@pytest.mark.parametrize(("world", "pictures"), [(2, 128), (4, 64), (512, 128)])
-def test_the_paper_net_sends_what_the_formulas_say(world: int, pictures: int) -> None:
+@pytest.mark.parametrize(("world", "images"), [(2, 128), (4, 64), (512, 128)])
+def test_the_paper_net_sends_what_the_formulas_say(world: int, images: int) -> None:
     """234,496 bytes an image each way between towers, and 4 bytes a parameter between replicas."""
-    a, b = count_traffic(load_config(None), world, pictures)
+    a, b = count_traffic(load_config(None), world, images)
     both_ways = sum(CROSSING_BYTES.values())
     assert both_ways == 234_496
     for traffic in (a, b):  # what a tower receives in the forward, it gives back as gradients
-        assert traffic.crossing_bytes == both_ways * pictures
+        assert traffic.crossing_bytes == both_ways * images
         assert traffic.crossing_calls == 7
         assert traffic.sum_bytes == (4 * PARAMETERS[traffic.tower] if world > 2 else 0)
         assert traffic.control_bytes == (24 + 32 if world > 2 else 24)
@@ -43,7 +43,7 @@ def test_the_model_by_hand() -> None:
     config = load_config(None)
     traffic = Traffic("a", crossing_calls=7, crossing_bytes=10**9, sum_calls=2, sum_bytes=4 * 10**9, control_bytes=56)
     wires = Wires(bandwidth_gb_s=6, latency_us=1000, tflops=1, pair_bandwidth_gb_s=100)
-    found = predict(config, traffic, wires, replicas=4, pictures=100)
+    found = predict(config, traffic, wires, replicas=4, images=100)
     conv1, fc8, total = 105_415_200, 4_096_000, 724_406_816
     operations = 6 * ((total - fc8 - conv1) // 2 + fc8) + 4 * conv1 // 2
     assert found.compute_s == pytest.approx(operations * 100 / 1e12)

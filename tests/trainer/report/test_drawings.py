@@ -64,7 +64,7 @@ def test_drawing_of_the_paper_names_its_bytes() -> None:
         assert figure in text
 
 
-def test_picture_of_the_readme_is_what_the_code_draws() -> None:
+def test_image_of_the_readme_is_what_the_code_draws() -> None:
     drawn = draw_net(load_config(ROOT / "configs" / "paper.toml").model)
     how = "python -m trainer describe --config configs/paper.toml --svg docs/towers.svg"
     assert (ROOT / "docs" / "towers.svg").read_text() == drawn, f"make it again: {how}"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.loader_data_set import load_reference, make_data_set
-from tests.helpers.synthetic_run import digits_config, make_run, some_pictures
+from tests.helpers.synthetic_run import digits_config, make_run, some_images
 from trainer.errors import RunError, TrainerError
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.report.net_drawing import format_bytes
-from trainer.report.report import PictureRow, PictureSet, Report, predict_pictures, render_report, write_report
+from trainer.report.report import ImageRow, ImageSet, Report, predict_images, render_report, write_report
 from trainer.report.run_data import read_run
 from trainer.training.evaluate import evaluate_run
 
@@ -67,14 +67,14 @@ def one_line(page: str) -> str:
 
 
 def test_report_asks_for_nothing_outside_itself(run: Path) -> None:
-    page = render_report(Report(read_run(run), some_pictures()))
+    page = render_report(Report(read_run(run), some_images()))
     assert all(address.startswith("data:") for address in parse(page).addresses)
     assert not re.search(r"url\(|@import|<script|<iframe", page)
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
 
 
 def test_page_forbids_scripts_and_loads_from_outside(run: Path) -> None:
-    page = render_report(Report(read_run(run), some_pictures()))
+    page = render_report(Report(read_run(run), some_images()))
     (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
@@ -82,8 +82,8 @@ def test_page_forbids_scripts_and_loads_from_outside(run: Path) -> None:
 
 
 def test_report_says_the_result_of_the_run(run: Path) -> None:
-    text = parse(render_report(Report(read_run(run), some_pictures()))).text
-    for figure in ("97.78 %", "352 of 360 pictures", "99.72 %", "897", "440", "0123456789ab", "A CPU, 2 cores"):
+    text = parse(render_report(Report(read_run(run), some_images()))).text
+    for figure in ("97.78 %", "352 of 360 images", "99.72 %", "897", "440", "0123456789ab", "A CPU, 2 cores"):
         assert figure in text
     assert "taken for 8" in text and "73.1 %" in text
     assert "359 right, 1 wrong" in text
@@ -162,10 +162,8 @@ def test_missing_run_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_names_from_outside_are_escaped(run: Path) -> None:
     evil = "<script>alert(1)</script>"
-    row = PictureRow(np.zeros((8, 8, 3), np.uint8), evil, evil, 0.5)
-    page = render_report(
-        Report(read_run(run), PictureSet([row], [], 0, 1, 1, np.eye(2, dtype=np.int64), [evil, '"x"']))
-    )
+    row = ImageRow(np.zeros((8, 8, 3), np.uint8), evil, evil, 0.5)
+    page = render_report(Report(read_run(run), ImageSet([row], [], 0, 1, 1, np.eye(2, dtype=np.int64), [evil, '"x"'])))
     assert "<script" not in page
     parse(page)
 
@@ -186,21 +184,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reported(run: Path, data: Path) -> tuple[str, PictureSet]:
+def reported(run: Path, data: Path) -> tuple[str, ImageSet]:
     """The report's text, and the predictions that went into it."""
-    found: list[PictureSet] = []
+    found: list[ImageSet] = []
 
-    def record(*arguments: Any, **keywords: Any) -> PictureSet:
-        found.append(predict_pictures(*arguments, **keywords))
+    def record(*arguments: Any, **keywords: Any) -> ImageSet:
+        found.append(predict_images(*arguments, **keywords))
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.report.report.predict_pictures", record)
+        patch.setattr("trainer.report.report.predict_images", record)
         page = write_report(run, data).read_text()
     return page, found[0]
 
 
-def test_predictions_are_those_of_an_evaluation(run: Path, data: Path, reported: tuple[str, PictureSet]) -> None:
+def test_predictions_are_those_of_an_evaluation(run: Path, data: Path, reported: tuple[str, ImageSet]) -> None:
     found, evaluation = reported[1], evaluate_run(run, data)
     assert found.num_samples == evaluation.num_samples == 70
     assert found.num_samples - found.num_wrong == evaluation.num_correct_top1
@@ -213,7 +211,7 @@ def test_predictions_are_those_of_an_evaluation(run: Path, data: Path, reported:
     assert confidences[0] == pytest.approx(float(evaluation.confidence[wrong].max()))
 
 
-def test_pictures_shown_are_the_crops_that_the_net_saw(data: Path, reported: tuple[str, PictureSet]) -> None:
+def test_images_shown_are_the_crops_that_the_net_saw(data: Path, reported: tuple[str, ImageSet]) -> None:
     reference = list(load_reference(data, "val").values())
     for row, (pixels, label) in zip(reported[1].first, reference[:30], strict=True):
         assert row.label == str(label)
@@ -221,14 +219,14 @@ def test_pictures_shown_are_the_crops_that_the_net_saw(data: Path, reported: tup
 
 
 def test_part_of_a_split_is_called_a_part(run: Path, data: Path) -> None:
-    found = predict_pictures(run, data, limit=10)
+    found = predict_images(run, data, limit=10)
     assert (found.num_samples, found.num_in_split) == (64, 70)  # one whole batch
-    assert "run over the first 64 of 70 pictures" in one_line(render_report(Report(read_run(run), found)))
+    assert "run over the first 64 of 70 images" in one_line(render_report(Report(read_run(run), found)))
 
 
-def test_report_with_data_shows_pictures(reported: tuple[str, PictureSet]) -> None:
+def test_report_with_data_shows_images(reported: tuple[str, ImageSet]) -> None:
     page = parse(reported[0])
-    assert "run over all 70 pictures" in one_line(reported[0])
+    assert "run over all 70 images" in one_line(reported[0])
     assert "The first 30, not selected" in page.text
     assert "64 train, 70 val; 10 classes" in page.text
     assert sum(address.startswith("data:image/png") for address in page.addresses) == 2 + 30 + 20
@@ -243,17 +241,17 @@ def test_data_that_does_not_fit_the_net_is_one_clear_error(run: Path, tmp_path: 
 def test_one_of_a_kind_is_not_called_many(tmp_path: Path) -> None:
     config = dataclasses.replace(digits_config(), train=dataclasses.replace(digits_config().train, batch_size=1))
     record = read_run(make_run(tmp_path / "run", config, steps=1))
-    row = PictureRow(np.zeros((8, 8, 1), np.uint8), "3", "8", 0.5)
-    found = PictureSet([row], [row], 1, 1, 1, np.array([[0, 1], [0, 0]]), ["3", "8"])
+    row = ImageRow(np.zeros((8, 8, 1), np.uint8), "3", "8", 0.5)
+    found = ImageSet([row], [row], 1, 1, 1, np.array([[0, 1], [0, 0]]), ["3", "8"])
     record = dataclasses.replace(record, environment={"cores": 1}, result=record.result | {"epoch": 1.0})
     text = one_line(render_report(Report(record, found)))
     for words in (
         "trained for 1 step of",
-        "step of 1 picture,",
-        "all 1 picture:",
+        "step of 1 image,",
+        "all 1 image:",
         "1 epoch ",
         ", 1 core;",
         "1 step and 0",
     ):
         assert words in text
-    assert not re.search(r"(?<![\d.,])1 (steps|pictures|epochs|cores|mistakes|kernels|evaluations)\b", text)
+    assert not re.search(r"(?<![\d.,])1 (steps|images|epochs|cores|mistakes|kernels|evaluations)\b", text)

@@ -1,4 +1,4 @@
-"""Evaluations: counts by hand, class tables, the confusion picture, ten views, JSON."""
+"""Evaluations: counts by hand, class tables, the confusion image, ten views, JSON."""
 
 import io
 import json
@@ -25,7 +25,7 @@ TITLES = ["ant", "bee", "cat", "dog", "elk", "fox", "[red]gnu"]
 
 
 class Lookup(torch.nn.Module):
-    """A net whose logits are its input: pictures (N, 7, 1, 1)."""
+    """A net whose logits are its input: images (N, 7, 1, 1)."""
 
     towers = ("a", "b")
 
@@ -47,7 +47,7 @@ def evaluate(rows: list[list[float]], labels: list[int]):
 
 @pytest.fixture
 def four():
-    """Pictures of classes 0, 0, 1 and 2, predicted as 0, 1, 1 and 3; the last has its label in seventh place."""
+    """Images of classes 0, 0, 1 and 2, predicted as 0, 1, 1 and 3; the last has its label in seventh place."""
     return evaluate(
         [
             [9.0, 0, 0, 0, 0, 0, 0],
@@ -98,15 +98,15 @@ def test_json_holds_classes_and_every_cell(four):
     assert found["per_class"][4]["top1"] is None
 
 
-def test_picture_shows_what_was_counted(tmp_path):
+def test_image_shows_what_was_counted(tmp_path):
     right = [[9.0 if i == label else 0.0 for i in range(7)] for label in range(7)]
     confusion.draw(tmp_path / "right.png", evaluate(right, list(range(7))), TITLES)
     confusion.draw(tmp_path / "wrong.png", evaluate(right[:6] + right[:1], list(range(7))), TITLES)
-    pictures = [np.asarray(Image.open(tmp_path / name).convert("L"), int) for name in ("right.png", "wrong.png")]
-    assert pictures[0].shape == pictures[1].shape
-    assert pictures[0].shape[0] > 500
-    changed = np.argwhere(np.abs(pictures[0] - pictures[1])[100:] > 60)  # below the title, whose figure differs too
-    height, width = pictures[0].shape
+    images = [np.asarray(Image.open(tmp_path / name).convert("L"), int) for name in ("right.png", "wrong.png")]
+    assert images[0].shape == images[1].shape
+    assert images[0].shape[0] > 500
+    changed = np.argwhere(np.abs(images[0] - images[1])[100:] > 60)  # below the title, whose figure differs too
+    height, width = images[0].shape
     assert len(changed) > 1000
     assert 100 + changed[:, 0].min() > height * 0.6  # the last row: its first and its last cell
     assert np.ptp(changed[:, 1]) > width * 0.4
@@ -124,16 +124,16 @@ def run_and_data(tmp_path_factory):
     return make_run(folder / "run", digits_config(), steps=3), folder / "data"
 
 
-def test_command_prints_table_picture_and_json(run_and_data, tmp_path, monkeypatch, capsys):
+def test_command_prints_table_image_and_json(run_and_data, tmp_path, monkeypatch, capsys):
     run, data = run_and_data
     words = ["trainer", "evaluate", "--run", str(run), "--data", str(data), "--views", "ten", "--device", "cpu"]
-    picture = tmp_path / "confusion.png"
-    monkeypatch.setattr("sys.argv", [*words, "--per-class", "--confusion", str(picture)])
+    image = tmp_path / "confusion.png"
+    monkeypatch.setattr("sys.argv", [*words, "--per-class", "--confusion", str(image)])
     assert main() == 0
     text = capsys.readouterr().out
     assert " of 33), ten, loss " in text
     assert "10 classes, the worst first" in text
-    assert Image.open(picture).format == "PNG"
+    assert Image.open(image).format == "PNG"
     monkeypatch.setattr("sys.argv", [*words, "--json"])
     assert main() == 0
     found = json.loads(capsys.readouterr().out)

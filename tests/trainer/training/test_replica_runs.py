@@ -91,7 +91,7 @@ def test_resumed_equals_undisturbed(digits: Path, four: Path, tmp_path: Path) ->
 def test_other_numbers_of_processes_go_on(
     digits: Path, exact_serial: Path, exact_four: Path, tmp_path: Path, back: bool
 ) -> None:
-    """One process goes on where four were, and four where one was: the same pictures, masks and run, in float64."""
+    """One process goes on where four were, and four where one was: the same images, masks and run, in float64."""
     begun, processes = (exact_serial, FOUR) if back else (exact_four, ())
     folder = cut(begun, tmp_path / "run", 4)
     run(*train_words(digits, folder, *processes, "--resume", "auto", program=DOUBLE))
@@ -101,7 +101,7 @@ def test_other_numbers_of_processes_go_on(
 @pytest.mark.numeric
 @pytest.mark.slow
 def test_split_feeding_with_replicas(digits: Path, tmp_path: Path) -> None:
-    """Every process decodes a quarter of the batch; the pictures are the same, so training is the same bits."""
+    """Every process decodes a quarter of the batch; the images are the same, so training is the same bits."""
     for name, feed in (("full", ()), ("run", ("data.decode=sharded",))):
         run(*train_words(digits, tmp_path / name, *FOUR, overrides=(*ROUND_PIXELS, *feed)))
     assert_same(tmp_path / "run", tmp_path / "full")

@@ -186,7 +186,7 @@ def test_split_feeding_trains_the_same_net(digits: Path, pair: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_skip_list_leaves_samples_out(digits: Path, tmp_path: Path) -> None:
-    """Thirty pictures less: an epoch of one step less."""
+    """Thirty images less: an epoch of one step less."""
     keys = [line.split()[-1] for line in (digits / "train" / "train-000000.idx").read_text().splitlines()[1:31]]
     (tmp_path / "skip.txt").write_text("".join(key.split(".")[0] + "\n" for key in keys))
     run(*train_words(digits, tmp_path / "run", "--processes", 2, "--skip-list", tmp_path / "skip.txt"))
@@ -239,7 +239,7 @@ def test_pair_goes_on_from_a_serial_checkpoint(digits: Path, exact_serial: Path,
 
 @pytest.mark.numeric
 def test_evaluate_agrees_with_the_run(digits: Path, serial: Path) -> None:
-    """evaluate reads the checkpoint again and finds what training found, on every held-out picture."""
+    """evaluate reads the checkpoint again and finds what training found, on every held-out image."""
     result = json.loads(run("trainer", "evaluate", "--run", serial, "--data", digits, "--json").stdout)
     assert result["num_samples"] == 360
     assert result["top1"] == json.loads((serial / "result.json").read_text())["top1"]
@@ -382,7 +382,7 @@ def test_what_a_user_gets_wrong(
         (train_words(digits, serial, "--resume", "auto", overrides=("train.seed=3",)), "seed = 0"),
         (train_words(digits, tmp_path / "run", overrides=("model.classes=12",)), "model.classes = 12"),
         (train_words(digits, tmp_path / "run", overrides=("model.image_px=40", "data.crop_px=40")), "--resize 40"),
-        (train_words(digits, tmp_path / "run", overrides=("train.batch_size=5000",)), "only 1437 training pictures"),
+        (train_words(digits, tmp_path / "run", overrides=("train.batch_size=5000",)), "only 1437 training images"),
         (["trainer", "evaluate", "--run", tmp_path / "none", "--data", digits], "no run at"),
         (
             ["trainer", "train", "--config", tmp_path / "x.toml", "--data", digits, "--run", tmp_path / "r"],
