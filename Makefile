@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-isa lint bench clean
+.PHONY: help setup demo test test-slow test-isa test-mutations lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ test-slow: setup  ## fault tests with real kills, and long tests
 
 test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
 	$(PY) -m tests.isa
+
+test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (about MINUTES minutes on 2 cores)
+	$(PY) -m tests.mutations --jobs 2
 
 bench: setup  ## measure everything on this machine and print the table (about 2 hours, 7 GB under $(BENCH))
 	$(PY) benchmarks/prepare_speed.py --work $(BENCH)/prepare

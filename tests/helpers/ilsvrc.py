@@ -11,7 +11,7 @@ from PIL import Image
 
 # ILSVRC id -> WordNet id, not in alphabetical order, as in the real devkit.
 SYNSETS = {1: ("n02119789", "kit fox"), 2: ("n02100735", "English setter"), 3: ("n02110185", "Siberian husky")}
-VAL_IDS = [2, 1, 3, 3, 1, 2]
+VAL_IDS = [2, 1, 3, 3, 2, 1]  # others when read from the end
 TRAIN_COUNT = 5
 
 

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 from pipeline.loader.augmentation import Augmentation
+from pipeline.loader.config import LoaderConfig
 from tests.helpers.side_by_side import lone_tower
-from trainer.config import LAYERS, Config, load_config
+from trainer.config import (
+    LAYERS,
+    Config,
+    LayerOverride,
+    LrnConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+)
 from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.planning.describe import to_dict
@@ -133,23 +143,164 @@ def color_of(config: Config, epoch: int) -> np.ndarray:
     return Augmentation(config.data, seed=1, height_px=256, width_px=256, steps=steps).draw(epoch, 0, 8).shift
 
 
-def test_facts_of_run_145() -> None:
-    """configs/original.toml, value for value, as the program's layer files have it; the loader's part included."""
-    config = recipe("original")
-    model, data, train = config.model, config.data, config.train
-    layer1, layer2 = ("lrn", "maxpool", "relu"), ("relu", "lrn", "lrn_within_channel", "maxpool")
-    assert model.post_ops == (layer1, layer2, ("relu",), ("relu",), ("maxpool", "relu"))
-    assert model.init_std == (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
-    assert model.init_bias == (0, 1, 0, 1, 1, 1, 1, 0)
-    assert (model.lrn.size * model.lrn.alpha, model.lrn.k, model.lrn.beta) == (pytest.approx(1e-4), 2, 0.75)
-    assert (25 * model.lrn.within_channel_alpha, model.lrn.within_channel_size) == (pytest.approx(1e-3), 5)
-    assert (model.paddings[0], model.dropout, model.dropout_kind) == ((0, 3), 0.5, "original")
-    assert (data.crop_px, data.crop_shared_by, data.mean, data.color_divisor) == (224, 32, "image_center", 1.1)
-    assert (data.color, data.color_sigma, data.color_off_epoch, data.normalize) == ("deviation", 0.1, 67, "none")
-    assert (train.epochs, train.batch_size) == (91, 128)
-    assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 0.0005)
-    assert not config.optimizer.decay_biases
-    facts = to_dict(model)
+# Every value that decides what is computed, once more and with its source: a section of the paper, or of the program's
+# files the net's (layers-145.cfg), its parameters' (layer-params-145.cfg), the images' (convdata.py), or a run's log.
+NET_OF_RUN_145 = ModelConfig(
+    towers=2,  # figure 2
+    image_px=224,  # figure 2
+    in_channels=3,
+    classes=1000,  # section 2
+    channels=(48, 128, 192, 192, 128),  # a tower; section 3.5, figure 2
+    kernel_sizes=(11, 5, 3, 3, 3),  # section 3.5
+    strides=(4, 1, 1, 1, 1),  # section 3.5
+    paddings=((0, 3), (2, 2), (1, 1), (1, 1), (1, 1)),  # the net's file; conv1: (224 - 11) / 4 rounded up
+    post_ops=(  # the net's file
+        ("lrn", "maxpool", "relu"),
+        ("relu", "lrn", "lrn_within_channel", "maxpool"),
+        ("relu",),
+        ("relu",),
+        ("maxpool", "relu"),
+    ),
+    pool_px=3,  # section 3.4
+    pool_stride=2,  # section 3.4
+    pool_ceil=False,  # rounding up, as the program does, changes nothing here: 55, 27 and 13 px fit
+    hidden=(2048, 2048),  # a tower; section 3.5, figure 2
+    crossings=("conv3", "fc6", "fc7", "fc8"),  # figure 2
+    activation="relu",  # section 3.1
+    dropout=0.5,  # section 4.2
+    dropout_kind="original",  # section 4.2: outputs times 0.5 in testing
+    init_std=(0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),  # the net's file
+    init_bias=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),  # section 5, the net's file
+    lrn=LrnConfig(
+        size=5,  # section 3.3
+        alpha=1e-4 / 5,  # section 3.3, the parameters' file: the program divides by the 5 maps
+        beta=0.75,  # section 3.3
+        k=2.0,  # section 3.3
+        within_channel_size=5,  # the net's file
+        within_channel_alpha=1e-3 / 25,  # the parameters' file: the program divides by the 25 pixels
+    ),
+)
+IMAGES_OF_RUN_145 = LoaderConfig(
+    crop_px=224,  # section 4.1
+    crop_shared_by=32,  # convdata.py
+    mirror=0.5,  # section 4.1
+    mean="image_center",  # convdata.py
+    normalize="none",  # convdata.py
+    color="deviation",  # convdata.py: roots of the eigenvalues, on 0..255
+    color_sigma=0.1,  # section 4.1
+    color_off_epoch=67,  # the log
+    color_divisor=1.1,  # convdata.py
+    shuffle="epoch",  # not the program's order: the recipe's header says so
+    last_batch="drop",  # the same
+)
+RULE_OF_RUN_145 = OptimizerConfig(
+    learning_rate=0.01,  # section 5
+    bias_learning_rate=0.02,  # the parameters' file
+    momentum=0.9,  # section 5
+    weight_decay=0.0005,  # section 5
+    decay_biases=False,  # the parameters' file
+    schedule="steps",
+    milestones=(25.0, 51.0, 79.0),  # the log
+    gamma=0.1,  # section 5
+    bias_schedule="constant",  # the log: its drops name the weights' rate only
+    layer_overrides=(LayerOverride("conv1", 67.0, 1e-5), LayerOverride("conv1", 72.0, 0.0, 0.0)),  # the log
+    warmup_epochs=0.0,
+)
+TRAINING_OF_RUN_145 = TrainConfig(epochs=91, batch_size=128, accumulate=1, precision="fp32", comm_dtype="same")
+RUN_145 = Config(NET_OF_RUN_145, IMAGES_OF_RUN_145, RULE_OF_RUN_145, TRAINING_OF_RUN_145)
+
+
+def changed(config: Config, **tables: dict[str, object]) -> Config:
+    """A recipe with other values in some of its tables."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in tables.items()}
+    )
+
+
+FACTS = {
+    "original": RUN_145,
+    "original-2010": changed(  # its log, and layer-params-145-2010.cfg for the biases
+        RUN_145,
+        data={"color_off_epoch": 68},
+        optimizer={
+            "milestones": (23.0, 51.0, 78.0),
+            "bias_schedule": "steps",
+            "bias_milestones": (78.0,),
+            "bias_gamma": 0.1,
+            "layer_overrides": (LayerOverride("conv1", 68.0, 1e-5), LayerOverride("conv1", 72.0, 0.0, 0.0)),
+        },
+        train={"epochs": 93},
+    ),
+    "handsoff": changed(  # the log of run #170
+        RUN_145,
+        data={"color_off_epoch": 68},
+        optimizer={
+            "schedule": "log_thirds",
+            "milestones": (),
+            "final_lr_ratio": 1 / 250,
+            "bias_schedule": "halfway",
+            "bias_gamma": 0.1,
+            "layer_overrides": (LayerOverride("conv1", 74.0, 0.0, 0.0),),
+        },
+        train={"epochs": 95},
+    ),
+    "half": changed(  # layers-145-half.cfg, layer-params-145-half.cfg
+        RUN_145,
+        model={"towers": 1, "channels": (48, 128, 192, 192, 256), "hidden": (4096, 4096)},
+        data={"color_off_epoch": 66},
+        optimizer={
+            "milestones": (20.0, 48.0),
+            "layer_overrides": (LayerOverride("conv1", 66.0, 1e-5), LayerOverride("conv1", 72.0, 0.0, 0.0)),
+        },
+        train={"epochs": 96},
+    ),
+    "paper": changed(
+        RUN_145,
+        model={
+            "post_ops": (  # sections 3.3 and 3.5
+                ("relu", "lrn", "maxpool"),
+                ("relu", "lrn", "maxpool"),
+                ("relu",),
+                ("relu",),
+                ("relu", "maxpool"),
+            ),
+            "init_std": (0.01,) * 8,  # section 5
+            "lrn": LrnConfig(size=5, alpha=1e-4, beta=0.75, k=2.0),  # section 3.3
+        },
+        data={
+            "crop_shared_by": 1,  # section 4.1
+            "mean": "image",  # section 2
+            "color": "eigenvalue",  # section 4.1
+            "color_off_epoch": -1,
+            "color_divisor": 1.0,
+        },
+        optimizer={
+            "bias_learning_rate": 0.01,  # section 5: equal for all layers
+            "bias_schedule": "same",
+            "schedule": "plateau",  # section 5
+            "milestones": (),
+            "max_drops": 3,  # section 5
+            "patience": 5,
+            "threshold": 0.001,
+            "layer_overrides": (),
+        },
+        train={"epochs": 90},  # section 5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_of_the_recipes(name: str) -> None:
+    """Every value, those that the file leaves to its default included."""
+    config, expected = recipe(name), FACTS[name]
+    for table in dataclasses.fields(config):
+        ours, theirs = (dataclasses.asdict(getattr(of, table.name)) for of in (config, expected))
+        assert ours == theirs, table.name
+
+
+def test_size_of_the_net_of_run_145() -> None:
+    """Its parameters and multiply-accumulates are those of the paper's net."""
+    facts = to_dict(recipe("original").model)
     assert (facts["parameters"], facts["multiply_accumulates"]) == (60_965_224, 724_406_816)
 
 

@@ -1,5 +1,7 @@
 """The net against an independent one written with plain torch modules, and against the paper's counts."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor
 from tests.helpers.side_by_side import SideBySide, lone_tower
 from trainer.config import LAYERS, TOWERS, load_config
 from trainer.model.alexnet import AlexNet
-from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers
+from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops
 from trainer.planning.describe import count_crossings, count_layers, to_dict
 
 pytestmark = pytest.mark.numeric
@@ -104,6 +106,43 @@ def test_weights_do_not_depend_on_who_holds_them() -> None:
     assert not torch.equal(both["a"]["conv1.weight"], both["b"]["conv1.weight"])
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_initial_weights_are_gaussian(layer: str) -> None:
+    """Each tower's by itself: mean, deviation and the share within one deviation are the recipe's; biases exactly.
+
+    n numbers, 200 or more, have them but for 1 / sqrt(n), 1 / sqrt(2 n) and 0.47 / sqrt(n); four times that is allowed.
+    """
+    std = "model.init_std=[0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]"
+    bias = "model.init_bias=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]"
+    model = load_config(CONFIGS / "digits.toml", [std, bias]).model
+    net = AlexNet(model, seed=1)
+    for named in net.split_towers(net.state_dict()).values():
+        if f"{layer}.weight" not in named:
+            continue
+        index = LAYERS.index(layer)
+        assert named[f"{layer}.bias"].eq(model.init_bias[index]).all()
+        x = named[f"{layer}.weight"].double() / model.init_std[index]
+        bound = 4 / x.numel() ** 0.5
+        assert abs(x.mean().item()) < bound
+        assert x.std().item() == pytest.approx(1, abs=bound / 2**0.5)
+        assert (x.abs() < 1).double().mean().item() == pytest.approx(0.683, abs=bound * 0.47)  # of uniform ones: 0.577
+
+
+def test_no_two_initial_weights_are_alike() -> None:
+    """Neither two towers', nor two layers', nor two seeds'."""
+    model = load_config(CONFIGS / "digits.toml").model
+    starts = [
+        (tensor.flatten()[:100] / model.init_std[LAYERS.index(name.split(".")[0])]).tolist()
+        for net in (AlexNet(model, seed=0), AlexNet(model, seed=1))
+        for named in net.split_towers(net.state_dict()).values()
+        for name, tensor in named.items()
+        if name.endswith("weight")
+    ]
+    assert len(starts) == 2 * (8 + 7)
+    for first, second in itertools.combinations(starts, 2):
+        assert first != pytest.approx(second, rel=1e-3)
+
+
 def test_dropout_masks_are_pure_and_differ() -> None:
     """The same step draws the same mask; another step, tower or layer another one; about half is kept."""
     like = torch.empty(64, 2048)
@@ -157,8 +196,9 @@ def test_training_drops_units_of_both_layers(layer: str) -> None:
     net.eval()(images)
     first, second, tested = ((x == 0) for x in seen)
     for dropped in (first, second):
-        for half in dropped.chunk(2, dim=1):  # each tower's own units
-            assert 0.25 < half.double().mean() < 0.35
+        a, b = dropped.chunk(2, dim=1)  # each tower's own units
+        assert all(0.25 < half.double().mean() < 0.35 for half in (a, b))
+        assert not torch.equal(a, b)
     assert not torch.equal(first, second)
     assert not tested.any()
 
@@ -183,6 +223,22 @@ def test_training_without_draws_is_refused() -> None:
     with pytest.raises(AssertionError, match="what to drop"):
         net(torch.randn(2, 1, 28, 28))
     assert net.eval()(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("relu", lambda x: x.clamp_min(0)),
+        ("tanh", lambda x: 1 - 2 / ((2 * x).exp() + 1)),
+        ("pool", lambda x: x.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))),
+        ("batch_norm", lambda x: (x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()),
+    ],
+)
+def test_what_follows_a_layer_by_hand(word: str, expected: Callable[[Tensor], Tensor]) -> None:
+    """Each operation by its formula, on numbers so small that batch normalization's epsilon is seen."""
+    model = load_config(CONFIGS / "paper.toml", [f'model.post_ops=[["{word}"], [], [], [], ["relu", "maxpool"]]']).model
+    x = torch.randn(2, 96, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.01
+    torch.testing.assert_close(post_ops(model, 0, 2).double()(x.clone()), expected(x), rtol=1e-9, atol=1e-12)
 
 
 def test_towers_do_not_talk_before_conv3() -> None:

@@ -75,7 +75,7 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 def run_145(images: np.ndarray, a: Weights, b: Weights) -> np.ndarray:
-    """Testing: (N, 3, 224, 224) -> logits (N, 1000)."""
+    """Testing: (N, 3, 224, 224) -> logits (N, 1000); the widths are those of the weights."""
     halves = []
     for w in (a, b):
         x = convolve(images, w["conv1.weight"], w["conv1.bias"], 4, (0, 3))
@@ -83,13 +83,14 @@ def run_145(images: np.ndarray, a: Weights, b: Weights) -> np.ndarray:
         x = relu(convolve(x, w["conv2.weight"], w["conv2.bias"], 1, (2, 2)))
         halves.append(pool(across_pixels(across_maps(x))))
     seen = np.concatenate(halves, axis=1)
-    assert seen.shape[1:] == (256, 13, 13)
+    assert seen.shape[2:] == (13, 13)
     halves = []
     for w in (a, b):
         x = relu(convolve(seen, w["conv3.weight"], w["conv3.bias"], 1, (1, 1)))
         x = relu(convolve(x, w["conv4.weight"], w["conv4.bias"], 1, (1, 1)))
         x = relu(pool(convolve(x, w["conv5.weight"], w["conv5.bias"], 1, (1, 1))))
-        halves.append(x.reshape(len(x), 128 * 6 * 6))
+        assert x.shape[2:] == (6, 6)
+        halves.append(x.reshape(len(x), -1))
     for layer in ("fc6", "fc7"):
         seen = np.concatenate(halves, axis=1)
         halves = [0.5 * relu(seen @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]) for w in (a, b)]
@@ -102,10 +103,9 @@ def real_photos() -> np.ndarray:
     return pixels.transpose(0, 3, 1, 2) - np.array([123.0, 117.0, 104.0]).reshape(1, 3, 1, 1)
 
 
-@pytest.fixture(scope="module")
-def net() -> AlexNet:
-    """The recipe's net, each bias moved off its constant so that no two maps have the same one."""
-    net = AlexNet(ORIGINAL.model, seed=145).eval()
+def make_net(model: ModelConfig) -> AlexNet:
+    """A net for testing, each bias moved off its constant so that no two maps have the same one."""
+    net = AlexNet(model, seed=145).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -114,12 +114,23 @@ def net() -> AlexNet:
     return net
 
 
-@pytest.fixture(scope="module")
-def expected(net: AlexNet) -> np.ndarray:
-    """The reference's logits, (2, 1000) float64."""
+def reference_of(net: AlexNet) -> np.ndarray:
+    """The reference's logits, (2, classes) float64."""
     towers = net.split_towers({name: parameter.detach().double() for name, parameter in net.named_parameters()})
     a, b = ({name: part.numpy() for name, part in towers[tower].items()} for tower in ("a", "b"))
     return run_145(real_photos(), a, b)
+
+
+@pytest.fixture(scope="module")
+def net() -> AlexNet:
+    """The recipe's net."""
+    return make_net(ORIGINAL.model)
+
+
+@pytest.fixture(scope="module")
+def expected(net: AlexNet) -> np.ndarray:
+    """The reference's logits, (2, 1000) float64."""
+    return reference_of(net)
 
 
 def logits_of(net: AlexNet, dtype: torch.dtype = torch.float64) -> np.ndarray:
@@ -130,6 +141,15 @@ def logits_of(net: AlexNet, dtype: torch.dtype = torch.float64) -> np.ndarray:
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference, relative to the spread of the logits: their common part would flatter."""
     return float(np.abs(found - expected).max() / expected.std())
+
+
+def test_equals_run_145_in_a_narrow_net() -> None:
+    """A sixteenth of the maps and units, louder: quick, so that it is the first to notice a wrong operator."""
+    narrow = {"maps": (6, 8, 12, 12, 8), "units": (16, 16), "classes": 10, "init_std": (0.02, *(0.1,) * 7)}
+    net = make_net(dataclasses.replace(ORIGINAL.model, **narrow))
+    wanted = reference_of(net)
+    assert error(logits_of(net), wanted) < 1e-11
+    assert (wanted[0] - wanted[1]).std() > 0.01, "the photos must matter"
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])

@@ -66,6 +66,21 @@ def test_counts(four):
     assert four.sentence().startswith("top-1 0.5000 (2 of 4), top-5 0.7500 (3 of 4), center, loss ")
 
 
+def test_the_fifth_counts_and_the_sixth_does_not():
+    falling = [7.0, 6, 5, 4, 3, 2, 1]
+    found = evaluate([falling] * 3, [4, 5, 0])
+    assert (found.num_correct_top1, found.num_correct_top5) == (1, 2)
+    assert found.in_top5.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_net_goes_on_in_the_mode_it_was_in(training):
+    """Else all steps after the first evaluation would train without dropout."""
+    net = Lookup().train(training)
+    assert evaluate_net(net, [batch_of(torch.eye(7)[:, :, None, None], list(range(7)))]).top1 == 1
+    assert net.training == training
+
+
 def test_ten_views_average_probabilities_not_logits():
     views = torch.randn(3, 10, 7, 1, 1, generator=torch.Generator().manual_seed(0)) * 6
     found = evaluate_net(Lookup(), [batch_of(views, [0, 1, 2])], "ten")

@@ -15,7 +15,9 @@ from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
+from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import checkpoints, folder_of
+from trainer.training.optimizer import PaperSGD, Rates
 from trainer.training.step import ForwardBackward
 
 NUM_TRAIN, BATCH = 40, 16  # so 16, 16 and 8
@@ -26,6 +28,7 @@ OVERRIDES = (
     "train.checkpoint_every_steps=1",
     "train.keep_checkpoints=9",
     "model.dropout=0.5",
+    "optimizer.milestones=[0.5, 1.5]",  # in mid-epoch: before the third and the sixth step
 )
 
 
@@ -71,6 +74,34 @@ def test_its_gradient_is_that_of_its_images_alone(data: Path) -> None:
     for (name, mine), theirs in zip(ours.named_parameters(), alone.parameters(), strict=True):
         assert mine.grad is not None and theirs.grad is not None and bool(mine.grad.any()), name
         assert torch.equal(mine.grad, theirs.grad), name
+
+
+def test_a_run_by_hand(data: Path, whole: Path) -> None:
+    """Six steps of a run: these batches, dropout masks of the step, and from each step on the rates of its epoch."""
+    config = load_config(CONFIG, OVERRIDES)
+    loader = TrainingLoader(data, config.data, batch_size=BATCH, seed=config.train.seed)
+    net = make_net(config, None)
+    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for step in range(6):
+        batch = loader.next()
+        optimizer.zero_grad()
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        net.loss(images, batch.labels, DropoutDraws(config.train.seed, step)).backward()
+        factor = [1, 1, 0.2, 0.2, 0.2, 0.04][step]
+        optimizer.set_rates(Rates(0.01 * factor, 0.02 * factor))
+        optimizer.step()
+    torch.set_num_threads(threads)
+    found = weights(whole, 6)
+    for kind, tensors in (
+        ("", dict(net.named_parameters())),
+        ("velocity/", {name: optimizer.velocity(parameter) for name, parameter in net.named_parameters()}),
+    ):
+        for tower, named in net.split_towers(tensors).items():
+            for name, tensor in named.items():
+                ours = found[f"{tower}.{kind}{name}"]
+                assert (ours - tensor).norm() <= 1e-4 * tensor.norm(), (tower, kind, name)
 
 
 def test_a_run_takes_it_in_every_epoch(whole: Path) -> None:

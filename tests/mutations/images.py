@@ -1,0 +1,198 @@
+"""Images and labels made wrong: crops, color, mean image, views, statistics, the order of labels."""
+
+from collections.abc import Iterator
+
+from tests.mutations import Change
+
+RECIPES = "tests/trainer/test_recipes.py"
+DRAWS = "tests/pipeline/loader/test_draws.py"
+ORIGINAL = "tests/pipeline/loader/test_original.py"
+PIXELS = "tests/pipeline/loader/test_pixels.py"
+SPLIT = "tests/pipeline/loader/test_split.py"
+STATISTICS = "tests/pipeline/preparation/test_statistics.py"
+IMAGENET = "tests/pipeline/sources/test_imagenet.py"
+FOLDER = "tests/pipeline/sources/test_folder_and_webdataset.py"
+
+
+def of_augmentation() -> Iterator[Change]:
+    """pipeline/loader/augmentation.py: crops, mirror images, color, views."""
+    yield "crop: last column never", "(self.width_px - config.crop_px + 1)", "(self.width_px - config.crop_px)"
+    yield "crop: last row never", "(self.height_px - config.crop_px + 1)", "(self.height_px - config.crop_px)"
+    yield (
+        "crop: rows of the columns' range",
+        "(self.height_px - config.crop_px + 1)",
+        "(self.width_px - config.crop_px + 1)",
+    )
+    yield "crop: x is y", "uniform[:, 1] * (self", "uniform[:, 0] * (self"
+    yield "crop: always the middle", "geometry[:, 0] = uniform[:, 0] *", "geometry[:, 0] = 0.5 *"
+    yield "mirror: 1 - probability", "uniform[:, 2] < config.mirror", "uniform[:, 2] >= config.mirror"
+    yield "mirror: half, whatever the recipe says", "uniform[:, 2] < config.mirror", "uniform[:, 2] < 0.5"
+    yield "mirror: goes with x", "uniform[:, 2] < config.mirror", "uniform[:, 0] < config.mirror"
+    yield "crop: not shared", "// config.crop_shared_by", "// 1"
+    yield "crop: same in all epochs", "self.seed, epoch, _GEOMETRY", "self.seed, 0, _GEOMETRY"
+    yield "color: same in all epochs", "self.seed, epoch, _COLOR", "self.seed, 0, _COLOR"
+    yield "color: along eigenvalues", "np.sqrt(values) if config.color", "values if config.color"
+    yield "color: eigenvalue on 0..255", "values / 255.0", "values"
+    yield "color: eigenvalue is deviation", "values / 255.0", "np.sqrt(values)"
+    yield "color: sigma", "(config.color_sigma * lengths)", "lengths"
+    yield "color: eigenvectors in rows", "statistics.eigenvectors * (", "statistics.eigenvectors.T * ("
+    yield "color: rows of the matrix", "normals @ self.steps.T", "normals @ self.steps"
+    yield (
+        "color: uniform numbers",
+        "_normal(_uniform(self.seed, epoch, _COLOR, first, count))",
+        "_uniform(self.seed, epoch, _COLOR, first, count)",
+    )
+    yield "color: deviation of the normal numbers", "np.sqrt(-2.0 *", "np.sqrt(-1.0 *"
+    yield "color: ends an epoch late", "config.color_off_epoch <= epoch", "config.color_off_epoch < epoch"
+    yield "color: never ends", "and not 0 <= config.color_off_epoch <= epoch", ""
+    divisor = "self.config.color_divisor if self.color_is_on(epoch) else 1.0"
+    yield "divisor: after the noise, too", divisor, "self.config.color_divisor"
+    yield "divisor: missing", divisor, "1.0"
+    yield "divisor: 1.1, whatever the recipe says", divisor, "1.1 if self.color_is_on(epoch) else 1.0"
+    yield "center: a column off", "[(width_px - crop_px) // 2,", "[(width_px - crop_px) // 2 + 1,"
+    yield "center: rounded up", "(height_px - crop_px) // 2, 0]", "(height_px - crop_px + 1) // 2, 0]"
+    corners = (
+        "(0, 0), (right, 0)",
+        "(right, 0), (right // 2",
+        "(right // 2, bottom // 2)",
+        "(0, bottom),",
+        "(right, bottom)]",
+    )
+    wrong = (
+        "(1, 0), (right, 0)",
+        "(right, 1), (right // 2",
+        "(right // 2, bottom)",
+        "(0, bottom - 1),",
+        "(0, bottom)]",
+    )
+    for number, (old, new) in enumerate(zip(corners, wrong, strict=True)):
+        yield f"ten views: view {number + 1} elsewhere", old, new
+    yield "ten views: none mirrored", "for mirror in (0, 1)", "for mirror in (0, 0)"
+
+
+def of_graph() -> Iterator[Change]:
+    """pipeline/loader/graph.py: what DALI computes."""
+    yield "mean image: not mirrored with the crop", "constant, mirror=mirror", "constant, mirror=0"
+    yield "mean image: center rounded otherwise", ', "rounding": "truncate"', ""
+    yield "mean image, DALI: aligned instead of center", 'if self.config.mean == "center":', "if False:"
+    yield "mean image, DALI: not divided", "mean=self.zeros, std=std", "mean=self.zeros, std=self.std.tolist()"
+    yield "mean: not of the channels", 'if config.mean == "channel"', "if False"
+    yield "scale: not the deviation", 'if config.scale == "std"', "if False"
+    yield "scale: variance", "statistics.std, 1.0)", "statistics.std**2, 1.0)"
+    yield "divisor in testing", "normalizer.std.tolist()", "(normalizer.std * reader.config.color_divisor).tolist()"
+    yield (
+        "crop: x and y swapped for DALI",
+        "return x.astype(np.float32), y.astype(np.float32)",
+        "return y.astype(np.float32), x.astype(np.float32)",
+    )
+    yield (
+        "ten views: never mirrored by DALI",
+        "normalizer(pixels, float(x), float(y), int(mirror),",
+        "normalizer(pixels, float(x), float(y), 0,",
+    )
+    yield "standardize: epsilon", "STANDARDIZE_EPSILON = 1e-3", "STANDARDIZE_EPSILON = 10.0"
+
+
+def of_batches() -> Iterator[Change]:
+    """pipeline/loader/batches.py: what each batch is given."""
+    yield "color: subtracted", "self._normalizer.mean - draws.shift", "self._normalizer.mean + draws.shift"
+    yield "color: not added", "self._normalizer.mean - draws.shift", "self._normalizer.mean - 0 * draws.shift"
+    yield (
+        "divisor: not of the image",
+        "self._normalizer.std * np.float32(self._augmentation.divisor(epoch))",
+        "self._normalizer.std",
+    )
+    yield (
+        "divisor: not of the mean image",
+        "std = self._normalizer.std * np.float32(divisor)",
+        "std = self._normalizer.std",
+    )
+    yield "draws: same for every batch", "(position * replicas + replica) * size", "0"
+    yield "mean image: aligned instead of center", 'center=config.mean == "center"', "center=False"
+
+
+def of_mean_image() -> Iterator[Change]:
+    """pipeline/loader/mean_image.py."""
+    yield "mean image, CPU: not mirrored", "if mirror:", "if False:"
+    yield "mean image, CPU: mirrored elsewhere", "- size - x", "- size"
+    yield "mean image, CPU: center mirrored", "self.view(int(x), int(y), 0)", "self.view(int(x), int(y), 1)"
+    yield "mean image, CPU: added", "np.subtract(crop,", "np.add(crop,"
+
+
+def of_share() -> Iterator[Change]:
+    """pipeline/loader/share.py: the same in torch."""
+    yield "color, torch: subtracted", "offset = draws.shift - self._mean", "offset = -draws.shift - self._mean"
+    yield "divisor, torch: missing", "self._std * np.float32(divisor)", "self._std"
+    yield "standardize, torch: by the variance", "torch.rsqrt(variance", "torch.reciprocal(variance"
+    yield "mean image, torch: aligned instead of center", 'center = self._config.mean == "center"', "center = False"
+
+
+def of_statistics() -> Iterator[Change]:
+    """pipeline/preparation/statistics.py: mean image and principal axes."""
+    yield "covariance: not around the mean", " - mean[first] * mean[second]", ""
+    yield "mean image: of one image less", "/ totals.num_images", "/ (totals.num_images - 1)"
+    yield "eigenvalues: rising", "-matrix[index][index]", "matrix[index][index]"
+    yield "eigenvectors: in rows", "np.array(columns).T.copy()", "np.array(columns)"
+
+
+def of_imagenet() -> Iterator[Change]:
+    """pipeline/sources/imagenet.py: labels."""
+    yield (
+        "labels: the orders swapped",
+        'records if self.label_order == "ilsvrc"',
+        'records if self.label_order != "ilsvrc"',
+    )
+    yield (
+        "labels: ilsvrc by default",
+        '"alphabetical" if options.label_order == "default"',
+        '"ilsvrc" if options.label_order == "default"',
+    )
+    yield (
+        "labels: validation ids from 0",
+        "devkit.wordnet_ids[label - 1]",
+        "devkit.wordnet_ids[label % len(devkit.wordnet_ids)]",
+    )
+    yield "labels: validation ids by name", "devkit.wordnet_ids[label - 1]", "sorted(devkit.wordnet_ids)[label - 1]"
+    yield (
+        "labels: validation images unsorted",
+        "rows = sorted(rows, key=lambda row: row[1])",
+        "rows = sorted(rows, key=lambda row: row[1], reverse=True)",
+    )
+
+
+def of_devkit() -> Iterator[Change]:
+    """pipeline/sources/devkit.py."""
+    yield (
+        "labels: the kit's classes by WordNet id",
+        '(int(row["ILSVRC2012_ID"]), str(row["WNID"])',
+        '(str(row["WNID"]), int(row["ILSVRC2012_ID"])',
+    )
+
+
+def of_folder() -> Iterator[Change]:
+    """pipeline/sources/folder.py."""
+    yield "labels: folders in reverse order", "key=os.fsencode)\n", "key=os.fsencode, reverse=True)\n"
+
+
+def of_loader_config() -> Iterator[Change]:
+    """pipeline/loader/config.py: values that recipes leave alone."""
+    yield "default: crops shared", "crop_shared_by: int = 1", "crop_shared_by: int = 2"
+    yield "default: scale", 'scale: str = "255"', 'scale: str = "std"'
+    yield "default: color ends", "color_off_epoch: int = -1", "color_off_epoch: int = 5"
+    yield "default: divisor", "color_divisor: float = 1.0", "color_divisor: float = 1.1"
+    yield "default: order of images", 'shuffle: str = "epoch"', 'shuffle: str = "once"'
+    yield "default: last batch", 'last_batch: str = "drop"', 'last_batch: str = "partial"'
+
+
+GROUPS = (
+    ("pipeline/loader/config.py", (RECIPES,), of_loader_config),
+    ("pipeline/loader/augmentation.py", (DRAWS, ORIGINAL, PIXELS), of_augmentation),
+    ("pipeline/loader/graph.py", (PIXELS, ORIGINAL), of_graph),
+    ("pipeline/loader/batches.py", (ORIGINAL, PIXELS), of_batches),
+    ("pipeline/loader/mean_image.py", (PIXELS,), of_mean_image),
+    ("pipeline/loader/share.py", (ORIGINAL, SPLIT), of_share),
+    ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
+    ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
+    ("pipeline/sources/devkit.py", (IMAGENET,), of_devkit),
+    ("pipeline/sources/folder.py", (FOLDER,), of_folder),
+)

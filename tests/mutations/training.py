@@ -1,0 +1,123 @@
+"""Training and testing made wrong: the update, rates, pieces and replicas, top-1, top-5, ten views."""
+
+from collections.abc import Iterator
+
+from tests.mutations import Change
+
+KERNELS = "tests/trainer/model/test_kernels.py"
+RECIPES = "tests/trainer/test_recipes.py"
+OPTIMIZER = "tests/trainer/training/test_optimizer.py"
+PARTIAL = "tests/trainer/training/test_partial_batch.py"
+PIECES = "tests/trainer/parallel/test_data_parallel.py::test_accumulation_equals_the_whole_batch"
+EVALUATE = "tests/trainer/training/test_evaluate.py"
+PREDICT = "tests/trainer/inference/test_predict.py"
+REPLICAS = "tests/trainer/parallel/test_data_parallel.py"
+
+
+def of_optimizer() -> Iterator[Change]:
+    """trainer/training/optimizer.py: the rule, the rates, the schedules."""
+    yield "momentum: 0.5", '{"momentum": config.momentum}', '{"momentum": 0.5}'
+    yield "decay: not times the rate", 'rate * group["weight_decay"]', 'group["weight_decay"]'
+    yield "decay: none", "config.weight_decay if are_weights", "0.0 if are_weights"
+    yield "decay: biases too", "if are_weights or config.decay_biases else 0.0", "if True else 0.0"
+    yield "decay: batch norm's scale too", "parameter.dim() > 1)", 'parameter.dim() > 1 or "norm.weight" in name)'
+    yield "rates: weights have the biases'", 'weights if group["are_weights"] else biases', "biases"
+    yield "rates: biases have the weights'", 'weights if group["are_weights"] else biases', "weights"
+    yield "rates: no layer has its own", 'rates.layers.get(group["layer"],', "{}.get(group['layer'],"
+    yield (
+        "update, torch: no momentum",
+        "torch._foreach_mul_(velocities, momentum)",
+        "torch._foreach_mul_(velocities, 0)",
+    )
+    yield "update, torch: decay's sign", "alpha=-decay", "alpha=decay"
+    yield "update, torch: rate 1", "gradients, alpha=-rate)", "gradients, alpha=-1)"
+    yield "warm-up: none", "min(1.0, epoch / config.warmup_epochs)", "1.0"
+    yield "warm-up: of a square", "min(1.0, epoch / config", "min(1.0, epoch**2 / config"
+    yield "warm-up: not of the weights", "config.learning_rate * warm", "config.learning_rate"
+    yield "warm-up: not of the biases", "config.bias_learning_rate * warm", "config.bias_learning_rate"
+    yield "biases start at the weights' rate", "config.bias_learning_rate * warm", "config.learning_rate * warm"
+    yield "late rates: an epoch late", "epoch >= late.epoch", "epoch >= late.epoch + 1"
+    yield "late rates: after the epoch", "epoch >= late.epoch", "epoch > late.epoch"
+    yield (
+        "late rates: biases at the layer's own",
+        "biases if late.bias_learning_rate is None",
+        "late.learning_rate if True",
+    )
+    yield "steps: by the root", "config.gamma ** _passed", "config.gamma ** 0.5 ** _passed"
+    yield "steps: after the epoch", "sum(epoch >= mark", "sum(epoch > mark"
+    yield "steps: an epoch early", "sum(epoch >= mark", "sum(epoch + 1 >= mark"
+    yield (
+        "steps: the first only",
+        "return sum(epoch >= mark for mark in marks)",
+        "return min(1, sum(epoch >= mark for mark in marks))",
+    )
+    yield "plateau: rates do not fall", "config.gamma**plateaus", "config.gamma"
+    yield "log thirds: fifths", "epochs * quarter / 4", "epochs * quarter / 5"
+    yield "log thirds: all at once", "epoch) / 3)", "epoch) / 1)"
+    yield "biases: halfway at a third", "(epochs / 2,)", "(epochs / 3,)"
+    yield "biases: the weights' factor", "config.bias_gamma ** _passed", "config.final_lr_ratio ** -_passed"
+    yield "biases: constant falls", '"constant": ()', '"constant": (1.0,)'
+    yield "plateau: any fall counts", "best - config.threshold", "best"
+    yield "plateau: patience + 1", "waited == config.patience", "waited == config.patience + 1"
+    yield "plateau: no most", "min(plateaus, config.max_drops)", "plateaus"
+    yield "plateau: waits once", "plateaus, waited = plateaus + 1, 0", "plateaus, waited = plateaus + 1, waited - 1"
+
+
+def of_step() -> Iterator[Change]:
+    """trainer/training/step.py: a batch in pieces and over replicas."""
+    yield "pieces: summed", "loss * (size / total)", "loss"
+    yield "pieces: replicas summed", "loss * (size / total)", "loss * (size / rows)"
+    yield "pieces: all draw the first rows' masks", "first=first + begin", "first=first"
+    yield "pieces: replicas draw the same masks", "first=first + begin", "first=begin"
+    yield "gradients pile up over steps", "self._net.zero_grad(set_to_none=True)", "pass"
+
+
+def of_loop() -> Iterator[Change]:
+    """trainer/training/loop.py: rates at each step."""
+    yield "run: rates never set", "self.optimizer.set_rates(rates)", "pass"
+    yield (
+        "run: whole epochs only",
+        "epoch = self.step / self.steps_per_epoch\n        rates",
+        "epoch = self.step // self.steps_per_epoch\n        rates",
+    )
+    yield (
+        "run: dropout of the first step always",
+        "batch.images, batch.labels, self.step)",
+        "batch.images, batch.labels, 0)",
+    )
+
+
+def of_mesh() -> Iterator[Change]:
+    """trainer/parallel/mesh.py: the sum over replicas."""
+    total = "dist.all_reduce(wire, group"
+    yield "replicas: largest gradient", total, "dist.all_reduce(wire, op=dist.ReduceOp.MAX, group"
+    yield "replicas: averaged once more", total, "dist.all_reduce(wire.div_(2), group"
+
+
+def of_evaluate() -> Iterator[Change]:
+    """trainer/training/evaluate.py: top-1, top-5, ten views."""
+    mean = 'shares.unflatten(0, (-1, 10)).mean(1) if views == "ten"'
+    logits = 'functional.softmax(output.float().unflatten(0, (-1, 10)).mean(1), dim=1) if views == "ten"'
+    yield "top-5: four", "topk(min(5,", "topk(min(4,"
+    yield "top-5: six", "topk(min(5,", "topk(min(6,"
+    yield "top-1: second", "int(hits[:, 0].sum())", "int(hits[:, 1].sum())"
+    yield "ten views: logits averaged", mean, logits
+    yield "ten views: the first only", mean, mean.replace(".mean(1)", "[:, 0]")
+    yield "ten views: the surest", mean, mean.replace(".mean(1)", ".amax(1)")
+    yield "evaluation in training mode", "net.eval()\n    for", "net.train()\n    for"
+    yield "net stays in testing mode", "net.train(was_training)", "pass"
+
+
+def of_predict() -> Iterator[Change]:
+    """trainer/inference/predict.py."""
+    yield "prediction: ten views, the first only", ".mean(1).cpu()", "[:, 0].cpu()"
+
+
+GROUPS = (
+    ("trainer/training/optimizer.py", (OPTIMIZER, RECIPES, KERNELS), of_optimizer),
+    ("trainer/training/step.py", (PIECES, REPLICAS), of_step),
+    ("trainer/training/loop.py", (f"{PARTIAL}::test_a_run_by_hand",), of_loop),
+    ("trainer/training/evaluate.py", (EVALUATE,), of_evaluate),
+    ("trainer/inference/predict.py", (PREDICT,), of_predict),
+    ("trainer/parallel/mesh.py", (REPLICAS,), of_mesh),
+)
