@@ -67,7 +67,7 @@ def main() -> None:
 
 
 class SlowWire:
-    """Delays what a link sends, in the order in which it was sent, as a link of so many bytes a second would.
+    """Delays what a link sends, in the order in which it was sent, as a link of so many bytes per second would.
 
     Attributes:
         delayed_s: seconds that messages took so far, all together.

@@ -13,7 +13,7 @@ Images: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an a
     memory     peak resident memory of a worker for 1,000 and for 20,000 images
     plan       planning 1,281,167 entries of synthetic headers: seconds and peak memory
 
-Cases take turns; medians and ranges. Floor and prepare also give processor time an image: the two kinds of ratio agree
+Cases take turns; medians and ranges. Floor and prepare also give processor time per image: the two kinds of ratio agree
 on a machine where nothing else runs, and only there. Results: benchmarks/results/DATE_MACHINE_prepare_speed.json.
 """
 

@@ -10,7 +10,7 @@ Cases, batch 128, synthetic images, each in a process of its own (so that peak m
     one          one process as the trainer runs it: merged convolutions, channels_last, compiled kernels
                  (trainer/model/kernels/kernels.cpp) for the normalization and the update, float32
     one-bf16     the same with bfloat16 matrix products
-    two          one process a tower, one thread each, gloo, float32
+    two          one process per tower, one thread each, gloo, float32
     two-bf16     the same with bfloat16 matrix products
     one-torch    ``one`` with TWOTOWER_KERNELS=off: what a machine without a C++ compiler does
     norm-plain   nn.LocalResponseNorm(5) forward and backward, (128, 48, 55, 55) float32

@@ -1,4 +1,4 @@
-"""The record of a prepared data set: ``manifest.json``, written last, so it exists only when all else is whole.
+"""The record of a prepared data set: ``manifest.json``, written last, so it exists only when all else is complete.
 
 Layout of a data set folder::
 
@@ -109,7 +109,7 @@ class SplitRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A whole data set.
+    """A complete data set.
 
     Attributes:
         format: version of this layout.
@@ -212,7 +212,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a data set folder.
 
     Raises:
-        DatasetError: there is no whole data set in ``folder``.
+        DatasetError: there is no complete data set in ``folder``.
     """
     if not folder.is_dir():
         raise DatasetError(

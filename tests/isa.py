@@ -5,7 +5,7 @@ test may depend on that. Four settings take three values each:
 
 - oneDNN's instructions (convolutions, bfloat16 products): ``ONEDNN_MAX_CPU_ISA``;
 - ATen's (everything else of torch): ``ATEN_CPU_CAPABILITY``;
-- threads a process: ``OMP_NUM_THREADS``;
+- threads per process: ``OMP_NUM_THREADS``;
 - our own kernels: compiled for this processor, for x86-64-v3 (AVX2, no AVX-512), or ``TWOTOWER_KERNELS=off``.
 
 All combinations are 81 (``--full``). The nine of an orthogonal array have every value of each setting together with

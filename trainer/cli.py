@@ -46,7 +46,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
-        description="Train the two-tower AlexNet of 2012, one process a tower, and look at what came of it.",
+        description="Train the two-tower AlexNet of 2012, one process per tower, and look at what came of it.",
         epilog=f"example: {TRAIN_EXAMPLE}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -133,7 +133,7 @@ def _add_train(commands: Commands) -> None:
     _folder(train, "--data", "data set made by python -m pipeline prepare")
     _folder(train, "--run", "folder for metrics, checkpoints and report")
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
+        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
     )
     train.add_argument(
         "--replicas", type=_positive, default=1, metavar="R", help="pairs of towers that share each batch (default: 1)"
@@ -166,7 +166,7 @@ def _add_bench(commands: Commands) -> None:
     _folder(bench, "--data", "data set to read and train on", required=False)
     bench.add_argument("--synthetic", action="store_true", help="no data set: training on a batch that is always ready")
     bench.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process a tower"
+        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
     )
     _device_option(bench)
     bench.add_argument(

@@ -251,9 +251,9 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training split.
-        batch_size: images a step; both towers see all of them.
+        batch_size: images per step; both towers see all of them.
         accumulate: pieces in which a process takes its images of a step, one after the other: the same step with less
-            memory. Must divide the images a replica.
+            memory. Must divide the images per replica.
         seed: of the weights, the order of images, the augmentation and the dropout masks.
         evaluate_every_epochs: epochs between evaluations on ``evaluate_split``; 0 for only at the end.
         evaluate_split: split of the data set that is held out.

@@ -16,7 +16,7 @@ class RunError(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint is missing, torn, or does not fit the network."""
+    """A checkpoint is missing, truncated, or does not fit the network."""
 
 
 class DivergedError(TrainerError):

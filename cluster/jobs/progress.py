@@ -77,7 +77,7 @@ class BarStream:
         self._bar = b""
 
     def write(self, data: bytes) -> int:
-        """Take bytes; a line is shown once it is whole."""
+        """Take bytes; a line is shown once it is complete."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
             progress = parse(line.decode(errors="replace"))

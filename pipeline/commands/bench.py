@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--recipe", type=Path, metavar="TOML", help="take the [data] table of a recipe (default: the paper's)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default cpu)")
-    parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="samples a batch (default 128)")
+    parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="samples per batch (default 128)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="decoding threads (default: all cores)")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="length of one repeat (default 2)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats a stage (default 5)")

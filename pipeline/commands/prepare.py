@@ -21,7 +21,7 @@ STOPPED_TERM = 143
 
 DESCRIPTION = """\
 Turn images into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
-repairs what is damaged, and does nothing when the data set is whole."""
+repairs what is damaged, and does nothing when the data set is complete."""
 EPILOG = """\
 examples:
   python -m pipeline prepare --source digits --output data/digits
@@ -162,7 +162,9 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
     remote = Remote(url)
     manifest = remote.published(options)
     if manifest is not None:
-        print(f"{url} is whole already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})")
+        print(
+            f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
+        )
         return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
     options.output.mkdir(parents=True, exist_ok=True)
     code = _run_to_folder(options)
@@ -189,9 +191,9 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     """Counts, shards, bytes and rate, in a few lines."""
     manifest = summary.manifest
     if summary.num_indexes:
-        print(f"{folder}: {summary.num_indexes:,} damaged indexes made again from their tars")
+        print(f"{folder}: {summary.num_indexes:,} damaged indexes regenerated from their tars")
     elif not summary.num_done:
-        print(f"{folder} is whole already: every file checked by sha256, nothing to do")
+        print(f"{folder} is complete already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6
         print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Check a data set against its manifest and name what is wrong: sizes, headers, counts, indexes,\n"
         "every sha256 (not with --fast); with --full every checksum, and DALI's decoder gets every image.",
         epilog="example: python -m pipeline verify data/digits --full\n"
-        "exit codes: 0 sound, 2 something is wrong (every finding is a line)",
+        "exit codes: 0 valid, 2 something is wrong (every finding is a line)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
         more = f" (the first {SHOWN} are shown)" if len(problems) > SHOWN else ""
         raise DatasetError(f"{len(problems)} problems{more}; the same prepare command repairs {args.folder}")
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{args.folder} is sound ({manifest.fingerprint[:12]}): {total:,} samples in {shards:,} shards")
+    print(f"{args.folder} is valid ({manifest.fingerprint[:12]}): {total:,} samples in {shards:,} shards")
     print(f"checked: {CHECKED[args.level]}")
     return 0

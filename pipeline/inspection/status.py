@@ -66,7 +66,7 @@ def read_status(folder: Path) -> Status:
     if plan is None:
         if running:
             return Status("running", {}, None, None)
-        raise DatasetError(f"{folder} holds no data set, whole or begun")
+        raise DatasetError(f"{folder} holds no data set, complete or begun")
     stage = ("repairing" if (folder / MANIFEST_NAME).is_file() else "running") if running else "stopped"
     return _begun(folder, plan["totals"], stage)
 

@@ -33,7 +33,7 @@ def check_dataset(
 
     Args:
         folder: the data set.
-        manifest: its manifest, already read, so it is sound.
+        manifest: its manifest, already read, so it is valid.
         level: ``fast`` looks at sizes, tar headers, counts and indexes; ``hashes`` at every sha256 too; ``full`` at
             every sample's checksum too.
         report: called with the number of samples of each shard when it is done.
@@ -86,7 +86,7 @@ def read_samples(tar: Path) -> list[TarSample]:
     """Walks a tar of ours, reading headers only; every byte of them, and the end, must be what prepare writes.
 
     Raises:
-        DatasetError: the tar is torn or a header is damaged.
+        DatasetError: the tar is truncated or a header is damaged.
     """
     size, read = tar.stat().st_size, range_reader(tar)
     try:

@@ -59,7 +59,7 @@ class TrainingLoader:
     Args:
         data: a prepared data set; a URL is staged to the local cache first.
         config: the recipe.
-        batch_size: samples a batch, >= 1.
+        batch_size: samples per batch, >= 1.
         seed: 0..2**63 - 1; decides order and draws. The same on both towers and on all replicas.
         device: ``cpu`` or ``cuda:N``.
         state: what :meth:`state` returned, to continue after it.
@@ -75,7 +75,7 @@ class TrainingLoader:
 
     Raises:
         ConfigError: a setting that cannot be used with this data set.
-        DatasetError: the data set is not whole, or ``state`` belongs to another run; names what differs.
+        DatasetError: the data set is not complete, or ``state`` belongs to another run; names what differs.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class EvaluationLoader:
     Args:
         data: a prepared data set; a URL is staged to the local cache first.
         config: the recipe; its random parts are off.
-        batch_size: images a batch, >= 1.
+        batch_size: images per batch, >= 1.
         split: name of the split.
         views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``.

@@ -31,8 +31,8 @@ class StageResult:
         images_per_s: median over the repeats.
         images_per_s_min, images_per_s_max: slowest and fastest repeat.
         mb_per_s: stored megabytes (10**6) a second at the median; of raw images in mapped files only crops are read.
-        cores: processor seconds a second, over the repeats.
-        cpu_us_per_image: processor microseconds an image: what is left to compare on a machine that others use too.
+        cores: processor seconds per second, over the repeats.
+        cpu_us_per_image: processor microseconds per image: what is left to compare on a machine that others use too.
         first_batch_s: from opening to the first batch.
     """
 
@@ -70,7 +70,7 @@ class BenchResult:
         data: fingerprint of the data set.
         images: what is stored, in words.
         device: ``cpu`` or ``cuda:N``.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         repeats: measurements a stage.
         stages: one result a stage.
         shuffle: how well two epochs are mixed, see :class:`ShuffleQuality`.
@@ -95,7 +95,7 @@ class BenchOptions:
 
     Attributes:
         device: ``cpu`` or ``cuda:N``.
-        batch_size: samples a batch; 0: 128, or all samples where there are fewer.
+        batch_size: samples per batch; 0: 128, or all samples where there are fewer.
         seconds: length of one repeat.
         repeats: repeats a stage, >= 1.
         sweep: measure every share of the GPU's hardware decoder too.
@@ -195,7 +195,7 @@ def compare_orders(first: np.ndarray, second: np.ndarray, batch_size: int) -> Sh
 
     Args:
         first, second: (n,) sample numbers 0..n-1, each once.
-        batch_size: samples a batch, >= 2.
+        batch_size: samples per batch, >= 2.
     """
     count = len(first)
     place = np.empty(count, np.int64)

@@ -59,7 +59,7 @@ class LoaderConfig:
             uint8 pixels before the normalization (pays where decoding is the bottleneck and the link is fast).
         hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder, 0..1; -1: measured at start-up.
         mmap: tars are mapped into memory. False reads them as files, which suits most network file systems better and
-            holds one file descriptor a shard.
+            holds one file descriptor per shard.
 
     Raises:
         ConfigError: a value outside its range, naming field, value and range.

@@ -38,7 +38,7 @@ class Reader:
     Attributes:
         split: the samples.
         config: the recipe.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         device: ``cpu`` or ``cuda:N``.
         seed: of the order.
         shuffle: whether every epoch has another order; else the stored one.

@@ -37,7 +37,7 @@ class ImageReader:
 
     Raises:
         ConfigError: the recipe cannot be used with this data set.
-        DatasetError: there is no whole data set.
+        DatasetError: there is no complete data set.
     """
 
     def __init__(self, data: Path, config: LoaderConfig, *, views: str = "center", device: str = "cpu") -> None:

@@ -3,8 +3,8 @@
 With m and s of :meth:`Normalizer.affine`, a crop x (0..255) becomes ``(x - m) / s - mean image / s``, and is then
 standardized where the recipe says so. DALI's ``crop_mirror_normalize`` does the first part in the pass that crops. The
 mean image comes after, in place: DALI's operators would copy the aligned piece of it for each image and write the
-difference to a third buffer. Measured on 2 busy cores, 224 of 256 px: 130 microseconds of processor time an image less,
-of 800 for JPEG and 540 for raw shards; the same bits.
+difference to a third buffer. Measured on 2 busy cores, 224 of 256 px: 130 microseconds of processor time per image
+less, of 800 for JPEG and 540 for raw shards; the same bits.
 """
 
 import numpy as np

@@ -100,7 +100,7 @@ def _check_shard(folder: Path, shard: ShardRecord) -> None:
     if found != shard.size_bytes:
         raise DatasetError(f"{tar} has {found} bytes, the manifest records {shard.size_bytes}: {_REPAIR}")
     # An index of another tar is read silently by DALI, and one whose first line is too small shrinks the data set.
-    # Hashing all of them is cheap (60 bytes a sample), so it is always done.
+    # Hashing all of them is cheap (60 bytes per sample), so it is always done.
     index = _read(folder / shard.index_name)
     if hashlib.sha256(index).hexdigest() != shard.index_sha256:
         raise DatasetError(f"{folder / shard.index_name} is not the index that the manifest records: {_REPAIR}")

@@ -136,7 +136,7 @@ def find_refused(reader: Reader, iteration: int) -> list[tuple[str, str]]:
     """Shard and key of every image of an iteration that the decoder refuses.
 
     DALI names the sample in some of its errors only. Reading without decoding repeats the order at over 100,000
-    samples a second, so the batch is read again and its images are tried one by one.
+    samples per second, so the batch is read again and its images are tried one by one.
     """
     quiet = dataclasses.replace(reader, config=dataclasses.replace(reader.config, prefetch=1, threads=1))
     pipeline = build_pipeline(quiet, lambda: encoded_graph(quiet))

@@ -47,7 +47,7 @@ def describe_images(data: Path) -> StoredImages:
     """What the training split of a prepared data set holds.
 
     Raises:
-        DatasetError: it is not whole.
+        DatasetError: it is not complete.
     """
     split = open_split(data, "train")
     image = split.manifest.image
@@ -85,7 +85,7 @@ def open_stage(
             :class:`pipeline.loader.batches.TrainingLoader` gives the trainer.
         data: a prepared data set on this machine.
         config: the recipe.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         device: ``cpu`` or ``cuda:N``.
         seed: of order and draws.
 

@@ -54,7 +54,7 @@ def stage(data: str | Path, cache: Path | None = None) -> Path:
     cache = cache or Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
     folder = cache / manifest.fingerprint[:16]
     with _alone(cache, manifest.fingerprint[:16]):
-        missing = [item for item in _files(manifest) if not _is_whole(folder, *item)]
+        missing = [item for item in _files(manifest) if not _is_complete(folder, *item)]
         _LOGGER.info("%s: %d of %d files to fetch to %s", url, len(missing), len(_files(manifest)), folder)
         for name, size_bytes, sha256 in missing:
             _fetch(filesystem, f"{root}/{name}", folder / name, size_bytes=size_bytes, sha256=sha256)
@@ -73,7 +73,7 @@ def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
     return files
 
 
-def _is_whole(folder: Path, name: str, size_bytes: int, sha256: str) -> bool:
+def _is_complete(folder: Path, name: str, size_bytes: int, sha256: str) -> bool:
     path = folder / name
     if not path.is_file() or path.stat().st_size != size_bytes:
         return False

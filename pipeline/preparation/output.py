@@ -1,7 +1,7 @@
 """The output folder while a data set is being made: who may write, what is there already, and how it becomes whole.
 
 ``OUTPUT/.work`` holds the lock, the settings of the run (``plan.json``), temporary files and the records of finished
-shards. It is removed once the manifest is in place, so a whole data set is nothing but the data set.
+shards. It is removed once the manifest is in place, so a complete data set is nothing but the data set.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def output_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         if not (output / WORK_NAME / PLAN_NAME).exists():
-            clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a whole data set
+            clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a complete data set
         os.close(handle)
 
 
@@ -85,7 +85,7 @@ def _locked(path: Path) -> int:
 
 
 def check_ours(output: Path) -> None:
-    """Refuses a folder that holds something else than a data set of ours, whole or begun.
+    """Refuses a folder that holds something else than a data set of ours, complete or begun.
 
     Raises:
         OutputError: it does, or it is no folder.
@@ -109,7 +109,7 @@ def sweep(output: Path) -> None:
 
 
 def load_manifest(output: Path) -> Manifest | None:
-    """The manifest if there is a sound one, else None: a damaged one is made again like anything else."""
+    """The manifest if there is a valid one, else None: a damaged one is regenerated like anything else."""
     if not (output / MANIFEST_NAME).is_file():
         return None
     try:
@@ -172,8 +172,8 @@ def refuse_difference(
         output: folder or URL of the data set.
         there: its settings.
         asked: those of this run.
-        libraries: compare the versions of libraries too. A whole data set stays whole under newer ones; only a run that
-            makes shards must have the same.
+        libraries: compare the versions of libraries too. A complete data set stays complete under newer ones; only a
+            run that makes shards must have the same.
 
     Raises:
         OutputError: one does.
@@ -226,7 +226,7 @@ def file_damage(output: Path, manifest: Manifest) -> dict[str, str]:
     return {name: problem for name, problem in found.items() if problem}
 
 
-def sound_shards(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
+def valid_shards(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
     """Names of the shards whose files are as recorded, hashes included; several are read at a time."""
     shards = list(shards)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
@@ -235,7 +235,7 @@ def sound_shards(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
 
 
 def restore_indexes(output: Path, shards: Iterable[ShardRecord]) -> set[str]:
-    """Writes damaged indexes again from their tars, where those are sound; names of the shards that are sound then."""
+    """Writes damaged indexes again from their tars, where those are valid; names of the shards that are valid then."""
     return {
         shard.name
         for shard in shards
@@ -288,14 +288,14 @@ def write_info(output: Path, manifest: Manifest) -> None:
 
 
 def clear_work(output: Path) -> None:
-    """Removes the work folder of a whole data set; the lock goes with it."""
+    """Removes the work folder of a complete data set; the lock goes with it."""
     shutil.rmtree(output / WORK_NAME, ignore_errors=True)
 
 
 def _write_manifest(output: Path, manifest: Manifest) -> None:
     data = manifest.to_json().encode()
     if os.environ.get(faults.VARIABLE, "").startswith("manifest-half"):
-        (output / f".{MANIFEST_NAME}.torn.tmp").write_bytes(data[: len(data) // 2])
+        (output / f".{MANIFEST_NAME}.truncated.tmp").write_bytes(data[: len(data) // 2])
         faults.reach("manifest-half")
     write_atomic(output / MANIFEST_NAME, data)
     faults.reach("manifest-renamed")

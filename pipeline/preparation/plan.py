@@ -170,7 +170,7 @@ class Cost:
     """What some images cost.
 
     Attributes:
-        seconds: median seconds an image on one core, warmed up.
+        seconds: median seconds per image on one core, warmed up.
         size_bytes: mean bytes a sample takes in a tar.
         num_images: images measured.
         num_refused: how many of them cannot be used.
@@ -206,7 +206,7 @@ def print_plan(options: PrepareOptions) -> None:
     workers = options.num_workers()
     print(
         f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
-        f"({1 / cost.seconds:,.0f} images/s a core over {cost.num_images} measured images, "
+        f"({1 / cost.seconds:,.0f} images/s per core over {cost.num_images} measured images, "
         f"{cost.num_refused} of them unusable)"
     )
     print("nothing was written (--dry-run)")

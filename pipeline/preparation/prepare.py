@@ -1,6 +1,6 @@
-"""``prepare`` from its options to a whole data set: plan, make the shards that are missing, manifest last.
+"""``prepare`` from its options to a complete data set: plan, make the shards that are missing, manifest last.
 
-Ray is imported only when there are shards to make; a data set that is whole is checked without it.
+Ray is imported only when there are shards to make; a data set that is complete is checked without it.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class Summary:
     """What a run did.
 
     Attributes:
-        manifest: the whole data set.
+        manifest: the complete data set.
         num_done: images this run worked on; 0 if the data set was whole already.
         elapsed_s: seconds spent on shards, without starting Ray.
-        num_indexes: indexes made again from their sound tars.
+        num_indexes: indexes regenerated from their valid tars.
     """
 
     manifest: Manifest
@@ -69,8 +69,8 @@ def _make(request: Request) -> Summary:
     folder = request.options.output
     output.begin(folder, request.settings, _totals(request))
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
-    sound = output.sound_shards(folder, (record.shard for record in records if record))
-    missing = [shard for shard in request.shards if shard.name not in sound]
+    valid = output.valid_shards(folder, (record.shard for record in records if record))
+    missing = [shard for shard in request.shards if shard.name not in valid]
     elapsed_s = _build(request, missing)
     results, totals = _collect(request)
     draft = Manifest(
@@ -89,16 +89,16 @@ def _make(request: Request) -> Summary:
 
 
 def _repair(request: Request, manifest: Manifest) -> Summary | None:
-    """Brings damaged files of a data set back to their recorded bytes; None if everything must be made again."""
+    """Brings damaged files of a data set back to their recorded bytes; None if everything must be regenerated."""
     folder = request.options.output
     damaged_files = output.file_damage(folder, manifest)
     if damaged_files.keys() - {INFO_NAME}:
         output.refuse_difference(folder, manifest.settings, request.settings)
         return None  # statistics and quarantine list come from all shards
     recorded = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
-    sound = output.sound_shards(folder, recorded.values())
-    restored = output.restore_indexes(folder, (shard for name, shard in recorded.items() if name not in sound))
-    damaged = [shard for shard in request.shards if shard.name in recorded.keys() - sound - restored]
+    valid = output.valid_shards(folder, recorded.values())
+    restored = output.restore_indexes(folder, (shard for name, shard in recorded.items() if name not in valid))
+    damaged = [shard for shard in request.shards if shard.name in recorded.keys() - valid - restored]
     elapsed_s = 0.0
     if damaged:
         output.refuse_difference(folder, manifest.settings, request.settings)

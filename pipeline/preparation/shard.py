@@ -234,7 +234,7 @@ def seal_holds(sealed: bytes, *others: bytes) -> bool:
 
 
 def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult | None:
-    """Reads the record of a shard, None if there is no whole one.
+    """Reads the record of a shard, None if there is no complete one.
 
     Args:
         work: the work folder.
@@ -261,7 +261,7 @@ def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult |
     try:
         return read_record((work / "records" / f"{stem}.json").read_bytes(), build, f"{stem}.json")
     except (OSError, DatasetError):
-        return None  # no record or a damaged one: the shard is made again
+        return None  # no record or a damaged one: the shard is regenerated
 
 
 def _commit_record(work: Path, temporary: Path, stem: str, result: ShardResult) -> None:

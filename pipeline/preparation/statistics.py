@@ -22,7 +22,7 @@ FLOAT_ROWS = 1024  # 128 * 128 * 1,024 = 2^24: float32 is exact
 FLOAT_BLOCKS = 4  # 200 kB of float32 at a time stay in the cache
 INT8_PIXELS = 16  # pixels in a row of the int8 matrix: 48 columns were the fastest of 3 to 192
 INT8_ROWS = 2**16  # 128 * 128 * 65,536 = 2^30: int32 is exact
-MAX_POSITIONS = 2**20  # above a million pixels an image, sums per position would cost more memory than they are worth
+MAX_POSITIONS = 2**20  # above a million pixels per image, sums per position would cost more memory than they are worth
 
 
 @dataclasses.dataclass(frozen=True)

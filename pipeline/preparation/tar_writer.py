@@ -14,7 +14,7 @@ from pipeline.errors import DatasetError, SourceError
 from pipeline.manifest import write_atomic
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, walk_file
 
-END = bytes(2 * BLOCK)  # two zero blocks: their absence is how a torn tar is told from a whole one
+END = bytes(2 * BLOCK)  # two zero blocks: their absence is how a truncated tar is told from a complete one
 INDEX_VERSION = "v1.2"
 
 
@@ -108,9 +108,9 @@ def read_index(path: Path) -> list[TarSample]:
             members = [TarMember(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row) - 3, 4)]
             samples += group_samples(members)
     except (OSError, ValueError, IndexError) as error:
-        raise DatasetError(f"{path}: no sound index ({error})") from None
+        raise DatasetError(f"{path}: no valid index ({error})") from None
     if version != INDEX_VERSION or int(count) != len(samples):
-        raise DatasetError(f"{path}: no sound index (it states {first!r} and has {len(samples)} samples)")
+        raise DatasetError(f"{path}: no valid index (it states {first!r} and has {len(samples)} samples)")
     return samples
 
 
@@ -121,7 +121,7 @@ def make_index(tar: Path) -> tuple[int, bytes]:
         The number of samples, and the index.
 
     Raises:
-        SourceError: the tar is torn, has no samples, or a name has a space.
+        SourceError: the tar is truncated, has no samples, or a name has a space.
     """
     samples = list(group_samples(walk_file(tar)))
     if not samples:
@@ -152,5 +152,5 @@ def restore_index(tar: Path, sha256: str) -> bool:
 
 
 def _index_bytes(lines: Iterable[str], num_samples: int) -> bytes:
-    """DALI's index v1.2: its version and a count, then a line a sample."""
+    """DALI's index v1.2: its version and a count, then a line per sample."""
     return os.fsencode("\n".join([f"{INDEX_VERSION} {num_samples}", *lines, ""]))

@@ -69,7 +69,7 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
         where: the archive, for messages.
 
     Raises:
-        SourceError: it is torn, damaged, or holds something else than files and folders.
+        SourceError: it is truncated, damaged, or holds something else than files and folders.
     """
     offset, name, size_override = start, None, None
     while offset + BLOCK <= end:
@@ -82,7 +82,7 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
         offset = data + size + -size % BLOCK
         if data + size > end:
             raise SourceError(
-                f"{where}: torn or lying: {_plain_name(block)} claims {size:,} bytes, {end - data:,} are left"
+                f"{where}: truncated or lying: {_plain_name(block)} claims {size:,} bytes, {end - data:,} are left"
             )
         if kind in b"xgL":
             if size > LONGEST_EXTENSION:
@@ -96,7 +96,7 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
             found = KINDS.get(kind, f"of unknown kind {kind!r}")
             raise SourceError(f"{where}: {name or _plain_name(block)} is {found}; only regular files are read")
         name, size_override = None, None
-    raise SourceError(f"{where}: torn: it ends without its end blocks")
+    raise SourceError(f"{where}: truncated: it ends without its end blocks")
 
 
 def group_samples(members: Iterable[TarMember], passed_over: list[TarMember] | None = None) -> Iterator[TarSample]:

@@ -175,7 +175,7 @@ def test_an_elastic_run_goes_on_with_fewer_replicas(machine, data, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "2 replicas of two processes" in done.stdout
     again = done.stdout.partition("restart: going on from the last checkpoint")[2]
-    assert "replicas of two processes" not in again and "two processes, one a tower, cpu, from step" in again
+    assert "replicas of two processes" not in again and "two processes, one per tower, cpu, from step" in again
     result = json.loads((run / "result.json").read_text())
     assert (result["exit_reason"], result["step"], result["processes"]) == ("finished", STEPS, 2)
 

@@ -34,7 +34,7 @@ def train_command(data: Path, run: Path, *options: str) -> tuple[str, ...]:
 
 
 def train_directly(data: Path, run: Path, *options: str) -> Path:
-    """The run of two processes a pair, without Ray."""
+    """The run of two processes per pair, without Ray."""
     command = [sys.executable, *train_command(data, run)[1:], "--processes", "2", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     return run

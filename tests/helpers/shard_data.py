@@ -61,7 +61,7 @@ def make_job(folder: Path, source: MemorySource | None = None, **image_settings:
 
 
 def make_dataset(folder: Path, count: int = 10, shard_size: int = 4, source: MemorySource | None = None) -> Manifest:
-    """A whole data set with a train and a val split."""
+    """A complete data set with a train and a val split."""
     job = make_job(folder, source)
     results = [build_shard(job, task) for split in ("train", "val") for task in make_tasks(count, shard_size, split)]
     totals = [result.totals for result in results if result.split == "train"]

@@ -1,4 +1,4 @@
-"""Files that are slow on purpose: read at so many bytes a second and never cached, whoever reads them.
+"""Files that are slow on purpose: read at so many bytes per second and never cached, whoever reads them.
 
 A tar is covered by a FUSE file system whose root is one file. So no names, folders or inodes are needed, and no
 library: six requests of the kernel's protocol (``linux/fuse.h``, version 7) are answered here. Nothing simpler slows

@@ -1,4 +1,4 @@
-"""The manifest: canonical, sealed, whole or absent."""
+"""The manifest: canonical, sealed, complete or absent."""
 
 import dataclasses
 import json

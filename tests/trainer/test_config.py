@@ -53,9 +53,9 @@ def test_missing_and_torn_files(tmp_path: Path) -> None:
     """No such recipe, and one that is not TOML."""
     with pytest.raises(ConfigError, match="no recipe at"):
         load_config(tmp_path / "none.toml")
-    (tmp_path / "torn.toml").write_text("[model\n")
+    (tmp_path / "truncated.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
-        load_config(tmp_path / "torn.toml")
+        load_config(tmp_path / "truncated.toml")
 
 
 def test_fingerprint_names_the_recipe() -> None:

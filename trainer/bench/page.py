@@ -30,7 +30,7 @@ WHAT = {
     "optimizer": "the update of the weights",
     "rest": "the loop around all that, with metrics",
     "conv3 forward": "and the other crossings: the parts of exchange and waiting, layer by layer; not to be added",
-    "checkpoint": "one whole checkpoint written",
+    "checkpoint": "one complete checkpoint written",
 }
 Bar = tuple[str, float, float, str, str, str]  # name, begin and length as shares, color, value, small print
 
@@ -47,8 +47,8 @@ def render(record: BenchRecord, found: Bottleneck, projections: Sequence[Project
     spent = [sum(stage.ms.median for stage in record.group(side).values()) for side in ("loader", "net")]
     longest_ms = max(record.training.ms.median, *spent) or 1.0
     sides = (
-        ("loader", "The loader, a batch ahead", f"alone {number(costs.loader_ms)} ms a batch", "a"),
-        ("net", "The net, at the same time", f"alone {number(costs.net_ms)} ms a step", "b"),
+        ("loader", "The loader, a batch ahead", f"alone {number(costs.loader_ms)} ms per batch", "a"),
+        ("net", "The net, at the same time", f"alone {number(costs.net_ms)} ms per step", "b"),
     )
     title = f"{workload.recipe.split(' (')[0]}: from disk to gradient"
     known = dict.fromkeys(("started", "command", "commit", "host", "processor", "python", "torch"), "")
@@ -119,7 +119,7 @@ def _charts(record: BenchRecord, projections: Sequence[Projection]) -> list[tupl
         points |= {size: figure.median for size, figure in record.sweep.items()}
         line = Line("measured", sorted(points), [points[size] for size in sorted(points)], "a")
         kind = "End to end" if record.end_to_end else "Training on synthetic images"
-        chart = Markup(line_chart([line], axis, x_label="images a step"))
+        chart = Markup(line_chart([line], axis, x_label="images per step"))
         charts.append((chart, "By batch size.", f"{kind}, medians."))
     caption = ""
     if projections:

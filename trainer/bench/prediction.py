@@ -140,7 +140,7 @@ def links_of(
     tower, replica = tower_gb_per_s or measured, replica_gb_per_s or tower_gb_per_s or measured
     found = "measured" if bandwidth else "assumed"
     basis = (
-        f"towers exchange {tower:.3g} GB/s ({'given' if tower_gb_per_s else found}), {latency_us:.3g} us a message "
+        f"towers exchange {tower:.3g} GB/s ({'given' if tower_gb_per_s else found}), {latency_us:.3g} us per message "
         f"({found}); pairs {replica:.3g} GB/s{' (given)' if replica_gb_per_s else ''}; "
         + ("a device for each process" if own else "all processes share this machine")
     )

@@ -14,7 +14,7 @@ IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explain
 RESTLESS = 1.5  # upper quartile over lower
 DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
 CEILING_HEAD = ("ceiling", "median", "half within", "", "n", "how")
-STAGE_HEAD = ("stage", "ms a batch", "half within", "n", "cpu ms", "images/s", "of ceiling", "")
+STAGE_HEAD = ("stage", "ms per batch", "half within", "n", "cpu ms", "images/s", "of ceiling", "")
 NO_ADVICE = "No change that this benchmark can compute promises 3 % or more."
 
 
@@ -112,7 +112,7 @@ def doubt_sentence(record: BenchRecord) -> str:
         )
     for name, rate in throughputs(record):
         if rate.ms.high > RESTLESS * rate.ms.low:
-            return f"The rounds differ by much: {name} took {half_within(rate.ms)} ms a batch. {again}."
+            return f"The rounds differ by much: {name} took {half_within(rate.ms)} ms per batch. {again}."
     return ""
 
 
@@ -153,7 +153,7 @@ def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[P
     console.print(_table(STAGE_HEAD, [stage_cells(stage) for stage in record.stages], left=(0, 7)), "")
     for name, rate in throughputs(record):
         console.print(
-            f"{name:20} {rate.images_per_s:9,.1f} images/s  {number(rate.ms.median)} ms a batch "
+            f"{name:20} {rate.images_per_s:9,.1f} images/s  {number(rate.ms.median)} ms per batch "
             f"({half_within(rate.ms)}, n {rate.ms.n}), {number(rate.cpu_ms)} ms of processor time"
         )
     if record.end_to_end:
@@ -253,7 +253,7 @@ def _figures_of(record: BenchRecord) -> dict[tuple[str, str], Figure]:
     times = [(name, rate.ms) for name, rate in throughputs(record)] + [
         (stage.name, stage.ms) for stage in record.stages
     ]
-    found = {(name, "us an image"): ms.scaled(1e3 / record.workload.batch_size) for name, ms in times}
+    found = {(name, "us per image"): ms.scaled(1e3 / record.workload.batch_size) for name, ms in times}
     return found | {(row.name, row.unit): row.figure for row in record.ceilings}
 
 

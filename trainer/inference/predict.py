@@ -94,7 +94,7 @@ class Predictor:
 
     Raises:
         TrainerError: no run, no checkpoint, or a data set that does not fit the net.
-        PipelineError: there is no whole data set.
+        PipelineError: there is no complete data set.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Starts one process a tower on this machine, and ends them together."""
+"""Starts one process per tower on this machine, and ends them together."""
 
 import contextlib
 import ctypes

@@ -23,7 +23,7 @@ class LayerCount:
     Attributes:
         layer: conv1 ... fc8.
         kernel: what it computes, for people.
-        output: maps a tower and their side, or units a tower.
+        output: maps per tower and their side, or units per tower.
         parameters_a: parameters on tower a.
         parameters_b: parameters on tower b.
         multiply_accumulates: an image, both towers.
@@ -151,7 +151,7 @@ def print_tables(config: ModelConfig) -> None:
     table.add_column("parameters, tower a", justify="right", footer=f"{facts['parameters_a']:,}")
     table.add_column("tower b", justify="right", footer=f"{facts['parameters_b']:,}")
     table.add_column("both", justify="right", footer=f"{facts['parameters']:,}")
-    table.add_column("MACs an image, both", justify="right", footer=f"{facts['multiply_accumulates']:,}")
+    table.add_column("MACs per image, both", justify="right", footer=f"{facts['multiply_accumulates']:,}")
     for row in count_layers(config):
         both = row.parameters_a + row.parameters_b
         numbers = (row.parameters_a, row.parameters_b, both, row.multiply_accumulates)

@@ -208,7 +208,7 @@ def plan_run(
 
 
 def _count(config: Config, processes: int, batch: int) -> tuple[tuple[Memory, ...], tuple[CrossingRow, ...]]:
-    """Memory of each process of a pair that takes ``batch`` images a step, and what crosses between them."""
+    """Memory of each process of a pair that takes ``batch`` images per step, and what crosses between them."""
     if processes == 1:
         holder = "both towers" if config.model.towers == 2 else "the tower"
         return (_memory(config, make_net(config, None), holder, batch),), ()
@@ -337,7 +337,7 @@ def print_plan(plan: RunPlan) -> None:
     """Prints a plan for people."""
     console = Console(width=None if Console().is_terminal else 110, highlight=False)
     train = plan.config.train
-    towers = "one process" if plan.processes == 1 else "two processes, one a tower"
+    towers = "one process" if plan.processes == 1 else "two processes, one per tower"
     towers = f"{plan.replicas} replicas of {towers}" if plan.replicas > 1 else towers
     console.out(f"{towers}, {plan.device}, {train.precision}, batch {train.batch_size}")
     more = f", {plan.done:,} of them done" if plan.done else ""

@@ -205,7 +205,7 @@ def print_scale(table: Sequence[dict[str, Any]], images: int, wires: Wires | Non
     console.out(FORMULA)
     console.out(
         f"given: {wires.bandwidth_gb_s:g} GB/s between replicas, {wires.pair_bandwidth_gb_s:g} GB/s in a pair, "
-        f"{wires.latency_us:g} us a message, {wires.tflops:g} TFLOP/s a GPU"
+        f"{wires.latency_us:g} us per message, {wires.tflops:g} TFLOP/s a GPU"
     )
 
 

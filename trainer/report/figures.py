@@ -176,7 +176,7 @@ def kernel_sheet(weight: NDArray[np.float32], *, columns: int = 8, kernel_px: in
 
     Args:
         weight: shape (maps, 1 or 3, k, k).
-        columns: kernels a row.
+        columns: kernels per row.
         kernel_px: at most this many pixels a kernel's side; each weight is a whole number of pixels.
 
     Returns:

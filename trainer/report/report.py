@@ -35,10 +35,10 @@ FILES = {
     "config.toml": "the resolved recipe: the run can be repeated from it alone",
     "environment.json": "commit, versions, machine",
     "metrics.jsonl": "{steps} and {evaluations}, one JSON object a line",
-    "epochs.csv": "a line an epoch, for spreadsheets",
+    "epochs.csv": "a line per epoch, for spreadsheets",
     "result.json": "final figures and how the run ended",
     "tensorboard": "the same curves: tensorboard --logdir RUN/tensorboard",
-    "checkpoints": "weights and velocities, one safetensors file a tower",
+    "checkpoints": "weights and velocities, one safetensors file per tower",
 }
 ENVIRONMENT.filters |= {
     "bytes": format_bytes,
@@ -122,7 +122,7 @@ def write_report(run: Path, data: Path | None = None, *, device: str = "cpu") ->
 
     Raises:
         TrainerError: there is no run, a file of it is damaged, or ``data`` does not fit its net.
-        PipelineError: ``data`` is not a whole data set.
+        PipelineError: ``data`` is not a complete data set.
     """
     record = read_run(run)
     report = Report(record)

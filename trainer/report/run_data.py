@@ -25,7 +25,7 @@ class RunRecord:
 
     Attributes:
         folder: the run folder.
-        steps: rows of kind ``step``, ascending, one a step.
+        steps: rows of kind ``step``, ascending, one per step.
         evaluations: rows of kind ``evaluation``, ascending; center crop only, as ten views score higher.
         result: result.json, or {} while the run has not ended.
         environment: environment.json, or {}.

@@ -2,7 +2,7 @@
 
 Every process of the first replica copies its towers and writes them in a thread. That all have written, or that one
 could not, they learn from the control message that each step sends anyway; then rank 0 makes the checkpoint visible,
-in a thread again. Nothing is visible before it is whole, so a kill at any moment leaves the checkpoint before.
+in a thread again. Nothing is visible before it is complete, so a kill at any moment leaves the checkpoint before.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ class AsyncCheckpointer:
         self._writes = mesh is None or mesh.coord.replica == 0
         self._leads = mesh is None or mesh.coord.rank == 0
         self._draft: PendingCheckpoint | None = None
-        self._is_whole = False  # all processes have written; what is left is rank 0's
+        self._is_complete = False  # all processes have written; what is left is rank 0's
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
     @property
     def written(self) -> bool:
         """This process's part is on the disk, and the others may still write."""
-        return self._draft is not None and not self._is_whole and not self._is_busy()
+        return self._draft is not None and not self._is_complete and not self._is_busy()
 
     @property
     def failed(self) -> bool:
@@ -66,7 +66,7 @@ class AsyncCheckpointer:
     def begin(self, draft: PendingCheckpoint) -> None:
         """Copies the towers as they are now, and begins to write them; the checkpoint before must be finished."""
         assert self._draft is None
-        self._draft, self._is_whole = draft, False
+        self._draft, self._is_complete = draft, False
         if self._writes:
             folder = checkpoint.unfinished(self._run, draft.step)
             towers = checkpoint.snapshot(self._net, self._optimizer)
@@ -80,8 +80,8 @@ class AsyncCheckpointer:
         """
         if verdict.unsaved:
             self._give_up()
-        if verdict.written and self._draft is not None and not self._is_whole:
-            self._is_whole = True
+        if verdict.written and self._draft is not None and not self._is_complete:
+            self._is_complete = True
             if self._leads:
                 self._start(self._commit)
 
@@ -100,7 +100,7 @@ class AsyncCheckpointer:
         self._draft = None
 
     def _commit_now(self) -> None:
-        if self._leads and not self._is_whole:
+        if self._leads and not self._is_complete:
             self._start(self._commit)
             self._wait()
 
@@ -140,5 +140,5 @@ class AsyncCheckpointer:
         shutil.rmtree(checkpoint.unfinished(self._run, step), ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be saved ({self._problem or 'another process could not'}); "
-            f"the one before is whole: make room in {self._run} and go on with --resume auto"
+            f"the one before is complete: make room in {self._run} and go on with --resume auto"
         )

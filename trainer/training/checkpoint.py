@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file a tower, whole or invisible.
+"""Checkpoints: one safetensors file per tower, complete or invisible.
 
 ``RUN/checkpoints/step-00000110/`` holds ``tower-a.safetensors``, ``tower-b.safetensors`` (weights as ``conv1.weight``,
 velocities as ``velocity/conv1.weight``, the statistics of a batch normalization as
@@ -90,7 +90,7 @@ def save_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD") -> None:
 
 
 def unfinished(run: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole; a leading dot keeps it out of every listing."""
+    """Where a checkpoint is written before it is complete; a leading dot keeps it out of every listing."""
     return run / "checkpoints" / f".step-{step:08d}.unfinished"
 
 
@@ -156,7 +156,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Pa
 
     Args:
         run: run folder.
-        which: ``newest``: the newest whole one; a damaged one is passed over, said aloud. ``best``: the one with the
+        which: ``newest``: the newest complete one; a damaged one is passed over, said aloud. ``best``: the one with the
             highest top-1 on the held-out split. Otherwise the number of its step.
         quiet: do not say which were passed over.
 
@@ -181,7 +181,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Pa
             if not quiet:
                 print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
     if found:
-        raise CheckpointError(f"no whole checkpoint in {run}: start again with --overwrite")
+        raise CheckpointError(f"no complete checkpoint in {run}: start again with --overwrite")
     return None
 
 
@@ -195,7 +195,7 @@ def read_record(folder: Path) -> CheckpointRecord:
     """Reads and checks a checkpoint: every file there, of the right size and hash.
 
     Raises:
-        CheckpointError: naming the file that is missing, torn or changed.
+        CheckpointError: naming the file that is missing, truncated or changed.
     """
     try:
         record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
@@ -204,7 +204,7 @@ def read_record(folder: Path) -> CheckpointRecord:
             if found != expected:
                 raise CheckpointError(f"{folder / name} is damaged: {found}, expected {expected}")
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from None
     return record
 
 

@@ -1,4 +1,4 @@
-"""``epochs.csv``: the run as a table, one line an epoch, for spreadsheets and plots."""
+"""``epochs.csv``: the run as a table, one line per epoch, for spreadsheets and plots."""
 
 import csv
 import io

@@ -102,7 +102,7 @@ class Trainer:
         )
 
     def _resume(self) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint, if there is one; returns the loader's state.
+        """Loads the newest complete checkpoint, if there is one; returns the loader's state.
 
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
@@ -200,7 +200,7 @@ class Trainer:
 
     def _opening_line(self) -> str:
         """What the run is about to do."""
-        towers = "two processes, one a tower" if self.link else "one process"
+        towers = "two processes, one per tower" if self.link else "one process"
         towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (

@@ -114,7 +114,7 @@ class MetricsLog:
 
 
 def _step_of(line: bytes) -> float:
-    """Step of a line; a torn last line counts as never."""
+    """Step of a line; a truncated last line counts as never."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

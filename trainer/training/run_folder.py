@@ -32,7 +32,7 @@ class Result:
         elapsed_s: wall time of this process, s.
         images_per_s: median over the steps.
         processes: processes that held the towers.
-        batch_size: images a step.
+        batch_size: images per step.
         ledger: what crossed between the towers in one training step.
     """
 

@@ -1,4 +1,4 @@
-"""verify finds a flip anywhere, a missing or torn file, a wrong index, and names file and sample."""
+"""verify finds a flip anywhere, a missing or truncated file, a wrong index, and names file and sample."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from pipeline.loader.augmentation import (
 )
 from pipeline.loader.config import LoaderConfig
 
-# NETWORK.md section 4: ILSVRC-2012 deviations on 0..255 along the principal axes
+# ILSVRC-2012 deviations on 0..255 along the principal axes
 DEVIATIONS = np.array([121.78, 37.09, 19.72])
 AXES = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
 STATISTICS = Statistics(np.full(3, 120.0), np.full(3, 60.0), None, DEVIATIONS**2, AXES)

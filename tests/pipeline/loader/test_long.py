@@ -14,7 +14,7 @@ from tests.helpers.loader_data_set import make_data_set
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
-# A tower: writes what it got, then its state, one line a step; begins after the last whole line of the file given.
+# A tower: writes what it got, then its state, one line per step; begins after the last whole line of the file given.
 TOWER = """
 import json, pathlib, sys
 from pipeline.loader.config import LoaderConfig

@@ -151,5 +151,5 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "train: 15 images in 4 shards of 3 to 4" in printed
     assert "val: 6 images in 2 shards of 3 to 3" in printed
-    assert "images/s a core over 15 measured images, 0 of them unusable" in printed
+    assert "images/s per core over 15 measured images, 0 of them unusable" in printed
     assert not (tmp_path / "out").exists()

@@ -190,7 +190,7 @@ def test_a_damaged_index_is_made_again_without_its_images(
     (data / "train/train-000003.idx").unlink()
     before = {path: path.stat().st_ino for path in data.rglob("*.tar")}
     done = run(*arguments, "--output", data)
-    assert "2 damaged indexes made again" in done.stdout
+    assert "2 damaged indexes regenerated" in done.stdout
     assert "images/s" not in done.stdout
     assert {path: path.stat().st_ino for path in data.rglob("*.tar")} == before
     assert tree(data) == tree(undisturbed)

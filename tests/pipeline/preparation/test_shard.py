@@ -1,4 +1,4 @@
-"""One shard: deterministic, whole or absent, and read alike by tarfile, webdataset, DALI's index tool and DALI."""
+"""One shard: deterministic, complete or absent, and read alike by tarfile, webdataset, DALI's index tool and DALI."""
 
 import dataclasses
 import hashlib

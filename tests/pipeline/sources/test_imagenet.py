@@ -99,14 +99,14 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", size: in
         (member("n.JPEG", tarfile.CHRTYPE), "n.JPEG is a device"),
         (member("n.JPEG", tarfile.FIFOTYPE), "n.JPEG is a named pipe"),
         (member("n.JPEG", data=b"x", size=10**9), "claims 1,000,000,000 bytes"),
-        (member("n.JPEG", data=b"x" * 600)[:-1] + b"", "torn"),
+        (member("n.JPEG", data=b"x" * 600)[:-1] + b"", "truncated"),
         (b"\1" * 512, "damaged header"),
         (member("n.JPEG", data=b"x"), "without its end blocks"),
         (member("x" * 300, tarfile.GNUTYPE_LONGNAME, size=2**30), "claims"),
     ],
 )
 def test_hostile_inner_tars_are_one_clear_error(tmp_path: Path, inner: bytes, words: str) -> None:
-    ends = b"" if "end blocks" in words or words == "torn" else bytes(1024)
+    ends = b"" if "end blocks" in words or words == "truncated" else bytes(1024)
     outer = ilsvrc.tar_of({"n02119789.tar": inner + ends})
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(outer)
     with pytest.raises(SourceError, match=words) as caught:

@@ -167,7 +167,7 @@ def test_the_projection_to_what_was_measured_is_the_prediction():
     for record in (a_record(), a_record(cores=2, threads=2, net_threads=2), a_record(net={"forward": 50.0})):
         assert project(record, 1, links_of(record)).images_per_s == pytest.approx(predict_rate(record))
     assert "all processes share this machine" in links_of(record).basis
-    assert "50 GB/s (given), 100 us a message (assumed)" in links_of(record, tower_gb_per_s=50.0).basis
+    assert "50 GB/s (given), 100 us per message (assumed)" in links_of(record, tower_gb_per_s=50.0).basis
 
 
 def test_suggestions_promise_what_the_model_gives_and_only_what_is_worth_it():
@@ -288,13 +288,13 @@ def test_what_the_loader_does_in_the_training_thread_is_added_to_the_step():
 
 
 def test_a_result_that_cannot_be_is_doubted():
-    sound = a_record()
-    assert doubt_sentence(sound) == ""
-    slower = min(sound.loader.images_per_s, sound.synthetic.images_per_s)
-    impossible = dataclasses.replace(sound, end_to_end=dataclasses.replace(sound.synthetic, images_per_s=2 * slower))
+    valid = a_record()
+    assert doubt_sentence(valid) == ""
+    slower = min(valid.loader.images_per_s, valid.synthetic.images_per_s)
+    impossible = dataclasses.replace(valid, end_to_end=dataclasses.replace(valid.synthetic, images_per_s=2 * slower))
     assert "2.00 times as fast as the slower" in doubt_sentence(impossible)
-    restless = dataclasses.replace(sound.synthetic, ms=Figure(10.0, 6.0, 14.0, 5))
-    assert "synthetic training took 6–14 ms" in doubt_sentence(dataclasses.replace(sound, synthetic=restless))
+    restless = dataclasses.replace(valid.synthetic, ms=Figure(10.0, 6.0, 14.0, 5))
+    assert "synthetic training took 6–14 ms" in doubt_sentence(dataclasses.replace(valid, synthetic=restless))
 
 
 def test_the_page_escapes_every_text():

@@ -243,9 +243,9 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
         export_run(run, tmp_path / "net.pt")
     with pytest.raises(ExportError, match="no weights at"):
         import_weights(tmp_path / "none.safetensors", recipe(), tmp_path / "again")
-    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    (tmp_path / "truncated.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ExportError, match="cannot be read as safetensors"):
-        import_weights(tmp_path / "torn.safetensors", recipe(), tmp_path / "again")
+        import_weights(tmp_path / "truncated.safetensors", recipe(), tmp_path / "again")
     with pytest.raises(RunError, match="is not empty"):
         import_weights(export_run(run, tmp_path / "net.safetensors"), recipe(), run)
 

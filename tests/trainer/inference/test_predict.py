@@ -108,7 +108,7 @@ def images(tmp_path):
         source_file(folder, 1000 + i, (32, 32), 1)
     source_file(folder / "more", 1002, (32, 32), 1)
     (folder / "empty.png").touch()
-    (folder / "torn.png").write_bytes((folder / "photo-1000.png").read_bytes()[:200])
+    (folder / "truncated.png").write_bytes((folder / "photo-1000.png").read_bytes()[:200])
     (folder / ".hidden").write_text("x")
     return folder
 
@@ -131,7 +131,7 @@ def test_predictions_are_those_of_an_evaluation(run_and_data, tmp_path, views):
 
 def test_files_are_found_in_order_hidden_ones_not(images):
     names = [path.relative_to(images).as_posix() for path in find_images([images])]
-    assert names == ["empty.png", "more/photo-1002.png", "photo-1000.png", "photo-1001.png", "torn.png"]
+    assert names == ["empty.png", "more/photo-1002.png", "photo-1000.png", "photo-1001.png", "truncated.png"]
     (images / "none").mkdir()
     with pytest.raises(RunError, match="has no files in it"):
         find_images([images / "none"])
@@ -154,7 +154,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, im
     errors = output.err.splitlines()
     assert len(errors) == 3
     assert errors[0] == f"error: {images / 'empty.png'}: empty file"
-    assert errors[1].startswith(f"error: {images / 'torn.png'}: damaged PNG")
+    assert errors[1].startswith(f"error: {images / 'truncated.png'}: damaged PNG")
 
 
 def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):

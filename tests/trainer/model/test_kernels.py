@@ -302,4 +302,4 @@ def test_two_processes_may_build_at_once_and_have_one_openmp_runtime_each(cache:
     assert [process.communicate()[0].strip() for process in processes] == ["C++ 1", "C++ 1"]
     (library,) = cache.iterdir()
     assert oct(cache.stat().st_mode & 0o777) == "0o700"
-    assert cpp._is_whole(library)
+    assert cpp._is_complete(library)

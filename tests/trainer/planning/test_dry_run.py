@@ -156,6 +156,6 @@ def test_command_starts_nothing_and_writes_nothing(data, tmp_path, monkeypatch, 
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
     text = capsys.readouterr().out
     assert "20 epochs of 4 steps: 80 steps" in text
-    assert "two processes, one a tower, cpu, fp32, batch 32" in text
+    assert "two processes, one per tower, cpu, fp32, batch 32" in text
     assert "images/s" in text
     assert "426,032" in text  # bytes of a step, as in the result.json of a run with this recipe

@@ -16,7 +16,7 @@ CROSSING_BYTES = {"a": 113_152, "b": 121_344}  # an image, forward, sent
 
 @pytest.mark.parametrize(("world", "images"), [(2, 128), (4, 64), (512, 128)])
 def test_the_paper_net_sends_what_the_formulas_say(world: int, images: int) -> None:
-    """234,496 bytes an image each way between towers, and 4 bytes a parameter between replicas."""
+    """234,496 bytes per image each way between towers, and 4 bytes a parameter between replicas."""
     a, b = count_traffic(load_config(None), world, images)
     both_ways = sum(CROSSING_BYTES.values())
     assert both_ways == 234_496

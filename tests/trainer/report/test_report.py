@@ -103,7 +103,7 @@ def test_ledger_totals_are_the_sum_of_the_rows(run: Path) -> None:
 
 
 def test_several_pairs_have_the_ledger_of_the_first(run: Path) -> None:
-    """Its bytes an image are those of the net; what goes to other replicas is told apart."""
+    """Its bytes per image are those of the net; what goes to other replicas is told apart."""
     record = read_run(run)
     halved = [row | {"bytes": row["bytes"] // 2} for row in record.result["ledger"] if row["kind"] == "crossing"]
     sums = {"kind": "replica", "name": "gradients", "phase": "backward", "direction": "a->a", "calls": 1, "bytes": 4321}

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or invisible, exact, readable by one process or two, and never trusted unseen."""
+"""Checkpoints: complete or invisible, exact, readable by one process or two, and never trusted unseen."""
 
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(CheckpointError, match="damaged"):
             checkpoint.choose(tmp_path, which)
     (tmp_path / "checkpoints" / "step-00000001" / "tower-b.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint.choose(tmp_path, quiet=True)
 
 

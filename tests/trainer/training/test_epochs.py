@@ -1,4 +1,4 @@
-"""epochs.csv: one line an epoch, the same whether a run was interrupted or not."""
+"""epochs.csv: one line per epoch, the same whether a run was interrupted or not."""
 
 import csv
 import json

@@ -153,7 +153,7 @@ def test_a_killed_rank_ends_all(digits: Path, tmp_path: Path, rank: int) -> None
 
 @pytest.mark.slow
 def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path) -> None:
-    """SIGTERM to one process of four only: all finish the step, one whole checkpoint, result.json says why."""
+    """SIGTERM to one process of four only: all finish the step, one complete checkpoint, result.json says why."""
     folder = tmp_path / "run"
     process = start(digits, folder)
     os.kill(child_with(process.pid, "RANK=3"), signal.SIGTERM)

@@ -36,7 +36,7 @@ FIRST_LOSS = 1e-5  # of fp32: eight layers, sums of up to 288 products, a random
 
 @pytest.fixture(scope="module")
 def pair(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, one process a tower."""
+    """The same run, one process per tower."""
     folder = tmp_path_factory.mktemp("pair") / "run"
     run(*train_words(digits, folder, "--processes", 2))
     return folder
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_passed_over(digits: Path, serial: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_stops_cleanly(digits: Path, tmp_path: Path, processes: int) -> None:
-    """Room for some checkpoints only: one line, exit code 2, the last whole checkpoint is there and evaluates."""
+    """Room for some checkpoints only: one line, exit code 2, the last complete checkpoint is there and evaluates."""
     with small_disk(tmp_path / "disk", "4m") as disk:
         words = train_words(
             digits, disk / "run", "--processes", processes, overrides=("train.checkpoint_every_steps=1",)
@@ -292,7 +292,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], steps: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path, processes: int, number: signal.Signals) -> None:
-    """SIGTERM and Ctrl-C: the step is finished, a whole checkpoint is there, result.json says why."""
+    """SIGTERM and Ctrl-C: the step is finished, a complete checkpoint is there, result.json says why."""
     folder, overrides = tmp_path / "run", ("train.epochs=40", "train.evaluate_every_epochs=0")
     words = train_words(digits, folder, "--processes", processes, overrides=overrides)
     process = subprocess.Popen(

@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 
 def open_library() -> ctypes.CDLL:
-    """Compiles where the cache has no whole library of this name, and loads it.
+    """Compiles where the cache has no complete library of this name, and loads it.
 
     Raises:
         KernelError: it cannot be had.
@@ -101,7 +101,7 @@ def _cached_or_built(command: list[str]) -> ctypes.CDLL:
         cached = cache_folder() / name
     except RuntimeError:  # no home folder
         cached = None
-    if cached and _is_whole(cached):
+    if cached and _is_complete(cached):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(cached))
     with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
@@ -155,8 +155,8 @@ def _build(command: list[str], path: Path) -> None:
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a library is this user's and ends with the digest of the rest; a torn one could end the process."""
+def _is_complete(path: Path) -> bool:
+    """Whether a library is this user's and ends with the digest of the rest; a truncated one could end the process."""
     try:
         if path.stat().st_uid != os.getuid():
             return False
