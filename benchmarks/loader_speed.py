@@ -166,13 +166,13 @@ class Meeting:
         return whole
 
 
-def two_towers(folder: Path, feed: str) -> Iterator[torch.Tensor]:
+def two_towers(folder: Path, decode: str) -> Iterator[torch.Tensor]:
     """Batches that both towers have got; each tower a thread with its own loader, one batch ahead at most."""
     meeting = Meeting()
     queues: list[queue.Queue[torch.Tensor]] = [queue.Queue(1), queue.Queue(1)]
 
     def tower(part: int) -> None:
-        config = dataclasses.replace(PAPER, feed=feed)
+        config = dataclasses.replace(PAPER, decode=decode)
         split = SplitFeed(part, 2, lambda crops: meeting.exchange(part, crops))
         loader = TrainingLoader(folder, config, batch_size=BATCH, seed=0, split_feed=split)
         while True:
@@ -213,8 +213,8 @@ def make_cases(folders: dict[str, Path]) -> dict[str, Iterator[torch.Tensor]]:
         "webdataset-paper": webdataset_peer(folders["jpeg"], paper_transform),
         "whole-raw": ours(folders["raw"], PAPER),
         "channel-raw": ours(folders["raw"], CHANNEL),
-        "two-each": two_towers(folders["jpeg"], "each"),
-        "two-split": two_towers(folders["jpeg"], "split"),
+        "two-each": two_towers(folders["jpeg"], "replicated"),
+        "two-split": two_towers(folders["jpeg"], "sharded"),
         "null": null(),
     }
 
@@ -227,7 +227,7 @@ def first_batch(folder: Path) -> dict[str, float]:
         "import nvidia.dali.fn, torch; from pathlib import Path\n"
         "from pipeline.loader.batches import LoaderConfig, TrainingLoader\n"
         "i = time.perf_counter()\n"
-        f"config = LoaderConfig(crop_px={CROP}, mean='pixel', color='eigenvalue')\n"
+        f"config = LoaderConfig(crop_px={CROP}, mean='image', color='eigenvalue')\n"
         f"TrainingLoader(Path(sys.argv[1]), config, batch_size={BATCH}, seed=0).next()\n"
         "e = time.perf_counter(); print(e - i, e - t)"
     )

@@ -15,7 +15,7 @@ ON_ERROR = ("quarantine", "fail")
 CHROMA = "420"  # half of the chroma samples each way: what nearly every photo source has, and the fastest to decode
 MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
 FILTER = "centre square, then antialiased bicubic"
-FILTERS = {"bicubic": FILTER, "area": "centre square, then area averaging, halves rounded up"}  # as manifests say it
+FILTERS = {"bicubic": FILTER, "area": "center square, then area averaging, halves rounded up"}  # as manifests say it
 ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
 
 

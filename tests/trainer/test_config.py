@@ -29,7 +29,7 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.unit=3", "unknown field model.unit: did you mean model.hidden?"),
+        ("model.hiden=3", "unknown field model.hiden: did you mean model.hidden?"),
         ("train.epochs=many", "train.epochs is 'many': expected a value of type int"),
         ("train.epochs=0", "train.epochs is 0: expected 1 or more"),
         ("train.precision=fp8", "train.precision is 'fp8': expected one of fp32, bf16"),

@@ -48,9 +48,9 @@ def normalize(
     result = cut(stored.astype(np.float64))
     if config.mean == "channel":
         result = result - arrays["mean"]
-    elif config.mean == "pixel":
+    elif config.mean == "image":
         result = result - cut(arrays["mean_image"])
-    elif config.mean == "center":
+    elif config.mean == "image_center":
         top, left = ((length - size) // 2 for length in stored.shape[:2])
         result = result - arrays["mean_image"][top : top + size, left : left + size]
     result = result + shift
@@ -131,7 +131,7 @@ def test_training_images_equal_numpy(data_sets: dict[str, Path], data: str, reci
 
 @pytest.mark.parametrize("views", ["center", "ten"])
 @pytest.mark.parametrize(
-    ("data", "mean"), [("jpeg", "pixel"), ("png", "center"), ("wide", "pixel"), ("gray", "channel")]
+    ("data", "mean"), [("jpeg", "image"), ("png", "image_center"), ("wide", "image"), ("gray", "channel")]
 )
 def test_evaluation_images_equal_numpy(data_sets: dict[str, Path], data: str, mean: str, views: str) -> None:
     folder = data_sets[data]

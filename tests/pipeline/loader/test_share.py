@@ -32,7 +32,7 @@ def assert_rows(whole: Batch, parts: list[Batch]) -> None:
 
 @pytest.mark.parametrize("encoding", ["jpeg", "raw"])
 @pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("mean", ["pixel", "channel"])
+@pytest.mark.parametrize("mean", ["image", "channel"])
 def test_the_shares_are_the_batch(folders: dict[str, Path], encoding: str, parts: int, mean: str) -> None:
     """Bit for bit, into the second epoch."""
     config = dataclasses.replace(CONFIG, mean=mean)

@@ -45,7 +45,7 @@ def test_every_image_is_there_once(undisturbed: Path) -> None:
 def test_again_on_a_whole_data_set_does_nothing(arguments: Arguments, undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     done = run(*arguments, "--output", undisturbed)
-    assert "whole already" in done.stdout
+    assert "complete already" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
 
 

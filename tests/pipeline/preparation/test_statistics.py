@@ -34,7 +34,7 @@ def test_equal_numpy_over_all_pixels(channels: int) -> None:
     np.testing.assert_allclose(arrays["mean"], flat.mean(0), rtol=1e-13)
     np.testing.assert_allclose(arrays["covariance"], np.cov(flat.T, bias=True).reshape(channels, channels), rtol=1e-11)
     np.testing.assert_allclose(arrays["mean_image"], rows.astype(np.float64).mean(0), rtol=1e-13)
-    assert int(arrays["num_images"]) == 20
+    assert int(arrays["num_pictures"]) == 20
     assert int(arrays["num_pixels"]) == len(flat)
 
 

@@ -48,7 +48,7 @@ VARIANTS = {
         'model.post_ops=[["batch_norm", "relu", "maxpool"], ["batch_norm", "relu", "maxpool"], '
         '["relu"], ["relu"], ["relu", "maxpool"]]'
     ],
-    "pools that round up": ["model.pool_px=2", "model.pool_ceil=true", "model.image_px=83", "data.crop_px=83"],
+    "pools that round up": ["model.pool_px=2", "model.pool_ceil=true"],
     "no crossings": ['model.crossings=["fc8"]'],
     "one tower": ["model.towers=1"],
 }

@@ -230,7 +230,7 @@ def test_training_without_draws_is_refused() -> None:
     [
         ("relu", lambda x: x.clamp_min(0)),
         ("tanh", lambda x: 1 - 2 / ((2 * x).exp() + 1)),
-        ("pool", lambda x: x.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))),
+        ("maxpool", lambda x: x.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))),
         ("batch_norm", lambda x: (x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()),
     ],
 )

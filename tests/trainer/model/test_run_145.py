@@ -145,7 +145,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_equals_run_145_in_a_narrow_net() -> None:
     """A sixteenth of the maps and units, louder: quick, so that it is the first to notice a wrong operator."""
-    narrow = {"maps": (6, 8, 12, 12, 8), "units": (16, 16), "classes": 10, "init_std": (0.02, *(0.1,) * 7)}
+    narrow = {"channels": (6, 8, 12, 12, 8), "hidden": (16, 16), "classes": 10, "init_std": (0.02, *(0.1,) * 7)}
     net = make_net(dataclasses.replace(ORIGINAL.model, **narrow))
     wanted = reference_of(net)
     assert error(logits_of(net), wanted) < 1e-11
