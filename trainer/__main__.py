@@ -50,14 +50,14 @@ def _stage(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     """Opens the run once, then starts the towers; under torchrun this process is one of them."""
     from pipeline.manifest import read_manifest
-    from trainer.errors import ConfigError
+    from trainer.errors import RecipeError
     from trainer.training import run_folder
 
     config = _load(arguments)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
-        raise ConfigError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
+        raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     if arguments.replicas > 1 and arguments.processes == 1:
-        raise ConfigError("--replicas: a replica is a pair of processes; add --processes 2")
+        raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
     run_folder.check_replicas(config, _replicas(arguments))
     _stage(arguments)
     run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
@@ -235,14 +235,14 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
-    from trainer.errors import ConfigError
+    from trainer.errors import RecipeError
     from trainer.planning.scale import WORLDS, Wires, print_scale, scale_table
 
     if config.model.towers == 1:
-        raise ConfigError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
+        raise RecipeError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
     given = (arguments.bandwidth_gb_s, arguments.latency_us, arguments.tflops)
     if any(given) and not all(given):
-        raise ConfigError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
+        raise RecipeError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
     wires = Wires(*given, arguments.pair_bandwidth_gb_s or given[0]) if all(given) else None
     images = arguments.per_pair or config.train.batch_size
     table = scale_table(config, WORLDS, images=images, wires=wires)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import PipelineError
 from pipeline.loader.config import LoaderConfig
 from trainer.config_toml import build, dump, override, require
-from trainer.errors import ConfigError, PeerError
+from trainer.errors import PeerError, RecipeError
 
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -345,22 +345,22 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         overrides: ``section.field=value`` texts, the value in TOML syntax (a bare word is a string).
 
     Raises:
-        ConfigError: no such file, not TOML, unknown key (the nearest one is named), wrong type or range.
+        RecipeError: no such file, not TOML, unknown key (the nearest one is named), wrong type or range.
     """
     table: dict[str, Any] = {}
     if path is not None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"no recipe at {path}: the folder configs/ holds the ones of this project") from None
+            raise RecipeError(f"no recipe at {path}: the folder configs/ holds the ones of this project") from None
         except (IsADirectoryError, PermissionError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+            raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
     for text in overrides:
         override(table, text)
     try:
         return build(Config, table, "")
     except PipelineError as error:
-        raise ConfigError(str(error)) from None
+        raise RecipeError(str(error)) from None
 
 
 def to_toml(config: Config) -> str:

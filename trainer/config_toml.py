@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline import errors
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
-    """Raises ConfigError naming the field, its value and what was expected."""
-    errors.require(condition, field, value, expected, ConfigError)
+    """Raises RecipeError naming the field, its value and what was expected."""
+    errors.require(condition, field, value, expected, RecipeError)
 
 
 def override(table: dict[str, Any], text: str) -> None:
@@ -45,7 +45,7 @@ def build(cls: type, table: Mapping[str, Any], where: str) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
             advice = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ConfigError(f"unknown field {where}{key}: {advice}")
+            raise RecipeError(f"unknown field {where}{key}: {advice}")
     for field in dataclasses.fields(cls):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         require(field.name in table or not needed, where.rstrip("."), dict(table), f"a table with {field.name}")

@@ -7,7 +7,7 @@ class TrainerError(Exception):
     status = 2  # it would come again
 
 
-class ConfigError(TrainerError):
+class RecipeError(TrainerError):
     """A recipe has an unknown field or a value that cannot be used."""
 
 

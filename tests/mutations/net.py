@@ -20,6 +20,7 @@ LAYER_NAMES = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 OF_145 = ("norm pool relu", "relu norm lrn_within_channel pool", "relu", "relu", "pool relu")
 SHIFTED = ("(1, 2)", "(1, 3)", "(0, 2)", "(0, 2)", "(2, 0)")  # zeros of the same number, elsewhere
 BY_HAND = f"{NORM}::test_spatial_norm_by_hand"
+FOLLOWS = f"{ALEXNET}::test_what_follows_a_layer_by_hand"
 MASKS = f"{ALEXNET}::test_dropout_masks_are_pure_and_differ"
 DROPS = f"{ALEXNET}::test_dropout_in_training_and_in_testing"
 UNITS = f"{ALEXNET}::test_training_drops_units_of_both_layers"
@@ -197,7 +198,6 @@ def of_crossing() -> Iterator[Change]:
         "return link.wait(transfer), None",
         "return 0 * link.wait(transfer), None",
     )
-    yield "crossing: wire's number format ignored", "COMM_DTYPES[config.train.comm_dtype]", "None"
     yield "crossing: gradient cut at the wrong side", "before = self.conv.zeros[0]", "before = self.conv.zeros[1]"
     yield "tower: strides", SHAPE, SHAPE.replace("strides[index]", "strides[index] + 1")
     yield "tower: zeros shifted", SHAPE, SHAPE.replace("config.paddings[index]", "config.paddings[index][::-1]")
@@ -205,6 +205,11 @@ def of_crossing() -> Iterator[Change]:
         nth = 1 if layer == "conv3" else 2
         old = "layer not in config.crossings" if nth == 1 else "if layer not in self._config.crossings"
         yield f"tower: {layer} sees its own half", old, f'{old} or layer == "{layer}"'
+
+
+def of_wire() -> Iterator[Change]:
+    """trainer/parallel/crossing.py: in which numbers halves travel."""
+    yield "crossing: wire's number format ignored", "COMM_DTYPES[config.train.comm_dtype]", "None"
 
 
 def of_config() -> Iterator[Change]:
@@ -231,12 +236,13 @@ def of_config() -> Iterator[Change]:
 
 
 GROUPS = (
-    ("trainer/model/layers.py", (NARROW, ALEXNET, RECIPES), of_layers),
+    ("trainer/model/layers.py", (NARROW, FOLLOWS, ALEXNET, RECIPES), of_layers),
     ("trainer/model/layers.py", (NARROW, MASKS, UNITS, DROPS, ALEXNET), of_dropout),
     ("trainer/model/alexnet.py", (NARROW, UNITS, LOSS, ALEXNET), of_alexnet),
     ("trainer/model/alexnet.py", (GAUSSIAN, ALIKE, ALEXNET), of_start),
     ("trainer/model/response_norm.py", (NARROW, BY_HAND, NORM, KERNELS), of_response_norm),
     ("trainer/model/kernels/kernels.cpp", (NORM, OPTIMIZER, KERNELS), of_kernels),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),
+    ("trainer/parallel/crossing.py", (f"{OVERLAP}::test_variants_equal_serial",), of_wire),
     ("trainer/config.py", (RECIPES, ALEXNET), of_config),
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config, load_config, to_toml
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 
@@ -44,17 +44,17 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
     """One clear error: the field, the value, what was expected."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_config(None, [override])
     assert message in str(caught.value)
 
 
 def test_missing_and_torn_files(tmp_path: Path) -> None:
     """No such recipe, and one that is not TOML."""
-    with pytest.raises(ConfigError, match="no recipe at"):
+    with pytest.raises(RecipeError, match="no recipe at"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "truncated.toml").write_text("[model\n")
-    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+    with pytest.raises(RecipeError, match="cannot be read as TOML"):
         load_config(tmp_path / "truncated.toml")
 
 

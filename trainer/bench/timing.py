@@ -195,7 +195,7 @@ class TimedTrainer(Trainer):
         self.sources["synthetic"].keep(loader.next())
         return loader
 
-    def _handshake(self) -> None:
+    def _check_consistency(self) -> None:
         """The bench's own parent started both towers."""
 
     def run_steps(self, source: str, count: int) -> Spans:

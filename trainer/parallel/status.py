@@ -115,7 +115,7 @@ def _both(mine: int, theirs: int) -> int:
     return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
 
 
-def check_consistency(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
+def check_consistency(mesh: Mesh | None, fingerprints: Mapping[str, Any]) -> None:
     """Refuses to start where the processes would not do the same work; warns where a pair is spread over two nodes.
 
     Raises:
@@ -124,7 +124,7 @@ def check_consistency(mesh: Mesh | None, facts: Mapping[str, Any]) -> None:
     if mesh is None:
         return
     everyone: list[Any] = [None] * mesh.coord.world
-    dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
+    dist.all_gather_object(everyone, (fingerprints, platform.node()), group=mesh.control)
     for name, expected in everyone[0][0].items():
         for rank, (found, _) in enumerate(everyone):
             if found[name] != expected:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.manifest import write_atomic
 from trainer.config import ModelConfig
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 from trainer.planning.describe import CrossingCount, count_crossings, count_layers
 
 NOTES = {"lrn": "LRN", "lrn_within_channel": "spatial norm", "batch_norm": "batch norm"}
@@ -81,12 +81,12 @@ def write_drawing(path: Path, model: ModelConfig) -> None:
     """Writes :func:`draw_net` to a file.
 
     Raises:
-        ConfigError: the file cannot be written.
+        RecipeError: the file cannot be written.
     """
     try:
         write_atomic(path, draw_net(model).encode())
     except OSError as error:
-        raise ConfigError(
+        raise RecipeError(
             f"--svg {path} cannot be written ({error.strerror}): give a file in a folder of yours"
         ) from None
 

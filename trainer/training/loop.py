@@ -81,10 +81,10 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
         self.held_out_errors = self._read_errors()
-        self.rates: list[float] = []
+        self.images_per_s: list[float] = []
         self.ledger: list[dict[str, Any]] = []
         self.ledger_rows = 0
-        self._handshake()
+        self._check_consistency()
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
         """Where the batches come from, after ``state``; the benchmark puts a measured one here."""
@@ -120,16 +120,16 @@ class Trainer:
         rows = read_metrics(self.run) if self.leads and self.step else []
         return [1 - row["top1"] for row in rows if row["kind"] == "evaluation" and row["step"] <= self.step]
 
-    def _handshake(self) -> None:
+    def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
-        facts = {
+        fingerprints = {
             "recipe": self.config.fingerprint,
             "data set": read_manifest(self.data).fingerprint,
             "torch version": torch.__version__,
             "step to start from": self.step,
             "kernels (see TWOTOWER_KERNELS in the README)": kernels.describe(self.device),
         }
-        check_consistency(self.mesh, facts)
+        check_consistency(self.mesh, fingerprints)
 
     def request_stop(self, number: int, _frame: object = None) -> None:
         """Signal handler: finish the step, save, end."""
@@ -226,8 +226,10 @@ class Trainer:
         with self.timed("check"):
             verdict = self._agree(batch, loss)
         epoch = self.step / self.steps_per_epoch
-        rates = rates_at(self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus)
-        self.optimizer.set_rates(rates)
+        learning_rates = rates_at(
+            self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus
+        )
+        self.optimizer.set_rates(learning_rates)
         with self.timed("optimizer"):
             self.optimizer.step()
         self.step += 1
@@ -235,15 +237,15 @@ class Trainer:
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
             self.ledger, self.ledger_rows = [row.to_dict() for row in self.link.ledger.rows()], rows
         elapsed_s = time.perf_counter() - begin
-        self.rates.append(rows * self.coord.replicas / elapsed_s)
+        self.images_per_s.append(rows * self.coord.replicas / elapsed_s)
         if self.log:
             row = {
                 "kind": "step",
                 "step": self.step,
                 "epoch": batch.epoch,
                 "loss": verdict.loss,
-                "learning_rate": rates.weights,
-                "images_per_s": self.rates[-1],
+                "learning_rate": learning_rates.weights,
+                "images_per_s": self.images_per_s[-1],
                 "data_wait_share": waited_s / elapsed_s,
                 "queue_ready_share": self.loader.queue_fill.ready_share,
                 "gradient_norm": verdict.norms,
@@ -314,7 +316,7 @@ class Trainer:
         self.log.flush()
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
-            f"on {evaluation.num_samples} held-out images, {statistics.median(self.rates or [0.0]):.0f} images/s"
+            f"on {evaluation.num_samples} held-out images, {statistics.median(self.images_per_s or [0.0]):.0f} images/s"
         )
 
     def _save(self) -> None:
@@ -345,7 +347,7 @@ class Trainer:
             top5=evaluation.top5 if evaluation else None,
             num_samples=evaluation.num_samples if evaluation else 0,
             elapsed_s=time.perf_counter() - self.started,
-            images_per_s=statistics.median(self.rates or [0.0]),
+            images_per_s=statistics.median(self.images_per_s or [0.0]),
             processes=self.coord.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,

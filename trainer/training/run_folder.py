@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.manifest import Manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
-from trainer.errors import ConfigError, RunError
+from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import latest_checkpoint
 from trainer.training.metrics import describe_environment, read_metrics
 
@@ -114,44 +114,44 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
     """Checks that a data set is what a recipe's net can train on, before anything is started.
 
     Raises:
-        ConfigError: naming the field and the value that would fit.
+        RecipeError: naming the field and the value that would fit.
     """
     image, model = manifest.image, config.model
     if image.channels != model.in_channels:
-        raise ConfigError(f"model.in_channels = {model.in_channels}, and the images in {data} have {image.channels}")
+        raise RecipeError(f"model.in_channels = {model.in_channels}, and the images in {data} have {image.channels}")
     if len(manifest.classes) != model.classes:
-        raise ConfigError(f"model.classes = {model.classes}, and {data} has {len(manifest.classes)} classes")
+        raise RecipeError(f"model.classes = {model.classes}, and {data} has {len(manifest.classes)} classes")
     smallest = min(image.height_px or model.image_px, image.width_px or model.image_px)
     if smallest < model.image_px:
-        raise ConfigError(
+        raise RecipeError(
             f"model.image_px = {model.image_px}, and the images in {data} are {smallest} px: "
             f"prepare them with --resize {model.image_px} or more"
         )
     for split in ("train", config.train.evaluate_split):
         if split not in manifest.splits:
-            raise ConfigError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
+            raise RecipeError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
     if manifest.splits["train"].num_samples < config.train.batch_size and config.data.last_batch == "drop":
         found = manifest.splits["train"].num_samples
-        raise ConfigError(f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training images")
+        raise RecipeError(f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training images")
 
 
 def check_replicas(config: Config, replicas: int) -> None:
     """Checks that a recipe's batch can be shared, before anything is started.
 
     Raises:
-        ConfigError: naming the field and what would do.
+        RecipeError: naming the field and what would do.
     """
     train = config.train
     pieces = replicas * train.accumulate
     if train.batch_size % pieces:
-        raise ConfigError(
+        raise RecipeError(
             f"train.batch_size = {train.batch_size} cannot be divided among {replicas} replicas x train.accumulate = "
             f"{train.accumulate}: use a multiple of {pieces}"
         )
     if replicas > 1 and config.data.last_batch == "partial":
-        raise ConfigError(f"data.last_batch is 'partial': expected 'drop' with {replicas} replicas")
+        raise RecipeError(f"data.last_batch is 'partial': expected 'drop' with {replicas} replicas")
     if pieces > 1 and any("batch_norm" in names for names in config.model.post_ops):
-        raise ConfigError(
+        raise RecipeError(
             f"model.post_ops has batch_norm, whose statistics are those of a whole batch: {replicas} replicas x "
             f"train.accumulate = {train.accumulate} would each see a part; use one replica and train.accumulate = 1"
         )

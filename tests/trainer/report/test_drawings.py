@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.synthetic_run import ROOT, digits_config
 from trainer.config import load_config
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 from trainer.planning.describe import CrossingCount
 from trainer.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart
 from trainer.report.confusion import confusion_svg
@@ -184,5 +184,5 @@ def test_interval_is_wilsons() -> None:
 
 def test_drawing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(RecipeError, match="cannot be written"):
         write_drawing(tmp_path / "file" / "net.svg", digits_config().model)

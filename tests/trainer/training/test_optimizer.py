@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config import LayerOverride, OptimizerConfig, load_config
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 from trainer.training.optimizer import PaperSGD, Rates, count_plateaus, rates_at
 
 pytestmark = pytest.mark.numeric
@@ -185,13 +185,13 @@ def test_late_rates_by_hand() -> None:
 )
 def test_mistakes_in_schedules_are_named(override: str, message: str) -> None:
     """A setting that would have no effect is an error, too."""
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_config(None, [override])
 
 
 def test_plateau_needs_evaluations_and_no_steps() -> None:
     """Two settings that contradict each other."""
-    with pytest.raises(ConfigError, match="plateau looks at the evaluations"):
+    with pytest.raises(RecipeError, match="plateau looks at the evaluations"):
         load_config(None, ["optimizer.schedule=plateau", "train.evaluate_every_epochs=0"])
-    with pytest.raises(ConfigError, match="none: not used by plateau"):
+    with pytest.raises(RecipeError, match="none: not used by plateau"):
         load_config(None, ["optimizer.schedule=plateau", "optimizer.milestones=[30]"])

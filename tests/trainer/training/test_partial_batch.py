@@ -12,7 +12,7 @@ from pipeline.loader.batches import TrainingLoader
 from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.training_commands import CONFIG, run
 from trainer.config import load_config
-from trainer.errors import ConfigError
+from trainer.errors import RecipeError
 from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.crossing import make_net
@@ -138,9 +138,9 @@ def test_two_processes_take_it_too(data: Path, whole: Path, tmp_path: Path) -> N
 
 
 def test_it_is_refused_where_a_batch_is_divided(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.accumulate is 2: expected 1 with data\.last_batch = partial"):
+    with pytest.raises(RecipeError, match=r"train\.accumulate is 2: expected 1 with data\.last_batch = partial"):
         load_config(CONFIG, [*OVERRIDES, "train.accumulate=2"])
-    with pytest.raises(ConfigError, match=r"last_batch is 'partial': expected 'drop' with data\.decode = 'sharded'"):
+    with pytest.raises(RecipeError, match=r"last_batch is 'partial': expected 'drop' with data\.decode = 'sharded'"):
         load_config(CONFIG, [*OVERRIDES, "data.decode=sharded"])
     words = [word for text in OVERRIDES for word in ("--set", text)]
     more = ("--processes", 2, "--replicas", 2)
