@@ -103,14 +103,28 @@ def measure(
     finally:
         trainer.end()
         torch.set_num_threads(usual)
-    only = dataclasses.replace(settings, stages=False, batch_sizes=())
     for size in settings.batch_sizes:
         say(f"batch size {size}")
-        resized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-        found = measure(resized, only, mesh=mesh, device=device, scratch=scratch / "sweep", attach=attach)
-        intervals = found.intervals["end to end" if settings.data else "synthetic"]
-        part.sweep[size] = [interval.wall_s / interval.count for interval in intervals]
+        part.sweep[size] = _measure_batch_size(size, config, settings, mesh, device, scratch / "sweep", attach)
     return part
+
+
+def _measure_batch_size(
+    size: int,
+    config: Config,
+    settings: BenchSettings,
+    mesh: Mesh | None,
+    device: str,
+    scratch: Path,
+    attach: Callable[[TimedTrainer], None] | None,
+) -> list[float]:
+    """Seconds per step of each interval, at this batch size and with nothing else measured."""
+    only = dataclasses.replace(settings, stages=False, batch_sizes=())
+    resized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    found = measure(resized, only, mesh=mesh, device=device, scratch=scratch, attach=attach)
+    return [
+        interval.wall_s / interval.count for interval in found.intervals["end to end" if settings.data else "synthetic"]
+    ]
 
 
 @dataclasses.dataclass

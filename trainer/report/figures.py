@@ -47,20 +47,23 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
     """
     if not run.steps:
         return []
-    steps, evaluations = run.column("step"), run.evaluations
+    charts = [*_curves_of_learning(run), *_curves_of_steps(run)]
+    return [(line_chart(lines, axis), caption, empty) for caption, empty, axis, lines in charts]
+
+
+def _curves_of_learning(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]]]:
+    """Loss and accuracy: caption, what to say where there is nothing, axis, lines."""
+    evaluations = run.evaluations
     at = [row["step"] for row in evaluations]
-    waits = 100 * run.column("data_wait_share")
-    measured = np.isfinite(waits)
-    wait = float(np.median(waits[measured])) if measured.any() else None
     split = evaluations[-1].get("split", "held-out") if evaluations else ""
     images = pluralize(evaluations[-1]["num_samples"], "image") if evaluations else ""
-    charts: list[tuple[str, str, Axis, list[Line]]] = [
+    return [
         (
             "Loss. Cross entropy; training as the median and the range of neighboring steps, with dropout on.",
             "No loss.",
             Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
             [
-                Line("training", steps, run.column("loss"), "soft", summarize=True),
+                Line("training", run.column("step"), run.column("loss"), "soft", summarize=True),
                 Line("held out", at, [row["loss"] for row in evaluations]),
             ],
         ),
@@ -73,6 +76,15 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
                 Line("top-5", at, [100 * row["top5"] for row in evaluations], "soft"),
             ],
         ),
+    ]
+
+
+def _curves_of_steps(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]]]:
+    """Throughput, waiting, gradients and learning rate, in the same form."""
+    steps, waits = run.column("step"), 100 * run.column("data_wait_share")
+    measured = np.isfinite(waits)
+    wait = float(np.median(waits[measured])) if measured.any() else None
+    return [
         (
             "Throughput. Images of one step over its wall time; median and range of neighboring steps.",
             "No throughput was recorded.",
@@ -98,7 +110,6 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
             [Line("weights", steps, run.column("learning_rate"), steps=True)],
         ),
     ]
-    return [(line_chart(lines, axis), caption, empty) for caption, empty, axis, lines in charts]
 
 
 def _rate(value: float) -> str:
