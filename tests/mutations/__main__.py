@@ -255,21 +255,28 @@ def table(listed: Sequence[Mutation], outcomes: dict[str, Outcome], elapsed_s: f
 
 
 def miss(mutation: Mutation) -> str:
-    """What is wrong with a mutation's text; empty where it is in its file."""
+    """What a mutation says and the tree has not got: its text, a test; empty where all is there."""
     try:
-        return mutation.apply((ROOT / mutation.file).read_text()) and ""
+        mutation.apply((ROOT / mutation.file).read_text())
+        for file, _, test in (word.partition("::") for word in mutation.tests):
+            if f"def {test}" not in (ROOT / file).read_text():
+                return f"{mutation.name}: {file} has no test {test}: mend it in tests/mutations/"
     except (LookupError, OSError) as error:
-        return str(error)
+        return f"{mutation.name}: {error}" if isinstance(error, OSError) else str(error)
+    return ""
 
 
 def main() -> int:
-    """Exit code 1 where a mutation is not caught or cannot be tried, 2 where one's text is not in its file."""
+    """Exit code 1 where a mutation is not caught or cannot be tried, 2 where its text or its tests are not there."""
     parser = argparse.ArgumentParser(prog="tests.mutations", description="Makes one thing wrong at a time.")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="those with one of these in name or file")
     parser.add_argument("--jobs", type=int, default=1, help="at a time; each has a copy of the tree")
     parser.add_argument("--first", action="store_true", help="only the tests that a mutation names, not the rest")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
-    parser.add_argument("--list", action="store_true", help="name them, check their texts, run nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="only whether the texts and tests that they name are there"
+    )
+    parser.add_argument("--list", action="store_true", help="name them, run nothing")
     arguments = parser.parse_args()
     listed = [m for m in mutations() if not arguments.only or any(t in m.name or t in m.file for t in arguments.only)]
     misses = [text for mutation in listed if (text := miss(mutation))]
@@ -279,6 +286,7 @@ def main() -> int:
     print(f"{len(listed)} mutations", flush=True)
     if arguments.list:
         print(*(f"{m.name:60} {m.file}" for m in listed), sep="\n")
+    if arguments.list or arguments.check:
         return 0
     begun = time.perf_counter()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

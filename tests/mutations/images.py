@@ -8,6 +8,7 @@ RECIPES = "tests/trainer/test_recipes.py"
 DRAWS = "tests/pipeline/loader/test_draws.py"
 ORIGINAL = "tests/pipeline/loader/test_original.py"
 PIXELS = "tests/pipeline/loader/test_pixels.py"
+SHARE = "tests/pipeline/loader/test_share.py"
 SPLIT = "tests/pipeline/loader/test_split.py"
 STATISTICS = "tests/pipeline/preparation/test_statistics.py"
 IMAGENET = "tests/pipeline/sources/test_imagenet.py"
@@ -72,59 +73,85 @@ def of_augmentation() -> Iterator[Change]:
 
 def of_graph() -> Iterator[Change]:
     """pipeline/loader/graph.py: what DALI computes."""
-    yield "mean image: not mirrored with the crop", "constant, mirror=mirror", "constant, mirror=0"
-    yield "mean image: center rounded otherwise", ', "rounding": "truncate"', ""
-    yield "mean image, DALI: aligned instead of center", 'if self.config.mean == "center":', "if False:"
-    yield "mean image, DALI: not divided", "mean=self.zeros, std=std", "mean=self.zeros, std=self.std.tolist()"
-    yield "mean: not of the channels", 'if config.mean == "channel"', "if False"
-    yield "scale: not the deviation", 'if config.scale == "std"', "if False"
-    yield "scale: variance", "statistics.std, 1.0)", "statistics.std**2, 1.0)"
-    yield "divisor in testing", "normalizer.std.tolist()", "(normalizer.std * reader.config.color_divisor).tolist()"
+    yield "mirror: never by DALI", "mirror=mirror, mean", "mirror=0, mean"
+    yield "mirror: never where towers share the decoding", "mirror=mirror, dtype", "mirror=0, dtype"
+    yield "scale: not by DALI", "mean=mean, std=std, output", "mean=mean, output"
     yield (
         "crop: x and y swapped for DALI",
         "return x.astype(np.float32), y.astype(np.float32)",
         "return y.astype(np.float32), x.astype(np.float32)",
     )
+    yield "ten views: never mirrored by DALI", "mirror=int(mirror)", "mirror=0"
+    yield "testing: no mean", "mean=mean.tolist()", "mean=[0.0] * len(mean)"
+    yield "testing: no scale", "std=std.tolist()", "std=[1.0] * len(std)"
+
+
+def of_normalize() -> Iterator[Change]:
+    """pipeline/loader/normalize.py: mean, color and scale, by DALI's numbers and by torch."""
+    yield "mean image: not divided", " * (1 / std)[:, None, None]  #", "  #"
+    yield "mean image: not mirrored", "if mirror:", "if False:"
+    yield "mean image: mirrored elsewhere", "- size - x", "- size"
+    yield "mean image: center mirrored", "middle if center else", "middle + np.array([0, 0, 1]) if center else"
     yield (
-        "ten views: never mirrored by DALI",
-        "normalizer(pixels, float(x), float(y), int(mirror),",
-        "normalizer(pixels, float(x), float(y), 0,",
+        "mean image: center's row and column swapped",
+        "height_px=image.shape[0], width_px=image.shape[1]",
+        "height_px=image.shape[1], width_px=image.shape[0]",
     )
+    yield "mean image: added", "np.subtract(crop,", "np.add(crop,"
+    yield "mean image: aligned instead of center", 'self._config.mean == "image_center"', "False"
+    yield "mean image: always the center", 'self._config.mean == "image_center"', "True"
+    yield "mean image: divided as the first batch's", "if divisor not in self._mean_images", "if not self._mean_images"
+    yield "mean image, gather: not mirrored", "geometry[:, 2:3] == 1, steps[::-1]", "geometry[:, 2:3] == 1, steps"
+    yield "mean image, gather: all rows at 0", "geometry[:, 1:2] + steps", "0 * geometry[:, 1:2] + steps"
+    yield "mean: not of the channels", 'if config.mean == "channel"', "if False"
+    yield "scale: not the deviation", 'if config.normalize == "per_channel"', "if False"
+    yield "scale: variance", "statistics.std, 1.0)", "statistics.std**2, 1.0)"
+    yield "color: subtracted", "self._mean - shift", "self._mean + shift"
+    yield "color: not added", "self._mean - shift", "self._mean - 0 * shift"
+    yield "divisor: not of the image", "np.tile(self._std * np.float32(divisor)", "np.tile(self._std"
+    yield "divisor: not of the mean image", "std, center = self._std * np.float32(divisor)", "std, center = self._std"
     yield "standardize: epsilon", "STANDARDIZE_EPSILON = 1e-3", "STANDARDIZE_EPSILON = 10.0"
+    yield "standardize: each channel by itself", "images.mean(dim=(1, 2, 3)", "images.mean(dim=(2, 3)"
+    yield "standardize: by the variance", "torch.rsqrt(variance", "torch.reciprocal(variance"
+    yield "torch: mean added", "crops - mean", "crops + mean"
+    yield "torch: no divisor", ' == "per_channel" or divisor != 1:', ' == "per_channel":'
+    yield "torch: no deviation", 'if self._config.normalize == "per_channel" or divisor', "if divisor"
 
 
 def of_batches() -> Iterator[Change]:
     """pipeline/loader/batches.py: what each batch is given."""
-    yield "color: subtracted", "self._normalizer.mean - draws.shift", "self._normalizer.mean + draws.shift"
-    yield "color: not added", "self._normalizer.mean - draws.shift", "self._normalizer.mean - 0 * draws.shift"
     yield (
-        "divisor: not of the image",
-        "self._normalizer.std * np.float32(self._augmentation.divisor(epoch))",
-        "self._normalizer.std",
+        "divisor: DALI has none",
+        "affine(draws.shift, self._augmentation.divisor(epoch))",
+        "affine(draws.shift)",
     )
     yield (
-        "divisor: not of the mean image",
-        "std = self._normalizer.std * np.float32(divisor)",
-        "std = self._normalizer.std",
+        "divisor: the mean image has none",
+        "self._normalizer.finish(images, draws.geometry, divisor)",
+        "self._normalizer.finish(images, draws.geometry)",
     )
-    yield "draws: same for every batch", "(position * replicas + replica) * size", "0"
-    yield "mean image: aligned instead of center", 'center=config.mean == "center"', "center=False"
+    yield (
+        "divisor: none where towers share the decoding",
+        "self._split_feed.exchange(images), draws, divisor)",
+        "self._split_feed.exchange(images), draws)",
+    )
+    yield (
+        "divisor in testing",
+        "np.zeros((1, self.channels), np.float32))",
+        "np.zeros((1, self.channels), np.float32), self._reader.config.color_divisor)",
+    )
+    yield (
+        "divisor of the mean image in testing",
+        "np.tile(self._views, (count, 1)))",
+        "np.tile(self._views, (count, 1)), self._reader.config.color_divisor)",
+    )
+    yield "draws: same for every batch", "position * size, size)", "0, size)"
+    yield "draws: same in every epoch", "draw(epoch, position", "draw(0, position"
 
 
-def of_mean_image() -> Iterator[Change]:
-    """pipeline/loader/mean_image.py."""
-    yield "mean image, CPU: not mirrored", "if mirror:", "if False:"
-    yield "mean image, CPU: mirrored elsewhere", "- size - x", "- size"
-    yield "mean image, CPU: center mirrored", "self.view(int(x), int(y), 0)", "self.view(int(x), int(y), 1)"
-    yield "mean image, CPU: added", "np.subtract(crop,", "np.add(crop,"
-
-
-def of_share() -> Iterator[Change]:
-    """pipeline/loader/share.py: the same in torch."""
-    yield "color, torch: subtracted", "offset = draws.shift - self._mean", "offset = -draws.shift - self._mean"
-    yield "divisor, torch: missing", "self._std * np.float32(divisor)", "self._std"
-    yield "standardize, torch: by the variance", "torch.rsqrt(variance", "torch.reciprocal(variance"
-    yield "mean image, torch: aligned instead of center", 'center = self._config.mean == "center"', "center = False"
+def of_batch() -> Iterator[Change]:
+    """pipeline/loader/batch.py: rows of a replica."""
+    yield "replicas: all take the first rows", "slice(self.part * size, (self.part + 1) * size)", "slice(0, size)"
 
 
 def of_statistics() -> Iterator[Change]:
@@ -155,17 +182,13 @@ def of_imagenet() -> Iterator[Change]:
     yield "labels: validation ids by name", "devkit.wordnet_ids[label - 1]", "sorted(devkit.wordnet_ids)[label - 1]"
     yield (
         "labels: validation images unsorted",
-        "rows = sorted(rows, key=lambda row: row[1])",
-        "rows = sorted(rows, key=lambda row: row[1], reverse=True)",
+        "images = sorted(images, key=lambda image: image.name)",
+        "images = sorted(images, key=lambda image: image.name, reverse=True)",
     )
-
-
-def of_devkit() -> Iterator[Change]:
-    """pipeline/sources/devkit.py."""
     yield (
         "labels: the kit's classes by WordNet id",
-        '(int(row["ILSVRC2012_ID"]), str(row["WNID"])',
-        '(str(row["WNID"]), int(row["ILSVRC2012_ID"])',
+        "Devkit(tuple(row[1] for row in rows)",
+        "Devkit(tuple(sorted(row[1] for row in rows))",
     )
 
 
@@ -177,7 +200,7 @@ def of_folder() -> Iterator[Change]:
 def of_loader_config() -> Iterator[Change]:
     """pipeline/loader/config.py: values that recipes leave alone."""
     yield "default: crops shared", "crop_shared_by: int = 1", "crop_shared_by: int = 2"
-    yield "default: scale", 'scale: str = "255"', 'scale: str = "std"'
+    yield "default: normalize", 'normalize: str = "none"', 'normalize: str = "per_channel"'
     yield "default: color ends", "color_off_epoch: int = -1", "color_off_epoch: int = 5"
     yield "default: divisor", "color_divisor: float = 1.0", "color_divisor: float = 1.1"
     yield "default: order of images", 'shuffle: str = "epoch"', 'shuffle: str = "once"'
@@ -188,11 +211,10 @@ GROUPS = (
     ("pipeline/loader/config.py", (RECIPES,), of_loader_config),
     ("pipeline/loader/augmentation.py", (DRAWS, ORIGINAL, PIXELS), of_augmentation),
     ("pipeline/loader/graph.py", (PIXELS, ORIGINAL), of_graph),
-    ("pipeline/loader/batches.py", (ORIGINAL, PIXELS), of_batches),
-    ("pipeline/loader/mean_image.py", (PIXELS,), of_mean_image),
-    ("pipeline/loader/share.py", (ORIGINAL, SPLIT), of_share),
+    ("pipeline/loader/normalize.py", (PIXELS, ORIGINAL, SPLIT), of_normalize),
+    ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
+    ("pipeline/loader/batch.py", (SHARE,), of_batch),
     ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
-    ("pipeline/sources/devkit.py", (IMAGENET,), of_devkit),
     ("pipeline/sources/folder.py", (FOLDER,), of_folder),
 )

@@ -13,11 +13,17 @@ OPTIMIZER = "tests/trainer/training/test_optimizer.py"
 CROSSING = "tests/trainer/parallel/test_crossing.py"
 EQUALITY = "tests/trainer/parallel/test_equality.py"
 OVERLAP = "tests/trainer/parallel/test_overlap.py"
-WORDS = "for name in config.post_ops[index].split():"
+OPS = "for name in config.post_ops[index]:"
 SHAPE = "shape = config.kernel_sizes[index], config.strides[index], config.paddings[index]"
 SEES_BOTH = "return 1 if layer in self._config.crossings else len(self.towers)"
 LAYER_NAMES = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-OF_145 = ("norm pool relu", "relu norm lrn_within_channel pool", "relu", "relu", "pool relu")
+OF_145 = (
+    ("lrn", "maxpool", "relu"),
+    ("relu", "lrn", "lrn_within_channel", "maxpool"),
+    ("relu",),
+    ("relu",),
+    ("maxpool", "relu"),
+)
 SHIFTED = ("(1, 2)", "(1, 3)", "(0, 2)", "(0, 2)", "(2, 0)")  # zeros of the same number, elsewhere
 BY_HAND = f"{NORM}::test_spatial_norm_by_hand"
 FOLLOWS = f"{ALEXNET}::test_what_follows_a_layer_by_hand"
@@ -36,14 +42,14 @@ def of_layers() -> Iterator[Change]:
         start = "shape = config.kernel_sizes[index]"
         stride = f'config.strides[index] + (layer == "{layer}")'
         yield f"{layer}: stride + 1", SHAPE, f"{start}, {stride}, config.paddings[index]"
-        pads = f'{SHIFTED[index]} if layer == "{layer}" else config.paddings[index]'
-        yield f"{layer}: zeros shifted", SHAPE, f"{start}, config.strides[index], {pads}"
-        for word in OF_145[index].split():
-            left = f"[w for w in config.post_ops[index].split() if (index, w) != ({index}, {word!r})]"
-            yield f"{layer}: no {word} after it", WORDS, f"for name in {left}:"
+        paddings = f'{SHIFTED[index]} if layer == "{layer}" else config.paddings[index]'
+        yield f"{layer}: zeros shifted", SHAPE, f"{start}, config.strides[index], {paddings}"
+        for op in OF_145[index]:
+            left = f"[op for op in config.post_ops[index] if (index, op) != ({index}, {op!r})]"
+            yield f"{layer}: no {op} after it", OPS, f"for name in {left}:"
     for index in (0, 1):
-        order = f"config.post_ops[index].split()[:: -1 if index == {index} else 1]"
-        yield f"conv{index + 1}: what follows in reverse order", WORDS, f"for name in {order}:"
+        order = f"config.post_ops[index][:: -1 if index == {index} else 1]"
+        yield f"conv{index + 1}: what follows in reverse order", OPS, f"for name in {order}:"
     for layer in ("conv2", "conv4", "conv5"):
         yield (
             f"{layer}: dense instead of grouped",
@@ -63,8 +69,8 @@ def of_layers() -> Iterator[Change]:
     yield "pool: average", "nn.MaxPool2d(", "nn.AvgPool2d("
     yield (
         "norm: across both towers",
-        "LocalResponseNorm(channels, norm",
-        "LocalResponseNorm(channels * num_towers, norm",
+        "LocalResponseNorm(channels, config.lrn",
+        "LocalResponseNorm(channels * num_towers, config.lrn",
     )
     yield "batch norm: momentum", "BATCH_NORM_MOMENTUM = 0.1", "BATCH_NORM_MOMENTUM = 0.01"
     yield "batch norm: epsilon", "BATCH_NORM_EPSILON = 1e-5", "BATCH_NORM_EPSILON = 1e-3"
@@ -207,9 +213,9 @@ def of_crossing() -> Iterator[Change]:
         yield f"tower: {layer} sees its own half", old, f'{old} or layer == "{layer}"'
 
 
-def of_wire() -> Iterator[Change]:
+def of_comm_dtype() -> Iterator[Change]:
     """trainer/parallel/crossing.py: in which numbers halves travel."""
-    yield "crossing: wire's number format ignored", "COMM_DTYPES[config.train.comm_dtype]", "None"
+    yield "crossing: comm_dtype ignored", "COMM_DTYPES[config.train.comm_dtype]", "None"
 
 
 def of_config() -> Iterator[Change]:
@@ -228,7 +234,7 @@ def of_config() -> Iterator[Change]:
     )
     yield "default: biases have a schedule of their own", '"steps"] = "same"', '"steps"] = "constant"'
     yield "default: warm-up", "warmup_epochs: float = 0.0", "warmup_epochs: float = 1.0"
-    yield "default: wire", '"bf16"] = "same"', '"bf16"] = "fp16"'
+    yield "default: comm_dtype", '"bf16"] = "same"', '"bf16"] = "fp16"'
     yield "default: precision", '"bf16"] = "fp32"', '"bf16"] = "bf16"'
     yield "default: batches in pieces", "accumulate: int = 1", "accumulate: int = 2"
     yield "map sizes: no stride", "// self.strides[i] + 1", "+ 1"
@@ -243,6 +249,6 @@ GROUPS = (
     ("trainer/model/response_norm.py", (NARROW, BY_HAND, NORM, KERNELS), of_response_norm),
     ("trainer/model/kernels/kernels.cpp", (NORM, OPTIMIZER, KERNELS), of_kernels),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),
-    ("trainer/parallel/crossing.py", (f"{OVERLAP}::test_variants_equal_serial",), of_wire),
+    ("trainer/parallel/crossing.py", (f"{OVERLAP}::test_variants_equal_serial",), of_comm_dtype),
     ("trainer/config.py", (RECIPES, ALEXNET), of_config),
 )

@@ -14,11 +14,11 @@ OTHER_WORDS = {
     "true": "false",
     "false": "true",
     "original": "inverted",
-    "pixel": "channel",
-    "center": "pixel",
+    "image": "channel",
+    "image_center": "image",
+    "none": "per_channel",
     "eigenvalue": "deviation",
     "deviation": "eigenvalue",
-    "255": "std",
     "plateau": "log_thirds",
     "log_thirds": "plateau",
     "steps": "plateau",
@@ -26,6 +26,9 @@ OTHER_WORDS = {
     "halfway": "same",
     "conv1": "conv2",
     "relu": "tanh",
+    "lrn": "lrn_within_channel",
+    "lrn_within_channel": "lrn",
+    "maxpool": "lrn",
 }
 TOKEN = re.compile(r'"[^"]*"|\btrue\b|\bfalse\b|(?<![\w"])\d[\d.e-]*')
 
@@ -50,10 +53,8 @@ def of_recipes() -> Iterator[Mutation]:
 
 
 def _other(token: str, where: str) -> str:
-    """Another value of the same kind; of several words, all but the last."""
+    """Another value of the same kind."""
     word = token.strip('"')
-    if " " in word:
-        return f'"{word.rpartition(" ")[0]}"'
     if token[0].isdigit():
         return str(int(token) + 2) if token.isdigit() else repr(float(token) * 2 or 1.0)
     assert word in OTHER_WORDS, f"{where}: OTHER_WORDS in {__file__} has no other word for {token}"

@@ -36,12 +36,12 @@ def of_optimizer() -> Iterator[Change]:
     yield "warm-up: not of the weights", "config.learning_rate * warm", "config.learning_rate"
     yield "warm-up: not of the biases", "config.bias_learning_rate * warm", "config.bias_learning_rate"
     yield "biases start at the weights' rate", "config.bias_learning_rate * warm", "config.learning_rate * warm"
-    yield "late rates: an epoch late", "epoch >= late.epoch", "epoch >= late.epoch + 1"
-    yield "late rates: after the epoch", "epoch >= late.epoch", "epoch > late.epoch"
+    yield "layer override: an epoch late", "epoch >= override.epoch", "epoch >= override.epoch + 1"
+    yield "layer override: after the epoch", "epoch >= override.epoch", "epoch > override.epoch"
     yield (
-        "late rates: biases at the layer's own",
-        "biases if late.bias_learning_rate is None",
-        "late.learning_rate if True",
+        "layer override: biases at the layer's own",
+        "biases if override.bias_learning_rate is None",
+        "override.learning_rate if override.bias_learning_rate is None",
     )
     yield "steps: by the root", "config.gamma ** _passed", "config.gamma ** 0.5 ** _passed"
     yield "steps: after the epoch", "sum(epoch >= mark", "sum(epoch > mark"
@@ -74,11 +74,11 @@ def of_step() -> Iterator[Change]:
 
 def of_loop() -> Iterator[Change]:
     """trainer/training/loop.py: rates at each step."""
-    yield "run: rates never set", "self.optimizer.set_rates(rates)", "pass"
+    yield "run: rates never set", "self.optimizer.set_rates(learning_rates)", "pass"
     yield (
         "run: whole epochs only",
-        "epoch = self.step / self.steps_per_epoch\n        rates",
-        "epoch = self.step // self.steps_per_epoch\n        rates",
+        "epoch = self.step / self.steps_per_epoch\n        learning_rates",
+        "epoch = self.step // self.steps_per_epoch\n        learning_rates",
     )
     yield (
         "run: dropout of the first step always",
