@@ -14,7 +14,7 @@ MAX_SHARD_SIZE = 10_000_000  # sums of 8-bit values per position stay below 2^32
 ON_ERROR = ("quarantine", "fail")
 CHROMA = "420"  # half of the chroma samples each way: what nearly every photo source has, and the fastest to decode
 MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
-FILTER = "centre square, then antialiased bicubic"
+FILTER = "centre square, then antialiased bicubic"  # spelled so in every manifest there is: its bytes stay
 FILTERS = {"bicubic": FILTER, "area": "center square, then area averaging, halves rounded up"}  # as manifests say it
 ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
 

@@ -12,7 +12,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "reindex",
         help="make DALI's indexes for tars that others wrote",
         description="Write NAME.idx beside every NAME.tar below a folder that has none (or every one, with --force).\n"
-        "Torn tars and names that DALI would not read are refused. A data set of ours needs no reindex: verify it.",
+        "Truncated tars and names that DALI would not read are refused. Our own data sets need none: verify them.",
         epilog="example: python -m pipeline reindex downloaded-tars",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

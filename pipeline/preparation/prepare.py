@@ -25,7 +25,7 @@ class Summary:
 
     Attributes:
         manifest: the complete data set.
-        num_done: images this run worked on; 0 if the data set was whole already.
+        num_done: images this run worked on; 0 if the data set was complete already.
         elapsed_s: seconds spent on shards, without starting Ray.
         num_indexes: indexes regenerated from their valid tars.
     """

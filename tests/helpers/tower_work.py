@@ -99,17 +99,17 @@ def train_steps(
     """Loss and gradients of the first step, weights after the last; ``{tower.layer: tensor}``."""
     net = net.to(dtype)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    facts: dict[str, Any] = {"losses": []}
+    record: dict[str, Any] = {"losses": []}
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
         optimizer.zero_grad()
         loss = net.loss(images.to(dtype), labels, DropoutDraws(SEED, step))
         loss.backward()
-        facts["losses"].append(loss.item())
+        record["losses"].append(loss.item())
         if step == 0:
-            facts["gradients"] = gradients_of(net)
+            record["gradients"] = gradients_of(net)
         optimizer.step()
-    return facts | {"weights": weights_of(net)}
+    return record | {"weights": weights_of(net)}
 
 
 def train_tower(link: Link | None, name: str, *how: Any) -> dict[str, Any]:
@@ -131,17 +131,17 @@ def train_rows(
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     gradients = ForwardBackward(net, train, mesh=mesh)
     rows = BatchShare(coord.replica, coord.replicas).rows(batch_size)
-    facts: dict[str, Any] = {"losses": []}
+    record: dict[str, Any] = {"losses": []}
     for step in range(steps):
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = dict.fromkeys(net.towers, 1.0)
-        facts["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
+        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
-            facts["gradients"] = gradients_of(net)
+            record["gradients"] = gradients_of(net)
         optimizer.step()
     velocities = {name: optimizer.velocity(parameter) for name, parameter in net.named_parameters()}
-    return facts | {"weights": weights_of(net), "velocities": by_tower(net, velocities)}
+    return record | {"weights": weights_of(net), "velocities": by_tower(net, velocities)}
 
 
 def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) -> dict[str, Any]:
