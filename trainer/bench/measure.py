@@ -57,6 +57,10 @@ class Part:
     sweep: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # by batch size: seconds per step
     cached: float | None = None  # share of the data set that was in memory when the stages were measured
 
+    def seconds_per_step(self, case: str) -> list[float]:
+        """Of each interval of a case."""
+        return [interval.wall_s / interval.count for interval in self.intervals[case]]
+
 
 def measure(
     config: Config,
@@ -103,28 +107,17 @@ def measure(
     finally:
         trainer.end()
         torch.set_num_threads(usual)
+    only_steps = dataclasses.replace(settings, stages=False, batch_sizes=())
     for size in settings.batch_sizes:
         say(f"batch size {size}")
-        part.sweep[size] = _measure_batch_size(size, config, settings, mesh, device, scratch / "sweep", attach)
+        resized = _with_batch_size(config, size)
+        found = measure(resized, only_steps, mesh=mesh, device=device, scratch=scratch / "sweep", attach=attach)
+        part.sweep[size] = found.seconds_per_step("end to end" if settings.data else "synthetic")
     return part
 
 
-def _measure_batch_size(
-    size: int,
-    config: Config,
-    settings: BenchSettings,
-    mesh: Mesh | None,
-    device: str,
-    scratch: Path,
-    attach: Callable[[TimedTrainer], None] | None,
-) -> list[float]:
-    """Seconds per step of each interval, at this batch size and with nothing else measured."""
-    only = dataclasses.replace(settings, stages=False, batch_sizes=())
-    resized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-    found = measure(resized, only, mesh=mesh, device=device, scratch=scratch, attach=attach)
-    return [
-        interval.wall_s / interval.count for interval in found.intervals["end to end" if settings.data else "synthetic"]
-    ]
+def _with_batch_size(config: Config, size: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
 
 
 @dataclasses.dataclass

@@ -1,7 +1,8 @@
 """AlexNet as in 2012: two towers that see each other only at the inputs of conv3, fc6, fc7 and fc8.
 
 Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012, section
-3.5 and figure 2; the authors' layer file ``layers-145.cfg``. Shapes in comments: the paper's net, both towers.
+3.5 and figure 2; ``layers-145.cfg`` of the authors' program (github.com/computerhistory/AlexNet-Source-Code). Shapes
+in comments: the paper's net, both towers.
 
 This file knows no processes. The net is written once; its layers are handed in. ``trainer.model.layers`` has those of a
 process that holds all of it, ``trainer.parallel.crossing`` those of a process that holds one tower of a pair. A tower
@@ -34,7 +35,7 @@ class Layers(Protocol):
         """A convolution; with ``image`` every tower sees the whole input, which then has ``inputs`` channels."""
 
     def linear(self, layer: str, inputs: int, outputs: int) -> nn.Module:
-        """A fully connected layer; fc8 lives on tower a whole."""
+        """A fully connected layer; all of fc8 lives on tower a."""
 
 
 class AlexNet(nn.Module):
@@ -76,7 +77,8 @@ class AlexNet(nn.Module):
         """Images to logits.
 
         Args:
-            x: (N, channels, image_px, image_px) float32, mean subtracted, on the scale of 0..255.
+            x: (N, in_channels, image_px, image_px) float32, as the recipe's ``[data]`` makes it (the paper's: mean
+                subtracted, scale 0..255).
             draws: which units this step drops; needed where the net is in training mode and drops any.
 
         Returns:
@@ -103,7 +105,8 @@ class AlexNet(nn.Module):
         """A tower's part of each tensor: ``{tower: {name: view}}``.
 
         Args:
-            tensors: weights, gradients or velocities of this net; their names end as in its state dict.
+            tensors: weights, gradients or velocities of this net, keyed by its parameters' names, with or without a
+                prefix.
         """
         parts: dict[str, dict[str, Tensor]] = {tower: {} for tower in self.towers}
         for name, tensor in tensors.items():

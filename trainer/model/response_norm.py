@@ -1,9 +1,9 @@
 """Local response normalization with an analytic backward that keeps nothing but its input.
 
 Source: paper section 3.3; layers ``rnorm1`` and ``rnorm2`` of ``layers-145.cfg``. torch's ``nn.LocalResponseNorm``
-takes half of a plain training step, in ``pow`` and in many passes over memory. Here ``d^-0.75`` is
-``rsqrt(d) * sqrt(rsqrt(d))``, one tensor is saved, and memory is passed over once: by ``kernels.cpp`` on a CPU, by
-``kernels_triton.py`` on a GPU. Where these cannot be had, torch operations do the same, on a CPU over blocks that stay
+takes half of a plain training step, in ``pow`` and in many passes over memory. Here ``d^-0.75`` is ``rsqrt(d) *
+sqrt(rsqrt(d))``, one tensor is saved, and memory is passed over once: by ``kernels/kernels.cpp`` on a CPU, by
+``kernels/triton.py`` on a GPU. Where these cannot be had, torch operations do the same, on a CPU over blocks that stay
 in the cache.
 """
 

@@ -3,12 +3,13 @@
 A layer that sees both towers is linear in each: ``y = W_local x_local + W_remote x_remote + bias``. So
 
 - forward: send ``x_local``, receive ``x_remote``; meanwhile ``W_local x_local + bias``; then add ``W_remote x_remote``;
-- backward, the conjugate: the gradient of ``x_remote`` is what the other tower waits for, so it is computed first and
-  sent; meanwhile the gradients of ``x_local``, of the weight and of the bias; then add what the other tower sends for
-  ``x_local``.
+- backward, the mirror image: the gradient of ``x_remote`` is what the other tower waits for, so it is computed first
+  and sent; meanwhile the gradients of ``x_local``, of the weight and of the bias; then add what the other tower sends
+  for ``x_local``.
 
 At fc8, which lives on tower a with the loss, tower b only sends in the forward and only receives in the backward.
-Nothing else passes between towers in a training step but one control message of 48 bytes.
+Nothing else passes between towers in a training step but one control message of 48 bytes, and half of the pixels where
+``data.decode = "sharded"``.
 
 The gradients are written out, because autograd would pad each half's weight gradient with zeros and add the two: fc6's
 weights are 75 MB per tower. Here each half is written straight into its columns of the whole.
@@ -33,7 +34,7 @@ class _Halves:
     Args:
         link: to the other tower.
         layer: its name.
-        module: its window and stride, where it is a convolution.
+        module: the layer; of a convolution its stride and padding are used.
         comm_dtype: in which halves travel; None for their own.
     """
 

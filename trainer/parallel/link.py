@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.config import TOWERS
 from trainer.errors import PeerError
 
-COMM_DTYPES = {"same": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of TrainConfig.wire
+COMM_DTYPES = {"same": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of TrainConfig.comm_dtype
 CONTROL_WORDS = 3  # int64 each way per step: 48 bytes in all
 
 

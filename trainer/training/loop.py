@@ -127,7 +127,7 @@ class Trainer:
             "data set": read_manifest(self.data).fingerprint,
             "torch version": torch.__version__,
             "step to start from": self.step,
-            "kernels (see TWOTOWER_KERNELS in the README)": kernels.describe(self.device),
+            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": kernels.describe(self.device),
         }
         check_consistency(self.mesh, fingerprints)
 
@@ -241,14 +241,14 @@ class Trainer:
         if self.log:
             row = {
                 "kind": "step",
-                "step": self.step,
-                "epoch": batch.epoch,
-                "loss": verdict.loss,
+                "step": self.step,  # 1 is the first
+                "epoch": batch.epoch,  # 0 is the first
+                "loss": verdict.loss,  # mean over the batch before this step's update, nats
                 "learning_rate": learning_rates.weights,
-                "images_per_s": self.images_per_s[-1],
-                "data_wait_share": waited_s / elapsed_s,
-                "queue_ready_share": self.loader.queue_fill.ready_share,
-                "gradient_norm": verdict.norms,
+                "images_per_s": self.images_per_s[-1],  # of all replicas, over the step's wall time
+                "data_wait_share": waited_s / elapsed_s,  # of the step's wall time, 0..1
+                "queue_ready_share": self.loader.queue_fill.ready_share,  # batches ready over the queue's depth, 0..1
+                "gradient_norm": verdict.norms,  # Euclidean, {tower: norm}
             }
             self.log.write(row)
             self.progress.step(row)

@@ -361,7 +361,9 @@ def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path
     for tower in towers:
         said = tower.communicate(timeout=200)[1]
         assert tower.returncode == 2
-        assert "different values of kernels (see TWOTOWER_KERNELS in the README): rank 0 C++, rank 1 torch" in said
+        assert (
+            "different values of kernels (see TWOTOWER_KERNELS in docs/commands.md): rank 0 C++, rank 1 torch" in said
+        )
 
 
 def test_what_a_user_gets_wrong(
