@@ -45,7 +45,7 @@ test-slow: setup  ## fault tests with real kills, and long tests
 test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
 	$(PY) -m tests.isa
 
-test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (an hour or so on 2 cores)
+test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (about 27 minutes on 2 busy cores)
 	$(PY) -m tests.mutations --jobs 2
 
 bench: setup  ## measure everything on this machine and print the table (about 2 hours, 7 GB under $(BENCH))

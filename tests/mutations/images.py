@@ -210,7 +210,7 @@ def of_loader_config() -> Iterator[Change]:
 GROUPS = (
     ("pipeline/loader/config.py", (RECIPES,), of_loader_config),
     ("pipeline/loader/augmentation.py", (DRAWS, ORIGINAL, PIXELS), of_augmentation),
-    ("pipeline/loader/graph.py", (PIXELS, ORIGINAL), of_graph),
+    ("pipeline/loader/graph.py", (PIXELS, ORIGINAL, SPLIT), of_graph),
     ("pipeline/loader/normalize.py", (PIXELS, ORIGINAL, SPLIT), of_normalize),
     ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
     ("pipeline/loader/batch.py", (SHARE,), of_batch),

@@ -131,11 +131,23 @@ def test_training_images_equal_numpy(data_sets: dict[str, Path], data: str, reci
 
 @pytest.mark.parametrize("views", ["center", "ten"])
 @pytest.mark.parametrize(
-    ("data", "mean"), [("jpeg", "image"), ("png", "image_center"), ("wide", "image"), ("gray", "channel")]
+    ("data", "mean", "scale"),
+    [
+        ("jpeg", "image", "none"),
+        ("png", "image_center", "none"),
+        ("png", "channel", "per_channel"),
+        ("raw", "image", "per_channel"),
+        ("raw", "image", "per_image"),
+        ("wide", "image", "none"),
+        ("gray", "channel", "none"),
+    ],
 )
-def test_evaluation_images_equal_numpy(data_sets: dict[str, Path], data: str, mean: str, views: str) -> None:
+def test_evaluation_images_equal_numpy(
+    data_sets: dict[str, Path], data: str, mean: str, scale: str, views: str
+) -> None:
     folder = data_sets[data]
-    config = LoaderConfig(crop_px=CROP, mean=mean, color="deviation", mirror=1.0, color_divisor=1.1, threads=1)
+    training = {"color": "deviation", "mirror": 1.0, "color_divisor": 1.1}  # not in testing
+    config = LoaderConfig(crop_px=CROP, mean=mean, normalize=scale, threads=1, **training)
     arrays, images = dict(np.load(folder / "statistics.npz")), load_reference(folder, "val")
     height, width = next(iter(images.values()))[0].shape[:2]
     geometry = ten_views(height_px=height, width_px=width, crop_px=CROP)
