@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help setup demo test test-slow test-isa test-mutations lint bench clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(VENV)/.installed  ## create .venv and install everything (about 2 minutes, 7 GB)
 
