@@ -82,6 +82,7 @@ def read_encoded(reader: Reader) -> tuple[Any, Any, Any]:
         name="Reader",
         pad_last_batch=True,
         dont_use_mmap=not reader.config.mmap,
+        tensor_init_bytes=1,  # grows as needed; the default of 1 MiB reserves 4 GiB for a shuffle buffer of 4,096
         seed=seed,
         **(shuffling if reader.shuffle else {}),
     )

@@ -1,10 +1,12 @@
 """The figures for the shuffle: what they say of known orders, and of what the reader does."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.bench import compare_orders, measure_shuffle, read_orders
 from pipeline.loader.config import LoaderConfig
 from tests.helpers.loader_data_set import make_data_set
@@ -50,3 +52,18 @@ def test_orders_hold_every_sample_once(tmp_path: Path) -> None:
     config = LoaderConfig(crop_px=4, shuffle_buffer=6, threads=1)
     for order in read_orders(folder, config, batch_size=5, seed=2, epochs=3):
         assert sorted(order) == list(range(23))
+
+
+def test_a_large_buffer_reserves_no_memory_beforehand(tmp_path: Path) -> None:
+    """DALI's default is 1 MiB for each place in the buffer: 16 GiB here, after which a machine forks nothing more."""
+    folder = make_data_set(tmp_path, encoding="raw", size=(4, 4), train=40, val=1)
+    before = reserved_bytes()
+    loader = TrainingLoader(folder, LoaderConfig(crop_px=4, shuffle_buffer=16_384, threads=1), batch_size=10, seed=1)
+    loader.next()
+    assert reserved_bytes() - before < 2**30
+    loader.close()
+
+
+def reserved_bytes() -> int:
+    """Writable memory of this process, touched or not."""
+    return int(re.findall(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[0]) * 1024
