@@ -101,9 +101,7 @@ def measure(
         if settings.stages:
             say("checkpoints")
             part.checkpoints = [trainer.save() for _ in range(CHECKPOINTS)]
-            names = "tower-*.safetensors" if mesh is None else f"tower-{part.tower}.safetensors"
-            newest = max((run / "checkpoints").iterdir())
-            part.checkpoint_bytes = sum(path.stat().st_size for path in newest.glob(names))
+            part.checkpoint_bytes = _newest_checkpoint_bytes(run, part.tower)
     finally:
         trainer.end()
         torch.set_num_threads(usual)
@@ -114,6 +112,12 @@ def measure(
         found = measure(resized, only_steps, mesh=mesh, device=device, scratch=scratch / "sweep", attach=attach)
         part.sweep[size] = found.seconds_per_step("end to end" if settings.data else "synthetic")
     return part
+
+
+def _newest_checkpoint_bytes(run: Path, tower: str) -> int:
+    newest = max((run / "checkpoints").iterdir())
+    names = "tower-*.safetensors" if tower == "both" else f"tower-{tower}.safetensors"
+    return sum(path.stat().st_size for path in newest.glob(names))
 
 
 def _with_batch_size(config: Config, size: int) -> Config:
