@@ -3,7 +3,7 @@
 Layout of merged weights, ``conv1.weight`` ... ``fc8.bias``:
 
 - Tower a's maps (units) come before tower b's, along dimension 0 of every weight and bias. fc8 is tower a's alone.
-- A layer that sees all (conv1 the image; conv3, fc6, fc7, fc8 both towers) is dense: (maps, inputs of both, k, k).
+- A layer that sees all (conv1 the image; conv3, fc6, fc7, fc8 both towers) is dense: (outputs, inputs of both, k, k).
 - A layer that sees its own tower only (conv2, conv4, conv5) is grouped: (maps, inputs *a tower*, k, k), ``groups=2``.
 - fc6's input is flattened tower-major: a's maps, each row by row, then b's. That is what ``flatten(1)`` of the merged
   maps gives.
