@@ -4,8 +4,9 @@ Layout of merged weights, ``conv1.weight`` ... ``fc8.bias``:
 
 - Tower a's channels (units) come before tower b's, along dimension 0 of every weight and bias. fc8 is tower a's alone.
 - A layer that sees all (conv1 the image; conv3, fc6, fc7, fc8 both towers) is dense: (channels, inputs of both, k, k).
-- A layer that sees its own tower only (conv2, conv4, conv5) is grouped: (channels, inputs *per tower*, k, k), ``groups=2``.
-- fc6's input is flattened tower-major: a's channels, each row by row, then b's. That is what ``flatten(1)`` of the whole
+- A layer that sees its own tower only (conv2, conv4, conv5) is grouped, ``groups=2``: (channels, inputs per tower,
+  k, k).
+- fc6's input is flattened tower-major: a's channels, each row by row, then b's, as ``flatten(1)`` of the whole
   net gives.
 - Response normalization stays within a tower: channels 47 and 48 of conv1 are not neighbors.
 - Batch normalization, where a recipe has it, adds ``post1.batch_norm.weight``, ``.bias``, ``.running_mean`` and
