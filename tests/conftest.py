@@ -1,5 +1,7 @@
 """Fixtures that several rooms use: the real digits, and an input folder with the data set made from it."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,14 @@ def undisturbed(arguments: tuple[object, ...], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("undisturbed") / "data"
     preparing.run(*arguments, "--workers", 1, "--output", folder)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A small net is quicker with one thread, by far on a busy machine. OMP_NUM_THREADS sets another number."""
+    import torch  # most tests of the pipeline need none
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    yield
+    torch.set_num_threads(threads)

@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import shlex
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -29,18 +27,9 @@ from trainer.model.layers import DropoutDraws
 from trainer.planning.describe import to_dict
 from trainer.training.optimizer import PaperSGD, rates_at
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("one_thread")]
 
 OF_2012 = ("paper", "original", "handsoff", "half", "batchnorm")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Nets this small are quicker with one thread, by far on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    yield
-    torch.set_num_threads(threads)
 
 
 def ablations() -> list[tuple[str, list[str]]]:

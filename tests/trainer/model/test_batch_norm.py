@@ -14,7 +14,7 @@ from trainer.planning.describe import to_dict
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("one_thread")]
 
 
 def test_batch_norm_parameters_are_counted_and_named() -> None:

@@ -6,8 +6,7 @@ as numbers. Then every operator of the net: its gradient against finite differen
 
 import copy
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,10 @@ from trainer.config import LrnConfig, ModelConfig, load_config
 from trainer.model.alexnet import AlexNet
 from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("one_thread")]
 
 ORIGINAL = load_config(Path(__file__).resolve().parents[3] / "configs" / "original.toml")
 Weights = dict[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small pieces are quicker with one thread, by far on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- run #145 ---------------------------------------------------------------------------------------------------------
