@@ -49,6 +49,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     """Opens the run once, then starts the towers; under torchrun this process is one of them."""
+    from pipeline.loader.open_split import open_split
     from pipeline.manifest import read_manifest
     from trainer.errors import RecipeError
     from trainer.training import run_folder
@@ -67,6 +68,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
     if os.environ.get("RANK", "0") == "0":
+        for split in sorted({"train", config.train.evaluate_split}):  # a damaged one is refused before a run is made
+            open_split(arguments.data, split, skip_list=arguments.skip_list if split == "train" else None)
         resume = arguments.resume == "auto"
         run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
     if "RANK" in os.environ:

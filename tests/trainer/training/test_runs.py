@@ -404,3 +404,12 @@ def test_what_a_user_gets_wrong(
         assert message in lines[0]
     assert [path.name for path in other.iterdir()] == ["precious.txt"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_data_set_leaves_no_run_behind(digits: Path, tmp_path: Path) -> None:
+    """The same command works once the data set is repaired."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(digits, data)
+    os.truncate(next(data.glob("val/*.tar")), 512)
+    said = run(*train_words(data, folder, "--processes", 1), code=2).stderr
+    assert "512 bytes" in said and not folder.exists()
