@@ -52,6 +52,13 @@ def require(holds: bool, field: str, value: object, expected: str, error: type[E
         raise error(f"{given}: expected {expected}")
 
 
+def one_line(text: str) -> str:
+    """Text with every character that is not printed escaped: a file's name may hold newlines and terminal codes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line: its first, or its class where it says nothing."""
     text = str(error).strip()

@@ -165,7 +165,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
         print(
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
-        return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
+        return LEFT_OUT if manifest.num_left_out else 0
     options.output.mkdir(parents=True, exist_ok=True)
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
@@ -184,7 +184,7 @@ def _run_to_folder(options: PrepareOptions) -> int:
         print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
         return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
     print_summary(options.output, summary)
-    return LEFT_OUT if summary.num_left_out else 0
+    return LEFT_OUT if summary.manifest.num_left_out else 0
 
 
 def print_summary(folder: Path, summary: "Summary") -> None:
@@ -200,6 +200,8 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
         print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
-    if summary.num_left_out:
-        print(f"left out: {summary.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
+    print(f"classes: {len(manifest.classes):,}")
+    print("\n".join(manifest.found_lines()))
+    if manifest.num_left_out:
+        print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -16,12 +16,13 @@ import numpy as np
 
 from pipeline.config import ImageSettings, PrepareOptions, byte_settings
 from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.manifest import PassedOver, found_lines
 from pipeline.preparation.image import make_image
 from pipeline.preparation.output import check_ours
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
-from pipeline.sources import open_source
-from pipeline.sources.listing import Item, Listing, Source
+from pipeline.sources import open_source, reasons
+from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
 
 READ_BYTES = 8 * 2**20
@@ -58,6 +59,7 @@ class Request:
         image: what to make of each.
         settings: everything that decides the bytes of the data set, as the manifest records it.
         shards: every shard of every split.
+        passed_over: what is not tried, by split and reason.
     """
 
     options: PrepareOptions
@@ -66,6 +68,17 @@ class Request:
     image: ImageSettings
     settings: dict[str, Any]
     shards: list[ShardPlan]
+    passed_over: tuple[PassedOver, ...]
+
+    @property
+    def num_planned(self) -> int:
+        """Images of all shards."""
+        return sum(len(shard.rows) for shard in self.shards)
+
+    @property
+    def num_found(self) -> int:
+        """Everything that the input holds."""
+        return self.num_planned + sum(row.count for row in self.passed_over)
 
 
 def make_request(options: PrepareOptions) -> Request:
@@ -78,7 +91,8 @@ def make_request(options: PrepareOptions) -> Request:
     listing = chosen_splits(source.listing(), options)
     image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, image)
-    return Request(options, source, listing, image, settings, make_plan(listing, options))
+    shards = make_plan(listing, options)
+    return Request(options, source, listing, image, settings, shards, passed_over(listing, shards))
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
@@ -133,7 +147,7 @@ def check_source(source: Source) -> None:
 
 
 def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
-    """The listing with the splits that were asked for.
+    """The listing with the splits that were asked for; the others are counted as passed over.
 
     Raises:
         ConfigError: the source has no such split.
@@ -142,7 +156,26 @@ def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
     if unknown:
         raise ConfigError(f"--splits {unknown[0]}: the source has {', '.join(sorted(listing.splits))}")
     kept = {split: rows for split, rows in listing.splits.items() if not options.splits or split in options.splits}
-    return dataclasses.replace(listing, splits=kept)
+    tally = Tally()
+    tally.extend(listing.passed_over)
+    for split in listing.splits.keys() - kept.keys():
+        rows = listing.splits[split]
+        tally.add(reasons.NOT_CHOSEN, rows.names[0], split=split, count=len(rows))
+    return dataclasses.replace(listing, splits=kept, passed_over=tally.records())
+
+
+def passed_over(listing: Listing, shards: list[ShardPlan]) -> tuple[PassedOver, ...]:
+    """What the listing passes over, and what ``--limit`` leaves out of the plan."""
+    tally = Tally()
+    tally.extend(listing.passed_over)
+    for split, rows in listing.splits.items():
+        planned = [shard.rows for shard in shards if shard.split == split]
+        num_left = len(rows) - sum(map(len, planned))
+        if num_left:
+            order = np.concatenate(planned)
+            first = int(np.setdiff1d(np.arange(len(order) + 1), order)[0])  # the smallest row that is not planned
+            tally.add(reasons.OVER_LIMIT, rows.names[first], split=split, count=num_left)
+    return tally.records()
 
 
 def all_settings(options: PrepareOptions, listing: Listing, image: ImageSettings) -> dict[str, Any]:
@@ -197,7 +230,8 @@ def print_plan(options: PrepareOptions) -> None:
     for split in sorted(listing.splits):
         counts = [len(shard.rows) for shard in request.shards if shard.split == split]
         print(f"{split}: {sum(counts):,} images in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
-    total = sum(len(shard.rows) for shard in request.shards)
+    total = request.num_planned
+    print("\n".join(found_lines(request.num_found, {"to be stored": total}, request.passed_over)))
     cost = measure(request)
     folder = next(path for path in (options.output.absolute(), *options.output.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, cost.size_bytes * total

@@ -35,11 +35,6 @@ class Summary:
     elapsed_s: float
     num_indexes: int = 0
 
-    @property
-    def num_left_out(self) -> int:
-        """Images of the source that are not in the data set."""
-        return sum(split.num_quarantined for split in self.manifest.splits.values())
-
 
 def prepare(options: PrepareOptions) -> Summary:
     """Makes the data set whole: everything, what is missing, or nothing.
@@ -82,6 +77,8 @@ def _make(request: Request) -> Summary:
         label_order=request.listing.label_order,
         splits={},
         files={},
+        num_found=request.num_found,
+        passed_over=request.passed_over,
     )
     manifest = output.finish(folder, draft, results, totals)
     output.clear_work(folder)

@@ -13,8 +13,7 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.files import AnyPath, scan
 from pipeline.manifest import ClassRecord
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, printable
-
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+from pipeline.sources.split import SPLIT_FOLDERS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""Why a file of the input is passed over, in the words of the summary and the manifest; a source may add its own."""
+
+HIDDEN = "hidden"  # its own name or that of a folder above it begins with a dot
+NO_PICTURE = "no picture by its name and content"
+BESIDE = "beside the class folders"
+IGNORED_FOLDER = "in an ignored sub-folder"
+LOOP = "directory loop: a link to a folder that is listed already"
+BROKEN_LINK = "broken link"
+PIPE = "pipe"
+SOCKET = "socket"
+DEVICE = "device"
+UNREADABLE = "unreadable"
+UNKNOWN_SPLIT = "unknown split"
+NOT_READ = "not read by this source"
+NO_LABEL = "no label in the label file"
+NO_IMAGE = "a label, but no such picture"
+NOT_CHOSEN = "split not chosen (--splits)"
+OVER_LIMIT = "over --limit"
