@@ -54,6 +54,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
     group.add_argument("--input", type=parse_path, metavar="PATH|URL", help="what the source reads")
+    group.add_argument(
+        "--labels",
+        type=parse_path,
+        metavar="FILE",
+        help="classes of pictures that lie in no class folders: a CSV or lines NAME LABEL (source folder)",
+    )
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -208,6 +209,11 @@ class Source(Protocol):
             SourceError: the whole input cannot be read.
         """
         ...
+
+
+def nfc(text: str) -> str:
+    """The one Unicode form of names: a letter with an accent beside it (as macOS writes it) becomes one character."""
+    return unicodedata.normalize("NFC", text)
 
 
 def printable(name: str) -> str:

@@ -1,0 +1,146 @@
+"""Where the splits and classes of an input folder are, whatever its owner calls them; what is ambiguous is refused."""
+
+import dataclasses
+
+from pipeline.errors import SourceError
+from pipeline.files import Entry
+from pipeline.sources.listing import printable
+from pipeline.sources.split import split_of
+from pipeline.sources.walk import Walker, join
+
+IMAGES_FOLDERS = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages")
+ALL = "all"
+TABLES = (".csv", ".tsv", ".txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The place of a split in the input.
+
+    Attributes:
+        split: its name; :data:`ALL` where the input has none.
+        folder: its folder, relative to the input.
+        classes_at: the folder that holds the class folders, there or below; None where the pictures lie in none.
+    """
+
+    split: str
+    folder: str
+    classes_at: str | None
+
+    @property
+    def tag(self) -> str:
+        """The split's name in the counts: empty where the input has no splits."""
+        return "" if self.split == ALL else self.split
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The places of all splits.
+
+    Attributes:
+        base: the folder that holds the split folders or the class folders; empty unless wrapped in others.
+        parts: the splits, sorted by name; those that hold no picture are among them.
+        others: folders beside the split folders that hold pictures.
+    """
+
+    base: str
+    parts: tuple[Part, ...]
+    others: tuple[str, ...]
+
+
+def find_layout(looker: Walker) -> Layout:
+    """Finds the splits and classes of an input.
+
+    Args:
+        looker: walks the input; what it counts is not needed.
+
+    Raises:
+        SourceError: no picture is there, two folders are one split, or it cannot be told what is a split.
+    """
+    base = _unwrapped(looker, "", wraps_splits=True)
+    folders = looker.contents(base).folders
+    found: dict[str, Entry] = {}
+    for entry in folders:
+        split = split_of(entry.name)
+        if split in found:
+            raise SourceError(
+                f"{looker.root / base}: both {found[split].name}/ and {entry.name}/ are there; keep one of them"
+            )
+        if split:
+            found[split] = entry
+    if not found:
+        return Layout(base, (dataclasses.replace(_part(looker, ALL, base), folder=""),), ())
+    others = tuple(
+        join(base, entry.name)
+        for entry in folders
+        if not split_of(entry.name) and looker.has_picture(join(base, entry.name))
+    )
+    if "train" not in found and others:
+        name = next(iter(found.values())).name
+        raise SourceError(
+            f"{looker.root / base}: {name}/ is named like a split, but there is no train/ beside it: put the class "
+            f"folders ({_names(others)}) below train/, or rename {name}/ if it is a class"
+        )
+    parts = tuple(_part(looker, split, join(base, found[split].name)) for split in sorted(found))
+    return Layout(base, parts, others)
+
+
+def refuse_flat(looker: Walker, part: Part) -> None:
+    """Says what would help where the pictures of a split lie in no class folders.
+
+    Raises:
+        SourceError: always.
+    """
+    where = looker.root / part.folder
+    tables = [entry.name for entry in looker.contents(part.folder).files if entry.name.lower().endswith(TABLES)]
+    labels = f"--labels {printable(str(where / tables[0]))}" if tables else "--labels FILE"
+    help_for = f"give their labels with {labels} (a CSV or lines NAME LABEL), or put them into class folders"
+    if part.split != ALL:
+        help_for += ", or leave the split out with --splits; if it is a class and no split, rename it"
+    raise SourceError(f"{where}: pictures in no class folders: {help_for}")
+
+
+def _unwrapped(looker: Walker, folder: str, *, wraps_splits: bool) -> str:
+    """The folder that holds the class folders (or the splits), below folders that only wrap others."""
+    while True:
+        found = looker.contents(folder)
+        if wraps_splits and any(split_of(entry.name) for entry in found.folders):
+            return folder
+        inside = _with_pictures(looker, folder, found.folders)
+        if len(inside) != 1 or any(looker.pictures_of(folder, found.files)):
+            return folder
+        below = looker.contents(inside[0])
+        splits = {split_of(entry.name) for entry in below.folders} - {None}
+        if any(looker.pictures_of(inside[0], below.files)):
+            return folder  # it holds pictures itself: a class
+        wraps = wraps_splits and ("train" in splits or len(splits) > 1)
+        if not wraps and len(_with_pictures(looker, inside[0], below.folders)) < 2 and not _holds_images(inside[0]):
+            return folder
+        folder = inside[0]
+
+
+def _part(looker: Walker, split: str, folder: str) -> Part:
+    classes_at = _unwrapped(looker, folder, wraps_splits=False)
+    classes = _with_pictures(looker, classes_at, looker.contents(classes_at).folders)
+    flat = not classes or (len(classes) == 1 and _holds_images(classes[0]))
+    return Part(split, folder, None if flat else classes_at)
+
+
+def _with_pictures(looker: Walker, folder: str, entries: list[Entry]) -> list[str]:
+    """The first two of these folders that hold pictures."""
+    found: list[str] = []
+    for entry in entries:
+        path = join(folder, entry.name)
+        if len(found) < 2 and looker.has_picture(path):
+            found.append(path)
+    return found
+
+
+def _holds_images(folder: str) -> bool:
+    """A folder's name says that it holds pictures, of whatever class."""
+    return folder.rpartition("/")[2].lower() in IMAGES_FOLDERS
+
+
+def _names(paths: tuple[str, ...]) -> str:
+    names = [printable(path.rpartition("/")[2]) for path in paths[:3]]
+    return ", ".join(names) + (", ..." if len(paths) > 3 else "")
