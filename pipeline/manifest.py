@@ -172,7 +172,7 @@ class Manifest:
 
     def found_lines(self) -> list[str]:
         """What became of everything that the input held, a line each reason."""
-        parts = {"stored": self.num_samples, "left out": self.num_left_out}
+        parts = {"stored": self.num_samples, "left out (quarantine.jsonl)": self.num_left_out}
         return found_lines(self.num_found, parts, self.passed_over)
 
     def to_json(self) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
 from pipeline.errors import Terminated
 from pipeline.files import is_url, parse_path
-from pipeline.manifest import QUARANTINE_NAME, read_manifest
-from pipeline.sources import SOURCES, open_source
+from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
+from pipeline.sources import SOURCES, open_source, reasons
 
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
@@ -145,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
     args.output = _staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
     open_source(options)  # a wrong name or a missing input is refused before anything slow is imported
+    if url:
+        from pipeline.preparation.output import check_places
+
+        check_places(options.input, url)
     if args.dry_run:
         from pipeline.preparation.plan import print_plan
 
@@ -171,8 +175,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
         print(
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
-        return LEFT_OUT if manifest.num_left_out else 0
-    options.output.mkdir(parents=True, exist_ok=True)
+        return exit_code(manifest)
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
@@ -190,7 +193,13 @@ def _run_to_folder(options: PrepareOptions) -> int:
         print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
         return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
     print_summary(options.output, summary)
-    return LEFT_OUT if summary.manifest.num_left_out else 0
+    return exit_code(summary.manifest)
+
+
+def exit_code(manifest: Manifest) -> int:
+    """Tells by the exit code whether images are missing: left out, or in a folder that cannot be read."""
+    unreadable = any(row.reason == reasons.UNREADABLE for row in manifest.passed_over)
+    return LEFT_OUT if manifest.num_left_out or unreadable else 0
 
 
 def print_summary(folder: Path, summary: "Summary") -> None:
@@ -208,6 +217,8 @@ def print_summary(folder: Path, summary: "Summary") -> None:
         print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
+    for name, count in manifest.dropped_splits.items():
+        print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
     if manifest.num_left_out:
         print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -8,17 +8,19 @@ import hashlib
 import itertools
 import shutil
 import statistics
+import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import ImageSettings, PrepareOptions, byte_settings
-from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.errors import ConfigError, ImageError, SourceError, one_line
 from pipeline.manifest import PassedOver, found_lines
 from pipeline.preparation.image import make_image
-from pipeline.preparation.output import check_ours
+from pipeline.preparation.output import check_ours, check_places
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
@@ -28,6 +30,7 @@ from pipeline.sources.split import shuffled
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
 SAMPLE_S = 5.0
+SHOWN_CLASSES = 5
 OVERHEAD_BYTES = 3 * BLOCK + 2 * BLOCK + BLOCK // 2  # three headers, cls and json blocks, half a block of padding
 
 
@@ -60,6 +63,7 @@ class Request:
         settings: everything that decides the bytes of the data set, as the manifest records it.
         shards: every shard of every split.
         passed_over: what is not tried, by split and reason.
+        warnings: what a person should know before the work, a line each.
     """
 
     options: PrepareOptions
@@ -69,6 +73,7 @@ class Request:
     settings: dict[str, Any]
     shards: list[ShardPlan]
     passed_over: tuple[PassedOver, ...]
+    warnings: tuple[str, ...]
 
     @property
     def num_planned(self) -> int:
@@ -92,7 +97,9 @@ def make_request(options: PrepareOptions) -> Request:
     image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, image)
     shards = make_plan(listing, options)
-    return Request(options, source, listing, image, settings, shards, passed_over(listing, shards))
+    return Request(
+        options, source, listing, image, settings, shards, passed_over(listing, shards), tuple(all_warnings(listing))
+    )
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
@@ -164,6 +171,28 @@ def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
     return dataclasses.replace(listing, splits=kept, passed_over=tally.records())
 
 
+def all_warnings(listing: Listing) -> list[str]:
+    """What the source warns of, and the classes that not every split has."""
+    warnings = list(listing.warnings)
+    present = {
+        split: np.bincount(rows.labels, minlength=len(listing.classes)) > 0 for split, rows in listing.splits.items()
+    }
+    for split, here in sorted(present.items()):
+        elsewhere = np.any([others for other, others in present.items() if other != split], axis=0)
+        only = np.flatnonzero(here & ~elsewhere).tolist() if len(present) > 1 else []
+        if only:
+            warnings.append(f"classes that only {split} has: {_class_names(listing, only)}")
+    absent = np.flatnonzero(~np.any(list(present.values()), axis=0)).tolist()
+    if absent:
+        warnings.append(f"classes without an image: {_class_names(listing, absent)}")
+    return warnings
+
+
+def _class_names(listing: Listing, labels: list[int]) -> str:
+    names = [listing.classes[label].name for label in labels[:SHOWN_CLASSES]]
+    return ", ".join(names) + (f", ... ({len(labels):,})" if len(labels) > SHOWN_CLASSES else "")
+
+
 def passed_over(listing: Listing, shards: list[ShardPlan]) -> tuple[PassedOver, ...]:
     """What the listing passes over, and what ``--limit`` leaves out of the plan."""
     tally = Tally()
@@ -221,10 +250,12 @@ def print_plan(options: PrepareOptions) -> None:
     Raises:
         PipelineError: the same as prepare, before it starts to work.
     """
+    check_places(options.input, options.output)
     check_ours(options.output)
     if options.verify_source:
         check_source(open_source(options))
     request = make_request(options)
+    print_warnings(request.warnings)
     listing = request.listing
     print(f"source {options.source}: {len(listing.classes):,} classes, labels in {listing.label_order} order")
     for split in sorted(listing.splits):
@@ -244,6 +275,12 @@ def print_plan(options: PrepareOptions) -> None:
         f"{cost.num_refused} of them unusable)"
     )
     print("nothing was written (--dry-run)")
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Prints what a person should know before the work, a line each, on stderr."""
+    for warning in warnings:
+        print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
 
 
 def measure(request: Request) -> Cost:

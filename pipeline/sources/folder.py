@@ -100,12 +100,13 @@ class FolderSource(Source):
         for part in layout.parts:
             if part.classes_at is None and self._is_wanted(part.split):
                 pictures[part.split] = list(walker.pictures(part.folder, part.tag))
-                if pictures[part.split] and self.labels is None:
-                    refuse_flat(walker, part)
             elif part.classes_at is None:
                 inside = walker.contents(part.folder, part.tag)
                 walker.pass_over(part.folder, inside.files + inside.folders, reasons.NOT_CHOSEN, part.tag)
         if self.labels is None:
+            counts = {part: num for part in layout.parts if (num := len(pictures.get(part.split, ())))}
+            if counts:
+                refuse_flat(walker, counts, [split for split in found if found[split]])
             return {split: [] for split in pictures}
         if not any(pictures.values()):
             raise ConfigError(f"--labels {self.labels}: no split needs it, all pictures lie in class folders")

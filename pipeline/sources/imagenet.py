@@ -334,7 +334,7 @@ def _in_folder(walker: Walker, folder: str, split: str) -> list[_Found]:
     """The pictures of class folders, or of val itself where it has none; the other files are counted."""
     inside = walker.contents(folder, split)
     classes = [entry for entry in inside.folders if WORDNET_ID.fullmatch(entry.name)]
-    others = [entry for entry in inside.folders if entry not in classes]
+    others = [entry for entry in inside.folders if not WORDNET_ID.fullmatch(entry.name)]
     walker.pass_over(folder, others, reasons.IGNORED_FOLDER, split)
     if not classes and split == "val":
         pictures = walker.pictures_of(folder, inside.files, split)

@@ -85,19 +85,33 @@ def find_layout(looker: Walker) -> Layout:
     return Layout(base, parts, others)
 
 
-def refuse_flat(looker: Walker, part: Part) -> None:
-    """Says what would help where the pictures of a split lie in no class folders.
+def refuse_flat(looker: Walker, counts: dict[Part, int], with_classes: list[str]) -> None:
+    """Says what would help where the pictures of some splits lie in no class folders.
+
+    Args:
+        looker: walks the input.
+        counts: those splits, and how many pictures they have.
+        with_classes: the splits that have class folders.
 
     Raises:
         SourceError: always.
     """
-    where = looker.root / part.folder
-    tables = [entry.name for entry in looker.contents(part.folder).files if entry.name.lower().endswith(TABLES)]
-    labels = f"--labels {printable(str(where / tables[0]))}" if tables else "--labels FILE"
-    help_for = f"give their labels with {labels} (a CSV or lines NAME LABEL), or put them into class folders"
-    if part.split != ALL:
-        help_for += ", or leave the split out with --splits; if it is a class and no split, rename it"
-    raise SourceError(f"{where}: pictures in no class folders: {help_for}")
+    places = " and ".join(f"{looker.root / part.folder} ({count:,})" for part, count in counts.items())
+    tables = [
+        str(looker.root / part.folder / entry.name)
+        for part in counts
+        for entry in looker.contents(part.folder).files
+        if entry.name.lower().endswith(TABLES)
+    ]
+    fixes = [
+        f"give their classes by --labels {printable(tables[0]) if tables else 'FILE'} (a CSV or lines NAME LABEL)",
+        "put them into class folders",
+    ]
+    if with_classes:
+        fixes.append(f"leave them out by --splits {','.join(with_classes)}")
+    if ALL not in (part.split for part in counts):
+        fixes.append("rename a folder that is a class and no split")
+    raise SourceError(f"pictures in no class folders: {places}: {', or '.join(fixes)}")
 
 
 def _unwrapped(looker: Walker, folder: str, *, wraps_splits: bool) -> str:
