@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetError, OutputError
-from pipeline.files import AnyPath, local_path, parse_path
+from pipeline.files import AnyPath, is_url
 from pipeline.manifest import (
     INFO_NAME,
     MANIFEST_NAME,
@@ -93,12 +94,17 @@ def check_places(source: AnyPath | None, output: Path | str) -> None:
         output: folder or URL of the data set.
 
     Raises:
-        OutputError: one is inside the other, however links lead there.
+        OutputError: one is inside the other, however links lead there; or DALI could not open the data set there.
     """
+    given = _real(output)
+    if given.encode(errors="replace").decode() != given:
+        raise OutputError(
+            f"--output {output}: its path is no UTF-8, and DALI cannot open a data set there; give another"
+        )
     if source is None:
         return
-    asked, given = _real(source), _real(output)
-    if asked == given or f"{given}/".startswith(f"{asked}/"):
+    asked = _real(source)
+    if f"{given}/".startswith(f"{asked}/"):
         raise OutputError(
             f"--output {output}: lies inside --input {source}, so the next run would read it; give a folder outside"
         )
@@ -107,9 +113,9 @@ def check_places(source: AnyPath | None, output: Path | str) -> None:
 
 
 def _real(place: AnyPath | str) -> str:
-    """Where a path leads, links followed; a URL as it is, without slashes at its end."""
-    local = local_path(parse_path(place) if isinstance(place, str) else place)
-    return (str(place) if local is None else os.path.realpath(local)).rstrip("/")
+    """Where a path leads, links followed; a URL as it is. Without slashes at its end."""
+    text = re.sub(r"^(file|local)://", "", str(place))
+    return (text if is_url(text) else os.path.realpath(text)).rstrip("/")
 
 
 def check_ours(output: Path) -> None:

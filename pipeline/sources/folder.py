@@ -90,6 +90,7 @@ class FolderSource(Source):
                     f"{self.root / part.classes_at}: two folders are one class: their names, {folder_of[name]!a} "
                     f"and {entry!a}, are the same in Unicode's form NFC"
                 )
+        _refuse_flat_beside(walker, part.classes_at, len(rows))
         if empty and rows:
             walker.warnings.append(f"{self.root / part.classes_at}: folders without a picture: {_shown(empty)}")
         return sorted(rows, key=lambda row: os.fsencode(row[1]))
@@ -227,6 +228,21 @@ def _class_folders(walker: Walker, part: Part, classes_at: str) -> Iterator[str]
                 yield entry.name
             elif not _leads_to(join(folder, entry.name), {classes_at}):
                 walker.pass_over(folder, [entry], reasons.BESIDE, part.tag)
+
+
+def _refuse_flat_beside(walker: Walker, folder: str, num_in_classes: int) -> None:
+    """Refuses where most pictures lie beside the class folders, which are then perhaps none.
+
+    Raises:
+        SourceError: they do.
+    """
+    looker = Walker(walker.root, Tally())
+    num_beside = sum(1 for _ in looker.pictures_of(folder, looker.contents(folder).files))
+    if num_beside > num_in_classes:
+        raise SourceError(
+            f"{walker.root / folder}: {num_beside:,} pictures lie beside the class folders, which hold "
+            f"{num_in_classes:,}: put them into class folders, or take them or the folders away"
+        )
 
 
 def _path_down(top: str, bottom: str) -> list[str]:

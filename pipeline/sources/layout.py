@@ -57,7 +57,7 @@ def find_layout(looker: Walker) -> Layout:
     Raises:
         SourceError: no picture is there, two folders are one split, or it cannot be told what is a split.
     """
-    base = _unwrapped(looker, "", wraps_splits=True)
+    base = _find_base(looker)
     folders = looker.contents(base).folders
     found: dict[str, Entry] = {}
     for entry in folders:
@@ -114,30 +114,32 @@ def refuse_flat(looker: Walker, counts: dict[Part, int], with_classes: list[str]
     raise SourceError(f"pictures in no class folders: {places}: {', or '.join(fixes)}")
 
 
-def _unwrapped(looker: Walker, folder: str, *, wraps_splits: bool) -> str:
-    """The folder that holds the class folders (or the splits), below folders that only wrap others."""
+def _find_base(looker: Walker) -> str:
+    """The folder that holds the split folders or the class folders: the input, or one that single folders wrap."""
+    chain = [""]
     while True:
-        found = looker.contents(folder)
-        if wraps_splits and any(split_of(entry.name) for entry in found.folders):
-            return folder
-        inside = _with_pictures(looker, folder, found.folders)
-        if len(inside) != 1 or any(looker.pictures_of(folder, found.files)):
-            return folder
-        below = looker.contents(inside[0])
-        splits = {split_of(entry.name) for entry in below.folders} - {None}
-        if any(looker.pictures_of(inside[0], below.files)):
-            return folder  # it holds pictures itself: a class
-        wraps = wraps_splits and ("train" in splits or len(splits) > 1)
-        if not wraps and len(_with_pictures(looker, inside[0], below.folders)) < 2 and not _holds_images(inside[0]):
-            return folder
-        folder = inside[0]
+        found = looker.contents(chain[-1])
+        splits = {split_of(entry.name) for entry in found.folders} - {None}
+        inside = _with_pictures(looker, chain[-1], found.folders)
+        wraps_splits = "train" in splits or len(splits) > 1 or (splits and len(chain) == 1)
+        if wraps_splits or len(inside) > 1:
+            return chain[-1]
+        is_class = len(chain) > 1 and any(looker.pictures_of(chain[-1], found.files))
+        if is_class or not inside:
+            break
+        chain.append(inside[0])
+    return chain[1] if len(chain) > 2 and _holds_images(chain[1]) else ""
 
 
 def _part(looker: Walker, split: str, folder: str) -> Part:
-    classes_at = _unwrapped(looker, folder, wraps_splits=False)
-    classes = _with_pictures(looker, classes_at, looker.contents(classes_at).folders)
-    flat = not classes or (len(classes) == 1 and _holds_images(classes[0]))
-    return Part(split, folder, None if flat else classes_at)
+    """A split, whose class folders may lie in a folder ``images`` of it."""
+    found = looker.contents(folder)
+    classes = _with_pictures(looker, folder, found.folders)
+    if len(classes) == 1 and _holds_images(classes[0]):
+        found = looker.contents(classes[0])
+        flat = any(looker.pictures_of(classes[0], found.files)) or not _with_pictures(looker, classes[0], found.folders)
+        return Part(split, folder, None if flat else classes[0])
+    return Part(split, folder, folder if classes else None)
 
 
 def _with_pictures(looker: Walker, folder: str, entries: list[Entry]) -> list[str]:
