@@ -1,6 +1,7 @@
 """Walks an input folder so that every file in it is either given out or counted, and nothing waits or goes round."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator
 
@@ -88,7 +89,7 @@ class Walker:
         Raises:
             SourceError: a folder holds folders of several splits, so its images would be mixed.
         """
-        seen = {identity(self.root / parent) for parent in _parents(folder)}
+        seen = {*self._around, *(identity(self.root / parent) for parent in _parents(folder))}
         waiting, linked = [folder], list[str]()
         while waiting or linked:
             path = waiting.pop() if waiting else linked.pop(0)  # links last: a folder is listed under its own name
@@ -158,11 +159,16 @@ class Walker:
             if entry.kind != "directory" or entry.linked:
                 self.tally.add(reason, path, split=split)
             elif isinstance(self.root, UrlPath) and local_path(self.root) is None:
-                files = [str(relative_to(file, self.root)) for file in (self.root / path).rglob("*")]
-                if files:
-                    self.tally.add(reason, min(files), split=split, count=len(files))
+                for file in (self.root / path).rglob("*"):  # one question, not one for every folder
+                    self.tally.add(reason, str(relative_to(file, self.root)), split=split)
             else:
                 self._pass_over_below(path, reason, split)
+
+    @functools.cached_property
+    def _around(self) -> frozenset[object]:
+        """The folders that the input lies in: a link to one of them leads back."""
+        place = local_path(self.root)
+        return frozenset(() if place is None else map(identity, place.resolve().parents))
 
     def _pass_over_below(self, folder: str, reason: str, split: str) -> None:
         folders = [folder]
