@@ -34,7 +34,13 @@ def environment(fault: str = "") -> dict[str, str]:
 def run(*arguments: object, fault: str = "", expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs a pipeline command to its end and checks its exit code."""
     done = subprocess.run(
-        command(*arguments), env=environment(fault), cwd=cwd, capture_output=True, text=True, timeout=200, check=False
+        command(*arguments),
+        env=environment(fault) | ({} if cwd == ROOT else {"PYTHONPATH": str(ROOT)}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == expect, f"exit {done.returncode} instead of {expect}\n{done.stdout}\n{done.stderr}"
     return done
