@@ -24,6 +24,10 @@ class DatasetError(PipelineError):
     """A data set folder is missing, incomplete, or does not match its manifest."""
 
 
+class FormatError(DatasetError):
+    """A data set was made by another version, in a format that this one does not read."""
+
+
 class OutputError(PipelineError):
     """The output folder is in use, holds something else, or cannot be written."""
 

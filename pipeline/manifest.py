@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import DatasetError, one_line
+from pipeline.errors import DatasetError, FormatError, one_line
 
 FORMAT = 2  # 2: num_found, passed_over, dropped_splits
 MANIFEST_NAME = "manifest.json"
@@ -242,8 +242,9 @@ def read_record(text: str | bytes, build: Callable[[Any], Record], name: str) ->
 
 def _from_raw(raw: dict[str, Any]) -> Manifest:
     if raw["format"] != FORMAT:
-        raise DatasetError(
-            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again"
+        raise FormatError(
+            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again, "
+            "into a new folder"
         )
     return Manifest(
         format=raw["format"],

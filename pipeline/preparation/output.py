@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DatasetError, OutputError
+from pipeline.errors import DatasetError, FormatError, OutputError
 from pipeline.files import AnyPath, is_url
 from pipeline.manifest import (
     INFO_NAME,
@@ -143,11 +143,17 @@ def sweep(output: Path) -> None:
 
 
 def load_manifest(output: Path) -> Manifest | None:
-    """The manifest if there is a valid one, else None: a damaged one is regenerated like anything else."""
+    """The manifest if there is a valid one, else None: a damaged one is regenerated like anything else.
+
+    Raises:
+        OutputError: a data set of another version is there; its settings cannot be compared.
+    """
     if not (output / MANIFEST_NAME).is_file():
         return None
     try:
         return read_manifest(output)
+    except FormatError as error:
+        raise OutputError(f"--output {output}: {error}") from None
     except DatasetError:
         return None
 

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, ImageError, SourceError, one_line
 from pipeline.manifest import PassedOver, found_lines
 from pipeline.preparation.image import make_image
 from pipeline.preparation.output import check_ours, check_places
+from pipeline.preparation.shard import read_item
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
@@ -291,7 +292,7 @@ def measure(request: Request) -> Cost:
     def make(item: Item) -> int | None:
         """Bytes that the sample takes in a tar; None if the image cannot be used."""
         try:
-            return len(make_image(request.source.read(item), request.image).data) + OVERHEAD_BYTES
+            return len(make_image(read_item(request.source, item, request.image), request.image).data) + OVERHEAD_BYTES
         except ImageError:
             return None
 

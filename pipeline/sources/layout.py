@@ -1,6 +1,7 @@
 """Where the splits and classes of an input folder are, whatever its owner calls them; what is ambiguous is refused."""
 
 import dataclasses
+import re
 
 from pipeline.errors import SourceError
 from pipeline.files import Entry
@@ -10,6 +11,7 @@ from pipeline.sources.walk import Walker, join
 
 IMAGES_FOLDERS = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages")
 ALL = "all"
+LIKE_SPLIT = re.compile(r"(^|[^a-z])(train|val|test)")
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -69,6 +71,7 @@ def find_layout(looker: Walker) -> Layout:
         if split:
             found[split] = entry
     if not found:
+        _refuse_split_words(looker, base, folders)
         return Layout(base, (dataclasses.replace(_part(looker, ALL, base), folder=""),), ())
     others = tuple(
         join(base, entry.name)
@@ -112,6 +115,22 @@ def refuse_flat(looker: Walker, counts: dict[Part, int], with_classes: list[str]
     if ALL not in (part.split for part in counts):
         fixes.append("rename a folder that is a class and no split")
     raise SourceError(f"pictures in no class folders: {places}: {', or '.join(fixes)}")
+
+
+def _refuse_split_words(looker: Walker, base: str, folders: list[Entry]) -> None:
+    """Refuses folders such as training_set/ and test_set/, which would become two classes.
+
+    Raises:
+        SourceError: every folder with pictures is named so.
+    """
+    alike = [entry for entry in folders if LIKE_SPLIT.search(entry.name.lower())]
+    others = [entry for entry in folders if entry not in alike]
+    found = _with_pictures(looker, base, alike) if alike else []
+    if found and not _with_pictures(looker, base, others):
+        raise SourceError(
+            f"{looker.root / base}: {_names(tuple(found))} look like splits, not like classes: "
+            "rename them to train/, val/ and test/, or give one of them as --input"
+        )
 
 
 def _find_base(looker: Walker) -> str:

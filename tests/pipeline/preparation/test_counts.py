@@ -150,6 +150,32 @@ def test_what_was_counted_stands_when_files_are_made_again(folder: Path, monkeyp
         assert tree(output) == before
 
 
+def test_a_data_set_of_another_version_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = prepare(monkeypatch, folder)
+    (output / MANIFEST_NAME).write_text(json.dumps({"format": 1}))
+    before = tree(output)
+    for options in ((), ("--seed", 5)):
+        assert prepare(monkeypatch, folder, *options)[0] == 2
+        assert "manifest format 1 is not supported (expected 2): prepare the data set again" in capsys.readouterr().err
+        assert tree(output) == before
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder / "train/cat/sparse.jpg").open("wb") as file:
+        file.truncate(2**33)  # claims 8 GiB, and has no block on the disk
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.open("rb").read(2**20))
+    prepare(monkeypatch, folder, "--dry-run")
+    assert "1 of them unusable" in capsys.readouterr().out
+    code, output = prepare(monkeypatch, folder)
+    lines = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert code == 3
+    assert [line["reason"] for line in lines] == ["8,589,934,592 bytes, more than --max-bytes 268,435,456"]
+
+
 def test_verify_notices_counts_that_do_not_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder / "val/cat/bad.jpg", b"text")
     _, output = prepare(monkeypatch, folder)

@@ -75,6 +75,7 @@ def test_class_folders_below_any_wrapper(tmp_path: Path, wrapper: str) -> None:
         (["cat/a/1.jpg"], {"cat": ["1.jpg"]}),
         (["n01443537/images/1.jpg"], {"n01443537": ["1.jpg"]}),
         (["images/cat/1.jpg"], {"cat": ["1.jpg"]}),
+        (["bullet_train/1.jpg", "cat/2.jpg"], {"bullet_train": ["1.jpg"], "cat": ["2.jpg"]}),
         (["photos/1.jpg", "cat/2.jpg"], {"cat": ["2.jpg"], "photos": ["1.jpg"]}),
         (["train/images/cat/1.jpg", "train/images/dog/2.jpg"], {"cat": ["1.jpg"], "dog": ["2.jpg"]}),
         (["train/cat/a/1.jpg", "train/cat/b/2.jpg"], {"cat": ["1.jpg", "2.jpg"]}),  # folders of a class are the class
@@ -102,6 +103,9 @@ FLAT = ["train/cat/1.jpg", "train/dog/2.jpg", "val/3.jpg", "val/4.jpg"]
         (["train/1.jpg", "car/2.jpg", "bus/3.jpg"], "rename a folder that is a class and no split"),
         (["test/1.jpg", "cat/2.jpg", "dog/3.jpg"], r"test/ is named like a split, .*class folders \(cat, dog\)"),
         (["Valid/a/1.jpg", "cat/2.jpg"], "Valid/ is named like a split"),
+        (["training_set/cats/1.jpg", "test_set/cats/2.jpg"], "training_set look like splits, not like classes"),
+        (["a/train2017/1.jpg", "a/val2017/2.jpg"], "train2017, val2017 look like splits"),
+        (["TrainImages/1.jpg"], "TrainImages look like splits"),
         (["train/a/1.jpg", "Train/a/1.jpg"], "both Train/ and train/ are there"),
         (["train/a/1.jpg", "val/a/1.jpg", "Validation/a/1.jpg"], "both Validation/ and val/ are there"),
         (
