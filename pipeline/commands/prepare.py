@@ -26,12 +26,13 @@ EPILOG = """\
 examples:
   python -m pipeline prepare --source digits --output data/digits
   python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
+  python -m pipeline prepare --source folder --input photos --labels val.csv --output data/photos
   python -m pipeline prepare --source imagenet --input archives --output data/imagenet --dry-run
   python -m pipeline prepare --source imagenet --input s3://bucket/archives --output data/imagenet
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
-  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
-  1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why) or a folder could not be read;
+  2 something to fix; 1 a bug of ours; 130 and 143 stopped (the same command continues)"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

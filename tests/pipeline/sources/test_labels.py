@@ -80,6 +80,29 @@ def test_tiny_imagenet_s_annotations_label_its_flat_val(tmp_path: Path) -> None:
     assert not listing.passed_over  # the label file is none of the pictures
 
 
+def test_tiny_imagenet_as_it_is_downloaded(tmp_path: Path) -> None:
+    """Class folders with a level ``images`` and a text file, a flat val with annotations, a flat test without."""
+    for name in ("n01443537", "n01629819"):
+        make(tmp_path, *(f"train/{name}/images/{name}_{number}.JPEG" for number in range(3)))
+        make(tmp_path, f"train/{name}/{name}_boxes.txt")
+    make(
+        tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG", "words.txt", "wnids.txt"
+    )
+    lines = "val_0.JPEG\tn01629819\t0\t32\t44\t62\nval_1.JPEG\tn01443537\t52\t55\t57\t59\n"
+    (tmp_path / "val/val_annotations.txt").write_text(lines)
+    with pytest.raises(SourceError, match=r"test \(1\) and .*val \(2\): .*--labels .*/val/val_annotations\.txt"):
+        listing_of(tmp_path)
+    listing = listing_of(tmp_path, labels=tmp_path / "val/val_annotations.txt", splits=("train", "val"))
+    assert [record.name for record in listing.classes] == ["n01443537", "n01629819"]
+    assert classes_of(listing)["val"] == {"n01629819": ["val_0.JPEG"], "n01443537": ["val_1.JPEG"]}
+    assert len(classes_of(listing)["train"]["n01443537"]) == 3
+    assert counted(listing) == {
+        ("train", reasons.NO_PICTURE): 2,
+        ("test", reasons.NOT_CHOSEN): 1,
+        ("", reasons.BESIDE): 2,
+    }
+
+
 def test_pictures_without_a_label_and_labels_without_a_picture_are_counted(tmp_path: Path) -> None:
     listing = listing_of(tmp_path, labels=flat_val(tmp_path, "a.jpg dog\nz.jpg dog\nnosuch.jpg bird\n"))
     assert classes_of(listing)["val"] == {"dog": ["a.jpg"]}
