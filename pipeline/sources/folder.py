@@ -17,10 +17,9 @@ from pipeline.sources import reasons
 from pipeline.sources.labels import Labels, read_labels
 from pipeline.sources.layout import ALL, Layout, Part, find_layout, refuse_flat
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally, nfc, printable
-from pipeline.sources.walk import Walker, join
+from pipeline.sources.walk import Walker, join, shown
 
 Row = tuple[str, str, int]  # class, path relative to the root, size in bytes
-SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,10 @@ class FolderSource(Source):
         skip = [] if self.labels is None else _below(self.root, self.labels)
         layout = find_layout(Walker(self.root, Tally(), skip))
         walker = Walker(self.root, Tally(), skip)
-        _count_beside(walker, layout)
-        found = {part.split: self._class_rows(walker, part) for part in layout.parts if part.classes_at is not None}
+        warnings = _count_beside(walker, layout)
+        found = {
+            part.split: self._class_rows(walker, part, warnings) for part in layout.parts if part.classes_at is not None
+        }
         found |= self._flat_rows(walker, layout, found)
         found = self._not_empty(found)
         classes = sorted({name for rows in found.values() for name, _, _ in rows}, key=os.fsencode)
@@ -67,15 +68,15 @@ class FolderSource(Source):
             encoded=True,
             channels=3,
             passed_over=walker.tally.records(),
-            warnings=(*dict.fromkeys(walker.warnings), *_case_warnings(classes)),
+            warnings=(*walker.warnings, *warnings, *_case_warnings(classes)),
         )
 
     def read(self, item: Item) -> bytes:
         """The file's bytes."""
         return read_file(self.root, item.file)
 
-    def _class_rows(self, walker: Walker, part: Part) -> list[Row]:
-        """The pictures of a split's class folders."""
+    def _class_rows(self, walker: Walker, part: Part, warnings: list[str]) -> list[Row]:
+        """The pictures of a split's class folders; appends to ``warnings`` what is odd about those."""
         assert part.classes_at is not None
         rows: list[Row] = []
         folder_of: dict[str, str] = {}
@@ -86,13 +87,13 @@ class FolderSource(Source):
             if len(rows) == before:
                 empty.append(name)
             elif folder_of.setdefault(name, entry) != entry:
-                walker.warnings.append(
+                warnings.append(
                     f"{self.root / part.classes_at}: two folders are one class: their names, {folder_of[name]!a} "
                     f"and {entry!a}, are the same in Unicode's form NFC"
                 )
         _refuse_flat_beside(walker, part.classes_at, len(rows))
         if empty and rows:
-            walker.warnings.append(f"{self.root / part.classes_at}: folders without a picture: {_shown(empty)}")
+            warnings.append(f"{self.root / part.classes_at}: folders without a picture: {shown(empty)}")
         return sorted(rows, key=lambda row: os.fsencode(row[1]))
 
     def _flat_rows(self, walker: Walker, layout: Layout, found: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -146,7 +147,7 @@ class FolderSource(Source):
             label, line = next(iter(unknown.items()))
             raise SourceError(
                 f"{self.labels}, line {line}: {printable(label)!r} is not one of the {len(classes):,} class folders "
-                f"({_shown(sorted(classes))})"
+                f"({shown(sorted(classes))})"
             )
 
     def _not_empty(self, found: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -200,21 +201,20 @@ def read_file(root: AnyPath, name: str) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror}") from None
 
 
-def _count_beside(walker: Walker, layout: Layout) -> None:
-    """Counts what lies beside the splits and above them."""
+def _count_beside(walker: Walker, layout: Layout) -> list[str]:
+    """Counts what lies beside the splits and above them; returns warnings."""
     part_folders = {part.folder for part in layout.parts}
     if part_folders == {""}:
-        return  # no splits: their only part counts from the root on
+        return []  # no splits: their only part counts from the root on
     for folder in _path_down("", layout.base):
         found = walker.contents(folder)
         for entry in found.files:
             walker.tally.add(reasons.BESIDE, join(folder, entry.name))
         others = [entry for entry in found.folders if not _leads_to(join(folder, entry.name), part_folders)]
         walker.pass_over(folder, others, reasons.UNKNOWN_SPLIT)
-    if layout.others:
-        walker.warnings.append(
-            f"{walker.root / layout.base}: folders beside the splits, passed over: {_shown(layout.others)}"
-        )
+    if not layout.others:
+        return []
+    return [f"{walker.root / layout.base}: folders beside the splits are passed over: {shown(layout.others)}"]
 
 
 def _class_folders(walker: Walker, part: Part, classes_at: str) -> Iterator[str]:
@@ -268,9 +268,4 @@ def _case_warnings(classes: Iterable[str]) -> Iterator[str]:
         spellings.setdefault(name.casefold(), []).append(name)
     for names in spellings.values():
         if len(names) > 1:
-            yield f"classes whose names differ in case only stay apart: {_shown(names)}"
-
-
-def _shown(names: Iterable[str]) -> str:
-    names = [printable(name) for name in names]
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names):,})" if len(names) > SHOWN else "")
+            yield f"classes whose names differ in case only stay apart: {shown(names)}"

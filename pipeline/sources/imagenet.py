@@ -46,6 +46,7 @@ WORDNET_ID = re.compile(r"n\d{8}")
 SCAN_THREADS = 8  # headers are 100 kB apart: the disk's latency decides, not the CPU
 URL_THREADS = 64  # the same for a store, which answers later
 KAGGLE_FOLDERS = ("", "ILSVRC")
+PERHAPS_FOLDERS = 20  # looked into for a message
 SPLIT_PLACES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 
 
@@ -134,7 +135,7 @@ class ImagenetSource(Source):
             encoded=True,
             channels=3,
             passed_over=walker.tally.records(),
-            warnings=tuple(walker.warnings),
+            warnings=walker.warnings,
         )
 
     def read(self, item: Item) -> bytes:
@@ -172,8 +173,13 @@ class ImagenetSource(Source):
 
     def _perhaps(self) -> str:
         """Where it may be instead."""
-        for entry in scan(self.root):
-            if entry.kind == "directory" and not entry.hidden:
+        folders = [entry for entry in scan(self.root) if entry.kind == "directory" and not entry.hidden]
+        if any(WORDNET_ID.fullmatch(entry.name) for entry in folders):
+            return (
+                f"; class folders lie directly in it: --source folder, or --input of the folder above {self.root.name}/"
+            )
+        for entry in folders[:PERHAPS_FOLDERS]:
+            if not entry.linked:
                 below = dataclasses.replace(self, root=self.root / entry.name)
                 if below._place("train") or below._place("val"):
                     return f"; {entry.name}/ looks like it: --input {below.root}"

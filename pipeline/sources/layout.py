@@ -4,10 +4,10 @@ import dataclasses
 import re
 
 from pipeline.errors import SourceError
-from pipeline.files import Entry
+from pipeline.files import Entry, scan
 from pipeline.sources.listing import printable
 from pipeline.sources.split import split_of
-from pipeline.sources.walk import Walker, join
+from pipeline.sources.walk import Walker, join, shown
 
 IMAGES_FOLDERS = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages")
 ALL = "all"
@@ -60,6 +60,11 @@ def find_layout(looker: Walker) -> Layout:
         SourceError: no picture is there, two folders are one split, or it cannot be told what is a split.
     """
     base = _find_base(looker)
+    for entry in scan(looker.root / base):
+        if entry.kind not in ("directory", "file") and split_of(entry.name):
+            raise SourceError(
+                f"{looker.root / base / entry.name}: is a {entry.kind}, and leads to no folder of a split"
+            )
     folders = looker.contents(base).folders
     found: dict[str, Entry] = {}
     for entry in folders:
@@ -82,7 +87,7 @@ def find_layout(looker: Walker) -> Layout:
         name = next(iter(found.values())).name
         raise SourceError(
             f"{looker.root / base}: {name}/ is named like a split, but there is no train/ beside it: put the class "
-            f"folders ({_names(others)}) below train/, or rename {name}/ if it is a class"
+            f"folders ({shown(others)}) below train/, or rename {name}/ if it is a class"
         )
     parts = tuple(_part(looker, split, join(base, found[split].name)) for split in sorted(found))
     return Layout(base, parts, others)
@@ -128,7 +133,7 @@ def _refuse_split_words(looker: Walker, base: str, folders: list[Entry]) -> None
     found = _with_pictures(looker, base, alike) if alike else []
     if found and not _with_pictures(looker, base, others):
         raise SourceError(
-            f"{looker.root / base}: {_names(tuple(found))} look like splits, not like classes: "
+            f"{looker.root / base}: {shown(found)} look like splits, not like classes: "
             "rename them to train/, val/ and test/, or give one of them as --input"
         )
 
@@ -174,8 +179,3 @@ def _with_pictures(looker: Walker, folder: str, entries: list[Entry]) -> list[st
 def _holds_images(folder: str) -> bool:
     """A folder's name says that it holds pictures, of whatever class."""
     return folder.rpartition("/")[2].lower() in IMAGES_FOLDERS
-
-
-def _names(paths: tuple[str, ...]) -> str:
-    names = [printable(path.rpartition("/")[2]) for path in paths[:3]]
-    return ", ".join(names) + (", ..." if len(paths) > 3 else "")

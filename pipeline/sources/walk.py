@@ -23,6 +23,7 @@ from pipeline.sources.listing import Tally, printable
 from pipeline.sources.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources.split import split_of
 
+SHOWN = 5
 REASON_OF = {
     "link": reasons.BROKEN_LINK,
     "pipe": reasons.PIPE,
@@ -58,8 +59,15 @@ class Walker:
     def __init__(self, root: AnyPath, tally: Tally, skip: Iterable[str] = ()) -> None:
         self.root = root
         self.tally = tally
-        self.warnings: list[str] = []
+        self._locked: list[str] = []
         self._skip = frozenset(skip)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line about the folders that this user may not list."""
+        if not self._locked:
+            return ()
+        return (f"{self.root}: folders that this user may not list are passed over: {shown(self._locked)}",)
 
     def contents(self, folder: str, split: str = "") -> Contents:
         """What is directly in ``folder`` (relative to the root); hidden and special files are counted.
@@ -89,7 +97,7 @@ class Walker:
         Raises:
             SourceError: a folder holds folders of several splits, so its images would be mixed.
         """
-        seen = {*self._around, *(identity(self.root / parent) for parent in _parents(folder))}
+        seen = self._above(folder)
         waiting, linked = [folder], list[str]()
         while waiting or linked:
             path = waiting.pop() if waiting else linked.pop(0)  # links last: a folder is listed under its own name
@@ -98,9 +106,7 @@ class Walker:
                 found = None if here in seen else self.contents(path, split)
             except UnreadableFolder:
                 self.tally.add(reasons.UNREADABLE, path, split=split)
-                self.warnings.append(
-                    f"{printable(str(self.root / path))}: this user may not list it; it is passed over"
-                )
+                self._locked.append(path)
                 continue
             seen.add(here)
             if found is None:
@@ -129,7 +135,7 @@ class Walker:
 
     def has_picture(self, folder: str) -> bool:
         """Tells whether a picture is anywhere from ``folder`` down, looking no further than the first."""
-        looker, seen, folders = Walker(self.root, Tally(), self._skip), set(), [folder]
+        looker, seen, folders = Walker(self.root, Tally(), self._skip), self._above(folder), [folder]
         while folders:
             path, unclear = folders.pop(), []
             try:
@@ -170,6 +176,10 @@ class Walker:
         place = local_path(self.root)
         return frozenset(() if place is None else map(identity, place.resolve().parents))
 
+    def _above(self, folder: str) -> set[object]:
+        """The folders that a folder lies in, up to the disk's."""
+        return {*self._around, *(identity(self.root / parent) for parent in _parents(folder))}
+
     def _pass_over_below(self, folder: str, reason: str, split: str) -> None:
         folders = [folder]
         while folders:
@@ -202,6 +212,12 @@ class Walker:
 def join(folder: str, name: str) -> str:
     """A path relative to the root."""
     return f"{folder}/{name}" if folder else name
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = [printable(name) for name in names]
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names):,})" if len(names) > SHOWN else "")
 
 
 def refuse_mixed_splits(folder: AnyPath, folders: list[Entry]) -> None:

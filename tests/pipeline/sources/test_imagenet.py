@@ -280,3 +280,5 @@ def test_a_wrapper_folder_is_named(tmp_path: Path) -> None:
     ilsvrc.write_extracted(tmp_path / "ilsvrc", flat_val=False)
     with pytest.raises(SourceError, match=r"ilsvrc/ looks like it: --input .*/ilsvrc$"):
         source_of(tmp_path).listing()
+    with pytest.raises(SourceError, match=r"class folders lie directly in it: .* the folder above train/"):
+        source_of(tmp_path / "ilsvrc/train").listing()

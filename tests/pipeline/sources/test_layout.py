@@ -104,7 +104,7 @@ FLAT = ["train/cat/1.jpg", "train/dog/2.jpg", "val/3.jpg", "val/4.jpg"]
         (["test/1.jpg", "cat/2.jpg", "dog/3.jpg"], r"test/ is named like a split, .*class folders \(cat, dog\)"),
         (["Valid/a/1.jpg", "cat/2.jpg"], "Valid/ is named like a split"),
         (["training_set/cats/1.jpg", "test_set/cats/2.jpg"], "training_set look like splits, not like classes"),
-        (["a/train2017/1.jpg", "a/val2017/2.jpg"], "train2017, val2017 look like splits"),
+        (["a/train2017/1.jpg", "a/val2017/2.jpg"], "a/train2017, a/val2017 look like splits"),
         (["TrainImages/1.jpg"], "TrainImages look like splits"),
         (["train/a/1.jpg", "Train/a/1.jpg"], "both Train/ and train/ are there"),
         (["train/a/1.jpg", "val/a/1.jpg", "Validation/a/1.jpg"], "both Validation/ and val/ are there"),

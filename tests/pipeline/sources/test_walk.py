@@ -61,6 +61,26 @@ def test_a_folder_is_listed_under_its_own_name_whatever_links_to_it(tmp_path: Pa
     assert listing.passed_over[0].examples == ("cat/a",)
 
 
+def test_a_link_to_the_input_is_no_class_and_no_wrapper(tmp_path: Path) -> None:
+    make(tmp_path / "a", "cat/1.jpg")
+    links(tmp_path / "a", me=".", above="..")
+    listing = listing_of(tmp_path / "a")
+    assert classes_of(listing) == {"train": {"cat": ["1.jpg"]}}
+    assert counted(listing) == {("", reasons.LOOP): 2}
+    make(tmp_path / "b", "x/train/cat/1.jpg", "x/val/cat/2.jpg")
+    links(tmp_path / "b", **{"x/me": ".", "x/above": "../..", "me": "."})
+    assert set(listing_of(tmp_path / "b").splits) == {"train", "val"}
+
+
+@pytest.mark.parametrize("target", ["nowhere", "val", "pipe"])
+def test_a_split_that_is_a_link_to_no_folder_is_refused(tmp_path: Path, target: str) -> None:
+    make(tmp_path, "train/cat/1.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "val").symlink_to(target)
+    with pytest.raises(SourceError, match=r"val: is a (link|pipe), and leads to no folder of a split"):
+        listing_of(tmp_path)
+
+
 def test_special_files_are_counted_by_kind_and_never_opened(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.jpg")
     for name in ("cat/pipe.jpg", "cat/pipe", "pipe"):
@@ -103,10 +123,9 @@ def test_what_this_user_may_not_read_is_counted_and_told(tmp_path: Path) -> None
     listing = listing_of(tmp_path)
     assert classes_of(listing) == {"train": {"cat": ["1.jpg"], "dog": ["1.jpg"]}}
     assert counted(listing) == {("", reasons.UNREADABLE): 3}
-    assert [warning.partition(": ")[0] for warning in listing.warnings[:2]] == [
-        f"{tmp_path}/cat/locked",
-        f"{tmp_path}/locked",
-    ]
+    assert listing.warnings[0] == (
+        f"{tmp_path}: folders that this user may not list are passed over: cat/locked, locked"
+    )
 
 
 @pytest.mark.usefixtures("locked")
