@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,22 +152,28 @@ def test_a_disk_that_fails_is_an_error_not_a_file_passed_over(tmp_path: Path, mo
             listing_of(tmp_path)
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter: pytest shuts its own to others whenever a session starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv, as root")
-def test_another_user_s_files_are_counted_or_left_out(tmp_path: Path) -> None:
+def test_another_user_s_files_are_counted_or_left_out(open_folder: Path) -> None:
     """As monkeypatched above, by a process that really may not read them."""
-    make(tmp_path, "in/cat/1.jpg", "in/cat/private/2.jpg", "in/dog/1.jpg", "in/dog/private.jpg", "in/dog/private")
+    make(open_folder, "cat/1.jpg", "cat/private/2.jpg", "dog/1.jpg", "dog/private.jpg", "dog/private")
     for name in ("cat/private", "dog/private.jpg", "dog/private"):
-        (tmp_path / "in" / name).chmod(0)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+        (open_folder / name).chmod(0)
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]
     program = (
-        "import sys; from pathlib import Path; from tests.pipeline.sources.test_walk import as_another_user;"
-        "as_another_user(Path(sys.argv[1]))"
+        "import os, sys; from pathlib import Path; from tests.pipeline.sources.test_walk import as_another_user;"
+        "os.scandir(sys.argv[1]); {}"
     )
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", program]
-    if subprocess.run([*command[:-1], "import tests.pipeline.sources.test_walk"], cwd=ROOT, check=False).returncode:
-        pytest.skip("another user cannot read this working tree")
-    subprocess.run([*command, str(tmp_path / "in")], cwd=ROOT, check=True)
+    if subprocess.run([*command, program.format(""), open_folder], cwd=ROOT, check=False).returncode:
+        pytest.skip("another user cannot read this working tree, or the folder of temporary files")
+    subprocess.run([*command, program.format("as_another_user(Path(sys.argv[1]))"), open_folder], cwd=ROOT, check=True)
 
 
 def as_another_user(root: Path) -> None:
