@@ -6,11 +6,12 @@ takes the parsed arguments and returns the exit code, and one name in :data:`COM
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 130 and 143 stopped"
@@ -33,11 +34,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Runs a command; errors that the user can fix are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no UTF-8
     args = make_parser().parse_args()
     try:
         return args.run(args)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: nothing half-done is left under a final name", file=sys.stderr)

@@ -68,6 +68,7 @@ class PrepareOptions:
         max_errors: stop when more images than this cannot be used, ``N`` or ``P%``; None for no limit.
         verify_source: check the published md5 of the input before anything else.
         filter: of resizing, one of :data:`FILTERS`.
+        labels: file with the classes of pictures that lie in no class folders (source ``folder``).
     """
 
     source: str
@@ -90,6 +91,7 @@ class PrepareOptions:
     max_errors: str | None = None
     verify_source: bool = False
     filter: str = "bicubic"
+    labels: AnyPath | None = None
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
@@ -107,6 +109,8 @@ class PrepareOptions:
         require(self.label_order in orders, "--label-order", self.label_order, "alphabetical or ilsvrc")
         if self.label_order != "default":
             require(self.source == "imagenet", "--label-order", self.label_order, "it with --source imagenet only")
+        if self.labels is not None:
+            require(self.source == "folder", "--labels", self.labels, "it with --source folder only")
         if self.max_errors is not None:
             require(MAX_ERRORS.fullmatch(self.max_errors) is not None, "--max-errors", self.max_errors, "N or P%")
         if self.resize not in ("default", "none"):

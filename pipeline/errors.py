@@ -24,6 +24,10 @@ class DatasetError(PipelineError):
     """A data set folder is missing, incomplete, or does not match its manifest."""
 
 
+class FormatError(DatasetError):
+    """A data set was made by another version, in a format that this one does not read."""
+
+
 class OutputError(PipelineError):
     """The output folder is in use, holds something else, or cannot be written."""
 
@@ -50,6 +54,21 @@ def require(holds: bool, field: str, value: object, expected: str, error: type[E
     if not holds:
         given = f"{field} {value}" if field.startswith("--") else f"{field} is {value!r}"
         raise error(f"{given}: expected {expected}")
+
+
+def one_line(text: str) -> str:
+    """Text with every character that is not printed escaped: a file's name may hold newlines and terminal codes."""
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(sign: str) -> str:
+    if sign.isprintable():
+        return sign
+    if "\udc80" <= sign <= "\udcff":  # a byte of a path that is no UTF-8
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape", "surrogatepass").decode()
 
 
 def first_line(error: BaseException) -> str:

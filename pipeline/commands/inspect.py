@@ -91,6 +91,7 @@ def _print_head(folder: Path, manifest: Manifest) -> None:
     size = f"{form.width_px}x{form.height_px}" if form.width_px else "several sizes"
     print(f"{folder}: source {manifest.source}, {len(manifest.classes):,} classes in {manifest.label_order} order")
     print(f"images: {form.encoding}, {form.channels} channels, {size}; fingerprint {manifest.fingerprint[:12]}")
+    print("\n".join(manifest.found_lines()))
 
 
 def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:

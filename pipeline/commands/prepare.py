@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
 from pipeline.errors import Terminated
 from pipeline.files import is_url, parse_path
-from pipeline.manifest import QUARANTINE_NAME, read_manifest
-from pipeline.sources import SOURCES, open_source
+from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
+from pipeline.sources import SOURCES, open_source, reasons
 
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
@@ -26,12 +26,13 @@ EPILOG = """\
 examples:
   python -m pipeline prepare --source digits --output data/digits
   python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
+  python -m pipeline prepare --source folder --input photos --labels val.csv --output data/photos
   python -m pipeline prepare --source imagenet --input archives --output data/imagenet --dry-run
   python -m pipeline prepare --source imagenet --input s3://bucket/archives --output data/imagenet
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
-  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
-  1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why) or a folder could not be read;
+  2 something to fix; 1 a bug of ours; 130 and 143 stopped (the same command continues)"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,6 +55,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
     group.add_argument("--input", type=parse_path, metavar="PATH|URL", help="what the source reads")
+    group.add_argument(
+        "--labels",
+        type=parse_path,
+        metavar="FILE",
+        help="classes of pictures that lie in no class folders: a CSV or lines NAME LABEL (source folder)",
+    )
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(
@@ -139,6 +146,10 @@ def run(args: argparse.Namespace) -> int:
     args.output = _staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
     open_source(options)  # a wrong name or a missing input is refused before anything slow is imported
+    if url:
+        from pipeline.preparation.output import check_places
+
+        check_places(options.input, url)
     if args.dry_run:
         from pipeline.preparation.plan import print_plan
 
@@ -165,8 +176,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
         print(
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
-        return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
-    options.output.mkdir(parents=True, exist_ok=True)
+        return exit_code(manifest)
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
@@ -184,7 +194,13 @@ def _run_to_folder(options: PrepareOptions) -> int:
         print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
         return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
     print_summary(options.output, summary)
-    return LEFT_OUT if summary.num_left_out else 0
+    return exit_code(summary.manifest)
+
+
+def exit_code(manifest: Manifest) -> int:
+    """Tells by the exit code whether images are missing: left out, or in a folder that cannot be read."""
+    unreadable = any(row.reason == reasons.UNREADABLE for row in manifest.passed_over)
+    return LEFT_OUT if manifest.num_left_out or unreadable else 0
 
 
 def print_summary(folder: Path, summary: "Summary") -> None:
@@ -200,6 +216,10 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
         print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
-    if summary.num_left_out:
-        print(f"left out: {summary.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
+    print(f"classes: {len(manifest.classes):,}")
+    print("\n".join(manifest.found_lines()))
+    for name, count in manifest.dropped_splits.items():
+        print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
+    if manifest.num_left_out:
+        print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

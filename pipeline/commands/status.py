@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         share = split.done / max(split.total, 1)
         left_out = f", {split.left_out:,} left out" if split.left_out else ""
         print(f"{name}: {split.done:,} / {split.total:,} images ({share:.0%}) in {split.shards:,} shards{left_out}")
+    for line in status.found:
+        print(line)
     if status.images_per_s and status.left_s is not None and status.stage != "whole":
         print(f"{status.images_per_s:,.0f} images/s, {status.left_s:,.0f} s left")
     if status.stage == "stopped":

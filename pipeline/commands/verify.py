@@ -54,5 +54,6 @@ def run(args: argparse.Namespace) -> int:
         raise DatasetError(f"{len(problems)} problems{more}; the same prepare command repairs {args.folder}")
     shards = sum(len(split.shards) for split in manifest.splits.values())
     print(f"{args.folder} is valid ({manifest.fingerprint[:12]}): {total:,} samples in {shards:,} shards")
+    print(manifest.found_lines()[0])
     print(f"checked: {CHECKED[args.level]}")
     return 0

@@ -12,7 +12,7 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
 from pipeline.manifest import FORMAT, INFO_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
-from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
+from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request, print_warnings
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
@@ -35,11 +35,6 @@ class Summary:
     elapsed_s: float
     num_indexes: int = 0
 
-    @property
-    def num_left_out(self) -> int:
-        """Images of the source that are not in the data set."""
-        return sum(split.num_quarantined for split in self.manifest.splits.values())
-
 
 def prepare(options: PrepareOptions) -> Summary:
     """Makes the data set whole: everything, what is missing, or nothing.
@@ -48,10 +43,12 @@ def prepare(options: PrepareOptions) -> Summary:
         PipelineError: something the user can act on; the folder stays in a state that a later run continues.
     """
     folder = options.output
+    output.check_places(options.input, folder)
     output.check_ours(folder)
     if options.verify_source:
         check_source(open_source(options))
     request = make_request(options)
+    print_warnings(request.warnings)
     with output.output_lock(folder):
         manifest = output.load_manifest(folder)
         if manifest is not None:
@@ -59,13 +56,19 @@ def prepare(options: PrepareOptions) -> Summary:
         try:
             output.sweep(folder)
             repaired = None if manifest is None else _repair(request, manifest)
-            return repaired or _make(request)
+            return repaired or _make(request, manifest)
         except OSError as error:
             raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
 
 
-def _make(request: Request) -> Summary:
-    """Makes every shard that is not there as its record says, then everything else, the manifest last."""
+def _make(request: Request, before: Manifest | None) -> Summary:
+    """Makes every shard that is not there as its record says, then everything else, the manifest last.
+
+    Args:
+        request: what was asked for.
+        before: the manifest of the same data set, where only files beside the shards are damaged. What it counted
+            stands, although a file that is passed over may have come or gone since.
+    """
     folder = request.options.output
     output.begin(folder, request.settings, _totals(request))
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
@@ -82,6 +85,8 @@ def _make(request: Request) -> Summary:
         label_order=request.listing.label_order,
         splits={},
         files={},
+        num_found=before.num_found if before else request.num_found,
+        passed_over=before.passed_over if before else request.passed_over,
     )
     manifest = output.finish(folder, draft, results, totals)
     output.clear_work(folder)
@@ -102,7 +107,8 @@ def _repair(request: Request, manifest: Manifest) -> Summary | None:
     elapsed_s = 0.0
     if damaged:
         output.refuse_difference(folder, manifest.settings, request.settings)
-        output.begin(folder, request.settings, _totals(request))
+        totals = {split: count for split, count in _totals(request).items() if split in manifest.splits}
+        output.begin(folder, request.settings, totals)
         elapsed_s = _build(request, damaged, recorded)
     if damaged_files:
         output.write_info(folder, manifest)

@@ -19,6 +19,7 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError, SourceError, Terminated, first_line
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
+from pipeline.sources.listing import printable
 
 TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while the driver sleeps
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
@@ -63,7 +64,8 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
     else:
         arguments["runtime_env"] = {"env_vars": environment}
     try:
-        ray.init(**arguments)
+        with _utf8_only():
+            ray.init(**arguments)
     except (ConnectionError, ray.exceptions.RayError) as error:
         raise PipelineError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
     previous = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets its own
@@ -72,6 +74,23 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _utf8_only() -> Iterator[None]:
+    """Lets Ray start although the command line or the working folder is no UTF-8.
+
+    Ray sends both to its server for display and for imports, and fails with a UnicodeEncodeError at the first byte
+    that is none. All paths of a job are absolute, and our code is found by PYTHONPATH.
+    """
+    told = ray._private.utils.get_entrypoint_name
+    ray._private.utils.get_entrypoint_name = lambda: printable(told())
+    folder = str(Path.cwd())
+    try:
+        with contextlib.chdir(folder if printable(folder) == folder else "/"):
+            yield
+    finally:
+        ray._private.utils.get_entrypoint_name = told
 
 
 def run_shards(
@@ -123,6 +142,7 @@ class Gauges:
 
     def __init__(self, name: str, progress: ProgressLine) -> None:
         self._progress = progress
+        name = printable(name)
         texts = {"images_per_s": "images prepared a second", "images": "images prepared so far"}
         self._gauges = {}
         for key, text in texts.items():

@@ -154,7 +154,7 @@ class _Filler:
     def read(self, item: Item) -> Payload | ImageError:
         """One image of the source, or why it cannot be read."""
         try:
-            return self._job.source.read(item)
+            return read_item(self._job.source, item, self._job.image)
         except ImageError as error:
             return error
 
@@ -214,6 +214,18 @@ class _Filler:
                 "reason": reason,
             }
         )
+
+
+def read_item(source: Source, item: Item, settings: ImageSettings) -> Payload:
+    """Reads one image, unless it is too large to be read at all: a sparse file may claim terabytes.
+
+    Raises:
+        ImageError: this image cannot be read.
+        SourceError: the whole input cannot be read.
+    """
+    if item.size > settings.max_bytes:
+        raise ImageError(f"{item.size:,} bytes, more than --max-bytes {settings.max_bytes:,}")
+    return source.read(item)
 
 
 def key_of(split: str, position: int) -> str:

@@ -1,11 +1,28 @@
-"""A shuffled order and a stratified split, both decided by the seed alone.
+"""How people name splits; a shuffled order and a stratified split, both decided by the seed alone.
 
 The order comes from a hash written out here, not from a library's generator, so a seed means the same order for ever.
 """
 
+import re
 import zlib
 
 import numpy as np
+
+SPLIT_FOLDERS = {  # in any case
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_FOLDERS, key=len, reverse=True))})(?![a-z])")
+
+
+def split_of(folder: str) -> str | None:
+    """The split that a folder of this name is: ``val`` for ``Validation``; None for another name."""
+    return SPLIT_FOLDERS.get(folder.lower())
 
 
 def shuffled(count: int, seed: int, purpose: str) -> np.ndarray:

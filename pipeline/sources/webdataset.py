@@ -7,20 +7,18 @@ Nothing else in the tars is read: no pickles, no ``pipe:`` addresses.
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterator
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, DatasetError, SourceError
 from pipeline.files import AnyPath, read_range, relative_to
 from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
-from pipeline.sources.folder import SPLIT_FOLDERS
 from pipeline.sources.listing import Item, Listing, Source, SplitListing
+from pipeline.sources.split import SPLIT_FOLDERS, SPLIT_WORD
 from pipeline.sources.tar_reader import TarMember, group_samples, walk_file
 
 IMAGES = ("jpg", "jpeg", "png")
 CLASS_FILES = ("classnames.txt", "classes.txt")
-SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_FOLDERS, key=len, reverse=True))})(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True)

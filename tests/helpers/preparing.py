@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from pipeline.preparation import faults
+from pipeline.__main__ import main
+from pipeline.preparation import faults, prepare
+from pipeline.preparation.plan import Request, ShardPlan
+from pipeline.preparation.shard import ShardJob, ShardTask, build_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEP = ("--resize", "none", "--encoding", "png")  # no torch in the workers, so they start quickly
@@ -30,7 +34,13 @@ def environment(fault: str = "") -> dict[str, str]:
 def run(*arguments: object, fault: str = "", expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs a pipeline command to its end and checks its exit code."""
     done = subprocess.run(
-        command(*arguments), env=environment(fault), cwd=cwd, capture_output=True, text=True, timeout=200, check=False
+        command(*arguments),
+        env=environment(fault) | ({} if cwd == ROOT else {"PYTHONPATH": str(ROOT)}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == expect, f"exit {done.returncode} instead of {expect}\n{done.stdout}\n{done.stderr}"
     return done
@@ -69,3 +79,25 @@ def make_images(folder: Path, count: int = 60, side: int = 24) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (side, side, 3)).astype(np.uint8)).save(path)
     return folder
+
+
+def prepare_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Runs ``prepare`` in this process, its shards one after another without Ray; returns the exit code."""
+    monkeypatch.setattr(prepare, "_build", _build_here)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["pipeline", "prepare", *map(str, arguments)])
+        return main()
+
+
+def _build_here(request: Request, missing: list[ShardPlan], recorded: object = None) -> float:
+    job = ShardJob(
+        output=request.options.output.absolute(),
+        source=request.source,
+        image=request.image,
+        class_names=tuple(record.name for record in request.listing.classes),
+        fail_on_error=request.options.on_error == "fail",
+    )
+    for shard in missing:
+        items = request.listing.splits[shard.split].items(shard.rows)
+        build_shard(job, ShardTask(shard.name, shard.split, shard.start, items))
+    return 0.0

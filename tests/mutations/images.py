@@ -13,6 +13,10 @@ SPLIT = "tests/pipeline/loader/test_split.py"
 STATISTICS = "tests/pipeline/preparation/test_statistics.py"
 IMAGENET = "tests/pipeline/sources/test_imagenet.py"
 FOLDER = "tests/pipeline/sources/test_folder_and_webdataset.py"
+LAYOUT = "tests/pipeline/sources/test_layout.py"
+LABELS = "tests/pipeline/sources/test_labels.py"
+WALK = "tests/pipeline/sources/test_walk.py"
+COUNTS = "tests/pipeline/preparation/test_counts.py"
 
 
 def of_augmentation() -> Iterator[Change]:
@@ -195,6 +199,32 @@ def of_imagenet() -> Iterator[Change]:
 def of_folder() -> Iterator[Change]:
     """pipeline/sources/folder.py."""
     yield "labels: folders in reverse order", "key=os.fsencode)\n", "key=os.fsencode, reverse=True)\n"
+    yield "labels: folders in two Unicode forms are two classes", "nfc(printable(entry))", "printable(entry)"
+    yield "counts: pictures without a label are forgotten", "walker.tally.add(reasons.NO_LABEL, path", "print(path"
+
+
+def of_labels() -> Iterator[Change]:
+    """pipeline/sources/labels.py."""
+    yield "labels: the column after the names", "1 if name_column == 0 else 0", "name_column + 1"
+    yield "labels: the last line wins", "if before != label:", "if False:"
+    yield "labels: no header", "return words or all(", "return words and all("
+
+
+def of_walk() -> Iterator[Change]:
+    """pipeline/sources/walk.py."""
+    yield "counts: hidden files are forgotten", "self.pass_over(folder, [entry], reasons.HIDDEN, split)", "pass"
+    yield "pictures: by their names only", "if found and has_picture_head(found):", "if False:"
+    yield "walk: links before the folders themselves", "linked if entry.linked else waiting", "waiting"
+
+
+def of_plan() -> Iterator[Change]:
+    """pipeline/preparation/plan.py."""
+    yield "counts: what --limit leaves out is forgotten", "if num_left:", "if False:"
+    yield (
+        "counts: splits that were not chosen are forgotten",
+        "tally.add(reasons.NOT_CHOSEN",
+        "print(reasons.NOT_CHOSEN",
+    )
 
 
 def of_loader_config() -> Iterator[Change]:
@@ -216,5 +246,8 @@ GROUPS = (
     ("pipeline/loader/batch.py", (SHARE,), of_batch),
     ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
-    ("pipeline/sources/folder.py", (FOLDER,), of_folder),
+    ("pipeline/sources/folder.py", (FOLDER, LAYOUT, LABELS), of_folder),
+    ("pipeline/sources/labels.py", (LABELS,), of_labels),
+    ("pipeline/sources/walk.py", (WALK, LAYOUT), of_walk),
+    ("pipeline/preparation/plan.py", (COUNTS,), of_plan),
 )
