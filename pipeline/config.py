@@ -16,7 +16,8 @@ CHROMA = "420"  # half of the chroma samples each way: what nearly every photo s
 MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
 FILTER = "centre square, then antialiased bicubic"  # spelled so in every manifest there is: its bytes stay
 FILTERS = {"bicubic": FILTER, "area": "center square, then area averaging, halves rounded up"}  # as manifests say it
-ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
+ORIENTATION = "that of EXIF, else of XMP, applied to the pixels, tags removed"
+LEFT_ORIENTATION = "that of EXIF as the stored bytes state it, for the loader to apply; else applied to the pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def byte_settings(image: ImageSettings) -> dict[str, Any]:
         "quality": image.quality if jpeg else None,
         "chroma": CHROMA if jpeg and image.channels == 3 else None,
         "filter": FILTERS[image.filter] if image.resize_px else None,
-        "orientation": ORIENTATION,
+        "orientation": LEFT_ORIENTATION if image.encoding == "original" else ORIENTATION,
         "max_pixels": image.max_pixels,
         "max_bytes": image.max_bytes,
     }

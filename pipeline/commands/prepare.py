@@ -1,8 +1,10 @@
 """``prepare``: turn images into a data set."""
 
 import argparse
+import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from pipeline.sources import SOURCES, open_source, reasons
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
 
+SHOWN_CONVERSIONS = 5  # the most frequent ones; quarantine.jsonl has all
 LEFT_OUT = 3
 STOPPED_INT = 130
 STOPPED_TERM = 143
@@ -218,8 +221,20 @@ def print_summary(folder: Path, summary: "Summary") -> None:
         print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
+    print_converted(folder)
     for name, count in manifest.dropped_splits.items():
         print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
     if manifest.num_left_out:
         print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")
+
+
+def print_converted(folder: Path) -> None:
+    """Says how many stored images were converted, and by what most of them."""
+    counts = Counter[str]()
+    with (folder / QUARANTINE_NAME).open(encoding="utf-8") as lines:
+        counts.update(row["reason"] for row in map(json.loads, lines) if row["action"] == "converted")
+    if counts:
+        words = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(SHOWN_CONVERSIONS))
+        more = ", ..." if len(counts) > SHOWN_CONVERSIONS else ""
+        print(f"converted: {counts.total():,} images ({words}{more}); see {folder / QUARANTINE_NAME}")

@@ -1,8 +1,8 @@
 """What a data set holds, for people: counts of classes, sizes of the sources, and images to look at."""
 
 import dataclasses
-import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError
 from pipeline.files import read_range
 from pipeline.manifest import STATISTICS_NAME, ImageFormat, Manifest
+from pipeline.preparation.decode import decode
 from pipeline.preparation.tar_writer import read_index
 from pipeline.sources.tar_reader import TarMember, TarSample
 
@@ -127,12 +129,18 @@ def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Imag
 
 
 def open_image(data: bytes, form: ImageFormat) -> Image.Image:
-    """A stored image, whatever its encoding, upright."""
+    """A stored image, whatever its encoding, upright: as the loader shows it to the net.
+
+    Raises:
+        ImageError: it is damaged.
+    """
     if form.encoding == "raw":
         assert form.height_px is not None and form.width_px is not None, "raw images have one size"
         pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
-        return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
-    return Image.open(io.BytesIO(data))
+    else:
+        settings = ImageSettings(resize_px=None, channels=form.channels, max_pixels=sys.maxsize, max_bytes=sys.maxsize)
+        pixels = decode(data, settings).pixels
+    return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
 
 
 def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:

@@ -65,16 +65,20 @@ class ImageReader:
         Raises:
             ImageError: it cannot be used; says why, without the file's name.
         """
-        from pipeline.preparation.image import decode, make_image  # image codecs, which nothing else here needs
+        from pipeline.preparation.decode import decode  # image codecs, which nothing else here needs
+        from pipeline.preparation.image import make_image
 
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise ImageError(error.strerror or str(error)) from None
-        image = make_image(data, self.settings)
-        pixels = image.pixels
-        if self.settings.encoding == "jpeg":
-            pixels = decode(image.data, dataclasses.replace(self.settings, resize_px=None)).pixels
+            raise ImageError(f"cannot be read: {error.strerror}") from None
+        if self.settings.encoding == "original":  # stored are bytes that decode to these pixels, or the pixels as PNG
+            pixels = decode(data, self.settings).pixels
+        else:
+            image = make_image(data, self.settings)
+            pixels = image.pixels
+            if self.settings.encoding == "jpeg":
+                pixels = decode(image.data, dataclasses.replace(self.settings, resize_px=None)).pixels
         if pixels.shape[:2] != (self._height_px, self._width_px):
             found = f"{pixels.shape[1]}x{pixels.shape[0]} px"
             raise ImageError(f"{found}, and the data set's images are {self._width_px}x{self._height_px} px")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import ImageSettings
-from pipeline.errors import DatasetError, ImageError, OutputError
+from pipeline.errors import DatasetError, ImageError, OutputError, SourceError
 from pipeline.files import UrlPath, prefetch
 from pipeline.manifest import ImageFormat, ShardRecord, read_record, sync_folder
 from pipeline.preparation import faults
@@ -100,8 +100,7 @@ def build_shard(job: ShardJob, task: ShardTask) -> ShardResult:
     Running it again, even at the same time in another process, ends with the same bytes under the same names.
 
     Raises:
-        SourceError: the input is gone.
-        ImageError: an image cannot be used and the job says to stop then.
+        SourceError: the input is gone, or an image cannot be used and the job says to stop then.
         OutputError: the output cannot be written.
     """
     work = job.output / WORK_NAME
@@ -162,7 +161,7 @@ class _Filler:
         """Appends one sample, or the line that says why not."""
         if isinstance(image, ImageError):
             if self._job.fail_on_error:
-                raise ImageError(f"{printable(item.name)}: {image}")
+                raise SourceError(f"{printable(item.name)}: {image}")
             self._report(item, "left_out", str(image))
             return
         if image.converted:

@@ -26,7 +26,16 @@ from pipeline.sources.labels import read_labels
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
 from pipeline.sources.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources.split import split_of
-from pipeline.sources.tar_reader import TarMember, range_reader, read_compressed, walk_file, walk_tar
+from pipeline.sources.tar_reader import (
+    COMPRESSED_NAME,
+    TarMember,
+    is_hidden,
+    range_reader,
+    read_compressed,
+    refuse_two,
+    walk_file,
+    walk_tar,
+)
 from pipeline.sources.walk import Walker, join, pass_over_unread
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
@@ -155,11 +164,16 @@ class ImagenetSource(Source):
         """The archive or folder of a split, relative to the root.
 
         Raises:
-            SourceError: two folders are it.
+            SourceError: two folders are it, or it is a compressed archive.
         """
         archive = {"train": TRAIN_NAME, "val": VAL_NAME}[split]
         if (self.root / archive).is_file():
             return archive
+        for entry in scan(self.root):
+            if entry.name.startswith(archive[:-4]) and COMPRESSED_NAME.fullmatch(entry.name):
+                raise SourceError(
+                    f"{self.root / entry.name}: is compressed, and archives are read in place: unpack it to {archive}"
+                )
         for place in SPLIT_PLACES:
             if not (self.root / place).is_dir():
                 continue
@@ -300,9 +314,11 @@ def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath, files: tuple[str, .
 def _outer_tar(path: AnyPath, tally: Tally) -> list[_Found]:
     """Every image of the inner tars, by its place in the outer one."""
     inner = [member for member in walk_file(path) if not _is_hidden(path, member, tally, "train")]
+    seen: dict[str, TarMember] = {}
     for member in inner:
         if not WORDNET_ID.fullmatch(member.base.removesuffix(".tar")):
             raise SourceError(f"{path}: {member.name} is not an inner tar named by a WordNet id")
+        refuse_two(path, seen.setdefault(member.base, member), member)
 
     def members(member: TarMember) -> list[TarMember]:
         end = member.offset + member.size
@@ -319,21 +335,24 @@ def _outer_tar(path: AnyPath, tally: Tally) -> list[_Found]:
 
 def _pictures(path: AnyPath, members: Iterable[TarMember], tally: Tally, split: str) -> Iterator[TarMember]:
     """The members of an archive that are pictures; the others are counted."""
+    seen: dict[str, TarMember] = {}
     for member in members:
         if _is_hidden(path, member, tally, split):
             continue
         if has_picture_name(member.base) or has_picture_head(
             read_range(path, member.offset, min(HEAD_BYTES, member.size))
         ):
+            refuse_two(path, seen.setdefault(member.base.casefold(), member), member)
             yield member
         else:
             tally.add(reasons.NO_PICTURE, f"{path.name}/{member.base}", split=split)
 
 
 def _is_hidden(path: AnyPath, member: TarMember, tally: Tally, split: str) -> bool:
-    if member.base.startswith("."):
+    if is_hidden(member.name):
         tally.add(reasons.HIDDEN, f"{path.name}/{member.base}", split=split)
-    return member.base.startswith(".")
+        return True
+    return False
 
 
 def _in_folder(walker: Walker, folder: str, split: str) -> list[_Found]:

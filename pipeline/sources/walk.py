@@ -91,8 +91,13 @@ class Walker:
             files = [entry for entry in files if join(folder, entry.name) not in self._skip]
         return Contents(files, sorted(folders, key=lambda entry: os.fsencode(entry.name)))
 
-    def below(self, folder: str, split: str = "") -> Iterator[tuple[str, list[Entry]]]:
+    def below(self, folder: str, split: str = "", *, mixed: bool = False) -> Iterator[tuple[str, list[Entry]]]:
         """Every folder from ``folder`` down, itself first, with its files; links to folders are followed, each once.
+
+        Args:
+            folder: path relative to the root.
+            split: the split that counts are of.
+            mixed: folders of several splits may be in it.
 
         Raises:
             SourceError: a folder holds folders of several splits, so its images would be mixed.
@@ -112,7 +117,8 @@ class Walker:
             if found is None:
                 self.tally.add(reasons.LOOP, path, split=split)
                 continue
-            refuse_mixed_splits(self.root / path, found.folders)
+            if not mixed:
+                refuse_mixed_splits(self.root / path, found.folders)
             yield path, found.files
             for entry in reversed(found.folders):
                 (linked if entry.linked else waiting).append(join(path, entry.name))

@@ -17,6 +17,9 @@ LAYOUT = "tests/pipeline/sources/test_layout.py"
 LABELS = "tests/pipeline/sources/test_labels.py"
 WALK = "tests/pipeline/sources/test_walk.py"
 COUNTS = "tests/pipeline/preparation/test_counts.py"
+DECODE = "tests/pipeline/preparation/test_decode.py"
+IMAGE = "tests/pipeline/preparation/test_image.py"
+ORIENTATION = "tests/pipeline/preparation/test_orientation.py"
 
 
 def of_augmentation() -> Iterator[Change]:
@@ -227,6 +230,33 @@ def of_plan() -> Iterator[Change]:
     )
 
 
+def of_orientation() -> Iterator[Change]:
+    """pipeline/preparation/orientation.py: which way up."""
+    rows = {2: "FFT", 3: "FTT", 4: "FTF", 5: "TFF", 6: "TFT", 7: "TTT", 8: "TTF"}
+    words = {"T": "True", "F": "False"}
+    for number, row in rows.items():
+        right = ", ".join(words[letter] for letter in row)
+        for place, what in enumerate(("transposed", "rows", "columns")):
+            wrong = [words[letter] for letter in row]
+            wrong[place] = "False" if row[place] == "T" else "True"
+            yield f"orientation {number}: {what}", f"{number}: ({right})", f"{number}: ({', '.join(wrong)})"
+    yield "orientation: XMP wins", "if stated is not None:", "if stated is not None and not xmp:"
+    yield "orientation: 8 is none", "1 <= stated <= 8", "1 <= stated < 8"
+
+
+def of_decode() -> Iterator[Change]:
+    """pipeline/preparation/decode.py: levels, and how small a JPEG may be decoded."""
+    yield "decode: 16 bits by 7", "np.uint32) >> 8)", "np.uint32) >> 7)"
+    yield "decode: a JPEG at once at its size", "2 * settings.resize_px if", "settings.resize_px if"
+    yield "decode: a TIFF turned twice", 'already=kind == "TIFF" and', "already=False and"
+
+
+def of_image() -> Iterator[Change]:
+    """pipeline/preparation/image.py: when the source's bytes are kept."""
+    yield "kept: another by 4 levels is converted", "<= SAME_LEVELS", "< SAME_LEVELS"
+    yield "kept: another by 5 levels is kept", "SAME_LEVELS = 4", "SAME_LEVELS = 200"
+
+
 def of_loader_config() -> Iterator[Change]:
     """pipeline/loader/config.py: values that recipes leave alone."""
     yield "default: crops shared", "crop_shared_by: int = 1", "crop_shared_by: int = 2"
@@ -245,6 +275,9 @@ GROUPS = (
     ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
     ("pipeline/loader/batch.py", (SHARE,), of_batch),
     ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
+    ("pipeline/preparation/orientation.py", (ORIENTATION,), of_orientation),
+    ("pipeline/preparation/decode.py", (DECODE, ORIENTATION, IMAGE), of_decode),
+    ("pipeline/preparation/image.py", (IMAGE, DECODE), of_image),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
     ("pipeline/sources/folder.py", (FOLDER, LAYOUT, LABELS), of_folder),
     ("pipeline/sources/labels.py", (LABELS,), of_labels),

@@ -165,9 +165,9 @@ def test_our_own_data_set_can_be_sharded_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "words"),
     [
-        ({"__key__": "a", "jpg": b"x"}, "expected an image and cls"),
-        ({"__key__": "a", "cls": 1}, "expected an image and cls"),
-        ({"__key__": "a", "jpg": b"x", "cls": b"dog"}, "instead of a label number"),
+        ({"__key__": "a", "jpg": b"x"}, "sample a has jpg only: expected KEY.jpg .* and KEY.cls"),
+        ({"__key__": "a", "cls": 1}, "sample a has cls only: expected KEY.jpg .* and KEY.cls"),
+        ({"__key__": "a", "jpg": b"x", "cls": b"dog"}, "its cls is b'dog': expected a label number"),
     ],
 )
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path, sample: dict[str, object], words: str) -> None:

@@ -14,6 +14,7 @@ from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Listing, Source
 from pipeline.sources.tar_reader import range_reader, walk_tar
 from tests.helpers import ilsvrc
+from tests.helpers.tars import write_tar
 
 
 def source_of(folder: Path, order: str = "default") -> Source:
@@ -170,6 +171,42 @@ def test_the_walk_equals_the_standard_librarys(tmp_path: Path, form: int) -> Non
         for entry in walk_tar(range_reader(path), 0, size, "x")
     }
     assert found == files
+
+
+def write_train(folder: Path, inner: list[tuple[str, bytes]]) -> None:
+    """The outer train archive, with these members in their order."""
+    write_tar(folder / "ILSVRC2012_img_train.tar", inner)
+
+
+def test_one_name_twice_in_an_archive_is_refused_and_both_named(tmp_path: Path) -> None:
+    images = write_tar(tmp_path / "inner.tar", [("n_1.JPEG", ilsvrc.jpeg(0)), ("x/n_1.jpeg", ilsvrc.jpeg(1))])
+    once = write_tar(tmp_path / "once.tar", [("n_1.JPEG", ilsvrc.jpeg(0))]).read_bytes()
+    write_train(tmp_path, [("n02119789.tar", images.read_bytes())])
+    with pytest.raises(SourceError, match=r"two samples under one name: n_1\.JPEG at byte .* and x/n_1\.jpeg at byte"):
+        source_of(tmp_path).listing()
+    write_train(tmp_path, [("n02119789.tar", once), ("./n02119789.tar", once)])
+    with pytest.raises(SourceError, match=r"two samples under one name: n02119789\.tar at byte"):
+        source_of(tmp_path).listing()
+
+
+def test_what_a_mac_leaves_in_archives_is_counted(tmp_path: Path) -> None:
+    odd = [("._n_1.JPEG", b"Mac"), ("__MACOSX/n_1.JPEG", b"Mac"), (".git/n_2.JPEG", b"x"), ("n_1.JPEG", ilsvrc.jpeg(0))]
+    inner = write_tar(tmp_path / "inner" / "x.tar", odd).read_bytes()
+    write_train(tmp_path, [("._n02119789.tar", b"Mac"), ("n02119789.tar", inner)])
+    listing = source_of(tmp_path).listing()
+    assert list(listing.splits["train"].names) == ["n02119789/n_1.JPEG"]
+    assert {(row.split, row.reason): row.count for row in listing.passed_over}["train", reasons.HIDDEN] == 4
+
+
+@pytest.mark.parametrize("name", [f"ILSVRC2012_img_{end}" for end in ("train.tar.gz", "val.tar.zst", "val.tgz")])
+def test_a_compressed_archive_is_refused_beside_the_other(tmp_path: Path, name: str) -> None:
+    other = "val" if "train" in name else "train"
+    ilsvrc.write_archives(tmp_path / "all")
+    for kept in (f"ILSVRC2012_img_{other}.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        (tmp_path / "all" / kept).rename(tmp_path / kept)
+    (tmp_path / name).write_bytes(b"whatever")
+    with pytest.raises(SourceError, match=f"{name}: is compressed"):
+        source_of(tmp_path).listing()
 
 
 def counted(listing: Listing) -> dict[tuple[str, str], int]:

@@ -83,7 +83,7 @@ def test_reader_resizes_and_turns_as_prepare_does(tmp_path):
 def test_reader_names_what_is_wrong_with_a_file(tmp_path):
     reader = ImageReader(make_data_set(tmp_path / "data", encoding="raw"), LoaderConfig(crop_px=32))
     (tmp_path / "note.jpg").write_text("no image")
-    with pytest.raises(ImageError, match="neither JPEG nor PNG"):
+    with pytest.raises(ImageError, match="not an image by its content: expected JPEG, PNG"):
         reader.read(tmp_path / "note.jpg")
     with pytest.raises(ImageError, match="No such file"):
         reader.read(tmp_path / "gone.jpg")
@@ -154,7 +154,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, im
     errors = output.err.splitlines()
     assert len(errors) == 3
     assert errors[0] == f"error: {images / 'empty.png'}: empty file"
-    assert errors[1].startswith(f"error: {images / 'truncated.png'}: damaged PNG")
+    assert errors[1].startswith(f"error: {images / 'truncated.png'}: truncated PNG")
 
 
 def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
