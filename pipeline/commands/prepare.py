@@ -2,12 +2,10 @@
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
-from pipeline.errors import Terminated
 from pipeline.files import is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
 from pipeline.sources import SOURCES, open_source
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
 
 LEFT_OUT = 3
-STOPPED_INT = 130
-STOPPED_TERM = 143
 
 DESCRIPTION = """\
 Turn images into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
@@ -31,7 +27,7 @@ examples:
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
   0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
-  1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+  1 a bug of ours; 129, 130 and 143 stopped by a hang-up, Ctrl-C and SIGTERM (the same command continues)"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -178,11 +174,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
 def _run_to_folder(options: PrepareOptions) -> int:
     from pipeline.preparation.prepare import prepare
 
-    try:
-        summary = prepare(options)
-    except (KeyboardInterrupt, Terminated) as stop:
-        print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
-        return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
+    summary = prepare(options)
     print_summary(options.output, summary)
     return LEFT_OUT if summary.num_left_out else 0
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, ImageFormat, Manifest, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
+from pipeline.preparation.machine import check_machine
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
@@ -51,6 +52,8 @@ def prepare(options: PrepareOptions) -> Summary:
     output.check_ours(folder)
     if options.verify_source:
         check_source(open_source(options))
+    if not (folder / MANIFEST_NAME).is_file():
+        check_machine(options)  # before anything is listed or written
     request = make_request(options)
     with output.output_lock(folder):
         manifest = output.load_manifest(folder)
