@@ -4,6 +4,7 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
     """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
     if not missing:
         return 0.0
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # read at Ray's import: it would print a trace on SIGTERM
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,

@@ -65,7 +65,6 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
         }
     else:
         arguments["runtime_env"] = {"env_vars": environment}
-    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it prints a stack trace on SIGTERM before ours is called
     _start(arguments, given)
     try:
         yield lambda: options.workers or int(ray.cluster_resources().get("CPU", 0))
@@ -117,7 +116,7 @@ def run_shards(
         tick: called at least twice a second.
 
     Raises:
-        PipelineError: the first error of a shard; the others stop. Or Ray broke, or no node with a CPU came for minutes.
+        PipelineError: the first error of a shard (the others stop), Ray broke, or no node with a CPU came for minutes.
     """
     try:
         yield from _run_shards(job, tasks, workers, tick)
