@@ -14,6 +14,7 @@ import importlib
 import sys
 
 from pipeline.errors import PipelineError
+from pipeline.preparation import faults
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (
@@ -41,6 +42,7 @@ def main() -> int:
     """Runs a command; errors that the user can fix are one line on stderr."""
     args = make_parser().parse_args()
     try:
+        faults.reach("command")
         return args.run(args)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,6 +30,7 @@ LINE = "stopped by {}: nothing half-done is left under a final name; run the sam
 SHOW_CURSOR = "\x1b[?25h"  # a bar hides it
 KILL_S = 5.0  # until the system has ended killed processes; only a file system that hangs takes as long
 PR_SET_CHILD_SUBREAPER = 36
+_line_stream = 2
 
 
 def listen() -> None:
@@ -84,11 +85,26 @@ def time_limit(seconds: float, line: str) -> Iterator[None]:
         timer.cancel()
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What is written to stderr inside is not seen, by C code and new processes either; a line of :func:`end` is."""
+    global _line_stream
+    _line_stream, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(_line_stream, 2)
+        os.close(_line_stream)
+        _line_stream = 2
+
+
 def end(line: str, status: int) -> None:
     """Ends this process where it stands, and all that it has started, with one line on stderr."""
     try:
-        cursor = SHOW_CURSOR if os.isatty(2) else ""
-        os.write(2, f"{cursor}{line}\n".encode())
+        cursor = SHOW_CURSOR if os.isatty(_line_stream) else ""
+        os.write(_line_stream, f"{cursor}{line}\n".encode())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):  # what the command says of the end of its processes is of no use now
             os.dup2(nowhere, stream)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
+from pipeline.errors import OutputError
 from pipeline.files import is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, read_manifest
+from pipeline.preparation import faults
 from pipeline.sources import SOURCES, open_source
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def _staging_folder(url: str) -> Path:
 
 def _run_to_url(options: PrepareOptions, url: str) -> int:
     """Prepares in a local folder, publishes, and removes the local folder."""
-    from pipeline.preparation.publish import Remote
+    from pipeline.preparation.publish import CACHE_VARIABLE, Remote
 
     remote = Remote(url)
     manifest = remote.published(options)
@@ -162,7 +164,11 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
         return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = f"set {CACHE_VARIABLE} to a folder with room"
+        raise OutputError(f"cannot make {options.output} for the data set ({error.strerror}); {fix}") from None
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
@@ -176,6 +182,7 @@ def _run_to_folder(options: PrepareOptions) -> int:
 
     summary = prepare(options)
     print_summary(options.output, summary)
+    faults.reach("summary")
     return LEFT_OUT if summary.num_left_out else 0
 
 

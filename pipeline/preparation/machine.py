@@ -14,7 +14,10 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError
 
 LOCAL = "local"
+# Read when Ray is imported: its own handler would print a stack trace on SIGTERM.
+BEFORE_RAY = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
 CONNECT_S = 5.0
+LOOPBACK = "127.0.0.1"
 SOCKET_BYTES = 107  # the longest path of a Unix socket
 LONGEST_NAME = "/ray/session_2026-11-27_10-24-00_123456_4194304/sockets/plasma_store"  # what Ray appends
 FOLDER_FIX = "set RAY_TMPDIR to a local folder with a short path, for example RAY_TMPDIR=/tmp"
@@ -38,6 +41,7 @@ def check_machine(options: PrepareOptions) -> None:
     address, given = ray_address(options)
     if address == LOCAL:
         ray_folder()
+        _check_loopback()
     found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if not found:
         return  # "local" or "auto"
@@ -71,6 +75,16 @@ def ray_folder() -> Path:
     except OSError as error:
         raise PipelineError(f"{given}: Ray cannot make its sockets there ({error.strerror}); {FOLDER_FIX}") from None
     return folder / "ray"
+
+
+def _check_loopback() -> None:
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise PipelineError(
+            f"no connection to {LOOPBACK} on this machine ({error.strerror}), and Ray needs some"
+        ) from None
 
 
 def token_environment() -> dict[str, str]:

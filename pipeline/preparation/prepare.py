@@ -13,7 +13,7 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
 from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
-from pipeline.preparation.machine import check_machine
+from pipeline.preparation.machine import BEFORE_RAY, check_machine
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
@@ -56,6 +56,7 @@ def prepare(options: PrepareOptions) -> Summary:
     if not (folder / MANIFEST_NAME).is_file():
         check_machine(options)  # before anything is listed or written
     request = make_request(options)
+    faults.reach("listed")
     with output.output_lock(folder):
         manifest = output.load_manifest(folder)
         if manifest is not None:
@@ -118,7 +119,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
     """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
     if not missing:
         return 0.0
-    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # read at Ray's import: it would print a trace on SIGTERM
+    os.environ.update(BEFORE_RAY)
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,

@@ -15,7 +15,8 @@ from ray.util.metrics import Gauge
 from pipeline import signals
 from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError, SourceError, first_line, require
-from pipeline.preparation.machine import LOCAL, check_machine, ray_address, ray_folder, token_environment
+from pipeline.preparation import faults
+from pipeline.preparation.machine import LOCAL, LOOPBACK, check_machine, ray_address, ray_folder, token_environment
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
 
@@ -60,7 +61,7 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
             "num_cpus": options.num_workers(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
+            "_node_ip_address": LOOPBACK,
             "_temp_dir": str(ray_folder()),
         }
     else:
@@ -81,7 +82,8 @@ def _start(arguments: dict[str, Any], given: str) -> None:
     limit_s = _start_limit_s()
     waited = f"{given}: no answer within {limit_s:g} s; set {START_VARIABLE} to wait longer (seconds)"
     try:
-        with signals.time_limit(limit_s, waited):
+        with signals.quiet(), signals.time_limit(limit_s, waited):  # Ray's C++ parts tell of every try
+            faults.reach("ray-starting")
             ray.init(**arguments)
     except Exception as error:
         with contextlib.suppress(Exception):
