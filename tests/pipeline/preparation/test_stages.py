@@ -21,8 +21,8 @@ STAGES = [
     ("record-renamed@train-000002", signal.SIGHUP),
     ("driver-shard-done", signal.SIGINT),
     ("statistics", signal.SIGTERM),
-    ("manifest-before", signal.SIGINT),
-    ("manifest-renamed", signal.SIGHUP),
+    ("manifest-renamed", signal.SIGINT),
+    ("summary", signal.SIGHUP),
 ]
 
 
