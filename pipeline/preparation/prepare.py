@@ -28,7 +28,8 @@ class Summary:
     Attributes:
         manifest: the complete data set.
         num_done: images this run worked on; 0 if the data set was complete already.
-        elapsed_s: seconds spent on shards, without starting Ray.
+        elapsed_s: seconds spent on shards, without starting Ray and its workers: from the first task's begin on.
+        whole_s: seconds of the whole run, from its first look at the input to its manifest.
         num_indexes: indexes regenerated from their valid tars.
     """
 
@@ -36,6 +37,7 @@ class Summary:
     num_done: int
     elapsed_s: float
     num_indexes: int = 0
+    whole_s: float = 0.0
 
     @property
     def num_left_out(self) -> int:
@@ -138,7 +140,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
         start_s = time.monotonic()
         gauges = Gauges(options.output.name, progress)
         left_out = 0
-        for result in run_shards(job, _tasks(request, missing), workers=workers, tick=gauges.update):
+        for result in run_shards(job, _tasks(request, missing), len(missing), workers=workers, tick=gauges.update):
             left_out += result.num_left_out
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")

@@ -15,7 +15,7 @@ from ray.util.metrics import Gauge
 from pipeline import signals
 from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError, SourceError, first_line, require
-from pipeline.preparation import faults
+from pipeline.preparation import faults, pieces
 from pipeline.preparation.machine import LOCAL, LOOPBACK, check_machine, ray_address, ray_folder, token_environment
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
@@ -105,7 +105,12 @@ def _start_limit_s() -> float:
 
 
 def run_shards(
-    job: ShardJob, tasks: Iterator[ShardTask], *, workers: Callable[[], int], tick: Callable[[], None]
+    job: ShardJob,
+    tasks: Iterator[ShardTask],
+    num_shards: int,
+    *,
+    workers: Callable[[], int],
+    tick: Callable[[], None],
 ) -> Iterator[ShardResult]:
     """Yields the shards as they are finished, a bounded number in flight: memory does not grow with the data set.
 
@@ -114,6 +119,7 @@ def run_shards(
     Args:
         job: what all shards share.
         tasks: the shards, taken one by one as there is room.
+        num_shards: how many those are.
         workers: tells how many can run at once.
         tick: called at least twice a second.
 
@@ -121,35 +127,63 @@ def run_shards(
         PipelineError: the first error of a shard (the others stop), Ray broke, or no node with a CPU came for minutes.
     """
     try:
-        yield from _run_shards(job, tasks, workers, tick)
+        yield from _run_shards(_Sender(job, num_shards), tasks, workers, tick)
     except (OSError, ray.exceptions.RayError) as error:  # no OSError of Ray's may be taken for one of the output
         raise PipelineError(f"Ray failed ({first_line(error)}); run the same command again to go on") from None
 
 
 def _run_shards(
-    job: ShardJob, tasks: Iterator[ShardTask], workers: Callable[[], int], tick: Callable[[], None]
+    sender: "_Sender", tasks: Iterator[ShardTask], workers: Callable[[], int], tick: Callable[[], None]
 ) -> Iterator[ShardResult]:
-    remote = ray.remote(build_shard).options(
-        num_cpus=1, memory=_worker_memory(), max_retries=RETRIES, scheduling_strategy="SPREAD"
-    )
-    shared = ray.put(job)
     running: dict[Any, ShardTask] = {}
     exhausted = False
     last_cpu_s = time.monotonic()
     while running or not exhausted:
-        at_once = workers()
+        at_once = max(workers(), 1)
         last_cpu_s = time.monotonic() if ray.cluster_resources().get("CPU") else last_cpu_s
         if time.monotonic() - last_cpu_s > NO_CPU_S:
             raise PipelineError(f"no node of the Ray cluster has had a CPU for {NO_CPU_S:.0f} s")
-        while not exhausted and len(running) < max(at_once, 1) * TASKS_PER_WORKER:
+        while not exhausted and len(running) < at_once * TASKS_PER_WORKER:
             task = next(tasks, None)
             exhausted = task is None
             if task is not None:
-                running[remote.remote(shared, task)] = task
+                running[sender.send(task, at_once)] = task
         done, _ = ray.wait(list(running), timeout=POLL_S) if running else ([], [])
         for reference in done:
-            yield _result(reference, running.pop(reference))
+            task = running.pop(reference)
+            result = _result(reference, task)
+            pieces.remove_pieces(sender.job, task)
+            yield result
         tick()
+
+
+class _Sender:
+    """Hands shards to Ray: whole, or, the last ones of the run, in pieces and with who joins them.
+
+    Args:
+        job: what all shards share.
+        num_shards: shards of the run.
+    """
+
+    def __init__(self, job: ShardJob, num_shards: int) -> None:
+        self.job = job
+        self._num_shards = num_shards
+        self._sent = 0
+        self._shared = ray.put(job)
+        memory = _worker_memory()
+        self._build, self._piece, self._join = (
+            ray.remote(function).options(num_cpus=1, memory=memory, max_retries=RETRIES, scheduling_strategy="SPREAD")
+            for function in (build_shard, pieces.build_piece, pieces.join_pieces)
+        )
+
+    def send(self, task: ShardTask, at_once: int) -> Any:
+        """Ray's reference to the result of a shard."""
+        count = pieces.num_pieces(task, self._sent, self._num_shards, at_once)
+        self._sent += 1
+        if count == 1:
+            return self._build.remote(self._shared, task)
+        parts = [self._piece.remote(self._shared, part) for part in pieces.cut(task, count)]
+        return self._join.remote(self._shared, task, *parts)
 
 
 class Gauges:

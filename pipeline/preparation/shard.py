@@ -1,13 +1,15 @@
 """One shard: a tar, its index and its record, each whole under its name or absent, the record last."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import socket
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -104,39 +106,79 @@ def build_shard(job: ShardJob, task: ShardTask) -> ShardResult:
         ImageError: an image cannot be used and the job says to stop then.
         OutputError: the output cannot be written.
     """
-    work = job.output / WORK_NAME
-    temporary = work / "tmp" / f"{task.stem}.{socket.gethostname()}-{os.getpid()}"
+    with temporary_file(job, task, task.stem) as temporary:
+        return _build(job, task, temporary)
+
+
+@contextlib.contextmanager
+def temporary_file(job: ShardJob, task: ShardTask, stem: str) -> Iterator[Path]:
+    """A name in the work folder for this process alone; what is left under it is removed.
+
+    Raises:
+        OutputError: the output cannot be written.
+    """
+    path = job.output / WORK_NAME / "tmp" / f"{stem}.{socket.gethostname()}-{os.getpid()}"
     try:
-        return _build(job, task, work, temporary)
+        yield path
     except OSError as error:
         raise OutputError(f"cannot write {job.output / task.name}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> ShardResult:
-    final = job.output / task.name
+def _build(job: ShardJob, task: ShardTask, temporary: Path) -> ShardResult:
     with temporary.open("wb", buffering=BUFFER_BYTES) as file:
         writer = TarWriter(file)
-        filler = _Filler(job, task, writer)
-        read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
-        made = make_images(read(filler.read, task.items), job.image)
-        for position, (item, image) in enumerate(zip(task.items, made, strict=True)):
-            if position == len(task.items) // 2:
-                faults.reach("tar-half", task.stem)
-            filler.add(position, item, image)
-        writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
+        filler = fill(job, task, writer)
+        finish_tar(writer, file)
     faults.reach("tar-written", task.stem)
-    index = writer.index()
-    result = filler.result(index)
+    return commit_shard(job, task, temporary, writer, filler.result())
+
+
+def finish_tar(writer: TarWriter, file: BinaryIO) -> None:
+    """Writes the tar's end, and sees that all of it is on the disk."""
+    writer.finish()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def fill(job: ShardJob, task: ShardTask, writer: TarWriter) -> "_Filler":
+    """Makes a task's images and appends them to a tar."""
+    filler = _Filler(job, task, writer)
+    read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
+    made = make_images(read(filler.read, task.items), job.image)
+    for position, (item, image) in enumerate(zip(task.items, made, strict=True)):
+        if position == len(task.items) // 2:
+            faults.reach("tar-half", task.stem)
+        filler.add(position, item, image)
+    return filler
+
+
+def commit_shard(job: ShardJob, task: ShardTask, temporary: Path, writer: TarWriter, filled: "Filled") -> ShardResult:
+    """Gives a tar that is whole under its temporary name its final one; then the index, then the record."""
+    final, index = job.output / task.name, writer.index()
+    result = _result(task, writer, index, filled)
     if writer.num_samples:
         _rename(temporary, final)
         faults.reach("tar-renamed", task.stem)
         _commit(temporary, final.with_suffix(".idx"), index, point="index")
-    _commit_record(work, temporary, task.stem, result)
+    _commit_record(job.output / WORK_NAME, temporary, task.stem, result)
     return dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """What is known of samples beside their bytes.
+
+    Attributes:
+        quarantine: lines for quarantine.jsonl.
+        sizes_px: every (height, width) of their images.
+        totals: their statistics.
+    """
+
+    quarantine: tuple[dict[str, str], ...]
+    sizes_px: frozenset[tuple[int, int]]
+    totals: Totals
 
 
 class _Filler:
@@ -173,24 +215,9 @@ class _Filler:
         if self._task.split == "train":
             self._statistics.add(image.pixels)
 
-    def result(self, index: bytes) -> ShardResult:
-        """The record of what was written."""
-        shard = ShardRecord(
-            name=self._task.name,
-            num_samples=self._writer.num_samples,
-            size_bytes=self._writer.size_bytes,
-            sha256=self._writer.sha256(),
-            index_size_bytes=len(index),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-        return ShardResult(
-            shard=shard,
-            split=self._task.split,
-            num_planned=len(self._task.items),
-            quarantine=tuple(self._quarantine),
-            size_px=next(iter(self._sizes)) if len(self._sizes) == 1 else None,
-            totals=self._statistics.totals(),
-        )
+    def result(self) -> Filled:
+        """What was written, beside its bytes."""
+        return Filled(tuple(self._quarantine), frozenset(self._sizes), self._statistics.totals())
 
     def _components(self, item: Item, image: StoredImage) -> list[tuple[str, bytes]]:
         label = b"%d" % item.label
@@ -214,6 +241,26 @@ class _Filler:
                 "reason": reason,
             }
         )
+
+
+def _result(task: ShardTask, writer: TarWriter, index: bytes, filled: Filled) -> ShardResult:
+    """The record of what was written."""
+    shard = ShardRecord(
+        name=task.name,
+        num_samples=writer.num_samples,
+        size_bytes=writer.size_bytes,
+        sha256=writer.sha256(),
+        index_size_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+    return ShardResult(
+        shard=shard,
+        split=task.split,
+        num_planned=len(task.items),
+        quarantine=filled.quarantine,
+        size_px=next(iter(filled.sizes_px)) if len(filled.sizes_px) == 1 else None,
+        totals=filled.totals,
+    )
 
 
 def key_of(split: str, position: int) -> str:
