@@ -198,7 +198,11 @@ def print_summary(folder: Path, summary: "Summary") -> None:
         print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
-        print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
+        working = summary.num_done / max(summary.elapsed_s - summary.startup_s, 1e-9)
+        print(
+            f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s; {working:,.0f} "
+            f"images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
+        )
     if summary.num_left_out:
         print(f"left out: {summary.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -100,6 +100,7 @@ def join_pieces(job: ShardJob, task: ShardTask, *pieces: Piece) -> ShardResult:
             quarantine=tuple(line for piece in pieces for line in piece.filled.quarantine),
             sizes_px=frozenset().union(*(piece.filled.sizes_px for piece in pieces)),
             totals=functools.reduce(lambda first, second: first.merge(second), map(_wide_totals, pieces)),
+            began_s=min(piece.filled.began_s for piece in pieces),
         )
         return commit_shard(job, task, temporary, writer, filled)
 

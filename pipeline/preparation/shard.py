@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from pipeline.errors import DatasetError, ImageError, OutputError
 from pipeline.files import UrlPath, prefetch
 from pipeline.manifest import ImageFormat, ShardRecord, read_record, sync_folder
 from pipeline.preparation import faults
-from pipeline.preparation.image import Payload, StoredImage, make_images
+from pipeline.preparation.image import Payload, StoredImage, load_libraries, make_images
 from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
 from pipeline.preparation.tar_writer import TarWriter
 from pipeline.sources.listing import Item, Source, printable
@@ -81,6 +83,7 @@ class ShardResult:
         quarantine: lines for quarantine.jsonl.
         size_px: (height, width) if all its images have one size, else None.
         totals: its statistics (without the sums per position, when read without them).
+        began_s: when work on its first image began, in seconds since 1970; not in the record.
     """
 
     shard: ShardRecord
@@ -89,6 +92,7 @@ class ShardResult:
     quarantine: tuple[dict[str, str], ...]
     size_px: tuple[int, int] | None
     totals: Totals
+    began_s: float = dataclasses.field(default=math.inf, compare=False)
 
     @property
     def num_left_out(self) -> int:
@@ -144,6 +148,7 @@ def finish_tar(writer: TarWriter, file: BinaryIO) -> None:
 
 def fill(job: ShardJob, task: ShardTask, writer: TarWriter) -> "_Filler":
     """Makes a task's images and appends them to a tar."""
+    load_libraries(job.image)
     filler = _Filler(job, task, writer)
     read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
     made = make_images(read(filler.read, task.items), job.image)
@@ -174,11 +179,13 @@ class Filled:
         quarantine: lines for quarantine.jsonl.
         sizes_px: every (height, width) of their images.
         totals: their statistics.
+        began_s: when work on the first of them began.
     """
 
     quarantine: tuple[dict[str, str], ...]
     sizes_px: frozenset[tuple[int, int]]
     totals: Totals
+    began_s: float
 
 
 class _Filler:
@@ -192,6 +199,7 @@ class _Filler:
         self._statistics = Accumulator(job.image.channels)
         self._quarantine: list[dict[str, str]] = []
         self._sizes: set[tuple[int, int]] = set()
+        self._began_s = time.time()
 
     def read(self, item: Item) -> Payload | ImageError:
         """One image of the source, or why it cannot be read."""
@@ -217,7 +225,7 @@ class _Filler:
 
     def result(self) -> Filled:
         """What was written, beside its bytes."""
-        return Filled(tuple(self._quarantine), frozenset(self._sizes), self._statistics.totals())
+        return Filled(tuple(self._quarantine), frozenset(self._sizes), self._statistics.totals(), self._began_s)
 
     def _components(self, item: Item, image: StoredImage) -> list[tuple[str, bytes]]:
         label = b"%d" % item.label
@@ -260,6 +268,7 @@ def _result(task: ShardTask, writer: TarWriter, index: bytes, filled: Filled) ->
         quarantine=filled.quarantine,
         size_px=next(iter(filled.sizes_px)) if len(filled.sizes_px) == 1 else None,
         totals=filled.totals,
+        began_s=filled.began_s,
     )
 
 
