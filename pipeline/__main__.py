@@ -4,17 +4,24 @@ A command is a module of ``pipeline.commands`` with ``add_parser(subparsers)``, 
 takes the parsed arguments and returns the exit code, and one name in :data:`COMMANDS`. Heavy imports go into ``run``.
 """
 
+from pipeline import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before anything else is imported
+
 import argparse
 import importlib
 import io
-import os
-import signal
 import sys
 
 from pipeline.errors import PipelineError, one_line
+from pipeline.preparation import faults
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
-EXIT_CODES = "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 130 and 143 stopped"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 129, 130 and 143 stopped by a\n"
+    "hang-up, Ctrl-C and SIGTERM; a reader of the output who has gone (| head) costs lines, never work"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,17 +46,12 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no UTF-8
     args = make_parser().parse_args()
     try:
+        faults.reach("command")
         return args.run(args)
     except PipelineError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped: nothing half-done is left under a final name", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output, head for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(signals.supervise(main))

@@ -50,10 +50,6 @@ class OutputError(PipelineError):
     """The output folder is in use, holds something else, or cannot be written."""
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; no ``Exception``, so that nothing takes it for an error of its own."""
-
-
 def require(holds: bool, field: str, value: object, expected: str, error: type[Exception] = ConfigError) -> None:
     """The one check of a value that a user gave, with the one form of message: ``FIELD is VALUE: expected WHAT``.
 

@@ -12,6 +12,7 @@ PACKAGES = ("pipeline", "trainer", "cluster")
 FLOORS = {
     "pipeline": (
         "errors",
+        "signals",
         "files",
         "progress",
         "config",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
-from pipeline.errors import Terminated
+from pipeline.errors import OutputError
 from pipeline.files import is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
+from pipeline.preparation import faults
 from pipeline.sources import SOURCES, open_source, reasons
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 SHOWN_CONVERSIONS = 5  # the most frequent ones; quarantine.jsonl has all
 LEFT_OUT = 3
-STOPPED_INT = 130
-STOPPED_TERM = 143
 
 DESCRIPTION = """\
 Turn images into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
@@ -35,7 +34,8 @@ examples:
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
   0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why) or a folder could not be read;
-  2 something to fix; 1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+  2 something to fix; 1 a bug of ours; 129, 130 and 143 stopped by a hang-up, Ctrl-C and SIGTERM (the same command
+  continues)"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -171,7 +171,7 @@ def _staging_folder(url: str) -> Path:
 
 def _run_to_url(options: PrepareOptions, url: str) -> int:
     """Prepares in a local folder, publishes, and removes the local folder."""
-    from pipeline.preparation.publish import Remote
+    from pipeline.preparation.publish import CACHE_VARIABLE, Remote
 
     remote = Remote(url)
     manifest = remote.published(options)
@@ -180,6 +180,11 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
         return exit_code(manifest)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = f"set {CACHE_VARIABLE} to a folder with room"
+        raise OutputError(f"cannot make {options.output} for the data set ({error.strerror}); {fix}") from None
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
@@ -191,12 +196,9 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
 def _run_to_folder(options: PrepareOptions) -> int:
     from pipeline.preparation.prepare import prepare
 
-    try:
-        summary = prepare(options)
-    except (KeyboardInterrupt, Terminated) as stop:
-        print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
-        return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
+    summary = prepare(options)
     print_summary(options.output, summary)
+    faults.reach("summary")
     return exit_code(summary.manifest)
 
 
@@ -218,7 +220,11 @@ def print_summary(folder: Path, summary: "Summary") -> None:
         print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
-        print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
+        working = summary.num_done / max(summary.elapsed_s - summary.startup_s, 1e-9)
+        print(
+            f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s; {working:,.0f} "
+            f"images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
+        )
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
     print_converted(folder)

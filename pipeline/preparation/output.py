@@ -296,6 +296,7 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
     Raises:
         OutputError: there is no usable image at all.
     """
+    faults.reach("statistics")
     splits, dropped = _splits(results)
     sizes = {result.size_px for result in results if result.shard.num_samples}
     size_px = next(iter(sizes)) if len(sizes) == 1 else None

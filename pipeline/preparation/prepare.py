@@ -4,14 +4,17 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, ImageFormat, Manifest, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
+from pipeline.preparation.machine import BEFORE_RAY, check_machine
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request, print_warnings
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
@@ -26,13 +29,15 @@ class Summary:
     Attributes:
         manifest: the complete data set.
         num_done: images this run worked on; 0 if the data set was complete already.
-        elapsed_s: seconds spent on shards, without starting Ray.
+        elapsed_s: seconds spent on shards, with the start of Ray and its workers.
+        startup_s: those of them until the first worker had its libraries and began with an image.
         num_indexes: indexes regenerated from their valid tars.
     """
 
     manifest: Manifest
     num_done: int
     elapsed_s: float
+    startup_s: float = 0.0
     num_indexes: int = 0
 
 
@@ -47,8 +52,11 @@ def prepare(options: PrepareOptions) -> Summary:
     output.check_ours(folder)
     if options.verify_source:
         check_source(open_source(options))
+    if not (folder / MANIFEST_NAME).is_file():
+        check_machine(options)  # before anything is listed or written
     request = make_request(options)
     print_warnings(request.warnings)
+    faults.reach("listed")
     with output.output_lock(folder):
         manifest = output.load_manifest(folder)
         if manifest is not None:
@@ -74,7 +82,7 @@ def _make(request: Request, before: Manifest | None) -> Summary:
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
     valid = output.valid_shards(folder, (record.shard for record in records if record))
     missing = [shard for shard in request.shards if shard.name not in valid]
-    elapsed_s = _build(request, missing)
+    elapsed_s, startup_s = _build(request, missing)
     results, totals = _collect(request)
     draft = Manifest(
         format=FORMAT,
@@ -90,7 +98,7 @@ def _make(request: Request, before: Manifest | None) -> Summary:
     )
     manifest = output.finish(folder, draft, results, totals)
     output.clear_work(folder)
-    return Summary(manifest, _num_images(missing), elapsed_s)
+    return Summary(manifest, _num_images(missing), elapsed_s, startup_s)
 
 
 def _repair(request: Request, manifest: Manifest) -> Summary | None:
@@ -104,22 +112,27 @@ def _repair(request: Request, manifest: Manifest) -> Summary | None:
     valid = output.valid_shards(folder, recorded.values())
     restored = output.restore_indexes(folder, (shard for name, shard in recorded.items() if name not in valid))
     damaged = [shard for shard in request.shards if shard.name in recorded.keys() - valid - restored]
-    elapsed_s = 0.0
+    elapsed_s = startup_s = 0.0
     if damaged:
         output.refuse_difference(folder, manifest.settings, request.settings)
         totals = {split: count for split, count in _totals(request).items() if split in manifest.splits}
         output.begin(folder, request.settings, totals)
-        elapsed_s = _build(request, damaged, recorded)
+        elapsed_s, startup_s = _build(request, damaged, recorded)
     if damaged_files:
         output.write_info(folder, manifest)
     output.clear_work(folder)
-    return Summary(manifest, _num_images(damaged), elapsed_s, len(restored))
+    return Summary(manifest, _num_images(damaged), elapsed_s, startup_s, len(restored))
 
 
-def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
-    """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
+def _build(
+    request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None
+) -> tuple[float, float]:
+    """Makes these shards on Ray, each as ``recorded`` if that is given; the seconds of all, and of the start-up."""
     if not missing:
-        return 0.0
+        return 0.0, 0.0
+    start_s = time.time()  # the clock that workers share, give or take what their nodes differ
+    began_s = math.inf
+    os.environ.update(BEFORE_RAY)
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,
@@ -135,10 +148,10 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
         fail_on_error=options.on_error == "fail",
     )
     with ray_session(options) as workers, ProgressLine(total, total - num_missing) as progress:
-        start_s = time.monotonic()
         gauges = Gauges(options.output.name, progress)
         left_out = 0
-        for result in run_shards(job, _tasks(request, missing), workers=workers, tick=gauges.update):
+        for result in run_shards(job, _tasks(request, missing), len(missing), workers=workers, tick=gauges.update):
+            began_s = min(began_s, result.began_s)
             left_out += result.num_left_out
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")
@@ -150,7 +163,8 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
                 raise SourceError(f"{result.shard.name} came out different: the input changed")
             progress.advance(result.num_planned)
             faults.reach("driver-shard-done")
-        return time.monotonic() - start_s
+        elapsed_s = time.time() - start_s
+        return elapsed_s, min(max(began_s - start_s, 0.0), elapsed_s)
 
 
 def _tasks(request: Request, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +47,24 @@ def run(*arguments: object, fault: str = "", expect: int = 0, cwd: Path = ROOT) 
     return done
 
 
-def start(*arguments: object, fault: str = "") -> subprocess.Popen[str]:
+def start(*arguments: object, fault: str = "", extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Starts a pipeline command in its own process group."""
     return subprocess.Popen(
         command(*arguments),
-        env=environment(fault),
+        env=environment(fault) | dict(extra or {}),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_listen_to_ctrl_c,
+        preexec_fn=listen_to_signals,
     )
 
 
-def _listen_to_ctrl_c() -> None:
-    """A test run in the background of a shell ignores Ctrl-C, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def listen_to_signals() -> None:
+    """A test run in the background of a shell, or under nohup, ignores some, and so would its children."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def tree(folder: Path) -> dict[str, str]:
