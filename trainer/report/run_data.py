@@ -121,12 +121,11 @@ def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     found = choose(folder)
     if found is None:
         return 0, {}
-    checkpoint, record = found
     kernels = {}
-    for path in sorted(checkpoint.glob("tower-?.safetensors")):
+    for path in sorted(found.folder.glob("tower-?.safetensors")):
         with safe_open(path, "numpy") as tensors:
             kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
-    return record.step, kernels
+    return found.record.step, kernels
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:
