@@ -42,6 +42,7 @@ def _load(arguments: argparse.Namespace) -> "Config":
 
 def _stage(arguments: argparse.Namespace) -> None:
     """Makes a local folder of a data set at a URL."""
+    arguments.source = arguments.data
     if arguments.data is not None:
         from pipeline.loader.staging import stage
 
@@ -89,11 +90,13 @@ def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
         resume=arguments.resume != "never" or again,
         overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
+        source=arguments.source,
         quiet=not leads,
     )
     if leads and not found.finished:
-        parameters = to_dict(config.model)["parameters"]
-        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        needed_bytes = size_bytes * start.checkpoints_at_once(found)
+        start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     return found
@@ -110,7 +113,9 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         command.check_again(start)
         options = {name: getattr(arguments, name) for name in resume.OPTIONS}
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
-        prepare_start(start, options | {"replicas": _replicas(arguments), "skip_list": skip_list})
+        if "RANK" in os.environ:
+            options |= {"processes": 2, "replicas": _replicas(arguments)}
+        prepare_start(start, options | {"skip_list": skip_list})
         status, began = 1, False
         try:
             if "RANK" in os.environ:

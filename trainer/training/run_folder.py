@@ -18,7 +18,7 @@ from trainer.training.run_lock import LOCK_NAME
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
 ENVIRONMENT_NAME = "environment.json"
-DATA_SET_NAME = "dataset"
+DATA_SET_NAME = "trained_on"
 START_NAME = ".start"
 OURS = {  # all that a run writes
     CONFIG_NAME,
