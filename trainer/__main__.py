@@ -14,6 +14,7 @@ from trainer.errors import TrainerError
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
+    from trainer.training.start import Start
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
@@ -41,6 +42,7 @@ def _load(arguments: argparse.Namespace) -> "Config":
 
 def _stage(arguments: argparse.Namespace) -> None:
     """Makes a local folder of a data set at a URL."""
+    arguments.source = arguments.data
     if arguments.data is not None:
         from pipeline.loader.staging import stage
 
@@ -48,12 +50,11 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    """Opens the run once, then starts the towers; under torchrun this process is one of them."""
-    from pipeline.loader.open_split import open_split
-    from pipeline.manifest import read_manifest
+    """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
-    from trainer.training import run_folder
+    from trainer.training import command, run_folder
 
+    command.take_from_run(arguments)
     config = _load(arguments)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
@@ -61,30 +62,82 @@ def _train(arguments: argparse.Namespace) -> int:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
     run_folder.check_replicas(config, _replicas(arguments))
     _stage(arguments)
-    run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
+    start = _check_start(arguments, config)
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
+    if start.finished:
+        print(command.finished_line(start), flush=True)
+        return 0
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
-    if os.environ.get("RANK", "0") == "0":
-        for split in sorted({"train", config.train.evaluate_split}):  # a damaged one is refused before a run is made
-            open_split(arguments.data, split, skip_list=arguments.skip_list if split == "train" else None)
-        resume = arguments.resume == "auto"
-        run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
-    if "RANK" in os.environ:
-        return _join_and_train(arguments, config)
-    if arguments.processes == 1:
-        return _work(arguments, config, None, device)
-    status = launch.start_towers(
+    if os.environ.get("RANK", "0") != "0":
+        return _join_and_train(arguments, config, is_new=start.choice is None)
+    return _hold_and_train(arguments, start, device)
+
+
+def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
+    """Refuses whatever can be refused; writes nothing."""
+    from trainer.planning.describe import to_dict
+    from trainer.training import run_lock, start
+
+    leads = os.environ.get("RANK", "0") == "0"
+    again = "RANK" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    if leads:  # a run that is under way looks like one that is damaged, or finished
+        run_lock.refuse_held(arguments.run)
+    found = start.check_start(
         arguments.run,
+        config,
         arguments.data,
-        device=arguments.device,
+        resume=arguments.resume != "never" or again,
+        overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
-        replicas=arguments.replicas,
-        profile_steps=arguments.profile,
+        source=arguments.source,
+        quiet=not leads,
     )
-    run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
+    if leads and not found.finished:
+        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        needed_bytes = size_bytes * start.checkpoints_at_once(found)
+        start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) -> int:
+    """Trains in a run that nobody else writes meanwhile."""
+    from trainer.parallel import launch
+    from trainer.training import command, resume, run_folder, run_lock
+    from trainer.training.start import discard_start, prepare_start
+
+    command.confirm(start, yes=arguments.yes)
+    with run_lock.hold_run(arguments.run) as handle:
+        command.check_again(start)
+        options = {name: getattr(arguments, name) for name in resume.OPTIONS}
+        skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
+        if "RANK" in os.environ:
+            options |= {"processes": 2, "replicas": _replicas(arguments)}
+        prepare_start(start, options | {"skip_list": skip_list})
+        status, began = 1, False
+        try:
+            if "RANK" in os.environ:
+                status = _join_and_train(arguments, start.config, is_new=start.choice is None)
+            elif arguments.processes == 1:
+                status = _work(arguments, start.config, None, device, is_new=start.choice is None)
+            else:
+                status = launch.start_towers(
+                    arguments.run,
+                    arguments.data,
+                    device=arguments.device,
+                    skip_list=arguments.skip_list,
+                    replicas=arguments.replicas,
+                    profile_steps=arguments.profile,
+                    held=(handle,),
+                )
+        finally:
+            began = not discard_start(arguments.run)
+        if began and "RANK" not in os.environ and arguments.processes == 2:
+            run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
 
 
@@ -107,23 +160,26 @@ def _tower(arguments: argparse.Namespace) -> int:
     """One tower of a run that the launcher has opened."""
     from trainer.parallel.launch import die_with_parent
     from trainer.training.run_folder import read_run_config
+    from trainer.training.start import is_new, pending_config
 
     die_with_parent()
-    return _join_and_train(arguments, read_run_config(arguments.run))
+    config = pending_config(arguments.run) or read_run_config(arguments.run)
+    return _join_and_train(arguments, config, is_new=is_new(arguments.run))
 
 
-def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
+def _join_and_train(arguments: argparse.Namespace, config: "Config", *, is_new: bool) -> int:
     """Finds the other processes as the environment says, and trains."""
     from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     mesh = join_mesh(device, config.train.peer_timeout_s)
-    return _work(arguments, config, mesh, device)
+    return _work(arguments, config, mesh, device, is_new=is_new)
 
 
-def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str) -> int:
+def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.training.loop import Trainer
+    from trainer.training.resume import resume_command
 
     trainer = Trainer(
         config,
@@ -133,10 +189,13 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         device=device,
         skip_list=arguments.skip_list,
         profile_steps=arguments.profile,
+        is_new=is_new,
     )
     result = trainer.train()
     if trainer.leads:
         print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+        if result.exit_reason == "stopped":
+            print(f"go on with: {resume_command(arguments.run)}", flush=True)
     return 0 if result.exit_reason == "finished" else 3
 
 
@@ -144,24 +203,36 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     """Says what training would take."""
     from trainer.planning.dry_run import plan_run, print_plan
 
-    run = arguments.run if arguments.resume == "auto" else None
+    run = arguments.run if arguments.resume != "never" else None
     processes, replicas = arguments.processes, arguments.replicas
     plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
     print_plan(plan)
     return 0
 
 
-def _check_run(arguments: argparse.Namespace) -> None:
-    """Refuses a run that is none, and stages the data set, before torch is imported."""
+def _check_run(arguments: argparse.Namespace, *, needs_data: bool = False) -> None:
+    """Refuses a run that is none, and finds the data set, before torch is imported."""
+    from trainer.training.resume import noted_data
     from trainer.training.run_folder import read_run_config
 
     read_run_config(arguments.run)
+    if needs_data and arguments.data is None:
+        arguments.data = noted_data(arguments.run)
     _stage(arguments)
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, or must not be."""
+    from trainer.training.run_folder import check_output
+
+    if path is not None:
+        check_output(option, path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
-    _check_run(arguments)
+    _check_run(arguments, needs_data=True)
+    _check_output("--confusion", arguments.confusion)
     from pipeline.manifest import read_manifest
     from trainer.parallel.launch import choose_device
     from trainer.report import confusion
@@ -193,6 +264,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of images; status 3 where some could not be used."""
     _check_run(arguments)
+    _check_output("--html", arguments.html)
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
 
@@ -225,6 +297,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
+        _check_output("--svg", arguments.svg)
         from trainer.report.net_drawing import write_drawing
 
         write_drawing(arguments.svg, config.model)
@@ -276,14 +349,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Makes a run out of weights and prints its checkpoint."""
+    _stage(arguments)
     from trainer.inference.export import import_weights
 
-    print(import_weights(arguments.weights, _load(arguments), arguments.run))
+    print(import_weights(arguments.weights, _load(arguments), arguments.run, arguments.data))
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
+    _check_output("--json", arguments.json)
+    _check_output("--html", arguments.html)
     _stage(arguments)
     from trainer.bench.command import run
 

@@ -130,21 +130,28 @@ def _add_train(commands: Commands) -> None:
         "train", "train a recipe on a prepared data set", TRAIN_EXAMPLE.removeprefix("python -m trainer ")
     )
     _recipe_options(train)
-    _folder(train, "--data", "data set made by python -m pipeline prepare")
-    _folder(train, "--run", "folder for metrics, checkpoints and report")
+    _folder(train, "--data", "data set made by python -m pipeline prepare", required=False)
+    _folder(train, "--run", "folder for metrics, checkpoints and report", required=False)
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
+        "--processes", type=int, choices=(1, 2), help="1 (the default): both towers here; 2: one process per tower"
     )
     train.add_argument(
-        "--replicas", type=_positive, default=1, metavar="R", help="pairs of towers that share each batch (default: 1)"
+        "--replicas", type=_positive, metavar="R", help="pairs of towers that share each batch (default: 1)"
     )
     _device_option(train)
     train.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
+        "--resume",
+        default="never",
+        metavar="RUN|auto|never",
+        help="RUN: go on with that run; recipe, data set and processes are its own, unless given here. auto: go on "
+        "with what is in --run, if anything is (default: never)",
     )
     _skip_option(train)
     _profile_option(train)
-    train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace an old run in the folder; asks first on a terminal"
+    )
+    train.add_argument("--yes", action="store_true", help="do not ask")
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
     )
@@ -206,7 +213,7 @@ def _add_evaluate(commands: Commands) -> None:
     )
     _folder(evaluate, "--run", "run with a checkpoint")
     _checkpoint_option(evaluate)
-    _folder(evaluate, "--data", "data set")
+    _folder(evaluate, "--data", "data set (default: where the run's own was)", required=False)
     evaluate.add_argument("--split", help="split of the data set (default: the one the recipe holds out)")
     _views_option(evaluate)
     evaluate.add_argument("--per-class", action="store_true", help="a row for every class, the worst first")
@@ -226,7 +233,7 @@ def _add_predict(commands: Commands) -> None:
     )
     _folder(predict, "--run", "run with a checkpoint")
     _checkpoint_option(predict)
-    _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
+    _folder(predict, "--data", "data set whose preparation applies (default: the run's own)", required=False)
     _views_option(predict)
     predict.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="classes shown for each image (default: 5)"
@@ -273,7 +280,7 @@ def _add_export(commands: Commands) -> None:
     )
     _folder(export, "--run", "run with a checkpoint")
     _checkpoint_option(export)
-    _folder(export, "--data", "data set, for class names in the file", required=False)
+    _folder(export, "--data", "data set, for class names in the file (default: the run's own)", required=False)
     export.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="FILE.safetensors (weights) or FILE.onnx (the net)"
     )
@@ -288,3 +295,4 @@ def _add_import(commands: Commands) -> None:
     import_.add_argument("--weights", type=Path, required=True, metavar="FILE", help="FILE.safetensors of export")
     _recipe_options(import_)
     _folder(import_, "--run", "folder to make, with a checkpoint of step 0")
+    _folder(import_, "--data", "data set whose classes and statistics the run keeps, to predict with", required=False)

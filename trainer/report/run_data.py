@@ -79,10 +79,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunError: there is no such folder, it holds no run, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
-    if not (folder / "metrics.jsonl").is_file():
-        raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+    try:
+        if not folder.is_dir():
+            raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+        if not (folder / "metrics.jsonl").is_file():
+            raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+        return _read(folder)
+    except OSError as error:
+        raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _read(folder: Path) -> RunRecord:
     rows = read_metrics(folder)
     steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
     evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "center") == "center"]
@@ -121,12 +128,11 @@ def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     found = choose(folder)
     if found is None:
         return 0, {}
-    checkpoint, record = found
     kernels = {}
-    for path in sorted(checkpoint.glob("tower-?.safetensors")):
+    for path in sorted(found.folder.glob("tower-?.safetensors")):
         with safe_open(path, "numpy") as tensors:
             kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
-    return record.step, kernels
+    return found.record.step, kernels
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -189,5 +195,17 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Started", str(found.get("started", ""))),
         ("Command", str(found.get("command", ""))),
     ]
-    known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
+    known = {
+        "command",
+        "commit",
+        "python",
+        "torch",
+        "system",
+        "processor",
+        "cores",
+        "gpus",
+        "started",
+        "data",
+        "resumed",
+    }
     return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]

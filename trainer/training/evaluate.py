@@ -18,6 +18,7 @@ from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
+from trainer.training.kept_data import compare_data
 from trainer.training.run_folder import check_fits, read_run_config
 
 
@@ -150,10 +151,9 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
     found = choose(run, which)
     if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
-    folder, record = found
     net = make_net(config, None, device=device)
-    load_towers(folder, net)
-    return LoadedNet(net.eval(), config, record.step)
+    load_towers(found.folder, net)
+    return LoadedNet(net.eval(), config, found.record.step)
 
 
 def evaluate_run(
@@ -168,10 +168,17 @@ def evaluate_run(
     """Evaluates a run's checkpoint on a split (by default the one its recipe holds out)."""
     loaded = load_network(run, device, which=which)
     net, config = loaded.net, loaded.config
-    check_fits(config, read_manifest(data), data)
     chosen = split or config.train.evaluate_split
+    manifest = read_manifest(data)
+    check_fits(config, manifest, data, splits=(chosen,))
     loader = EvaluationLoader(
-        data, config.data, batch_size=config.train.batch_size, split=chosen, views=views, device=device
+        data,
+        config.data,
+        batch_size=config.train.batch_size,
+        split=chosen,
+        views=views,
+        device=device,
+        statistics=compare_data(run, data, manifest),
     )
     result = evaluate_net(net, loader, views)
     assert result is not None
