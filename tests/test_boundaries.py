@@ -24,6 +24,8 @@ FLOORS = {
     ),
     "trainer": (
         "errors",
+        "terminal",
+        "stopping",
         "config_toml",
         "config",
         "model",

@@ -1,35 +1,61 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import typing
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from trainer import stopping, terminal
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
+    from trainer.parallel.world import World
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+
+
+def run() -> int:
+    """Runs the command of this program, in a process of its own: see ``trainer.terminal`` and ``trainer.stopping``."""
+    terminal.protect()
+    stopping.raise_on_stop()
+    status = main()
+    stopping.ignore_stops()
+    return status
 
 
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
     try:
-        return arguments.command(arguments)
+        return _delivered(arguments, arguments.command(arguments))
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
-    except KeyboardInterrupt:
-        print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
-        return 130
+    except (stopping.Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT)
+        if arguments.command is _train:
+            print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+        elif arguments.command is not _tower:  # its launcher says it
+            print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+        return stop.status
+
+
+def _delivered(arguments: argparse.Namespace, status: int) -> int:
+    """The status of a command whose output may have been lost: 2 where it is why one calls it, and the disk is full."""
+    lost = terminal.lost_output()
+    if lost is None or terminal.is_gone(lost) or arguments.command in (_train, _tower) or status:
+        return status
+    print(f"error: the output cannot be written to stdout: {lost.strerror}", file=sys.stderr)
+    return 2
 
 
 def _load(arguments: argparse.Namespace) -> "Config":
@@ -52,14 +78,16 @@ def _train(arguments: argparse.Namespace) -> int:
     from pipeline.loader.open_split import open_split
     from pipeline.manifest import read_manifest
     from trainer.errors import RecipeError
+    from trainer.parallel.world import read_world
     from trainer.training import run_folder
 
-    config = _load(arguments)
-    if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
+    config, world = _load(arguments), read_world(arguments.processes)
+    processes = arguments.processes or 1
+    if config.model.towers == 1 and (processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
-    if arguments.replicas > 1 and arguments.processes == 1:
+    if arguments.replicas > 1 and processes == 1 and not world:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
-    run_folder.check_replicas(config, _replicas(arguments))
+    run_folder.check_replicas(config, world.size // 2 if world else arguments.replicas)
     _stage(arguments)
     run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
@@ -67,14 +95,14 @@ def _train(arguments: argparse.Namespace) -> int:
     device = launch.choose_device(arguments.device)
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
-    if os.environ.get("RANK", "0") == "0":
+    if world is None or world.rank == 0:
         for split in sorted({"train", config.train.evaluate_split}):  # a damaged one is refused before a run is made
             open_split(arguments.data, split, skip_list=arguments.skip_list if split == "train" else None)
         resume = arguments.resume == "auto"
         run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
-    if "RANK" in os.environ:
-        return _join_and_train(arguments, config)
-    if arguments.processes == 1:
+    if world:
+        return _join_and_train(arguments, config, world)
+    if processes == 1:
         return _work(arguments, config, None, device)
     status = launch.start_towers(
         arguments.run,
@@ -88,36 +116,24 @@ def _train(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _replicas(arguments: argparse.Namespace) -> int:
-    """Pairs of towers: as torchrun started them, or as asked for.
-
-    Raises:
-        PeerError: torchrun started processes that make no pairs.
-    """
-    from trainer.config import check_world
-
-    if "RANK" not in os.environ:
-        return int(arguments.replicas)
-    world = int(os.environ.get("WORLD_SIZE", "2"))
-    check_world(world)
-    return world // 2
-
-
 def _tower(arguments: argparse.Namespace) -> int:
     """One tower of a run that the launcher has opened."""
     from trainer.parallel.launch import die_with_parent
+    from trainer.parallel.world import read_world
     from trainer.training.run_folder import read_run_config
 
     die_with_parent()
-    return _join_and_train(arguments, read_run_config(arguments.run))
+    world = read_world(None)
+    assert world is not None
+    return _join_and_train(arguments, read_run_config(arguments.run), world)
 
 
-def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
-    """Finds the other processes as the environment says, and trains."""
+def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "World") -> int:
+    """Finds the other processes, and trains."""
     from trainer.parallel.launch import choose_device, join_mesh
 
-    device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
-    mesh = join_mesh(device, config.train.peer_timeout_s)
+    device = choose_device(arguments.device, world.local_rank)
+    mesh = join_mesh(world, device, config.train.peer_timeout_s)
     return _work(arguments, config, mesh, device)
 
 
@@ -125,19 +141,27 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.training.loop import Trainer
 
-    trainer = Trainer(
-        config,
-        arguments.data,
-        arguments.run,
-        mesh=mesh,
-        device=device,
-        skip_list=arguments.skip_list,
-        profile_steps=arguments.profile,
-    )
-    result = trainer.train()
-    if trainer.leads:
-        print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
-    return 0 if result.exit_reason == "finished" else 3
+    terminal.warn_of_loss(f"training goes on; {arguments.run}/metrics.jsonl has every step")
+    stop = stopping.StopRequest()
+    with contextlib.ExitStack() as stack:
+        if mesh:  # one tower must not end while the other already trains: both do at their first step
+            stack.enter_context(stopping.handled_by(stop.note))
+        trainer = Trainer(
+            config,
+            arguments.data,
+            arguments.run,
+            mesh=mesh,
+            device=device,
+            skip_list=arguments.skip_list,
+            profile_steps=arguments.profile,
+            stop=stop,
+        )
+        stack.enter_context(stopping.handled_by(stop.note))
+        result = trainer.train()
+        if trainer.leads:
+            print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+        stopping.finish()
+        return 0 if result.exit_reason == "finished" else 3
 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> int:
@@ -145,7 +169,7 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     from trainer.planning.dry_run import plan_run, print_plan
 
     run = arguments.run if arguments.resume == "auto" else None
-    processes, replicas = arguments.processes, arguments.replicas
+    processes, replicas = arguments.processes or 1, arguments.replicas
     plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
     print_plan(plan)
     return 0
@@ -313,4 +337,4 @@ HANDLERS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -133,7 +133,11 @@ def _add_train(commands: Commands) -> None:
     _folder(train, "--data", "data set made by python -m pipeline prepare")
     _folder(train, "--run", "folder for metrics, checkpoints and report")
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
+        "--processes",
+        type=int,
+        choices=(1, 2),
+        help="1: both towers here, whatever the environment says (the default where RANK is not set); "
+        "2: one process per tower",
     )
     train.add_argument(
         "--replicas", type=_positive, default=1, metavar="R", help="pairs of towers that share each batch (default: 1)"
