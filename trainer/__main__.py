@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ if typing.TYPE_CHECKING:
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it does, and says so at length
 
 
 def run() -> int:

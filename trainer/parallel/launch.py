@@ -20,7 +20,7 @@ from trainer.config import TOWERS
 from trainer.errors import RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
-from trainer.parallel.world import World, check_interfaces, has_interface
+from trainer.parallel.world import World, has_interface
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
 LAUNCHER = "TWOTOWER_LAUNCHER"  # its process id, for the towers that it starts
@@ -33,6 +33,7 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
         requested: ``cpu``, ``cuda``, ``cuda:N`` or None.
         rank: rank on this machine; rank r takes GPU r, or shares the only one.
     """
+    kernels.check_switch()
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():
@@ -52,7 +53,6 @@ def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
     Raises:
         PeerError: they cannot find each other.
     """
-    check_interfaces()
     own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

@@ -8,6 +8,7 @@ crossings), to the same tower in all other replicas (:class:`Replicas`: gradient
 import contextlib
 import dataclasses
 import datetime
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -200,7 +201,11 @@ def connect(timeout_s: float, backend: str) -> Mesh:
         check_world(world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
+        where = ", ".join(
+            f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        )
+        reason = str(error).splitlines()[0]
+        raise PeerError(f"the processes cannot find each other ({where}): {reason}") from None
     return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
 
 

@@ -53,6 +53,7 @@ def read_world(processes: int | None, environment: Mapping[str, str] = os.enviro
     rank = _number(environment, "RANK", unset, most=size - 1)
     _number(environment, "MASTER_PORT", unset, least=1, most=MOST_PORT)
     check_world(size)
+    check_interfaces(environment)
     local_size = _number(environment, "LOCAL_WORLD_SIZE", unset, least=1, most=size, default=2)
     known = bool(environment.get("LOCAL_WORLD_SIZE"))
     local_rank = _number(
@@ -94,7 +95,7 @@ def has_interface(names: str) -> bool:
     return any(name in exact or (not names.startswith("=") and name.startswith(tuple(exact))) for name in here)
 
 
-def check_interfaces(environment: Mapping[str, str] = os.environ) -> None:
+def check_interfaces(environment: Mapping[str, str]) -> None:
     """Checks what gloo and NCCL would look for.
 
     Raises:
