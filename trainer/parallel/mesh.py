@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
 from trainer.parallel.link import Ledger, Link
+from trainer.parallel.world import NEEDED
 
 ENDED = " ended: "
 REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
@@ -201,9 +202,7 @@ def connect(timeout_s: float, backend: str) -> Mesh:
         check_world(world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        where = ", ".join(
-            f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        )
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
         reason = str(error).splitlines()[0]
         raise PeerError(f"the processes cannot find each other ({where}): {reason}") from None
     return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
