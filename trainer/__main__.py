@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
     from trainer.parallel.world import World
+    from trainer.training.start import Start
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
@@ -76,45 +77,92 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    """Opens the run once, then starts the towers; under torchrun this process is one of them."""
-    from pipeline.loader.open_split import open_split
-    from pipeline.manifest import read_manifest
+    """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
     from trainer.parallel.world import read_world
-    from trainer.training import run_folder
+    from trainer.training import command, run_folder
 
-    config, world = _load(arguments), read_world(arguments.processes)
-    processes = arguments.processes or 1
-    if config.model.towers == 1 and (processes == 2 or world):
+    world = read_world(arguments.processes)
+    command.take_from_run(arguments)
+    config = _load(arguments)
+    if config.model.towers == 1 and (arguments.processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
-    if arguments.replicas > 1 and processes == 1 and not world:
+    if arguments.replicas > 1 and arguments.processes == 1 and not world:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
     run_folder.check_replicas(config, world.size // 2 if world else arguments.replicas)
     _stage(arguments)
-    run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
+    start = _check_start(arguments, config, world)
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
+    if start.finished:
+        print(command.finished_line(start), flush=True)
+        return 0
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
-    if world is None or world.rank == 0:
-        for split in sorted({"train", config.train.evaluate_split}):  # a damaged one is refused before a run is made
-            open_split(arguments.data, split, skip_list=arguments.skip_list if split == "train" else None)
-        resume = arguments.resume == "auto"
-        run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
-    if world:
-        return _join_and_train(arguments, config, world)
-    if processes == 1:
-        return _work(arguments, config, None, device)
-    status = launch.start_towers(
+    if world and world.rank:
+        return _join_and_train(arguments, config, world, is_new=start.choice is None)
+    return _hold_and_train(arguments, start, device, world)
+
+
+def _check_start(arguments: argparse.Namespace, config: "Config", world: "World | None") -> "Start":
+    """Refuses whatever can be refused; writes nothing."""
+    from trainer.planning.describe import to_dict
+    from trainer.training import start
+
+    leads = world is None or world.rank == 0
+    again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    found = start.check_start(
         arguments.run,
+        config,
         arguments.data,
-        device=arguments.device,
+        resume=arguments.resume != "never" or again,
+        overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
-        replicas=arguments.replicas,
-        profile_steps=arguments.profile,
+        quiet=not leads,
     )
-    run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
+    if leads and not found.finished:
+        parameters = to_dict(config.model)["parameters"]
+        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, world: "World | None") -> int:
+    """Trains in a run that nobody else writes meanwhile."""
+    from trainer.parallel import launch
+    from trainer.training import command, resume, run_folder, run_lock
+    from trainer.training.start import discard_start, prepare_start
+
+    command.confirm(start, yes=arguments.yes)
+    with run_lock.hold_run(arguments.run) as handle:
+        command.check_again(start)
+        options = {name: getattr(arguments, name) for name in resume.OPTIONS}
+        replicas = world.size // 2 if world else arguments.replicas
+        skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
+        prepare_start(start, options | {"replicas": replicas, "skip_list": skip_list})
+        status, began = 1, False
+        try:
+            if world:
+                status = _join_and_train(arguments, start.config, world, is_new=start.choice is None)
+            elif arguments.processes == 1:
+                status = _work(arguments, start.config, None, device, is_new=start.choice is None)
+            else:
+                status = launch.start_towers(
+                    arguments.run,
+                    arguments.data,
+                    device=arguments.device,
+                    skip_list=arguments.skip_list,
+                    replicas=arguments.replicas,
+                    profile_steps=arguments.profile,
+                    held=(handle,),
+                )
+                stopping.finish()
+        finally:
+            began = not discard_start(arguments.run)
+        if began and world is None and arguments.processes == 2:
+            run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
 
 
@@ -123,25 +171,28 @@ def _tower(arguments: argparse.Namespace) -> int:
     from trainer.parallel.launch import die_with_parent
     from trainer.parallel.world import read_world
     from trainer.training.run_folder import read_run_config
+    from trainer.training.start import is_new, pending_config
 
     die_with_parent()
     world = read_world(None)
     assert world is not None
-    return _join_and_train(arguments, read_run_config(arguments.run), world)
+    config = pending_config(arguments.run) or read_run_config(arguments.run)
+    return _join_and_train(arguments, config, world, is_new=is_new(arguments.run))
 
 
-def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "World") -> int:
+def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "World", *, is_new: bool) -> int:
     """Finds the other processes, and trains."""
     from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, world.local_rank)
     mesh = join_mesh(world, device, config.train.peer_timeout_s)
-    return _work(arguments, config, mesh, device)
+    return _work(arguments, config, mesh, device, is_new=is_new)
 
 
-def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str) -> int:
+def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.training.loop import Trainer
+    from trainer.training.resume import resume_command
 
     terminal.warn_of_loss(f"training goes on; {arguments.run}/metrics.jsonl has every step")
     stop = stopping.StopRequest()
@@ -157,11 +208,14 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
             skip_list=arguments.skip_list,
             profile_steps=arguments.profile,
             stop=stop,
+            is_new=is_new,
         )
         stack.enter_context(stopping.handled_by(stop.note))
         result = trainer.train()
         if trainer.leads:
             print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+            if result.exit_reason == "stopped":
+                print(f"go on with: {resume_command(arguments.run)}", flush=True)
         stopping.finish()
         return 0 if result.exit_reason == "finished" else 3
 
@@ -170,8 +224,8 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     """Says what training would take."""
     from trainer.planning.dry_run import plan_run, print_plan
 
-    run = arguments.run if arguments.resume == "auto" else None
-    processes, replicas = arguments.processes or 1, arguments.replicas
+    run = arguments.run if arguments.resume != "never" else None
+    processes, replicas = arguments.processes, arguments.replicas
     plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
     print_plan(plan)
     return 0

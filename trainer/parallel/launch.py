@@ -86,20 +86,22 @@ def start_towers(
     skip_list: Path | None = None,
     replicas: int = 1,
     profile_steps: int = 0,
+    held: Sequence[int] = (),
 ) -> int:
-    """Runs the towers of an opened run, ``replicas`` pairs of them, to their end; see :func:`run_towers`."""
+    """Runs the towers of a prepared run, ``replicas`` pairs of them, to their end; see :func:`run_towers`."""
     command = [sys.executable, "-m", "trainer", "tower", "--run", str(run), "--data", str(data)]
     command += ["--device", device] if device else []
     command += ["--skip-list", str(skip_list)] if skip_list else []
     command += ["--profile", str(profile_steps)] if profile_steps else []
-    return run_towers(command, 2 * replicas, device=choose_device(device))
+    return run_towers(command, 2 * replicas, device=choose_device(device), held=held)
 
 
-def run_towers(command: Sequence[str], world: int, *, device: str = "cpu") -> int:
+def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held: Sequence[int] = ()) -> int:
     """Runs a command as ``world`` towers on this machine, each with its share of the cores, to the end of all.
 
     SIGTERM, SIGINT and SIGHUP are passed on; in training each tower then finishes its step and saves. If one tower ends
-    badly, the others get ``GRACE_S`` to notice it.
+    badly, the others get ``GRACE_S`` to notice it. They inherit the handles ``held``: a lock is theirs, too, so that it
+    lasts while they save although this process was killed.
 
     Returns:
         Exit status: 0, or that of the first tower that failed (128 + number where a signal ended it).
@@ -125,7 +127,8 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu") -> in
                 if not _is_number_of_threads(environment.get("OMP_NUM_THREADS", "")):
                     environment["OMP_NUM_THREADS"] = str(threads)
                 environment[LAUNCHER] = str(os.getpid())
-                children.append(subprocess.Popen(command, env=environment, start_new_session=True))
+                child = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=held)
+                children.append(child)
         status = _wait(children, asked)
     if asked and status == 128 + asked[0]:
         raise stopping.Stopped(asked[0])

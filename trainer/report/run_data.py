@@ -123,12 +123,11 @@ def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     found = choose(folder)
     if found is None:
         return 0, {}
-    checkpoint, record = found
     kernels = {}
-    for path in sorted(checkpoint.glob("tower-?.safetensors")):
+    for path in sorted(found.folder.glob("tower-?.safetensors")):
         with safe_open(path, "numpy") as tensors:
             kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
-    return record.step, kernels
+    return found.record.step, kernels
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -190,20 +189,9 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Command", str(found.get("command", ""))),
     ]
     rows += [(f"Resumed at step {part.get('step', 0):,}", text) for part, text in _later_parts(found)]
-    known = {
-        "command",
-        "commit",
-        "python",
-        "torch",
-        "system",
-        "processor",
-        "cores",
-        "gpus",
-        "started",
-        "data",
-        "resumed",
-    }
-    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]
+    known = {"command", "started", "resumed", *OF_A_PART} - {"kernels"}
+    others = {key: value for key, value in found.items() if key not in known and value is not None}
+    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in others.items()]
 
 
 def _later_parts(environment: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

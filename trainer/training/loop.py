@@ -29,6 +29,7 @@ from trainer.training.metrics import MetricsLog, TrainingProgress
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import Result, write_result
+from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
 
 
@@ -42,7 +43,7 @@ class Trainer:
     Args:
         config: the recipe.
         data: data set folder.
-        run: run folder, already opened (:func:`trainer.training.run_folder.open_run`).
+        run: run folder; a start that is prepared there (``trainer.training.start``) is committed before the first step.
         mesh: the other processes, or None where this one is alone and holds both towers.
         device: ``cpu`` or ``cuda:N``.
         skip_list: file with keys of samples to leave out, one a line.
@@ -50,6 +51,7 @@ class Trainer:
         stop: looked at in every step: when it is asked for, the run saves and ends.
         timed: opened around every phase of a step, with its name: ``wait`` (for the batch), ``transfer``, ``forward``,
             ``backward``, ``check``, ``optimizer``. The benchmark's clock; the default does nothing and takes 0.2 us.
+        is_new: begin with new weights, whatever checkpoints are there: the run replaces another one.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Trainer:
         profile_steps: int = 0,
         stop: StopRequest | None = None,
         timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        is_new: bool = False,
     ) -> None:
-        self.timed = timed
+        self.timed, self.is_new = timed, is_new
         self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
         self.link = mesh.link if mesh else None
         self.coord = mesh.coord if mesh else MeshCoord(0, 2)
@@ -116,13 +119,12 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
-        found = checkpoint.choose(self.run, quiet=not self.leads)
+        found = None if self.is_new else checkpoint.choose(self.run, quiet=True)  # who checked the start has said it
         if found is None:
             return None
-        folder, record = found
-        checkpoint.load_towers(folder, self.net, self.optimizer)
-        self.step = record.step
-        return record.loader
+        checkpoint.load_towers(found.folder, self.net, self.optimizer)
+        self.step = found.record.step
+        return found.record.loader
 
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
@@ -142,6 +144,8 @@ class Trainer:
             DivergedError: loss or gradient not finite, on either tower; the weights stay as they were.
             PeerError: the other tower is gone or disagrees.
         """
+        if self.leads:
+            commit_start(self.run)
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
         reason, sentence = "failed", ""
         try:
