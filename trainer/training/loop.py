@@ -167,15 +167,22 @@ class Trainer:
         return result
 
     def _close(self, result: Result) -> None:
-        """Writes the result and closes what is open; a full disk does not hide why the run ended."""
+        """Writes the result and closes what is open; a full disk does not hide why the run failed.
+
+        Raises:
+            RunError: a run that did not fail cannot say so.
+        """
         try:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
                 self.log.close()
         except OSError as error:
-            print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
-        self.loader.close()
+            if result.exit_reason != "failed":
+                raise RunError(_blame(error, self.run)) from None
+            print(f"warning: {_blame(error, self.run)}", file=sys.stderr, flush=True)
+        finally:
+            self.loader.close()
 
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
