@@ -231,17 +231,29 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     return 0
 
 
-def _check_run(arguments: argparse.Namespace) -> None:
-    """Refuses a run that is none, and stages the data set, before torch is imported."""
+def _check_run(arguments: argparse.Namespace, *, needs_data: bool = False) -> None:
+    """Refuses a run that is none, and finds the data set, before torch is imported."""
+    from trainer.training.resume import noted_data
     from trainer.training.run_folder import read_run_config
 
     read_run_config(arguments.run)
+    if needs_data and arguments.data is None:
+        arguments.data = noted_data(arguments.run)
     _stage(arguments)
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, or must not be."""
+    from trainer.training.run_folder import check_output
+
+    if path is not None:
+        check_output(option, path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
-    _check_run(arguments)
+    _check_run(arguments, needs_data=True)
+    _check_output("--confusion", arguments.confusion)
     from pipeline.manifest import read_manifest
     from trainer.parallel.launch import choose_device
     from trainer.report import confusion
@@ -273,6 +285,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of images; status 3 where some could not be used."""
     _check_run(arguments)
+    _check_output("--html", arguments.html)
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
 
@@ -305,6 +318,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
+        _check_output("--svg", arguments.svg)
         from trainer.report.net_drawing import write_drawing
 
         write_drawing(arguments.svg, config.model)
@@ -356,14 +370,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Makes a run out of weights and prints its checkpoint."""
+    _stage(arguments)
     from trainer.inference.export import import_weights
 
-    print(import_weights(arguments.weights, _load(arguments), arguments.run))
+    print(import_weights(arguments.weights, _load(arguments), arguments.run, arguments.data))
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
+    _check_output("--json", arguments.json)
+    _check_output("--html", arguments.html)
     _stage(arguments)
     from trainer.bench.command import run
 

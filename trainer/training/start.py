@@ -9,7 +9,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -138,22 +137,16 @@ def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> N
         RunError: it is.
     """
     refuse_held(run)
-    folder = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not folder.is_dir():
-        raise RunError(f"--run {run} cannot be written: {folder} is not a folder")
-    for place in (folder, run / checkpoint.CHECKPOINTS_NAME):
-        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
-            raise RunError(f"--run {run} cannot be written: {place} {_why(place)}")
+    for place in (run, run / checkpoint.CHECKPOINTS_NAME):
+        if why := run_folder.why_not_writable(place):
+            raise RunError(f"--run {run} cannot be written: {why}")
+    folder = next(place for place in (run, *run.absolute().parents) if run_folder.is_folder(place))
     free = shutil.disk_usage(folder).free + (_size_of(run) if replaces else 0)
     if free < needed_bytes:
         raise RunError(
-            f"--run {run}: {free / 2**20:,.0f} MiB are free there, and its checkpoints need "
-            f"{needed_bytes / 2**20:,.0f} MiB at once: make room, or give a folder on another disk"
+            f"--run {run}: {free / 2**20:,.1f} MiB are free there, and its checkpoints need "
+            f"{needed_bytes / 2**20:,.1f} MiB at once: make room, or give a folder on another disk"
         )
-
-
-def _why(folder: Path) -> str:
-    return "is read-only" if os.statvfs(folder).f_flag & os.ST_RDONLY else "belongs to another user"
 
 
 def _size_of(run: Path) -> int:
@@ -235,6 +228,7 @@ def commit_start(run: Path) -> None:
                 (run / name).parent.mkdir(exist_ok=True)
                 (folder / name).replace(run / name)
         (run / run_folder.RESULT_NAME).unlink(missing_ok=True)
+        run_folder.sweep(run)
         shutil.rmtree(folder)
     except OSError as error:
         raise RunError(f"{run} cannot be written: {error.strerror or error}") from None
