@@ -1,4 +1,4 @@
-"""``python -m tests.helpers.held STAGE train ...``: the trainer, which stops itself (SIGSTOP) once, at a stage of its work.
+"""``python -m tests.helpers.held STAGE train ...``: the trainer, which stops itself (SIGSTOP) once, at a stage.
 
 Who started it sees a process that is stopped, does to it or to its disk whatever it likes, and lets it go on (SIGCONT):
 no test has to hit a moment. Of two processes the first tower stops; the other one soon waits for it.
