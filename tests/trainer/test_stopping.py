@@ -25,11 +25,9 @@ def test_before_the_first_step(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line that names the signal, 128 + its number; a command that does not train says what it leaves."""
-    stopping.raise_on_stop()
-    for name, words in (
-        ("train", "before the first step; nothing was lost"),
-        ("report", ": nothing half-done is left"),
-    ):
+    left = {"train": "before the first step; nothing was lost", "report": ": nothing half-done is left"}
+    for name, words in left.items():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stopping.raise_on_stop()
         monkeypatch.setattr(__main__, f"_{name}", lambda arguments: signal.raise_signal(number))
         monkeypatch.setitem(__main__.HANDLERS, name, getattr(__main__, f"_{name}"))

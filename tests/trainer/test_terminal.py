@@ -74,8 +74,8 @@ def test_a_reader_that_is_slow_and_does_not_block() -> None:
 def test_descriptors_that_were_closed_from_the_start(tmp_path: Path) -> None:
     """``>&- 2>&-``: a file that is opened afterwards must not get what is printed."""
     program = (
-        "import os, sys; from trainer import terminal; terminal.protect()\n"
-        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('to nobody'); os.write(1, b'nor this'); sys.stdout.flush()\n"
+        "import os; from trainer import terminal; terminal.protect()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('to nobody', flush=True); os.write(1, b'nor this')\n"
         "file.write(str(file.fileno()))"
     )
     words = ["bash", "-c", 'exec "$0" -c "$1" >&- 2>&- <&-', sys.executable, program]
