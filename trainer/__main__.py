@@ -29,8 +29,11 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder
 def run() -> int:
     """Runs the command of this program, in a process of its own: see ``trainer.terminal`` and ``trainer.stopping``."""
     terminal.protect()
-    stopping.raise_on_stop()
-    status = main()
+    try:
+        stopping.raise_on_stop()
+        status = main()
+    except stopping.Stopped as stop:  # already while this program was being read
+        status = _tell(stop)
     stopping.ignore_stops()
     return status
 
@@ -44,12 +47,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
-        stop = error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT)
-        if arguments.command is _train:
-            print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
-        elif arguments.command is not _tower:  # its launcher says it
-            print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
-        return stop.status
+        return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
+
+
+def _tell(stop: stopping.Stopped) -> int:
+    """Says in one line that a command was stopped, and what it leaves; the exit status."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name == "train":
+        print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+    elif name not in ("tower", "bench-tower"):  # whoever started these says it
+        print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+    return stop.status
 
 
 def _delivered(arguments: argparse.Namespace, status: int) -> int:
@@ -70,6 +78,7 @@ def _load(arguments: argparse.Namespace) -> "Config":
 
 def _stage(arguments: argparse.Namespace) -> None:
     """Makes a local folder of a data set at a URL."""
+    arguments.source = arguments.data
     if arguments.data is not None:
         from pipeline.loader.staging import stage
 
@@ -108,10 +117,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check_start(arguments: argparse.Namespace, config: "Config", world: "World | None") -> "Start":
     """Refuses whatever can be refused; writes nothing."""
     from trainer.planning.describe import to_dict
-    from trainer.training import start
+    from trainer.training import run_lock, start
 
     leads = world is None or world.rank == 0
     again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    if leads:  # a run that is under way looks like one that is damaged, or finished
+        run_lock.refuse_held(arguments.run)
     found = start.check_start(
         arguments.run,
         config,
@@ -119,11 +130,13 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
         resume=arguments.resume != "never" or again,
         overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
+        source=arguments.source,
         quiet=not leads,
     )
     if leads and not found.finished:
-        parameters = to_dict(config.model)["parameters"]
-        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        needed_bytes = size_bytes * start.checkpoints_at_once(found)
+        start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     return found
@@ -139,9 +152,10 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)
         options = {name: getattr(arguments, name) for name in resume.OPTIONS}
-        replicas = world.size // 2 if world else arguments.replicas
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
-        prepare_start(start, options | {"replicas": replicas, "skip_list": skip_list})
+        if world:
+            options |= {"processes": 2, "replicas": world.size // 2}
+        prepare_start(start, options | {"skip_list": skip_list})
         status, began = 1, False
         try:
             if world:

@@ -28,7 +28,7 @@ from trainer.training.run_folder import (
     is_begun,
     read_run_config,
 )
-from trainer.training.run_lock import hold_run
+from trainer.training.run_lock import hold_run, refuse_held
 from trainer.training.start import check_writable
 
 FORMAT = "twotower merged weights 1"
@@ -132,6 +132,7 @@ def import_weights(weights: Path, config: Config, run: Path, data: Path | None =
         raise RunError(f"{run} holds a run: give another --run folder")
     if data is not None:
         check_fits(config, read_manifest(data), data, splits=())
+    refuse_held(run)
     check_writable(run, 0)
     net = AlexNet(config.model, seed=config.train.seed)
     try:

@@ -1,4 +1,4 @@
-"""``RUN/dataset/``: what a run keeps of its data set, so that it needs no data set to predict and to be exported.
+"""``RUN/trained_on/``: what a run keeps of its data set, so that it needs no data set to predict and to be exported.
 
 The data set's own manifest (class table, image format, fingerprint) and statistics (what the net's input needs), byte
 for byte, and read by the data set's own readers, which check them.
@@ -41,7 +41,7 @@ def kept_manifest(run: Path) -> Manifest | None:
 
 
 def data_of(run: Path) -> Path:
-    """The folder whose preparation, statistics and classes are the run's: its own ``RUN/dataset``.
+    """The folder whose preparation, statistics and classes are the run's: its own ``RUN/trained_on``.
 
     A run made before runs kept it names a folder that may still be there.
 

@@ -153,14 +153,12 @@ class Trainer:
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
-        except OSError as error:
-            sentence = _blame(error, self.run)
-            raise RunError(sentence) from None
         except Exception as error:
-            sentence = f"{type(error).__name__}: {error}"
+            known = RunError(_blame(error, self.run)) if isinstance(error, OSError) else error
+            sentence = str(known) if known is not error else f"{type(error).__name__}: {error}"
             if self.mesh and not isinstance(error, LostError):
-                self.mesh.failures.ended(self.coord.rank, error)
-            raise
+                self.mesh.failures.ended(self.coord.rank, known)
+            raise known from None
         finally:
             result = self._result(reason, sentence)
             self._close(result)
