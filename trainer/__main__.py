@@ -54,9 +54,9 @@ def _tell(stop: stopping.Stopped) -> int:
     """Says in one line that a command was stopped, and what it leaves; the exit status."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name == "train":
-        print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+        print(f"stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
     elif name not in ("tower", "bench-tower"):  # whoever started these says it
-        print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+        print(f"stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
     return stop.status
 
 
@@ -65,7 +65,8 @@ def _delivered(arguments: argparse.Namespace, status: int) -> int:
     lost = terminal.lost_output()
     if lost is None or terminal.is_gone(lost) or arguments.command in (_train, _tower) or status:
         return status
-    print(f"error: the output cannot be written to stdout: {lost.strerror}", file=sys.stderr)
+    why = f"error: the output cannot be written ({lost.strerror}), but the command has done its work"
+    print(why, file=sys.stderr)
     return 2
 
 

@@ -35,7 +35,7 @@ def test_before_the_first_step(
         assert __main__.main() == 128 + number
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert f"error: stopped by {number.name}" in told
+        assert told.startswith(f"stopped by {number.name}")
         assert words in told
 
 
