@@ -318,6 +318,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         predict.print_error(result)
         if arguments.json:
             predict.print_json(result)
+            if arguments.html is None and terminal.lost_output():
+                break  # nobody reads the rest
     if not arguments.json:
         predict.print_table(results)
     if arguments.html:
