@@ -26,6 +26,8 @@ FLOORS = {
     ),
     "trainer": (
         "errors",
+        "terminal",
+        "stopping",
         "config_toml",
         "config",
         "model",

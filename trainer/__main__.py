@@ -1,36 +1,73 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
 import argparse
+import contextlib
 import json
+import logging
 import os
+import signal
 import sys
 import typing
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from trainer import stopping, terminal
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
+    from trainer.parallel.world import World
     from trainer.training.start import Start
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it does, and says so at length
+
+
+def run() -> int:
+    """Runs the command of this program, in a process of its own: see ``trainer.terminal`` and ``trainer.stopping``."""
+    terminal.protect()
+    try:
+        stopping.raise_on_stop()
+        status = main()
+    except stopping.Stopped as stop:  # already while this program was being read
+        status = _tell(stop)
+    stopping.ignore_stops()
+    return status
 
 
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
     try:
-        return arguments.command(arguments)
+        return _delivered(arguments, arguments.command(arguments))
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
-    except KeyboardInterrupt:
-        print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
-        return 130
+    except (stopping.Stopped, KeyboardInterrupt) as error:
+        return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
+
+
+def _tell(stop: stopping.Stopped) -> int:
+    """Says in one line that a command was stopped, and what it leaves; the exit status."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name == "train":
+        print(f"stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+    elif name not in ("tower", "bench-tower"):  # whoever started these says it
+        print(f"stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+    return stop.status
+
+
+def _delivered(arguments: argparse.Namespace, status: int) -> int:
+    """The status of a command whose output may have been lost: 2 where it is why one calls it, and the disk is full."""
+    lost = terminal.lost_output()
+    if lost is None or terminal.is_gone(lost) or arguments.command in (_train, _tower) or status:
+        return status
+    why = f"error: the output cannot be written ({lost.strerror}), but the command has done its work"
+    print(why, file=sys.stderr)
+    return 2
 
 
 def _load(arguments: argparse.Namespace) -> "Config":
@@ -52,17 +89,19 @@ def _stage(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
+    from trainer.parallel.world import read_world
     from trainer.training import command, run_folder
 
+    world = read_world(arguments.processes)
     command.take_from_run(arguments)
     config = _load(arguments)
-    if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
+    if config.model.towers == 1 and (arguments.processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
-    if arguments.replicas > 1 and arguments.processes == 1:
+    if arguments.replicas > 1 and arguments.processes == 1 and not world:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
-    run_folder.check_replicas(config, _replicas(arguments))
+    run_folder.check_replicas(config, world.size // 2 if world else arguments.replicas)
     _stage(arguments)
-    start = _check_start(arguments, config)
+    start = _check_start(arguments, config, world)
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
@@ -71,18 +110,18 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
-    if os.environ.get("RANK", "0") != "0":
-        return _join_and_train(arguments, config, is_new=start.choice is None)
-    return _hold_and_train(arguments, start, device)
+    if world and world.rank:
+        return _join_and_train(arguments, config, world, is_new=start.choice is None)
+    return _hold_and_train(arguments, start, device, world)
 
 
-def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
+def _check_start(arguments: argparse.Namespace, config: "Config", world: "World | None") -> "Start":
     """Refuses whatever can be refused; writes nothing."""
     from trainer.planning.describe import to_dict
     from trainer.training import run_lock, start
 
-    leads = os.environ.get("RANK", "0") == "0"
-    again = "RANK" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    leads = world is None or world.rank == 0
+    again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
     if leads:  # a run that is under way looks like one that is damaged, or finished
         run_lock.refuse_held(arguments.run)
     found = start.check_start(
@@ -104,7 +143,7 @@ def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
     return found
 
 
-def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) -> int:
+def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, world: "World | None") -> int:
     """Trains in a run that nobody else writes meanwhile."""
     from trainer.parallel import launch
     from trainer.training import command, resume, run_folder, run_lock
@@ -115,13 +154,13 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         command.check_again(start)
         options = {name: getattr(arguments, name) for name in resume.OPTIONS}
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
-        if "RANK" in os.environ:
-            options |= {"processes": 2, "replicas": _replicas(arguments)}
+        if world:
+            options |= {"processes": 2, "replicas": world.size // 2}
         prepare_start(start, options | {"skip_list": skip_list})
         status, began = 1, False
         try:
-            if "RANK" in os.environ:
-                status = _join_and_train(arguments, start.config, is_new=start.choice is None)
+            if world:
+                status = _join_and_train(arguments, start.config, world, is_new=start.choice is None)
             elif arguments.processes == 1:
                 status = _work(arguments, start.config, None, device, is_new=start.choice is None)
             else:
@@ -134,45 +173,34 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
                     profile_steps=arguments.profile,
                     held=(handle,),
                 )
+                stopping.finish()
         finally:
             began = not discard_start(arguments.run)
-        if began and "RANK" not in os.environ and arguments.processes == 2:
+        if began and world is None and arguments.processes == 2:
             run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
-
-
-def _replicas(arguments: argparse.Namespace) -> int:
-    """Pairs of towers: as torchrun started them, or as asked for.
-
-    Raises:
-        PeerError: torchrun started processes that make no pairs.
-    """
-    from trainer.config import check_world
-
-    if "RANK" not in os.environ:
-        return int(arguments.replicas)
-    world = int(os.environ.get("WORLD_SIZE", "2"))
-    check_world(world)
-    return world // 2
 
 
 def _tower(arguments: argparse.Namespace) -> int:
     """One tower of a run that the launcher has opened."""
     from trainer.parallel.launch import die_with_parent
+    from trainer.parallel.world import read_world
     from trainer.training.run_folder import read_run_config
     from trainer.training.start import is_new, pending_config
 
     die_with_parent()
+    world = read_world(None)
+    assert world is not None
     config = pending_config(arguments.run) or read_run_config(arguments.run)
-    return _join_and_train(arguments, config, is_new=is_new(arguments.run))
+    return _join_and_train(arguments, config, world, is_new=is_new(arguments.run))
 
 
-def _join_and_train(arguments: argparse.Namespace, config: "Config", *, is_new: bool) -> int:
-    """Finds the other processes as the environment says, and trains."""
+def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "World", *, is_new: bool) -> int:
+    """Finds the other processes, and trains."""
     from trainer.parallel.launch import choose_device, join_mesh
 
-    device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
-    mesh = join_mesh(device, config.train.peer_timeout_s)
+    device = choose_device(arguments.device, world.local_rank)
+    mesh = join_mesh(world, device, config.train.peer_timeout_s)
     return _work(arguments, config, mesh, device, is_new=is_new)
 
 
@@ -181,22 +209,30 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
     from trainer.training.loop import Trainer
     from trainer.training.resume import resume_command
 
-    trainer = Trainer(
-        config,
-        arguments.data,
-        arguments.run,
-        mesh=mesh,
-        device=device,
-        skip_list=arguments.skip_list,
-        profile_steps=arguments.profile,
-        is_new=is_new,
-    )
-    result = trainer.train()
-    if trainer.leads:
-        print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
-        if result.exit_reason == "stopped":
-            print(f"go on with: {resume_command(arguments.run)}", flush=True)
-    return 0 if result.exit_reason == "finished" else 3
+    terminal.warn_of_loss(f"training goes on; {arguments.run}/metrics.jsonl has every step")
+    stop = stopping.StopRequest()
+    with contextlib.ExitStack() as stack:
+        if mesh:  # one tower must not end while the other already trains: both do at their first step
+            stack.enter_context(stopping.handled_by(stop.note))
+        trainer = Trainer(
+            config,
+            arguments.data,
+            arguments.run,
+            mesh=mesh,
+            device=device,
+            skip_list=arguments.skip_list,
+            profile_steps=arguments.profile,
+            stop=stop,
+            is_new=is_new,
+        )
+        stack.enter_context(stopping.handled_by(stop.note))
+        result = trainer.train()
+        if trainer.leads:
+            print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+            if result.exit_reason == "stopped":
+                print(f"go on with: {resume_command(arguments.run)}", flush=True)
+        stopping.finish()
+        return 0 if result.exit_reason == "finished" else 3
 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> int:
@@ -282,6 +318,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         predict.print_error(result)
         if arguments.json:
             predict.print_json(result)
+            if arguments.html is None and terminal.lost_output():
+                break  # nobody reads the rest
     if not arguments.json:
         predict.print_table(results)
     if arguments.html:
@@ -389,4 +427,4 @@ HANDLERS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

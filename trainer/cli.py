@@ -9,7 +9,8 @@ Handler = Callable[[argparse.Namespace], int]
 EXIT_CODES = (
     "exit codes: 0 done, 2 something to fix (one line says what), "
     "3 stopped by a signal (train), or some images could not be used (predict), "
-    "4 another process of the run was lost (train)"
+    "4 another process of the run was lost (train), "
+    "129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM (train: before its first step)"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
@@ -133,7 +134,11 @@ def _add_train(commands: Commands) -> None:
     _folder(train, "--data", "data set made by python -m pipeline prepare", required=False)
     _folder(train, "--run", "folder for metrics, checkpoints and report", required=False)
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), help="1 (the default): both towers here; 2: one process per tower"
+        "--processes",
+        type=int,
+        choices=(1, 2),
+        help="1: both towers here, whatever the environment says (the default where RANK is not set); "
+        "2: one process per tower",
     )
     train.add_argument(
         "--replicas", type=_positive, metavar="R", help="pairs of towers that share each batch (default: 1)"

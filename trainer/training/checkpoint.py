@@ -145,6 +145,12 @@ def commit(
     return final
 
 
+def rate(folder: Path, top1: float) -> None:
+    """Notes the accuracy of a checkpoint that was saved before it was evaluated."""
+    record = dataclasses.replace(read_record(folder), top1=top1)
+    write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Folders of the checkpoints of a run, oldest first; unchecked, and a damaged one is among them.
 

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from pipeline.manifest import MANIFEST_NAME, Manifest, write_atomic
 from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
+from trainer.training.history import read_past
 from trainer.training.metrics import read_metrics
 from trainer.training.run_lock import LOCK_NAME
 
@@ -48,8 +51,8 @@ class Result:
         top1: share of right images in the last evaluation, 0..1; None without one.
         top5: share with the label among the five likeliest; None without an evaluation.
         num_samples: images evaluated.
-        elapsed_s: wall time of this process, s.
-        images_per_s: median over the steps.
+        elapsed_s: wall time of all parts of the run, s.
+        images_per_s: median over the steps, of all parts.
         processes: processes that held the towers.
         batch_size: images per step.
         ledger: what crossed between the towers in one training step.
@@ -72,6 +75,14 @@ class Result:
 def write_result(run: Path, result: Result) -> None:
     """Writes ``result.json``."""
     write_atomic(run / RESULT_NAME, (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
+
+
+def blame(error: OSError, run: Path) -> str:
+    """What could not be done: a file that is named, and is not the run's, is to blame itself."""
+    named = Path(str(error.filename)) if error.filename else run
+    if run.absolute() in (named.absolute(), *named.absolute().parents):
+        return f"{run} cannot be written: {error.strerror or error}"
+    return f"{named}: {error.strerror or error}"
 
 
 def is_begun(run: Path) -> bool:
@@ -299,24 +310,27 @@ def check_replicas(config: Config, replicas: int) -> None:
 
 def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
     """Writes a ``failed`` result where the towers ended without writing one (killed, for example)."""
-    if status and not (run / RESULT_NAME).exists():
-        rows = [row for row in read_metrics(run) if row["kind"] == "step"]
-        reason = f"the towers ended with status {status}"
-        last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0, "images_per_s": 0.0}
-        write_result(
-            run,
-            Result(
-                "failed",
-                reason,
-                last["step"],
-                last["epoch"],
-                None,
-                None,
-                0,
-                0.0,
-                last["images_per_s"],
-                processes,
-                0,
-                [],
-            ),
-        )
+    if not status or (run / RESULT_NAME).exists():
+        return
+    rows = [row for row in read_metrics(run) if row["kind"] == "step"]
+    last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0}
+    past = read_past(run, last["step"])
+    evaluation = past.evaluations[-1] if past.evaluations else {}
+    result = Result(
+        exit_reason="failed",
+        reason=f"the towers ended with status {status}",
+        step=last["step"],
+        epoch=last["epoch"],
+        top1=evaluation.get("top1"),
+        top5=evaluation.get("top5"),
+        num_samples=evaluation.get("num_samples", 0),
+        elapsed_s=past.elapsed_s,
+        images_per_s=statistics.median(past.images_per_s or (0.0,)),
+        processes=processes,
+        batch_size=read_run_config(run).train.batch_size,
+        ledger=list(past.ledger),
+    )
+    try:
+        write_result(run, result)
+    except OSError as error:  # a full disk does not hide why the towers ended
+        print(f"warning: {blame(error, run)}", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
 from trainer.training import checkpoint, run_folder
 from trainer.training.checkpoint import Choice
+from trainer.training.history import read_elapsed_s
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
@@ -197,7 +198,8 @@ def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
     if not before:
         return now
     changed = {change.name: [change.before, change.after] for change in start.changes}
-    return before | {"resumed": [*before.get("resumed", []), now | {"step": start.step, "changed": changed}]}
+    now |= {"step": start.step, "elapsed_s": read_elapsed_s(start.run), "changed": changed}
+    return before | {"resumed": [*before.get("resumed", []), now]}
 
 
 def pending_config(run: Path) -> Config | None:

@@ -45,7 +45,8 @@ class TensorBoardWriter:
                 values.append(Summary.Value(tag=f"{kind}/{key}", simple_value=value))
             elif isinstance(value, dict):
                 values += [Summary.Value(tag=f"{kind}/{key}_{name}", simple_value=each) for name, each in value.items()]
-        self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
+        if values:
+            self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
