@@ -1,13 +1,14 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from cluster import commands
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, printable
 from cluster.local import default_folder
 from cluster.training import ray_train
 
@@ -52,7 +53,9 @@ def _example(*lines: str) -> str:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    where = "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)"
+    where = (
+        "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 here); RAY_ADDRESS is not asked"
+    )
     parser.add_argument("--address", metavar="URL", help=where)
 
 
@@ -108,16 +111,30 @@ def _add_job_commands(add: Add) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 after an error that the user can mend."""
+    _open_closed_streams()
     parsed = _parser().parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
+        code = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return code
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still unwritten would be tried again at the end
+        if isinstance(error, BrokenPipeError):
+            return 141
+        place = error.filename or "stdout"
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves Python without a stream; what is written to it is then for nobody."""
+    sys.stdout = sys.stdout or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
 
 
 if __name__ == "__main__":

@@ -30,14 +30,18 @@ class Commands:
         """Adds a command; ``example`` stands at the end of its help."""
         description = summary[0].upper() + summary[1:] + "."
         parser = self._subparsers.add_parser(
-            name, help=summary, description=description, epilog=f"example: python -m trainer {example}"
+            name,
+            help=summary,
+            description=description,
+            epilog=f"example: python -m trainer {example}",
+            allow_abbrev=False,
         )
         parser.set_defaults(command=self._handlers[name])
         return parser
 
     def add_hidden(self, name: str) -> argparse.ArgumentParser:
         """Adds the launcher's own command, which no help lists."""
-        parser = self._subparsers.add_parser(name)
+        parser = self._subparsers.add_parser(name, allow_abbrev=False)
         parser.set_defaults(command=self._handlers[name])
         return parser
 

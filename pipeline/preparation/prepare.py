@@ -4,6 +4,7 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -114,6 +115,9 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
     """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
     if not missing:
         return 0.0
+    # Read when Ray is imported. Without it Ray takes 127.0.0.1 for the machine's outer address: a Ray of our own would
+    # listen on every interface, and one that listens on loopback (`python -m cluster up --local`) would not be found.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,

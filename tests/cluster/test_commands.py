@@ -24,7 +24,9 @@ from cluster.doctor import check_cluster
 from cluster.errors import ClusterError, last_line
 from cluster.host_checks import check_token
 from cluster.jobs import client, submission
-from cluster.jobs.client import Client, dashboard_address, ensure_token, mode_too_wide, read_token
+from cluster.jobs.addresses import dashboard_address
+from cluster.jobs.auth_token import ensure_token, mode_too_wide, read_token
+from cluster.jobs.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -58,7 +60,7 @@ REFUSED = (
     ["submit"],
     ["submit", "--replicas", "3:2", "--", "true"],
     ["submit", "--every-node", "--towers", "2", "--", "true"],
-    ["submit", "--address", "http://10.0.0.7:1", "--", "prepare", "--output", "x"],
+    ["submit", "--address", "http://10.0.0.7:1", "--", "python", "-m", "pipeline", "prepare", "--output", "x"],
     ["submit", "--address", NOBODY, "--", "true"],
     ["status", "--address", "ray://host:10001"],
 )
