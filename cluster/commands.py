@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster import local
 from cluster.doctor import OLDEST_SAFE_RAY, examine, release
-from cluster.errors import ClusterError, printable
+from cluster.errors import ClusterError, last_line, printable
 from cluster.jobs import submission
 from cluster.jobs.addresses import dashboard_address, is_loopback
 from cluster.jobs.auth_token import ensure_token
@@ -223,6 +223,8 @@ def logs(arguments: argparse.Namespace) -> int:
         text = client.log(job_id, job.get("driver_node_id"))
     except ServerError:  # it has a node, and no file there yet
         text = client.log(job_id, None)
+    if not text and not job.get("driver_node_id"):
+        _say(f"job {printable(job_id)} has written nothing: {printable(last_line(job.get('message') or ''))}")
     sys.stdout.buffer.write(text)
     return 0
 

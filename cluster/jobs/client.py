@@ -139,7 +139,7 @@ class Client:
     def jobs(self) -> list[dict[str, Any]]:
         """All submitted jobs, oldest first."""
         record = self.read("/api/jobs/")
-        if not isinstance(record, list):
+        if not isinstance(record, list) or not all(isinstance(job, dict) for job in record):
             raise self._no_ray()
         jobs = [job for job in record if job.get("submission_id")]
         return sorted(jobs, key=lambda job: job.get("start_time") or 0)

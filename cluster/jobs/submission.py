@@ -172,8 +172,12 @@ def ending(client: Client, job: dict[str, Any]) -> Ending:
         return Ending("stopped", 137, "by force: it did not end in time after SIGTERM" if ours else "by Ray")
     if code is not None and (code < 0 or code > 128):
         return Ending("killed", shell_code(code), "together with its wrapper" if ours else "")
+    if code and not ours:  # Ray's message says no more, and repeats the log
+        return Ending("failed", code)
     message = (job.get("message") or "").strip() or "no reason given"
-    return Ending("failed" if code else "lost", code or EXIT_LOST, printable(message.splitlines()[0][:300]))
+    never_began = message.startswith("runtime_env setup failed")
+    outcome = "failed" if code or never_began else "lost"
+    return Ending(outcome, code or EXIT_LOST, printable(message.splitlines()[0][:300]))
 
 
 def command_line(job: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ OURS, PLAIN = "exec python -m cluster.jobs.entry -- python -m pipeline prepare",
         (PLAIN, {"status": "SUCCEEDED", "driver_exit_code": None}, "succeeded: exit code 0"),
         (PLAIN, {"status": "STOPPED"}, "stopped by Ray: exit code 137"),
         (PLAIN, {"status": "FAILED", "driver_exit_code": 137}, "killed: exit code 137"),
-        (PLAIN, {"status": "FAILED", "driver_exit_code": 7, "message": "why\nmore"}, "failed why: exit code 7"),
+        (PLAIN, {"status": "FAILED", "driver_exit_code": 7, "message": "why\nmore"}, "failed: exit code 7"),
     ],
 )
 def test_ending_without_a_result_file(entrypoint, job, end):
