@@ -1,11 +1,13 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
 import argparse
+import difflib
 import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from cluster import commands
 from cluster.errors import ClusterError, printable
@@ -13,17 +15,41 @@ from cluster.local import default_folder
 from cluster.training import ray_train
 
 Add = Callable[..., argparse.ArgumentParser]
+EXIT_CODES = (
+    "exit codes: of submit and logs --follow the command's own; 0 done, 1 a bug of ours, 2 something to fix (one line "
+    "says what), 70 a job ended without telling how, 127 its program is not there, 128 + N ended by signal N; those of "
+    "all commands are in docs/commands.md"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations; what is wrong is one line on stderr, and exit code 2."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), action.choices, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(action.choices)}"
+            self.error(f"unknown command {value!r}: {advice}")
+        super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cluster",
         description="Run the project's commands as Ray jobs: on this machine, a `ray up` cluster, KubeRay or Slurm.",
         epilog=_example(
             "python -m cluster up --local",
             "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits",
             "python -m cluster down",
-        ),
+        )
+        + f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -10,20 +10,23 @@ import os
 import signal
 import sys
 
+from pipeline.command_line import Parser
 from pipeline.errors import PipelineError
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
-EXIT_CODES = "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 130 and 143 stopped"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 some images could not be used "
+    "(prepare), 128 + N ended by signal N; those of all commands are in docs/commands.md"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m pipeline",
         description="Prepare data sets once (Ray), read them with DALI.",
         epilog=f"example: python -m pipeline prepare --source digits --output data/digits\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -44,7 +47,7 @@ def main() -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

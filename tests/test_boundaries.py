@@ -12,6 +12,8 @@ PACKAGES = ("pipeline", "trainer", "cluster")
 FLOORS = {
     "pipeline": (
         "errors",
+        "command_line",
+        "raw_images",
         "files",
         "progress",
         "config",
@@ -33,11 +35,12 @@ FLOORS = {
         "report",
         "inference",
         "bench",
+        "guesses",
         "cli",
     ),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
-SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
+SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "command_line")  # by the trainer
 # Who may know of what, as prefixes of modules.
 KNOW = {
     "torch.distributed": (

@@ -30,6 +30,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _load(arguments: argparse.Namespace) -> "Config":
@@ -54,6 +57,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.errors import RecipeError
     from trainer.training import run_folder
 
+    _go_on_after_restart(arguments)
     config = _load(arguments)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
@@ -86,6 +90,13 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
+
+
+def _go_on_after_restart(arguments: argparse.Namespace) -> None:
+    """A command that ``torchrun --max-restarts`` or Slurm's ``--requeue`` gives again wipes nothing, but goes on."""
+    restarts = (os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT"))
+    if any(count not in (None, "", "0") for count in restarts):
+        arguments.overwrite, arguments.resume = False, "auto"
 
 
 def _replicas(arguments: argparse.Namespace) -> int:

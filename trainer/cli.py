@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from trainer.guesses import TrainerParser
+
 Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
-    "exit codes: 0 done, 2 something to fix (one line says what), "
-    "3 stopped by a signal (train), or some images could not be used (predict), "
-    "4 another process of the run was lost (train)"
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 stopped by a signal, and saved "
+    "(train), or some images could not be used (predict), 4 another process of the run was lost (train), "
+    "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
@@ -34,21 +36,20 @@ class Commands:
             help=summary,
             description=description,
             epilog=f"example: python -m trainer {example}",
-            allow_abbrev=False,
         )
         parser.set_defaults(command=self._handlers[name])
         return parser
 
     def add_hidden(self, name: str) -> argparse.ArgumentParser:
         """Adds the launcher's own command, which no help lists."""
-        parser = self._subparsers.add_parser(name, allow_abbrev=False)
+        parser = self._subparsers.add_parser(name)
         parser.set_defaults(command=self._handlers[name])
         return parser
 
 
 def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = TrainerParser(
         prog="python -m trainer",
         description="Train the two-tower AlexNet of 2012, one process per tower, and look at what came of it.",
         epilog=f"example: {TRAIN_EXAMPLE}\n{EXIT_CODES}",
@@ -76,15 +77,17 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return int(text)
 
 
 def _positive_number(text: str) -> float:
     """A number above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return number

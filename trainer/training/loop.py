@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import platform
 import signal
 import statistics
 import sys
@@ -15,12 +16,12 @@ import torch
 from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.manifest import read_manifest
-from trainer.config import Config
+from trainer.config import Config, to_toml
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
-from trainer.parallel.status import GlobalStatus, LocalStatus, all_reduce_status, check_consistency
+from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_reduce_status, check_consistency
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.evaluate import Evaluation, evaluate_net
@@ -122,14 +123,14 @@ class Trainer:
 
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
-        fingerprints = {
-            "recipe": self.config.fingerprint,
-            "data set": read_manifest(self.data).fingerprint,
-            "torch version": torch.__version__,
-            "step to start from": self.step,
-            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": kernels.describe(self.device),
+        facts = {
+            "the recipe": Fact(tuple(to_toml(self.config).splitlines())),
+            "the data set": Fact(read_manifest(self.data).fingerprint, shown=f"{self.data} on {platform.node()}"),
+            "torch version": Fact(torch.__version__),
+            "step to start from": Fact(self.step),
+            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
-        check_consistency(self.mesh, fingerprints)
+        check_consistency(self.mesh, facts)
 
     def request_stop(self, number: int, _frame: object = None) -> None:
         """Signal handler: finish the step, save, end."""
