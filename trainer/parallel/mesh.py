@@ -8,6 +8,7 @@ crossings), to the same tower in all other replicas (:class:`Replicas`: gradient
 import contextlib
 import dataclasses
 import datetime
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -198,6 +199,8 @@ def connect(timeout_s: float, backend: str) -> Mesh:
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         check_world(world)
+        # torchrun's store outlives its --max-restarts: what the start before wrote there is not for this one.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
