@@ -1,28 +1,55 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
 import argparse
+import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from cluster import commands
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, printable
 from cluster.local import default_folder
 from cluster.training import ray_train
 
 Add = Callable[..., argparse.ArgumentParser]
+EXIT_CODES = (
+    "exit codes: of submit and logs --follow the command's own; 0 done, 1 a bug of ours, 2 something to fix (one line "
+    "says what), 70 a job ended without telling how, 127 its program is not there, 128 + N ended by signal N; those of "
+    "all commands are in docs/commands.md"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations; what is wrong is one line on stderr, and exit code 2."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), action.choices, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(action.choices)}"
+            self.error(f"unknown command {value!r}: {advice}")
+        super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cluster",
         description="Run the project's commands as Ray jobs: on this machine, a `ray up` cluster, KubeRay or Slurm.",
         epilog=_example(
             "python -m cluster up --local",
             "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits",
             "python -m cluster down",
-        ),
+        )
+        + f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -52,7 +79,9 @@ def _example(*lines: str) -> str:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    where = "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)"
+    where = (
+        "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 here); RAY_ADDRESS is not asked"
+    )
     parser.add_argument("--address", metavar="URL", help=where)
 
 
@@ -108,16 +137,30 @@ def _add_job_commands(add: Add) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 after an error that the user can mend."""
+    _open_closed_streams()
     parsed = _parser().parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
+        code = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return code
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still unwritten would be tried again at the end
+        if isinstance(error, BrokenPipeError):
+            return 141
+        place = error.filename or "stdout"
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves Python without a stream; what is written to it is then for nobody."""
+    sys.stdout = sys.stdout or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
 
 
 if __name__ == "__main__":

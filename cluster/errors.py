@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and text of others made fit for one line."""
 
 
 class ClusterError(Exception):
@@ -12,3 +12,8 @@ def last_line(text: str, nothing: str = "no reason given") -> str:
     """
     lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
     return lines[-1][:300] if lines else nothing
+
+
+def printable(text: str) -> str:
+    """`text` with its line breaks and control characters as escapes: no name or answer of others moves the cursor."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)

@@ -14,24 +14,24 @@ import importlib
 import io
 import sys
 
+from pipeline.command_line import Parser
 from pipeline.errors import PipelineError, one_line
 from pipeline.preparation import faults
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (
-    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 129, 130 and 143 stopped by a\n"
-    "hang-up, Ctrl-C and SIGTERM; a reader of the output who has gone (| head) costs lines, never work"
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 some images could not be used "
+    "(prepare), 128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m pipeline",
         description="Prepare data sets once (Ray), read them with DALI.",
         epilog=f"example: python -m pipeline prepare --source digits --output data/digits\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

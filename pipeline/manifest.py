@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline import raw_images
 from pipeline.errors import DatasetError, FormatError, one_line
 
 FORMAT = 2  # 2: num_found, passed_over, dropped_splits
@@ -285,6 +286,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return from_json((folder / MANIFEST_NAME).read_bytes())
     except FileNotFoundError:
+        if advice := "" if (folder / ".work").exists() else raw_images.advice(folder):
+            raise DatasetError(f"{folder} is no prepared data set: {advice}") from None
         raise DatasetError(
             f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again"
         ) from None

@@ -14,6 +14,8 @@ FLOORS = {
         "errors",
         "signals",
         "locks",
+        "command_line",
+        "raw_images",
         "files",
         "progress",
         "config",
@@ -37,11 +39,12 @@ FLOORS = {
         "report",
         "inference",
         "bench",
+        "guesses",
         "cli",
     ),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
-SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "locks")  # by the trainer
+SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "command_line", "locks")  # by the trainer
 # Who may know of what, as prefixes of modules.
 KNOW = {
     "torch.distributed": (

@@ -93,6 +93,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.training import command, run_folder
 
     world = read_world(arguments.processes)
+    _go_on_after_restart(arguments, world)
     command.take_from_run(arguments)
     config = _load(arguments)
     if config.model.towers == 1 and (arguments.processes == 2 or world):
@@ -121,15 +122,14 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
     from trainer.training import run_lock, start
 
     leads = world is None or world.rank == 0
-    again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
     if leads:  # a run that is under way looks like one that is damaged, or finished
         run_lock.refuse_held(arguments.run)
     found = start.check_start(
         arguments.run,
         config,
         arguments.data,
-        resume=arguments.resume != "never" or again,
-        overwrite=arguments.overwrite and not again,
+        resume=arguments.resume != "never",
+        overwrite=arguments.overwrite,
         skip_list=arguments.skip_list,
         source=arguments.source,
         quiet=not leads,
@@ -179,6 +179,13 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
         if began and world is None and arguments.processes == 2:
             run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
+
+
+def _go_on_after_restart(arguments: argparse.Namespace, world: "World | None") -> None:
+    """A command that ``torchrun --max-restarts`` or Slurm's ``--requeue`` gives again wipes nothing, but goes on."""
+    torchrun = os.environ.get("TORCHELASTIC_RESTART_COUNT") if world else None  # else it was left in the shell
+    if any(count not in (None, "", "0") for count in (torchrun, os.environ.get("SLURM_RESTART_COUNT"))):
+        arguments.overwrite, arguments.resume = False, "auto"
 
 
 def _tower(arguments: argparse.Namespace) -> int:

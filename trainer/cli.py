@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from trainer.guesses import TrainerParser
+
 Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
-    "exit codes: 0 done, 2 something to fix (one line says what), "
-    "3 stopped by a signal (train), or some images could not be used (predict), "
-    "4 another process of the run was lost (train), "
-    "129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM (train: before its first step)"
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 stopped by a signal, and saved "
+    "(train), or some images could not be used (predict), 4 another process of the run was lost (train), "
+    "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
@@ -31,7 +32,10 @@ class Commands:
         """Adds a command; ``example`` stands at the end of its help."""
         description = summary[0].upper() + summary[1:] + "."
         parser = self._subparsers.add_parser(
-            name, help=summary, description=description, epilog=f"example: python -m trainer {example}"
+            name,
+            help=summary,
+            description=description,
+            epilog=f"example: python -m trainer {example}",
         )
         parser.set_defaults(command=self._handlers[name])
         return parser
@@ -45,7 +49,7 @@ class Commands:
 
 def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = TrainerParser(
         prog="python -m trainer",
         description="Train the two-tower AlexNet of 2012, one process per tower, and look at what came of it.",
         epilog=f"example: {TRAIN_EXAMPLE}\n{EXIT_CODES}",
@@ -73,15 +77,17 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return int(text)
 
 
 def _positive_number(text: str) -> float:
     """A number above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return number

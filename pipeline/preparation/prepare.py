@@ -133,6 +133,9 @@ def _build(
     start_s = time.time()  # the clock that workers share, give or take what their nodes differ
     began_s = math.inf
     os.environ.update(BEFORE_RAY)
+    # Read when Ray is imported. Without it Ray takes 127.0.0.1 for the machine's outer address: a Ray of our own would
+    # listen on every interface, and one that listens on loopback (`python -m cluster up --local`) would not be found.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,

@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from cluster import local
+from cluster.jobs import loopback_node
 from cluster.training.pair import latest_step
 from tests.helpers.digits_jobs import (
     PREPARE,
@@ -276,7 +277,7 @@ def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_pat
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
     drain += ["--node-id", node_id_of(node), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     drain += ["--reason-message", "a test", "--deadline-remaining-seconds", "120"]
-    environment = {**machine.environment, "RAY_AUTH_MODE": "token"}
+    environment = {**machine.environment, "RAY_AUTH_MODE": "token", loopback_node.STAY_ON_LOOPBACK: "0"}
     subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=120)
     wait_until(lambda: "this node is going away: saving" in machine.run("logs", job).stdout, "the notice")
     release(towers.values())

@@ -200,6 +200,8 @@ def connect(timeout_s: float, backend: str) -> Mesh:
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         check_world(world)
+        # torchrun's store outlives its --max-restarts: what the start before wrote there is not for this one.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import platform
 import statistics
 import sys
 import time
@@ -14,12 +15,12 @@ import torch
 from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.manifest import read_manifest
-from trainer.config import Config
+from trainer.config import Config, to_toml
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
-from trainer.parallel.status import GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
+from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
 from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
@@ -128,14 +129,14 @@ class Trainer:
 
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
-        fingerprints = {
-            "recipe": self.config.fingerprint,
-            "data set": read_manifest(self.data).fingerprint,
-            "torch version": torch.__version__,
-            "step to start from": self.step,
-            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": kernels.describe(self.device),
+        facts = {
+            "the recipe": Fact(tuple(to_toml(self.config).splitlines())),
+            "the data set": Fact(read_manifest(self.data).fingerprint, shown=f"{self.data} on {platform.node()}"),
+            "torch version": Fact(torch.__version__),
+            "step to start from": Fact(self.step),
+            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
-        check_consistency(self.mesh, fingerprints)
+        check_consistency(self.mesh, facts)
 
     def train(self) -> Result:
         """Trains to the end, to a signal, or to an error; writes result.json in every case.
