@@ -1,6 +1,7 @@
 """docs/commands.md has one table of exit codes; all three packages keep to it."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from trainer import cli
 from trainer.errors import LostError, TrainerError
 
 ROOT = Path(__file__).resolve().parents[1]
+STOPS = {signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 TABLE = dict(re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE))
 
 
 def test_every_code_of_ours_is_in_the_table():
     named = {
         prepare.LEFT_OUT: "left out images",
-        prepare.STOPPED_INT: "Ctrl-C",
-        prepare.STOPPED_TERM: "SIGTERM",
+        **{128 + number: words for number, words in STOPS.items()},
         TrainerError.status: "something to fix",
         LostError.status: "another process of the run was lost",
         pair.LOST: "another process of the run was lost",
@@ -49,9 +50,10 @@ def run(package: str, error: BaseException, monkeypatch, capsys) -> tuple[int, s
     def fail(*_):
         raise error
 
-    for name in ("dup2", "open"):
-        monkeypatch.setattr(f"os.{name}", lambda *_: 1)  # our own stdout is pytest's
-    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    if isinstance(error, BrokenPipeError):
+        for name in ("dup2", "open"):
+            monkeypatch.setattr(f"os.{name}", lambda *_: 1)  # our own stdout is pytest's
+        monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
     if package == "trainer":
         monkeypatch.setitem(trainer_main.HANDLERS, "describe", fail)
         monkeypatch.setattr(sys, "argv", ["trainer", "describe"])
@@ -75,10 +77,19 @@ ERRORS = {"trainer": TrainerError, "pipeline": PipelineError, "cluster": Cluster
 def test_the_same_end_has_the_same_code(package, monkeypatch, capsys):
     code, said = run(package, ERRORS[package]("mend it"), monkeypatch, capsys)
     assert (code, said) == (2, "error: mend it\n") and "something to fix" in TABLE["2"]
-    assert run(package, KeyboardInterrupt(), monkeypatch, capsys)[0] == 130
-    assert run(package, BrokenPipeError(), monkeypatch, capsys) == (141, "")
     with pytest.raises(ZeroDivisionError):  # a bug of ours: Python's own 1
         run(package, ZeroDivisionError(), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("package", ["trainer", "cluster"])
+def test_ctrl_c_is_130(package, monkeypatch, capsys):
+    """Of pipeline the signal itself decides: tests/pipeline/test_signals.py."""
+    assert run(package, KeyboardInterrupt(), monkeypatch, capsys)[0] == 130
+
+
+def test_a_job_whose_log_nobody_reads_is_141(monkeypatch, capsys):
+    """Elsewhere output that nobody reads is dropped."""
+    assert run("cluster", BrokenPipeError(), monkeypatch, capsys) == (141, "") and "nobody reads" in TABLE["141"]
 
 
 @pytest.mark.parametrize("package", ERRORS)
