@@ -252,16 +252,15 @@ def _scan_local(folder: Path) -> Iterator[Entry]:
         for entry in entries:
             try:
                 if entry.is_file():
-                    found = Entry(entry.name, "file", entry.stat().st_size)
+                    yield Entry(entry.name, "file", entry.stat().st_size)
                 elif entry.is_dir():
-                    found = Entry(entry.name, "directory", 0, entry.is_symlink())
+                    yield Entry(entry.name, "directory", 0, entry.is_symlink())
                 else:
-                    found = Entry(entry.name, _kind(entry.stat().st_mode), 0)
+                    yield Entry(entry.name, _kind(entry.stat().st_mode), 0)
             except PermissionError:
-                found = Entry(entry.name, "unreadable", 0)
+                yield Entry(entry.name, "unreadable", 0)
             except OSError:  # a link to nothing, to itself, or through a file
-                found = Entry(entry.name, "link", 0)
-            yield found
+                yield Entry(entry.name, "link", 0)
 
 
 def _kind(mode: int) -> str:

@@ -15,7 +15,8 @@ BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 
 def has_picture_name(name: str) -> bool:
     """Tells whether the extension is that of pictures, in any case."""
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
+    _, dot, extension = name.rpartition(".")
+    return extension.lower() in EXTENSIONS and dot == "."
 
 
 def has_picture_head(head: bytes) -> bool:

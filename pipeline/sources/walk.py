@@ -128,16 +128,13 @@ class Walker:
         for path, files in self.below(folder, split):
             yield from self.pictures_of(path, files, split)
 
-    def pictures_of(self, folder: str, files: list[Entry], split: str = "") -> Iterator[tuple[str, int]]:
+    def pictures_of(self, folder: str, files: list[Entry], split: str = "") -> list[tuple[str, int]]:
         """Path and size of the pictures among the files of one folder; the others are counted."""
-        prefix, unclear = f"{folder}/" if folder else "", []
-        for entry in files:
-            if has_picture_name(entry.name):
-                yield prefix + entry.name, entry.size
-            else:
-                unclear.append(entry)
-        if unclear:
-            yield from self._by_content(prefix, unclear, split)
+        prefix = f"{folder}/" if folder else ""
+        found = [(prefix + entry.name, entry.size) for entry in files if has_picture_name(entry.name)]
+        if len(found) < len(files):
+            found += self._by_content(prefix, [entry for entry in files if not has_picture_name(entry.name)], split)
+        return found
 
     def has_picture(self, folder: str) -> bool:
         """Tells whether a picture is anywhere from ``folder`` down, looking no further than the first."""
