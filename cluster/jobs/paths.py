@@ -35,15 +35,15 @@ OPTIONS = {
         "--svg:path",
         "report": "--run:path --data:data",
         "export": "--run:path --checkpoint --data:data --output:path",
-        "import": "--weights:path --config:recipe --set --run:path",
+        "import": "--weights:path --config:recipe --set --run:path --data:data",
         "bench": "--config:recipe --set --data:data --processes --device --seconds --batch-sizes --json:path "
         "--html:path --project --tower-link --replica-link --read:path+ --compare:path2",
         "bench-tower": "--job:path",
     },
     "pipeline": {
-        "prepare": "--source --input:data --output:data --seed --shard-size --val-fraction --resize --encoding "
-        "--quality --filter --label-order --on-error --max-errors --max-pixels --max-bytes --workers --splits --limit "
-        "--address",
+        "prepare": "--source --input:data --labels:data --output:data --seed --shard-size --val-fraction --resize "
+        "--encoding --quality --filter --label-order --on-error --max-errors --max-pixels --max-bytes --workers "
+        "--splits --limit --address",
         "verify": "folder:path",
         "status": "folder:path",
         "inspect": "folder:path --split --sheet:path --images --sample --image:path",

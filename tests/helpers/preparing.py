@@ -91,7 +91,7 @@ def prepare_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         return main()
 
 
-def _build_here(request: Request, missing: list[ShardPlan], recorded: object = None) -> float:
+def _build_here(request: Request, missing: list[ShardPlan], recorded: object = None) -> tuple[float, float]:
     job = ShardJob(
         output=request.options.output.absolute(),
         source=request.source,
@@ -102,4 +102,4 @@ def _build_here(request: Request, missing: list[ShardPlan], recorded: object = N
     for shard in missing:
         items = request.listing.splits[shard.split].items(shard.rows)
         build_shard(job, ShardTask(shard.name, shard.split, shard.start, items))
-    return 0.0
+    return 0.0, 0.0

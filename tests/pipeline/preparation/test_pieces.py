@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ImageError, OutputError
+from pipeline.errors import OutputError
 from pipeline.preparation import pieces
 from pipeline.preparation.pieces import build_piece, cut, join_pieces, num_pieces, remove_pieces
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
@@ -49,7 +49,7 @@ def test_joining_again_after_a_kill_needs_the_pieces_and_has_them(tmp_path: Path
 def test_a_piece_keeps_its_error_and_leaves_nothing(tmp_path: Path) -> None:
     job = make_job(tmp_path, MemorySource(0))
     strict = ShardJob(job.output, job.source, job.image, job.class_names, fail_on_error=True)
-    with pytest.raises(ImageError, match="not an image"):
+    with pytest.raises(SourceError, match="not an image"):
         build_piece(strict, make_tasks(1, 1)[0])
     assert list((tmp_path / ".work" / "tmp").iterdir()) == []
 
