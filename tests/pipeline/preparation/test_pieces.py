@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import SourceError
+from pipeline.errors import OutputError, SourceError
 from pipeline.preparation import pieces
 from pipeline.preparation.pieces import build_piece, cut, join_pieces, num_pieces, remove_pieces
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
