@@ -13,8 +13,6 @@ said at the end, with status 2.
 
 import contextlib
 import ctypes
-import errno
-import io
 import os
 import signal
 import sys
@@ -23,7 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+from pipeline import terminal
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LINE = "stopped by {}: nothing half-done is left under a final name; run the same command again to go on"
@@ -55,7 +54,7 @@ def supervise(command: Callable[[], int]) -> int:
         except BaseException as error:  # SystemExit of argparse too
             errors.append(error)
 
-    streams = keep_streams()
+    terminal.protect()
     thread = threading.Thread(target=work, name="command", daemon=True)
     thread.start()
     while thread.is_alive():
@@ -64,8 +63,8 @@ def supervise(command: Callable[[], int]) -> int:
         signal.signal(number, signal.SIG_IGN)
     if errors:
         raise errors[0]
-    lost = next((stream.error for stream in streams if stream.error), None)
-    if lost and not statuses[0]:
+    lost = terminal.lost_output()
+    if lost and not terminal.is_gone(lost) and not statuses[0]:
         print(
             f"error: the output cannot be written ({lost.strerror}), but the command has done its work", file=sys.stderr
         )
@@ -129,37 +128,6 @@ def end_children() -> None:
         except ChildProcessError:
             return  # none is left
         time.sleep(0.005)
-
-
-def keep_streams() -> list["Output"]:
-    """Makes stdout and stderr streams that never fail, and flushes them line by line; missing ones lead nowhere."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # started with >&-: the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-    streams = []
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        old = getattr(sys, name)
-        encoding, errors = (old.encoding, old.errors) if old else ("utf-8", "backslashreplace")
-        streams.append(Output(number, "wb", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(streams[-1]), encoding, errors, line_buffering=True))
-    return streams
-
-
-class Output(io.FileIO):
-    """A stream that takes everything; ``error`` is the first one for which it lost something that was wanted."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Writes, or passes over it."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that was closed
-                self.error = self.error or error
-            return int(memoryview(data).nbytes)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ PACKAGES = ("pipeline", "trainer", "cluster")
 FLOORS = {
     "pipeline": (
         "errors",
+        "terminal",
         "signals",
         "locks",
         "command_line",
@@ -28,7 +29,6 @@ FLOORS = {
     ),
     "trainer": (
         "errors",
-        "terminal",
         "stopping",
         "config_toml",
         "config",
@@ -44,7 +44,7 @@ FLOORS = {
     ),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
-SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "command_line", "locks")  # by the trainer
+SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "command_line", "locks", "terminal")  # by the trainer
 # Who may know of what, as prefixes of modules.
 KNOW = {
     "torch.distributed": (
