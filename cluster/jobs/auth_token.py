@@ -9,8 +9,15 @@ from cluster.errors import ClusterError
 
 
 def token_path() -> Path:
-    """The token file: RAY_AUTH_TOKEN_PATH, else Ray's default ~/.ray/auth_token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    """The token file: RAY_AUTH_TOKEN_PATH, else Ray's default ~/.ray/auth_token.
+
+    Raises:
+        ClusterError: there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    except RuntimeError:
+        raise ClusterError("there is no home folder (HOME is not set): set HOME, or RAY_AUTH_TOKEN_PATH") from None
 
 
 def read_token() -> str | None:

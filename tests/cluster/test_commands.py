@@ -103,6 +103,24 @@ def test_errors_are_one_line_and_exit_2(arguments, words, capsys):
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("submit", "--", "true"), ("status",), ("logs", "x"), ("stop", "x"), ("doctor",), ("up", "--local")],
+    ids=lambda words: words[0],
+)
+def test_without_a_home_folder_it_names_the_variable(words, monkeypatch, tmp_path, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    options = ("--folder", str(tmp_path / "c")) if words[0] == "up" else ("--address", NOBODY)
+    assert main([words[0], *options, *words[1:]]) == 2
+    output = capsys.readouterr()
+    assert "no home folder" in output.out + output.err and "RAY_AUTH_TOKEN_PATH" in output.out + output.err
+    assert not (tmp_path / "c").exists()
+
+
 def test_token_is_made_once_and_for_its_owner_only(token_folder):
     old = os.umask(0o022)
     try:
