@@ -11,7 +11,7 @@ from typing import Any, Self
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
 
-FORMAT = 2  # 1 had other names for the same figures
+FORMAT = 3  # 1 had other names for the same figures, 2 no measured precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,7 @@ class BenchRecord:
     synthetic: Throughput  # training alone, on a batch that is always ready
     end_to_end: Throughput | None  # both together; None where the data were synthetic
     by_threads: dict[int, Throughput] = dataclasses.field(default_factory=dict)  # synthetic, fewer threads per process
+    by_precision: dict[str, Throughput] = dataclasses.field(default_factory=dict)  # synthetic, in another precision
     timeline: tuple[Span, ...] = ()  # one step
     sweep: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by batch size, if asked for
     scaling: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by processes, if asked for
@@ -136,6 +137,11 @@ class BenchRecord:
     def training(self) -> Throughput:
         """End to end where that was measured, else synthetic training."""
         return self.end_to_end or self.synthetic
+
+    def throughputs(self) -> dict[str, Throughput]:
+        """The rates that were measured, by name."""
+        rates = {"loader alone": self.loader, "synthetic training": self.synthetic, "end to end": self.end_to_end}
+        return {name: rate for name, rate in rates.items() if rate}
 
     def stage(self, name: str) -> Stage | None:
         """A stage by name."""
@@ -202,6 +208,7 @@ def from_dict(table: dict[str, Any]) -> BenchRecord:
         synthetic=throughput("synthetic", table["synthetic"]),
         end_to_end=throughput("end_to_end", table["end_to_end"]) if table["end_to_end"] else None,
         by_threads={int(count): throughput("by_threads", row) for count, row in table["by_threads"].items()},
+        by_precision={name: throughput("by_precision", row) for name, row in table["by_precision"].items()},
         timeline=tuple(Span(**row) for row in table["timeline"]),
         sweep={int(size): figure(row) for size, row in table["sweep"].items()},
         scaling={int(count): figure(row) for count, row in table["scaling"].items()},
