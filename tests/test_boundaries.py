@@ -12,6 +12,7 @@ PACKAGES = ("pipeline", "trainer", "cluster")
 FLOORS = {
     "pipeline": (
         "errors",
+        "locks",
         "files",
         "progress",
         "config",
@@ -24,6 +25,8 @@ FLOORS = {
     ),
     "trainer": (
         "errors",
+        "terminal",
+        "stopping",
         "config_toml",
         "config",
         "model",
@@ -37,7 +40,7 @@ FLOORS = {
     ),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
-SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
+SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "locks")  # by the trainer
 # Who may know of what, as prefixes of modules.
 KNOW = {
     "torch.distributed": (
@@ -121,8 +124,8 @@ def test_who_may_know_of_what(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("trainer")])
-def test_the_trainer_sees_four_rooms_of_the_pipeline(name: str) -> None:
-    """The data set's record, batches, and their settings and errors."""
+def test_the_trainer_sees_five_rooms_of_the_pipeline(name: str) -> None:
+    """The data set's record, batches, their settings and errors; and the lock of a folder, one for both."""
     seen = {imported for imported in imported_modules(FILES[name]) if within(imported, ("pipeline",))}
     assert all(within(imported, tuple(f"pipeline.{room}" for room in SEEN_OF_PIPELINE)) for imported in seen), seen
 

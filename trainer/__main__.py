@@ -1,35 +1,64 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
 import argparse
+import contextlib
 import json
+import logging
 import os
+import signal
 import sys
 import typing
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from trainer import stopping, terminal
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
+    from trainer.parallel.world import World
+    from trainer.training.start import Start
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it does, and says so at length
+
+
+def run() -> int:
+    """Runs the command of this program, in a process of its own: see ``trainer.terminal`` and ``trainer.stopping``."""
+    terminal.protect()
+    stopping.raise_on_stop()
+    status = main()
+    stopping.ignore_stops()
+    return status
 
 
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
     try:
-        return arguments.command(arguments)
+        return _delivered(arguments, arguments.command(arguments))
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
-    except KeyboardInterrupt:
-        print("error: interrupted before the first step; nothing was lost", file=sys.stderr)
-        return 130
+    except (stopping.Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT)
+        if arguments.command is _train:
+            print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+        elif arguments.command is not _tower:  # its launcher says it
+            print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+        return stop.status
+
+
+def _delivered(arguments: argparse.Namespace, status: int) -> int:
+    """The status of a command whose output may have been lost: 2 where it is why one calls it, and the disk is full."""
+    lost = terminal.lost_output()
+    if lost is None or terminal.is_gone(lost) or arguments.command in (_train, _tower) or status:
+        return status
+    print(f"error: the output cannot be written to stdout: {lost.strerror}", file=sys.stderr)
+    return 2
 
 
 def _load(arguments: argparse.Namespace) -> "Config":
@@ -48,103 +77,154 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    """Opens the run once, then starts the towers; under torchrun this process is one of them."""
-    from pipeline.loader.open_split import open_split
-    from pipeline.manifest import read_manifest
+    """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
-    from trainer.training import run_folder
+    from trainer.parallel.world import read_world
+    from trainer.training import command, run_folder
 
+    world = read_world(arguments.processes)
+    command.take_from_run(arguments)
     config = _load(arguments)
-    if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
+    if config.model.towers == 1 and (arguments.processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
-    if arguments.replicas > 1 and arguments.processes == 1:
+    if arguments.replicas > 1 and arguments.processes == 1 and not world:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
-    run_folder.check_replicas(config, _replicas(arguments))
+    run_folder.check_replicas(config, world.size // 2 if world else arguments.replicas)
     _stage(arguments)
-    run_folder.check_fits(config, read_manifest(arguments.data), arguments.data)
+    start = _check_start(arguments, config, world)
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
+    if start.finished:
+        print(command.finished_line(start), flush=True)
+        return 0
     if arguments.dry_run:
         return _dry_run(arguments, config, device)
-    if os.environ.get("RANK", "0") == "0":
-        for split in sorted({"train", config.train.evaluate_split}):  # a damaged one is refused before a run is made
-            open_split(arguments.data, split, skip_list=arguments.skip_list if split == "train" else None)
-        resume = arguments.resume == "auto"
-        run_folder.open_run(arguments.run, config, arguments.data, resume=resume, overwrite=arguments.overwrite)
-    if "RANK" in os.environ:
-        return _join_and_train(arguments, config)
-    if arguments.processes == 1:
-        return _work(arguments, config, None, device)
-    status = launch.start_towers(
+    if world and world.rank:
+        return _join_and_train(arguments, config, world, is_new=start.choice is None)
+    return _hold_and_train(arguments, start, device, world)
+
+
+def _check_start(arguments: argparse.Namespace, config: "Config", world: "World | None") -> "Start":
+    """Refuses whatever can be refused; writes nothing."""
+    from trainer.planning.describe import to_dict
+    from trainer.training import start
+
+    leads = world is None or world.rank == 0
+    again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    found = start.check_start(
         arguments.run,
+        config,
         arguments.data,
-        device=arguments.device,
+        resume=arguments.resume != "never" or again,
+        overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
-        replicas=arguments.replicas,
-        profile_steps=arguments.profile,
+        quiet=not leads,
     )
-    run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
+    if leads and not found.finished:
+        parameters = to_dict(config.model)["parameters"]
+        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, world: "World | None") -> int:
+    """Trains in a run that nobody else writes meanwhile."""
+    from trainer.parallel import launch
+    from trainer.training import command, resume, run_folder, run_lock
+    from trainer.training.start import discard_start, prepare_start
+
+    command.confirm(start, yes=arguments.yes)
+    with run_lock.hold_run(arguments.run) as handle:
+        command.check_again(start)
+        options = {name: getattr(arguments, name) for name in resume.OPTIONS}
+        replicas = world.size // 2 if world else arguments.replicas
+        skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
+        prepare_start(start, options | {"replicas": replicas, "skip_list": skip_list})
+        status, began = 1, False
+        try:
+            if world:
+                status = _join_and_train(arguments, start.config, world, is_new=start.choice is None)
+            elif arguments.processes == 1:
+                status = _work(arguments, start.config, None, device, is_new=start.choice is None)
+            else:
+                status = launch.start_towers(
+                    arguments.run,
+                    arguments.data,
+                    device=arguments.device,
+                    skip_list=arguments.skip_list,
+                    replicas=arguments.replicas,
+                    profile_steps=arguments.profile,
+                    held=(handle,),
+                )
+                stopping.finish()
+        finally:
+            began = not discard_start(arguments.run)
+        if began and world is None and arguments.processes == 2:
+            run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
-
-
-def _replicas(arguments: argparse.Namespace) -> int:
-    """Pairs of towers: as torchrun started them, or as asked for.
-
-    Raises:
-        PeerError: torchrun started processes that make no pairs.
-    """
-    from trainer.config import check_world
-
-    if "RANK" not in os.environ:
-        return int(arguments.replicas)
-    world = int(os.environ.get("WORLD_SIZE", "2"))
-    check_world(world)
-    return world // 2
 
 
 def _tower(arguments: argparse.Namespace) -> int:
     """One tower of a run that the launcher has opened."""
     from trainer.parallel.launch import die_with_parent
+    from trainer.parallel.world import read_world
     from trainer.training.run_folder import read_run_config
+    from trainer.training.start import is_new, pending_config
 
     die_with_parent()
-    return _join_and_train(arguments, read_run_config(arguments.run))
+    world = read_world(None)
+    assert world is not None
+    config = pending_config(arguments.run) or read_run_config(arguments.run)
+    return _join_and_train(arguments, config, world, is_new=is_new(arguments.run))
 
 
-def _join_and_train(arguments: argparse.Namespace, config: "Config") -> int:
-    """Finds the other processes as the environment says, and trains."""
+def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "World", *, is_new: bool) -> int:
+    """Finds the other processes, and trains."""
     from trainer.parallel.launch import choose_device, join_mesh
 
-    device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
-    mesh = join_mesh(device, config.train.peer_timeout_s)
-    return _work(arguments, config, mesh, device)
+    device = choose_device(arguments.device, world.local_rank)
+    mesh = join_mesh(world, device, config.train.peer_timeout_s)
+    return _work(arguments, config, mesh, device, is_new=is_new)
 
 
-def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str) -> int:
+def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
     from trainer.training.loop import Trainer
+    from trainer.training.resume import resume_command
 
-    trainer = Trainer(
-        config,
-        arguments.data,
-        arguments.run,
-        mesh=mesh,
-        device=device,
-        skip_list=arguments.skip_list,
-        profile_steps=arguments.profile,
-    )
-    result = trainer.train()
-    if trainer.leads:
-        print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
-    return 0 if result.exit_reason == "finished" else 3
+    terminal.warn_of_loss(f"training goes on; {arguments.run}/metrics.jsonl has every step")
+    stop = stopping.StopRequest()
+    with contextlib.ExitStack() as stack:
+        if mesh:  # one tower must not end while the other already trains: both do at their first step
+            stack.enter_context(stopping.handled_by(stop.note))
+        trainer = Trainer(
+            config,
+            arguments.data,
+            arguments.run,
+            mesh=mesh,
+            device=device,
+            skip_list=arguments.skip_list,
+            profile_steps=arguments.profile,
+            stop=stop,
+            is_new=is_new,
+        )
+        stack.enter_context(stopping.handled_by(stop.note))
+        result = trainer.train()
+        if trainer.leads:
+            print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+            if result.exit_reason == "stopped":
+                print(f"go on with: {resume_command(arguments.run)}", flush=True)
+        stopping.finish()
+        return 0 if result.exit_reason == "finished" else 3
 
 
 def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> int:
     """Says what training would take."""
     from trainer.planning.dry_run import plan_run, print_plan
 
-    run = arguments.run if arguments.resume == "auto" else None
+    run = arguments.run if arguments.resume != "never" else None
     processes, replicas = arguments.processes, arguments.replicas
     plan = plan_run(config, arguments.data, run=run, processes=processes, replicas=replicas, device=device)
     print_plan(plan)
@@ -313,4 +393,4 @@ HANDLERS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

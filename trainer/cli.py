@@ -130,21 +130,32 @@ def _add_train(commands: Commands) -> None:
         "train", "train a recipe on a prepared data set", TRAIN_EXAMPLE.removeprefix("python -m trainer ")
     )
     _recipe_options(train)
-    _folder(train, "--data", "data set made by python -m pipeline prepare")
-    _folder(train, "--run", "folder for metrics, checkpoints and report")
+    _folder(train, "--data", "data set made by python -m pipeline prepare", required=False)
+    _folder(train, "--run", "folder for metrics, checkpoints and report", required=False)
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
+        "--processes",
+        type=int,
+        choices=(1, 2),
+        help="1: both towers here, whatever the environment says (the default where RANK is not set); "
+        "2: one process per tower",
     )
     train.add_argument(
-        "--replicas", type=_positive, default=1, metavar="R", help="pairs of towers that share each batch (default: 1)"
+        "--replicas", type=_positive, metavar="R", help="pairs of towers that share each batch (default: 1)"
     )
     _device_option(train)
     train.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: go on from the newest checkpoint"
+        "--resume",
+        default="never",
+        metavar="RUN|auto|never",
+        help="RUN: go on with that run; recipe, data set and processes are its own, unless given here. auto: go on "
+        "with what is in --run, if anything is (default: never)",
     )
     _skip_option(train)
     _profile_option(train)
-    train.add_argument("--overwrite", action="store_true", help="replace an old run in the folder")
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace an old run in the folder; asks first on a terminal"
+    )
+    train.add_argument("--yes", action="store_true", help="do not ask")
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
     )
@@ -288,3 +299,4 @@ def _add_import(commands: Commands) -> None:
     import_.add_argument("--weights", type=Path, required=True, metavar="FILE", help="FILE.safetensors of export")
     _recipe_options(import_)
     _folder(import_, "--run", "folder to make, with a checkpoint of step 0")
+    _folder(import_, "--data", "data set whose classes and statistics the run keeps, to predict with", required=False)

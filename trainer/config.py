@@ -14,7 +14,13 @@ from trainer.errors import PeerError, RecipeError
 
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+MAY_CHANGE = "may_change"  # in a field's metadata: it may while a run is under way, as it touches no weight
 POST_OPS = ("relu", "tanh", "lrn", "lrn_within_channel", "batch_norm", "maxpool")
+
+
+def _may_change(default: Any) -> Any:
+    """A field with :data:`MAY_CHANGE`; all others are what they were when the run began."""
+    return dataclasses.field(default=default, metadata={MAY_CHANGE: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,19 +276,19 @@ class TrainConfig:
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
 
-    epochs: int = 90
+    epochs: int = _may_change(90)
     batch_size: int = 128
     accumulate: int = 1
     seed: int = 0
-    evaluate_every_epochs: int = 1
-    evaluate_split: str = "val"
-    checkpoint_every_epochs: int = 1
-    checkpoint_every_steps: int = 0
-    keep_checkpoints: int = 2
+    evaluate_every_epochs: int = _may_change(1)
+    evaluate_split: str = _may_change("val")
+    checkpoint_every_epochs: int = _may_change(1)
+    checkpoint_every_steps: int = _may_change(0)
+    keep_checkpoints: int = _may_change(2)
     precision: Literal["fp32", "bf16"] = "fp32"
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
-    threads: int = 0
-    peer_timeout_s: float = 60.0
+    threads: int = _may_change(0)
+    peer_timeout_s: float = _may_change(60.0)
 
     def __post_init__(self) -> None:
         """Checks ranges."""

@@ -19,6 +19,10 @@ class CheckpointError(TrainerError):
     """A checkpoint is missing, truncated, or does not fit the network."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint's file is missing, truncated or changed; one that cannot be read is not called so."""
+
+
 class DivergedError(TrainerError):
     """The loss or a gradient is not finite; the update was not applied."""
 

@@ -5,6 +5,7 @@ import math
 
 from pipeline.errors import require
 
+MAY_CHANGE = {"may_change": True}  # metadata of fields that decide no pixel: a run may go on with another value
 CHOICES = {
     "mean": ("none", "channel", "image", "image_center"),
     "normalize": ("none", "per_channel", "per_image"),
@@ -77,11 +78,11 @@ class LoaderConfig:
     shuffle: str = "epoch"
     last_batch: str = "drop"
     shuffle_buffer: int = 4096
-    threads: int = 0
-    prefetch: int = 2
+    threads: int = dataclasses.field(default=0, metadata=MAY_CHANGE)
+    prefetch: int = dataclasses.field(default=2, metadata=MAY_CHANGE)
     decode: str = "replicated"
     hw_decoder_load: float = 0.65
-    mmap: bool = True
+    mmap: bool = dataclasses.field(default=True, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         """Checks types and ranges, and that no setting stands beside one that would not look at it."""

@@ -6,7 +6,6 @@ shards. It is removed once the manifest is in place, so a complete data set is n
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline import locks
 from pipeline.errors import DatasetError, OutputError
 from pipeline.manifest import (
     INFO_NAME,
@@ -51,36 +51,16 @@ def output_lock(output: Path) -> Iterator[None]:
     try:
         for name in ("tmp", "records"):
             (output / WORK_NAME / name).mkdir(parents=True, exist_ok=True)
-        handle = _locked(path)
+        handle = locks.hold(path)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from None
+    if handle is None:
+        raise OutputError(f"{output} is in use by another prepare; wait for it or stop it first")
     try:
         yield
     finally:
         if not (output / WORK_NAME / PLAN_NAME).exists():
             clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a complete data set
-        os.close(handle)
-
-
-def _locked(path: Path) -> int:
-    """Opens and locks ``path``; opens it again if the last holder removed it meanwhile.
-
-    flock itself and not filelock, which opens the file for writing only: ``status`` asks :func:`is_running` of folders
-    that its user cannot write, with a shared lock, so that it never stands in the way of a prepare that starts.
-    """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise OutputError(
-                f"{path.parent.parent} is in use by another prepare; wait for it or stop it first"
-            ) from None
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
         os.close(handle)
 
 
@@ -150,17 +130,7 @@ def read_plan(output: Path) -> dict[str, Any] | None:
 
 def is_running(output: Path) -> bool:
     """Tells whether a prepare holds the lock."""
-    try:
-        handle = os.open(output / WORK_NAME / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    return locks.is_held(output / WORK_NAME / "lock")
 
 
 def refuse_difference(

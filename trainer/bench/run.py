@@ -23,6 +23,7 @@ from trainer.bench.timing import Interval, seconds_by_stage, steps_of
 from trainer.config import Config, ModelConfig
 from trainer.errors import BenchError
 from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers
+from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
 
@@ -88,8 +89,10 @@ def run_tower(job: Path) -> None:
     """One of several measuring processes, as :func:`measure_parts` starts them."""
     die_with_parent()
     config, settings, requested = pickle.loads(job.read_bytes())
-    device = choose_device(requested, int(os.environ.get("LOCAL_RANK", "0")))
-    mesh = join_mesh(device, config.train.peer_timeout_s)
+    world = read_world(None)
+    assert world is not None
+    device = choose_device(requested, world.local_rank)
+    mesh = join_mesh(world, device, config.train.peer_timeout_s)
     quiet = mesh.coord.rank or not settings.stages
     say = (lambda _: None) if quiet else print_line
     part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)

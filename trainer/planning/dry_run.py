@@ -194,7 +194,7 @@ def plan_run(
         device=device,
         processes=processes,
         steps_per_epoch=-(-samples // size) if config.data.last_batch == "partial" else samples // size,
-        done=newest[1].step if newest else 0,
+        done=newest.record.step if newest else 0,
         memory=memory,
         available_bytes=_available_bytes(device),
         crossings=crossings,

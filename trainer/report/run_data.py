@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.metrics import read_metrics
 
+KINDS = ("step", "evaluation")  # of rows of metrics.jsonl
+OF_A_PART = ("commit", "python", "torch", "system", "processor", "cores", "gpus", "kernels", "data")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -26,7 +29,7 @@ class RunRecord:
     Attributes:
         folder: the run folder.
         steps: rows of kind ``step``, ascending, one per step.
-        evaluations: rows of kind ``evaluation``, ascending; center crop only, as ten views score higher.
+        evaluations: rows of kind ``evaluation``, ascending, one a step; center crop only, as ten views score higher.
         result: result.json, or {} while the run has not ended.
         environment: environment.json, or {}.
         config: the resolved recipe, or None.
@@ -83,15 +86,14 @@ def read_run(folder: Path) -> RunRecord:
         raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
     if not (folder / "metrics.jsonl").is_file():
         raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
-    rows = read_metrics(folder)
-    steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
-    evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "center") == "center"]
+    rows = [row for row in read_metrics(folder) if row.get("views", "center") == "center"]
+    steps, evaluations = ({row["step"]: row for row in rows if row.get("kind") == kind} for kind in KINDS)
     recipe = folder / "config.toml"
     kernels_step, kernels = _read_kernels(folder)
     return RunRecord(
         folder=folder,
         steps=[steps[step] for step in sorted(steps)],
-        evaluations=sorted(evaluations, key=lambda row: row["step"]),
+        evaluations=[evaluations[step] for step in sorted(evaluations)],
         result=_read_json(folder / "result.json"),
         environment=_read_json(folder / "environment.json"),
         config=load_config(recipe) if recipe.is_file() else None,
@@ -121,12 +123,11 @@ def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     found = choose(folder)
     if found is None:
         return 0, {}
-    checkpoint, record = found
     kernels = {}
-    for path in sorted(checkpoint.glob("tower-?.safetensors")):
+    for path in sorted(found.folder.glob("tower-?.safetensors")):
         with safe_open(path, "numpy") as tensors:
             kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
-    return record.step, kernels
+    return found.record.step, kernels
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -150,14 +151,12 @@ def headline(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Minutes of the process that ended the run; of the steps alone where the run was resumed, as only they add up."""
-    rates, batch = run.column("images_per_s"), run.result.get("batch_size")
-    steps_s = float((batch / rates[rates > 0]).sum()) if batch else 0.0
-    whole_s = run.result.get("elapsed_s") or 0.0
-    if not max(whole_s, steps_s):
+    """Minutes of all parts of the run: as its result says, or its last row."""
+    elapsed_s = max([run.result.get("elapsed_s") or 0.0, *(row.get("elapsed_s", 0.0) for row in run.steps[-1:])])
+    if not elapsed_s:
         return []
-    minutes = max(whole_s, steps_s) / 60
-    small = "minutes, evaluation included" if whole_s > steps_s else "minutes in steps, over several starts"
+    minutes, starts = elapsed_s / 60, 1 + len(run.environment.get("resumed", ()))
+    small = "minutes, evaluation included" + (f"; {starts} starts" if starts > 1 else "")
     return [("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", small)]
 
 
@@ -189,5 +188,17 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Started", str(found.get("started", ""))),
         ("Command", str(found.get("command", ""))),
     ]
-    known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
-    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]
+    rows += [(f"Resumed at step {part.get('step', 0):,}", text) for part, text in _later_parts(found)]
+    known = {"command", "started", "resumed", *OF_A_PART} - {"kernels"}
+    others = {key: value for key, value in found.items() if key not in known and value is not None}
+    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in others.items()]
+
+
+def _later_parts(environment: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every later start of a run, with its time, its command, and what is other than before it."""
+    before = environment
+    for part in environment.get("resumed", ()):
+        new = [f"{name} {part.get(name)}" for name in OF_A_PART if part.get(name) != before.get(name)]
+        new += [f"{name} {old} \u2192 {now}" for name, (old, now) in part.get("changed", {}).items()]
+        yield part, "; ".join([f"{part.get('started', '')}  {part.get('command', '')}", *new])
+        before = part

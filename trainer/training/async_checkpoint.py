@@ -15,12 +15,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trainer.config import TOWERS
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, RunError, TrainerError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.status import GlobalStatus, all_could
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
+from trainer.training.run_lock import read_holder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class AsyncCheckpointer:
         self._run, self._net, self._optimizer, self._mesh, self._keep = run, net, optimizer, mesh, keep
         self._writes = mesh is None or mesh.coord.replica == 0
         self._leads = mesh is None or mesh.coord.rank == 0
+        self._holder = read_holder(run)
         self._draft: PendingCheckpoint | None = None
         self._is_complete = False  # all processes have written; what is left is rank 0's
         self._thread: threading.Thread | None = None
@@ -110,7 +112,7 @@ class AsyncCheckpointer:
         def run() -> None:
             try:
                 work()
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, TrainerError) as error:
                 self._problem = error
 
         self._thread = threading.Thread(target=run, name="checkpoint")
@@ -129,8 +131,15 @@ class AsyncCheckpointer:
         assert draft is not None
         towers = TOWERS[: self._net.config.towers]
         facts: dict[str, Any] = {"config": draft.config, "loader": draft.loader, "top1": draft.top1}
-        checkpoint.commit(self._run, draft.step, towers=towers, **facts)
-        checkpoint.keep_newest(self._run, self._keep)
+        self._check_holder()
+        written = checkpoint.commit(self._run, draft.step, towers=towers, **facts)
+        checkpoint.rotate(self._run, written, self._keep)
+
+    def _check_holder(self) -> None:
+        """A process that was halted for long, on a disk without locks, may have been taken for dead."""
+        holder = read_holder(self._run)
+        if holder not in (None, self._holder):
+            raise RunError(f"{self._run} is now held by {holder}")
 
     def _give_up(self) -> None:
         """Raises CheckpointError, in every process."""

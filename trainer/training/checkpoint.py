@@ -6,12 +6,17 @@ velocities as ``velocity/conv1.weight``, the statistics of a batch normalization
 ``checkpoint.json`` (step, loader state, sizes and sha256 of the others), which is written last into a folder that gets
 its name only then. Names do not say how many processes wrote them: one process, two and several pairs read
 each other's.
+
+One that is damaged is passed over by readers and set aside by the next training, as ``.damaged-step-00000110``; of
+those the newest :data:`KEPT_DAMAGED` stay to be looked at. One that cannot be read (another user's, a failing disk) is
+not damaged: everybody says so and stops.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import sync_folder, write_atomic
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedError
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
     from torch import Tensor
@@ -28,6 +33,9 @@ if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which t
     from trainer.training.optimizer import PaperSGD
 
 RECORD = "checkpoint.json"
+CHECKPOINTS_NAME = "checkpoints"
+KEPT_DAMAGED = 2
+_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +57,24 @@ class CheckpointRecord:
     top1: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A checkpoint to use.
+
+    Attributes:
+        folder: where it is.
+        record: what it says of itself, checked.
+        passed_over: newer ones that are damaged.
+    """
+
+    folder: Path
+    record: CheckpointRecord
+    passed_over: tuple[Path, ...] = ()
+
+
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / CHECKPOINTS_NAME / f"step-{step:08d}"
 
 
 def snapshot(net: "AlexNet", optimizer: "PaperSGD") -> "dict[str, dict[str, Tensor]]":
@@ -79,7 +102,10 @@ def write_towers(folder: Path, towers: "Mapping[str, dict[str, Tensor]]") -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in towers.items():
         path = folder / f"tower-{name}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode & 0o777  # as umask and folder want it; safetensors writes 0600
         save_file(tensors, path)
+        path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 
@@ -91,7 +117,7 @@ def save_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD") -> None:
 
 def unfinished(run: Path, step: int) -> Path:
     """Where a checkpoint is written before it is complete; a leading dot keeps it out of every listing."""
-    return run / "checkpoints" / f".step-{step:08d}.unfinished"
+    return run / CHECKPOINTS_NAME / f".step-{step:08d}.unfinished"
 
 
 def commit(
@@ -112,16 +138,37 @@ def commit(
     files = {name: _facts(folder / name) for name in (f"tower-{tower}.safetensors" for tower in towers)}
     record = CheckpointRecord(step=step, config=config, loader=loader, files=files, top1=top1)
     write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # never half removed under its name
+        _move_aside(final)
     folder.replace(final)
     sync_folder(final.parent)
     return final
 
 
+def rate(folder: Path, top1: float) -> None:
+    """Notes the accuracy of a checkpoint that was saved before it was evaluated."""
+    record = dataclasses.replace(read_record(folder), top1=top1)
+    write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Folders of the checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / RECORD).is_file())
+    """Folders of the checkpoints of a run, oldest first; unchecked, and a damaged one is among them.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    folder = run / CHECKPOINTS_NAME
+    try:
+        names = [path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
+    return [folder / name for name in sorted(names, key=_step_of)]
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -130,11 +177,32 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def keep_newest(run: Path, count: int) -> None:
-    """Removes all but the newest ``count`` checkpoints and the best one, and what unfinished ones left behind."""
-    older, best = checkpoints(run)[:-count], _best(run)
-    for path in [*(path for path in older if path != best), *(run / "checkpoints").glob(".step-*.unfinished")]:
+def rotate(run: Path, written: Path, count: int) -> None:
+    """Removes old checkpoints, and what unfinished ones left behind.
+
+    What was just written stays, whatever step the others are of; besides it the newest ``count - 1``, and the best.
+    """
+    others, best = [path for path in checkpoints(run) if path != written], _best(run)
+    older = others[: max(0, len(others) - (count - 1))]
+    unfinished_ones = (run / CHECKPOINTS_NAME).glob(".step-*.unfinished")
+    for path in [*(path for path in older if path != best), *unfinished_ones]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(run: Path, names: Sequence[str]) -> None:
+    """Moves damaged checkpoints to names that nobody reads, and keeps the newest :data:`KEPT_DAMAGED` of such."""
+    for name in names:
+        if (run / CHECKPOINTS_NAME / name).exists():
+            _move_aside(run / CHECKPOINTS_NAME / name)
+    damaged = sorted((run / CHECKPOINTS_NAME).glob(".damaged-step-*"))
+    for path in damaged[: max(0, len(damaged) - KEPT_DAMAGED)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _move_aside(folder: Path) -> None:
+    aside = folder.with_name(f".damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.replace(aside)
 
 
 def _best(run: Path) -> Path | None:
@@ -146,13 +214,14 @@ def _best(run: Path) -> Path | None:
 def _top1(folder: Path) -> float | None:
     """What a checkpoint's record says about its accuracy, without checking the files beside it."""
     try:
-        return json.loads((folder / RECORD).read_text())["top1"]
-    except (OSError, ValueError, KeyError):
+        top1 = json.loads((folder / RECORD).read_text())["top1"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return top1 if isinstance(top1, float) else None
 
 
-def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Path, CheckpointRecord] | None:
-    """Finds and checks the checkpoint to use.
+def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice | None:
+    """Finds and checks the checkpoint to use; changes nothing.
 
     Args:
         run: run folder.
@@ -161,51 +230,69 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> tuple[Pa
         quiet: do not say which were passed over.
 
     Returns:
-        Folder and record; None where a run has no checkpoint yet.
+        The checkpoint; None where a run has none yet.
 
     Raises:
-        CheckpointError: every one is damaged, or the one asked for is, or it does not exist.
+        CheckpointError: every one is damaged, or the one asked for is, or it does not exist; or one cannot be read.
     """
     found = checkpoints(run)
     if which != "newest":
         folder = _best(run) if which == "best" else _of_step(found, which)
         if folder is None:
-            have = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found) or "none"
+            have = ", ".join(str(_step_of(path.name)) for path in found) or "none"
             reason = "no checkpoint has been evaluated" if which == "best" else f"it has checkpoints of steps {have}"
             raise CheckpointError(f"--checkpoint {which}: {reason} in {run}; newest is always there after a save")
-        return folder, read_record(folder)
+        return Choice(folder, read_record(folder))
+    damaged: list[Path] = []
     for folder in reversed(found):
         try:
-            return folder, read_record(folder)
-        except CheckpointError as error:
+            return Choice(folder, read_record(folder), tuple(damaged))
+        except DamagedError as error:
+            damaged.append(folder)
             if not quiet:
                 print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
     if found:
-        raise CheckpointError(f"no complete checkpoint in {run}: start again with --overwrite")
+        raise CheckpointError(
+            f"no complete checkpoint in {run}: all of {', '.join(path.name for path in found)} are damaged; put back a "
+            "copy of one, or train into another --run folder"
+        )
     return None
 
 
 def _of_step(found: Sequence[Path], text: str) -> Path | None:
     """The checkpoint of a step, given as a number or as its folder's name."""
     wanted = text.removeprefix("step-").lstrip("0") or "0"
-    return next((path for path in found if str(int(path.name.removeprefix("step-"))) == wanted), None)
+    return next((path for path in found if str(_step_of(path.name)) == wanted), None)
 
 
 def read_record(folder: Path) -> CheckpointRecord:
     """Reads and checks a checkpoint: every file there, of the right size and hash.
 
     Raises:
-        CheckpointError: naming the file that is missing, truncated or changed.
+        DamagedError: naming the file that is missing, truncated or changed.
+        CheckpointError: a file cannot be read, which says nothing about what is in it.
     """
     try:
         record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
         for name, expected in record.files.items():
             found = _facts(folder / name)
             if found != expected:
-                raise CheckpointError(f"{folder / name} is damaged: {found}, expected {expected}")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from None
+                raise DamagedError(f"{folder / name} is damaged: {_difference(found, expected)}")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedError(f"{folder} is damaged: it has no file {Path(error.filename).name}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read: {error.strerror or error}; make it readable, or move "
+            f"{folder.name} away to use the one before"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder / RECORD} is damaged ({type(error).__name__}: {error})") from None
     return record
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    size, wanted = found["size_bytes"], expected.get("size_bytes")
+    return "its content has changed" if size == wanted else f"it has {size} bytes instead of {wanted}"
 
 
 def load_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD | None" = None) -> None:
@@ -222,8 +309,10 @@ def load_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD | None" = Non
         path = folder / f"tower-{tower}.safetensors"
         try:
             tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        except SafetensorError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from None
         for name, target in parts.items():
             tensor = tensors.get(name)
             if tensor is None or tensor.shape != target.shape:

@@ -150,10 +150,9 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
     found = choose(run, which)
     if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
-    folder, record = found
     net = make_net(config, None, device=device)
-    load_towers(folder, net)
-    return LoadedNet(net.eval(), config, record.step)
+    load_towers(found.folder, net)
+    return LoadedNet(net.eval(), config, found.record.step)
 
 
 def evaluate_run(

@@ -1,20 +1,37 @@
-"""The run folder: opened once, by one process, before any tower starts."""
+"""The run folder: what is in it, and which folders are one."""
 
+import contextlib
 import dataclasses
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline.manifest import Manifest, write_atomic
-from trainer.config import Config, load_config, to_toml
+from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
-from trainer.training.checkpoint import latest_checkpoint
-from trainer.training.metrics import describe_environment, read_metrics
+from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
+from trainer.training.metrics import read_metrics
+from trainer.training.run_lock import LOCK_NAME
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
+ENVIRONMENT_NAME = "environment.json"
+DATA_SET_NAME = "dataset"
+START_NAME = ".start"
+OURS = {  # all that a run writes
+    CONFIG_NAME,
+    RESULT_NAME,
+    ENVIRONMENT_NAME,
+    DATA_SET_NAME,
+    CHECKPOINTS_NAME,
+    LOCK_NAME,
+    START_NAME,
+    "metrics.jsonl",
+    "epochs.csv",
+    "tensorboard",
+    "profile",
+    "report.html",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,48 +72,73 @@ def write_result(run: Path, result: Result) -> None:
     write_atomic(run / RESULT_NAME, (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
 
 
-def open_run(run: Path, config: Config, data: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes a run folder, or takes up an old one.
-
-    Args:
-        run: the folder.
-        config: the recipe.
-        data: the data set's folder, noted in environment.json.
-        resume: go on from the newest checkpoint, if there is one.
-        overwrite: remove an old run first.
+def is_begun(run: Path) -> bool:
+    """Tells a run from a folder that one may be made in: absent, empty, or left by a start that came to no step.
 
     Raises:
-        RunError: the folder holds something else, or a run and neither ``resume`` nor ``overwrite`` is given, or the
-            old run's recipe differs.
+        RunError: the folder cannot be looked into, or holds something else than a run of ours; nothing is ever removed
+            from such a folder.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if not (run / CONFIG_NAME).is_file():
-            raise RunError(f"{run} holds something that is not a run (no {CONFIG_NAME}): give another --run folder")
-        if overwrite:
-            shutil.rmtree(run)
-        elif not resume:
-            raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
-        else:
-            _check_same_recipe(run, config)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / RESULT_NAME).unlink(missing_ok=True)
-    if latest_checkpoint(run) is None:
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    environment = describe_environment(["python", "-m", "trainer", *sys.argv[1:]]) | {"data": str(data)}
-    write_atomic(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
-    write_atomic(run / CONFIG_NAME, to_toml(config).encode())
-
-
-def _check_same_recipe(run: Path, config: Config) -> None:
-    """Raises RunError naming the first field in which the old run's recipe differs."""
-    old = load_config(run / CONFIG_NAME)
-    before, after = to_toml(old).splitlines(), to_toml(config).splitlines()
-    for left, right in zip(before, after, strict=False):
-        if left != right:
+    names = _names(run)
+    if CONFIG_NAME not in names:
+        left = names & {LOCK_NAME, START_NAME}  # a start was killed, perhaps one that was replacing an old run
+        others = sorted(names - OURS if left else names)
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             raise RunError(
-                f"{run} was trained with {left}, and now {right}: resume with the old value, or use another --run"
+                f"{run} holds something that is not a run ({shown}; no {CONFIG_NAME}): give another --run folder"
             )
+        return False
+    try:
+        load_config(run / CONFIG_NAME)
+    except RecipeError as error:
+        raise RunError(f"{run} holds no run that this version can read ({error}): give another --run folder") from None
+    if ENVIRONMENT_NAME not in names and CHECKPOINTS_NAME not in names:
+        raise RunError(f"{run} holds a recipe and no run: give another --run folder, or move {CONFIG_NAME} away")
+    return bool(checkpoints(run)) or any(row["kind"] == "step" for row in read_metrics(run))
+
+
+def _names(run: Path) -> set[str]:
+    """What is in a run folder; an empty set where there is none.
+
+    Raises:
+        RunError: it cannot be looked into.
+    """
+    if run.is_symlink() and not run.exists():
+        raise RunError(f"--run {run}: is a link to {run.readlink()}, where nothing is")
+    try:
+        names = {path.name for path in run.iterdir()}
+        return {name for name in names if name != "lost+found" and not name.startswith(".nfs")}
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError:
+        raise RunError(f"--run {run}: is not a folder, or lies in something that is none") from None
+    except OSError as error:
+        raise RunError(f"--run {run} cannot be read: {error.strerror}") from None
+
+
+def empty(run: Path) -> None:
+    """Removes what a run has written, the recipe first: without it the rest is no run that anybody goes on with.
+
+    Files of others stay, and so does the folder itself, which may be a mount point or a link.
+    """
+    for name in (CONFIG_NAME, *sorted(OURS - {CONFIG_NAME, LOCK_NAME, START_NAME})):
+        remove(run / name)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder; of a mount point, or what a link points to, only the content."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            remove(child)
+        else:
+            child.unlink()
+    if not path.is_symlink():
+        with contextlib.suppress(OSError):  # a mount point is busy
+            path.rmdir()
 
 
 def read_run_config(run: Path) -> Config:
@@ -108,6 +150,24 @@ def read_run_config(run: Path) -> Config:
     if not (run / CONFIG_NAME).is_file():
         raise RunError(f"no run at {run}: train one with python -m trainer train --run {run}")
     return load_config(run / CONFIG_NAME)
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """environment.json; {} where there is none, or it is damaged: it decides nothing."""
+    return _read_object(run / ENVIRONMENT_NAME)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """result.json; {} where there is none, or it is damaged."""
+    return _read_object(run / RESULT_NAME)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_fits(config: Config, manifest: Manifest, data: Path) -> None:

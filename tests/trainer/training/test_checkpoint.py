@@ -56,15 +56,15 @@ def test_unfinished_checkpoints_are_invisible(tmp_path: Path) -> None:
     net, optimizer = make()
     checkpoint.save_towers(checkpoint.unfinished(tmp_path, 2), net, optimizer)
     assert checkpoint.latest_checkpoint(tmp_path) == first
-    checkpoint.keep_newest(tmp_path, 2)
+    checkpoint.rotate(tmp_path, first, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_keep_newest(tmp_path: Path) -> None:
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     """Only the newest stay."""
     for step in (1, 2, 10):
-        write(tmp_path, step, make())
-    checkpoint.keep_newest(tmp_path, 2)
+        written = write(tmp_path, step, make())
+    checkpoint.rotate(tmp_path, written, 2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
 
 
@@ -102,13 +102,12 @@ def write_rated(run: Path, step: int, top1: float | None) -> Path:
 def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
     """The newest of equals is the best one; it survives any number of worse ones."""
     for step, top1 in ((1, 0.7), (2, 0.9), (3, 0.9), (4, None), (5, 0.8), (6, 0.85)):
-        write_rated(tmp_path, step, top1)
-        checkpoint.keep_newest(tmp_path, 2)
+        checkpoint.rotate(tmp_path, write_rated(tmp_path, step, top1), 2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step-0000000{n}" for n in (3, 5, 6)]
     for which, step in (("best", 3), ("newest", 6), ("5", 5), ("step-00000005", 5)):
         found = checkpoint.choose(tmp_path, which)
         assert found is not None
-        assert found[1].step == step
+        assert found.record.step == step
 
 
 def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +117,7 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, capsys: pytest.Ca
         file.write(b"x")
     found = checkpoint.choose(tmp_path)
     assert found is not None
-    assert found[1].step == 1
+    assert found.record.step == 1
     assert "tower-a.safetensors is damaged" in capsys.readouterr().err
     for which in ("2", "best"):
         with pytest.raises(CheckpointError, match="damaged"):

@@ -11,10 +11,22 @@ import sys
 import torch
 from torch import Tensor
 
+from trainer.errors import RunError
 from trainer.model.kernels.cpp import CppKernels, KernelError, open_library
 from trainer.model.kernels.interface import DTYPES, Kernels
 
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only
+
+
+def check_switch() -> None:
+    """Refuses a value of ``TWOTOWER_KERNELS`` that says nothing.
+
+    Raises:
+        RunError: it is neither ``off`` nor ``on`` (as if it were not set).
+    """
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "on", "off"):
+        raise RunError(f"{SWITCH}={value}: expected off, for torch operations only, or on, or unset it")
 
 
 def of(x: Tensor) -> Kernels | None:

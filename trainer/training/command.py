@@ -1,0 +1,73 @@
+"""What ``python -m trainer train`` does with its options, before it starts anything. Without torch."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainer.errors import RunError
+from trainer.training import resume, run_folder
+from trainer.training.checkpoint import latest_checkpoint
+from trainer.training.resume import resume_command
+from trainer.training.run_folder import is_begun
+from trainer.training.start import Start
+
+
+def take_from_run(arguments: argparse.Namespace) -> None:
+    """Fills in what ``--resume RUN`` says by itself, and the defaults of what nobody says.
+
+    Raises:
+        RunError: options contradict each other, or one is missing.
+    """
+    if arguments.overwrite and arguments.resume != "never":
+        raise RunError(
+            f"--overwrite and --resume {arguments.resume}: one removes the run, one goes on with it; give one"
+        )
+    if arguments.resume not in ("auto", "never"):
+        run = Path(arguments.resume)
+        if arguments.run is not None and arguments.run.resolve() != run.resolve():
+            raise RunError(f"--resume {run} and --run {arguments.run} are two folders: leave --run out")
+        arguments.run = run
+        run_folder.read_run_config(run)
+        arguments.config = arguments.config or run / run_folder.CONFIG_NAME
+        noted = resume.newest_start(run)
+        for name in resume.OPTIONS:
+            if getattr(arguments, name) is None and noted.get(name) is not None:
+                value = noted[name]
+                setattr(arguments, name, Path(value) if name == "skip_list" else value)
+        arguments.data = arguments.data or resume.noted_data(run)
+    for name in ("data", "run"):
+        if getattr(arguments, name) is None:
+            raise RunError(f"--{name} DIR is missing: train needs a data set and a run folder, or --resume RUN alone")
+    arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
+
+
+def finished_line(start: Start) -> str:
+    """What to say of a run that has come to its end."""
+    longer = resume_command(start.run, "--set", f"train.epochs={start.config.train.epochs + 1}")
+    return f"finished already, at step {start.step}: {start.run} stays as it is; to train longer: {longer}"
+
+
+def check_again(start: Start) -> None:
+    """Looks once more, now that nobody else can write: a run may have ended between the checks and the lock.
+
+    Raises:
+        RunError: the folder is not what it was.
+    """
+    newest = (*start.choice.passed_over, start.choice.folder)[0] if start.choice else None
+    if is_begun(start.run) != start.begun or (newest and latest_checkpoint(start.run) != newest):
+        raise RunError(f"{start.run} was changed by another process while this one started: try again")
+
+
+def confirm(start: Start, *, yes: bool) -> None:
+    """Asks on a terminal before a run is removed.
+
+    Raises:
+        RunError: the answer is no.
+    """
+    if not start.replaces or yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    newest = latest_checkpoint(start.run)
+    what = f"its newest checkpoint is {newest.name}" if newest else "it has no checkpoint"
+    print(f"--overwrite removes the run in {start.run} ({what}). Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RunError(f"{start.run} stays as it is: give another --run folder, or answer y (or add --yes)")

@@ -1,0 +1,77 @@
+"""``RUN/dataset/``: what a run keeps of its data set, so that it needs no data set to predict and to be exported.
+
+The data set's own manifest (class table, image format, fingerprint) and statistics (what the net's input needs), byte
+for byte, and read by the data set's own readers, which check them.
+"""
+
+from pathlib import Path
+
+from pipeline.errors import DatasetError
+from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, read_manifest, write_atomic
+from trainer.errors import RunError
+from trainer.training.run_folder import DATA_SET_NAME, read_environment
+
+
+def keep_data_set(data: Path, folder: Path) -> None:
+    """Copies what a run needs of its data set, each file whole or not at all."""
+    for name in (MANIFEST_NAME, STATISTICS_NAME):
+        write_atomic(folder / name, (data / name).read_bytes())
+
+
+def kept_manifest(run: Path) -> Manifest | None:
+    """The record of the data set that a run was trained on; None where the run keeps none (imported, or an old one).
+
+    Raises:
+        RunError: it is damaged.
+    """
+    folder = run / DATA_SET_NAME
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    try:
+        return read_manifest(folder)
+    except (DatasetError, OSError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is damaged"
+        raise RunError(
+            f"{folder / MANIFEST_NAME} {reason}; copy it anew from the data set that the run was trained on"
+        ) from None
+
+
+def data_of(run: Path) -> Path:
+    """The folder whose preparation, statistics and classes are the run's: its own ``RUN/dataset``.
+
+    A run made before runs kept it names a folder that may still be there.
+
+    Raises:
+        RunError: there is none.
+    """
+    if kept_manifest(run) is not None:
+        return run / DATA_SET_NAME
+    noted = read_environment(run).get("data")
+    if isinstance(noted, str) and (Path(noted) / MANIFEST_NAME).exists():
+        return Path(noted)
+    where = f"; the one it was trained on was at {noted}" if noted else ""
+    raise RunError(f"{run} keeps no class table and no statistics{where}: name its data set with --data DIR")
+
+
+def compare_data(run: Path, data: Path, manifest: Manifest) -> str | None:
+    """Compares a data set with the one that a run was trained on.
+
+    Returns:
+        A warning where it is another one; None where it is the same, or the run keeps none.
+
+    Raises:
+        RunError: its classes are others: names the first that differs.
+    """
+    kept = kept_manifest(run)
+    if kept is None or kept.fingerprint == manifest.fingerprint:
+        return None
+    ours, theirs = ([record.name for record in each.classes] for each in (kept, manifest))
+    for label, (known, found) in enumerate(zip(ours, theirs, strict=False)):
+        if known != found:
+            raise RunError(
+                f"--data {data}: class {label} is {found!r} there, and {known!r} in the data set that {run} was "
+                "trained on; expected the same classes in the same order"
+            )
+    if len(ours) != len(theirs):
+        raise RunError(f"--data {data} has {len(theirs)} classes, and {run} was trained on {len(ours)}")
+    return f"{data} is not the data set that {run} was trained on; its classes are the same, its images are others"

@@ -1,0 +1,248 @@
+"""The start of a run: all that can be refused is refused first, and a run is changed only once its towers are ready.
+
+1. :func:`check_start` looks at everything and writes nothing.
+2. :func:`prepare_start`, under the lock, puts what is new into ``RUN/.start``.
+3. :func:`commit_start` is called where the towers have found each other and are about to do their first step: it
+   removes what is replaced and moves the new files to their places. A start that fails or is killed before leaves the
+   run as it was; what it left in ``RUN/.start`` nobody reads, and the next start removes it.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.loader.open_split import open_split, read_statistics
+from pipeline.manifest import read_manifest, write_atomic
+from trainer.config import Config, load_config, to_toml
+from trainer.errors import RunError
+from trainer.training import checkpoint, run_folder
+from trainer.training.checkpoint import Choice
+from trainer.training.history import read_elapsed_s
+from trainer.training.kept_data import keep_data_set
+from trainer.training.metrics import describe_environment
+from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
+from trainer.training.run_lock import refuse_held
+
+RECORD = "start.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A start that nothing speaks against.
+
+    Attributes:
+        run: run folder.
+        config: the recipe, with what this start changes of it.
+        data: data set folder.
+        begun: there is a run already.
+        replaces: it is removed.
+        choice: the checkpoint to go on from, or None: from the beginning, with new weights.
+        changes: fields of the recipe that differ from the old run's, all of which may.
+        finished: the run has come to its end, and there is nothing to do.
+        notes: lines for the user.
+    """
+
+    run: Path
+    config: Config
+    data: Path
+    begun: bool
+    replaces: bool
+    choice: Choice | None
+    changes: tuple[Change, ...]
+    finished: bool
+    notes: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """Updates that are done already."""
+        return self.choice.record.step if self.choice else 0
+
+
+def check_start(
+    run: Path,
+    config: Config,
+    data: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip_list: Path | None = None,
+    quiet: bool = False,
+) -> Start:
+    """Checks whether a run can be started; looks only, at the recipe, the data set, the old run and the disk.
+
+    Args:
+        run: the run folder, or where it will be.
+        config: the recipe.
+        data: data set folder.
+        resume: go on with the run that is there, if there is one.
+        overwrite: replace the run that is there, if there is one.
+        skip_list: keys of samples to leave out.
+        quiet: do not say which damaged checkpoints are passed over.
+
+    Raises:
+        TrainerError, PipelineError: it cannot; says why.
+    """
+    manifest = read_manifest(data)
+    run_folder.check_fits(config, manifest, data)
+    opened = [open_split(data, "train", skip_list=skip_list)]
+    opened += [open_split(data, split) for split in {config.train.evaluate_split} - {"train"}]
+    read_statistics(data, manifest)
+    _refuse_nested(run, data)
+    begun = run_folder.is_begun(run)
+    if not begun or overwrite:
+        return Start(run, config, data, begun, begun, None, (), finished=False, notes=())
+    if not resume:
+        raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
+    changes = allowed_changes(run, run_folder.read_run_config(run), config)
+    choice = checkpoint.choose(run, quiet=quiet)
+    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, data, manifest, opened[0], choice)]
+    drops = depends_on_epochs(config)
+    if drops and any(change.name == "train.epochs" for change in changes):
+        notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
+    steps = config.train.epochs * steps_per_epoch(config, opened[0].num_samples)
+    step = choice.record.step if choice else 0
+    if step > steps:
+        raise RunError(
+            f"train.epochs = {config.train.epochs} is {steps} steps, and {run} has done {step}: expected more epochs"
+        )
+    finished = step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
+    return Start(run, config, data, True, False, choice, changes, finished, tuple(notes))
+
+
+def steps_per_epoch(config: Config, num_samples: int) -> int:
+    """Batches of the training split; a partial one counts where the recipe trains on it."""
+    size = config.train.batch_size
+    return -(-num_samples // size) if config.data.last_batch == "partial" else num_samples // size
+
+
+def _refuse_nested(run: Path, data: Path) -> None:
+    """Refuses a run folder inside the data set, or the other way round: each is its own writer's."""
+    here, there = run.resolve(), data.resolve()
+    if here == there or there in here.parents or there == here / run_folder.DATA_SET_NAME:
+        raise RunError(f"--run {run} lies in the data set {data}: give a folder outside of it")
+
+
+def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> None:
+    """Refuses a run folder that is in use, that cannot be written, or whose disk is too full for a checkpoint.
+
+    Args:
+        run: the run folder, or where it will be.
+        needed_bytes: what has to fit at once.
+        replaces: what the old run takes will be free.
+
+    Raises:
+        RunError: it is.
+    """
+    refuse_held(run)
+    folder = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not folder.is_dir():
+        raise RunError(f"--run {run} cannot be written: {folder} is not a folder")
+    for place in (folder, run / checkpoint.CHECKPOINTS_NAME):
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise RunError(f"--run {run} cannot be written: {place} {_why(place)}")
+    free = shutil.disk_usage(folder).free + (_size_of(run) if replaces else 0)
+    if free < needed_bytes:
+        raise RunError(
+            f"--run {run}: {free / 2**20:,.0f} MiB are free there, and its checkpoints need "
+            f"{needed_bytes / 2**20:,.0f} MiB at once: make room, or give a folder on another disk"
+        )
+
+
+def _why(folder: Path) -> str:
+    return "is read-only" if os.statvfs(folder).f_flag & os.ST_RDONLY else "belongs to another user"
+
+
+def _size_of(run: Path) -> int:
+    return sum(path.stat().st_size for path in (run / checkpoint.CHECKPOINTS_NAME).rglob("*") if path.is_file())
+
+
+def prepare_start(start: Start, options: dict[str, Any]) -> None:
+    """Writes what the run will have new into ``RUN/.start``; the caller holds the lock.
+
+    Args:
+        start: as :func:`check_start` found it.
+        options: how the towers are started, recorded in environment.json: processes, replicas, device, skip_list.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    discard_start(start.run)
+    folder, kept = start.run / run_folder.START_NAME, start.run / run_folder.DATA_SET_NAME
+    is_new = start.choice is None
+    try:
+        if is_new or not kept.exists():
+            keep_data_set(start.data, folder / run_folder.DATA_SET_NAME)
+        environment = _environment(start, options)
+        write_atomic(folder / run_folder.ENVIRONMENT_NAME, (json.dumps(environment, indent=1) + "\n").encode())
+        write_atomic(folder / run_folder.CONFIG_NAME, to_toml(start.config).encode())
+        passed_over = [path.name for path in start.choice.passed_over] if start.choice else []
+        write_atomic(folder / RECORD, json.dumps({"is_new": is_new, "passed_over": passed_over}).encode())
+    except OSError as error:
+        discard_start(start.run)
+        raise RunError(f"--run {start.run} cannot be written: {error.strerror or error}") from None
+
+
+def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
+    """environment.json: of the first start, with every later one under ``resumed``."""
+    now = describe_environment(["python", "-m", "trainer", *sys.argv[1:]])
+    now |= {"data": str(start.data.absolute()), **options}
+    before = None if start.choice is None else run_folder.read_environment(start.run)
+    if not before:
+        return now
+    changed = {change.name: [change.before, change.after] for change in start.changes}
+    now |= {"step": start.step, "elapsed_s": read_elapsed_s(start.run), "changed": changed}
+    return before | {"resumed": [*before.get("resumed", []), now]}
+
+
+def pending_config(run: Path) -> Config | None:
+    """The recipe of a start that is prepared and not yet committed."""
+    path = run / run_folder.START_NAME / run_folder.CONFIG_NAME
+    return load_config(path) if path.is_file() else None
+
+
+def is_new(run: Path) -> bool:
+    """Whether the prepared start begins with new weights, whatever checkpoints are still there."""
+    return bool(_pending(run).get("is_new"))
+
+
+def _pending(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / run_folder.START_NAME / RECORD).read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def commit_start(run: Path) -> None:
+    """Makes a prepared start the run's state; does nothing where none is prepared. One process calls it.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    folder, pending = run / run_folder.START_NAME, _pending(run)
+    if not pending:
+        return
+    try:
+        if pending["is_new"]:
+            run_folder.empty(run)
+        checkpoint.set_aside(run, pending["passed_over"])
+        names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+        for name in sorted(names, key=lambda name: name.name == run_folder.CONFIG_NAME):  # the recipe makes it a run
+            if name.name != RECORD:
+                (run / name).parent.mkdir(exist_ok=True)
+                (folder / name).replace(run / name)
+        (run / run_folder.RESULT_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(f"{run} cannot be written: {error.strerror or error}") from None
+
+
+def discard_start(run: Path) -> bool:
+    """Removes a start that was not committed; tells whether there was one."""
+    folder = run / run_folder.START_NAME
+    found = folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
