@@ -32,8 +32,8 @@ demo: setup  ## shard the digits, train two towers on them, write the report
 	@$(PY) -m trainer report --run $(DEMO)/run --data $(DEMO)/digits
 
 lint: setup  ## ruff and mypy
-	$(PY) -m ruff check pipeline trainer cluster tests benchmarks
-	$(PY) -m ruff format --check pipeline trainer cluster tests benchmarks
+	$(PY) -m ruff check pipeline trainer cluster twotower tests benchmarks
+	$(PY) -m ruff format --check pipeline trainer cluster twotower tests benchmarks
 	$(PY) -m mypy
 
 test: lint  ## lint and the fast tests

@@ -1,5 +1,6 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
+# isort: split
 import argparse
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from cluster import commands
 from cluster.errors import ClusterError
 from cluster.local import default_folder
 from cluster.training import ray_train
+from twotower import verbosity
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
     doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
+    verbosity.add_common_options(parser, subparsers)
     return parser
 
 
@@ -109,9 +112,11 @@ def _add_job_commands(add: Add) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 after an error that the user can mend."""
     parsed = _parser().parse_args(arguments)
+    verbosity.apply(parsed)
     try:
         return int(parsed.run(parsed))
     except ClusterError as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

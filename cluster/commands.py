@@ -1,6 +1,7 @@
 """What each subcommand does; `__main__` only parses."""
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cluster.jobs.client import TERMINAL, Client, ServerError, dashboard_address
 from cluster.jobs.entry import command_of
 from cluster.jobs.progress import BarStream, Progress, latest
 from cluster.training import ray_train
+from twotower import verbosity, version
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -218,13 +220,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _commit() -> dict[str, str]:
     """TWOTOWER_COMMIT for the job, whose copy of the tree has no history; nothing outside a checkout."""
-    git = ["git", "-C", str(submission.ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"TWOTOWER_COMMIT": commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")}
+    commit = version.find_commit()
+    return {version.COMMIT: commit} if commit else {}
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:
@@ -236,9 +233,7 @@ def _environment(pairs: list[str]) -> dict[str, str]:
 
 def _check_version(client: Client) -> None:
     """Refuse a cluster whose Ray is older than the known holes or not the one that the project is pinned to here."""
-    from importlib.metadata import version
-
-    theirs, ours = client.version(), version("ray")
+    theirs, ours = client.version(), importlib.metadata.version("ray")
     if release(theirs) < OLDEST_SAFE_RAY:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
     if release(theirs) != release(ours):
@@ -266,5 +261,8 @@ def full_disks(nodes: Sequence[dict[str, Any]]) -> list[tuple[str, bool, str, fl
 
 
 def _say(text: str) -> None:
-    """Our own words go to stderr: stdout is the job's log."""
-    print(text, file=sys.stderr, flush=True)
+    """Our own words go to stderr: stdout is the job's log. A quiet command has only its warnings."""
+    if text.startswith("warning:"):
+        print(text, file=sys.stderr, flush=True)
+    else:
+        verbosity.remark(text)

@@ -4,6 +4,7 @@ A command is a module of ``pipeline.commands`` with ``add_parser(subparsers)``, 
 takes the parsed arguments and returns the exit code, and one name in :data:`COMMANDS`. Heavy imports go into ``run``.
 """
 
+# isort: split
 import argparse
 import importlib
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 
 from pipeline.errors import PipelineError
+from twotower import verbosity
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 130 and 143 stopped"
@@ -28,15 +30,18 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"pipeline.commands.{name}").add_parser(subparsers)
+    verbosity.add_common_options(parser, subparsers)
     return parser
 
 
 def main() -> int:
     """Runs a command; errors that the user can fix are one line on stderr."""
     args = make_parser().parse_args()
+    verbosity.apply(args)
     try:
         return args.run(args)
     except PipelineError as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

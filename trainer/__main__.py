@@ -1,5 +1,6 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
+# isort: split
 import argparse
 import contextlib
 import json
@@ -14,6 +15,7 @@ from pipeline.errors import PipelineError
 from trainer import stopping, terminal
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
+from twotower import verbosity
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -38,9 +40,11 @@ def run() -> int:
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
+    verbosity.apply(arguments)
     try:
         return _delivered(arguments, arguments.command(arguments))
     except (TrainerError, PipelineError) as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
@@ -82,6 +86,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.parallel.world import read_world
     from trainer.training import command, run_folder
 
+    if arguments.print_config:
+        return _config(command.use_recipe_of_run(arguments))
     world = read_world(arguments.processes)
     command.take_from_run(arguments)
     config = _load(arguments)
@@ -125,7 +131,7 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
         parameters = to_dict(config.model)["parameters"]
         start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
         for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
+            verbosity.remark(f"note: {note}")
     return found
 
 
@@ -186,6 +192,7 @@ def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "Wor
 
     device = choose_device(arguments.device, world.local_rank)
     mesh = join_mesh(world, device, config.train.peer_timeout_s)
+    verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
     return _work(arguments, config, mesh, device, is_new=is_new)
 
 
@@ -215,7 +222,7 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         if trainer.leads:
             print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
             if result.exit_reason == "stopped":
-                print(f"go on with: {resume_command(arguments.run)}", flush=True)
+                verbosity.remark(f"go on with: {resume_command(arguments.run)}", stdout=True)
         stopping.finish()
         return 0 if result.exit_reason == "finished" else 3
 
@@ -295,6 +302,17 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.html:
         predict.write_html(arguments.html, results, arguments.run)
     return 3 if any(result.error for result in results) else 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    """Prints a resolved recipe, or the page about all settings."""
+    from trainer.errors import RecipeError
+    from trainer.planning.settings import commented_recipe, settings_page
+
+    if getattr(arguments, "markdown", False) and (arguments.config or arguments.set):
+        raise RecipeError("--markdown is about every recipe: leave --config and --set out")
+    print(settings_page() if getattr(arguments, "markdown", False) else commented_recipe(_load(arguments)), end="")
+    return 0
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -383,6 +401,7 @@ HANDLERS = {
     "tower": _tower,
     "evaluate": _evaluate,
     "predict": _predict,
+    "config": _config,
     "describe": _describe,
     "report": _report,
     "export": _export,

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import requests
 
 from cluster.errors import ClusterError, last_line
+from twotower.verbosity import log
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_S = 20.0
@@ -93,6 +94,7 @@ class Client:
             why = "no answer in time" if isinstance(error, requests.Timeout) else "nothing answers there"
             fix = "start one with `python -m cluster up --local`, or give --address"
             raise Unreachable(f"no Ray cluster at {self.address} ({why}); {fix}") from error
+        log.debug("%s %s: %d", method, answer.url, answer.status_code)
         if answer.status_code == 401:
             raise ClusterError(
                 f"{self.address} asks for a token and there is none in {token_path()}; copy the cluster's token file "

@@ -11,6 +11,7 @@ from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
+from twotower.verbosity import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ def check_dataset(
         problems += _count_problems(split)
         for shard in split.shards:
             problems += check_shard(folder, manifest, shard, level=level)
+            log.debug("%s checked", shard.name)
             report(shard.num_samples)
     return problems + _strangers(folder, manifest)
 

@@ -17,6 +17,7 @@ from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTa
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
+from twotower.verbosity import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _make(request: Request) -> Summary:
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
     valid = output.valid_shards(folder, (record.shard for record in records if record))
     missing = [shard for shard in request.shards if shard.name not in valid]
+    log.debug("%d of %d shards are valid already", len(valid), len(request.shards))
     elapsed_s = _build(request, missing)
     results, totals = _collect(request)
     draft = Manifest(
@@ -142,6 +144,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
                 )
             if recorded is not None and result.shard != recorded[result.shard.name]:
                 raise SourceError(f"{result.shard.name} came out different: the input changed")
+            log.debug("%s made: %d images, %d left out", result.shard.name, result.num_planned, result.num_left_out)
             progress.advance(result.num_planned)
             faults.reach("driver-shard-done")
         return time.monotonic() - start_s

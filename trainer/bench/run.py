@@ -26,6 +26,7 @@ from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, r
 from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
+from twotower import verbosity
 
 OPTIMIZER_PASSES = 5  # weights, gradients and velocities read, weights and velocities written
 Say = Callable[[str], None]
@@ -103,7 +104,7 @@ def run_tower(job: Path) -> None:
 
 def print_line(text: str) -> None:
     """Progress, on stderr: stdout is for the result."""
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    verbosity.remark(f"bench: {text}")
 
 
 def describe_workload(

@@ -24,9 +24,9 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.parallel.link import CONTROL_WORDS, Link
-from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.optimizer import PaperSGD
+from twotower.words import pluralize
 
 MEASURE_S = 3.0  # steps are repeated for about this long, after a first one that warms up
 MOST_STEPS = 20

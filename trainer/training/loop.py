@@ -31,6 +31,7 @@ from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import Result, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
+from twotower.verbosity import log
 
 
 class StoppedEvaluation(Exception):
@@ -96,6 +97,7 @@ class Trainer:
         self.elapsed_before_s = past.elapsed_s
         self.ledger = list(past.ledger)
         self.ledger_rows = 0
+        log.debug("%s: %d parameters on %s", run, sum(map(torch.numel, self.net.parameters())), device)
         self._check_consistency()
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
@@ -123,6 +125,7 @@ class Trainer:
         if found is None:
             return None
         checkpoint.load_towers(found.folder, self.net, self.optimizer)
+        log.debug("weights and velocities from %s", found.folder)
         self.step = found.record.step
         return found.record.loader
 
@@ -149,7 +152,7 @@ class Trainer:
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
         reason, sentence = "failed", ""
         try:
-            self.log = MetricsLog(self.run, self.step) if self.leads else None
+            self.log = MetricsLog(self.run, self.config, self.step) if self.leads else None
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
@@ -172,7 +175,7 @@ class Trainer:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
-                self.log.close()
+                self.log.close(result.exit_reason)
         except OSError as error:
             print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
         self.loader.close()

@@ -8,11 +8,12 @@ from typing import Any
 from pipeline.loader.open_split import OpenSplit
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest
-from trainer.config import MAY_CHANGE, Config
+from trainer.config import Config
 from trainer.errors import RunError
 from trainer.training import run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.kept_data import kept_manifest
+from twotower.fields import MAY_CHANGE
 
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
 

@@ -29,6 +29,7 @@ OURS = {  # all that a run writes
     "metrics.jsonl",
     "epochs.csv",
     "tensorboard",
+    "loggers",
     "profile",
     "report.html",
 }
