@@ -1,5 +1,7 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
 # isort: split
 import argparse
 import sys

@@ -4,6 +4,8 @@ A command is a module of ``pipeline.commands`` with ``add_parser(subparsers)``, 
 takes the parsed arguments and returns the exit code, and one name in :data:`COMMANDS`. Heavy imports go into ``run``.
 """
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
 # isort: split
 import argparse
 import importlib

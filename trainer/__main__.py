@@ -1,5 +1,7 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
 # isort: split
 import argparse
 import contextlib
