@@ -23,7 +23,7 @@ from tests.helpers.digits_jobs import (
     train_command,
     train_directly,
 )
-from tests.helpers.held import has_pending, hold, release
+from tests.helpers.frozen import has_pending, hold, release
 from tests.helpers.local_cluster import Machine, started, wait_until
 from tests.helpers.small_disk import remount, small_disk
 
