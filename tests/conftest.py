@@ -10,6 +10,11 @@ from tests.helpers import preparing
 from tests.helpers.training_commands import DOUBLE, run, train_words
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make test-kills``."""
+    parser.addoption("--all-cells", action="store_true", help="the whole matrix of test_kill_matrix.py, not half of it")
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of the 1,797 digits at 32 px."""

@@ -33,8 +33,11 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder
 def run() -> int:
     """Runs the command of this program, in a process of its own: see ``trainer.terminal`` and ``trainer.stopping``."""
     terminal.protect()
-    stopping.raise_on_stop()
-    status = main()
+    try:
+        stopping.raise_on_stop()
+        status = main()
+    except stopping.Stopped as stop:  # already while this program was being read
+        status = _tell(stop)
     stopping.ignore_stops()
     return status
 
@@ -50,12 +53,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
-        stop = error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT)
-        if arguments.command is _train:
-            print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
-        elif arguments.command is not _tower:  # its launcher says it
-            print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
-        return stop.status
+        return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
+
+
+def _tell(stop: stopping.Stopped) -> int:
+    """Says in one line that a command was stopped, and what it leaves; the exit status."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name == "train":
+        print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+    elif name not in ("tower", "bench-tower"):  # whoever started these says it
+        print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+    return stop.status
 
 
 def _delivered(arguments: argparse.Namespace, status: int) -> int:
@@ -76,6 +84,7 @@ def _load(arguments: argparse.Namespace) -> "Config":
 
 def _stage(arguments: argparse.Namespace) -> None:
     """Makes a local folder of a data set at a URL."""
+    arguments.source = arguments.data
     if arguments.data is not None:
         from pipeline.loader.staging import stage
 
@@ -116,10 +125,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check_start(arguments: argparse.Namespace, config: "Config", world: "World | None") -> "Start":
     """Refuses whatever can be refused; writes nothing."""
     from trainer.planning.describe import to_dict
-    from trainer.training import start
+    from trainer.training import run_lock, start
 
     leads = world is None or world.rank == 0
     again = world is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    if leads:  # a run that is under way looks like one that is damaged, or finished
+        run_lock.refuse_held(arguments.run)
     found = start.check_start(
         arguments.run,
         config,
@@ -127,11 +138,13 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
         resume=arguments.resume != "never" or again,
         overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
+        source=arguments.source,
         quiet=not leads,
     )
     if leads and not found.finished:
-        parameters = to_dict(config.model)["parameters"]
-        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        needed_bytes = size_bytes * start.checkpoints_at_once(found)
+        start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
             verbosity.remark(f"note: {note}")
     return found
@@ -147,9 +160,10 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)
         options = {name: getattr(arguments, name) for name in resume.OPTIONS}
-        replicas = world.size // 2 if world else arguments.replicas
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
-        prepare_start(start, options | {"replicas": replicas, "skip_list": skip_list})
+        if world:
+            options |= {"processes": 2, "replicas": world.size // 2}
+        prepare_start(start, options | {"skip_list": skip_list})
         status, began = 1, False
         try:
             if world:
@@ -240,17 +254,29 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     return 0
 
 
-def _check_run(arguments: argparse.Namespace) -> None:
-    """Refuses a run that is none, and stages the data set, before torch is imported."""
+def _check_run(arguments: argparse.Namespace, *, needs_data: bool = False) -> None:
+    """Refuses a run that is none, and finds the data set, before torch is imported."""
+    from trainer.training.resume import noted_data
     from trainer.training.run_folder import read_run_config
 
     read_run_config(arguments.run)
+    if needs_data and arguments.data is None:
+        arguments.data = noted_data(arguments.run)
     _stage(arguments)
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, or must not be."""
+    from trainer.training.run_folder import check_output
+
+    if path is not None:
+        check_output(option, path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
-    _check_run(arguments)
+    _check_run(arguments, needs_data=True)
+    _check_output("--confusion", arguments.confusion)
     from pipeline.manifest import read_manifest
     from trainer.parallel.launch import choose_device
     from trainer.report import confusion
@@ -282,6 +308,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of images; status 3 where some could not be used."""
     _check_run(arguments)
+    _check_output("--html", arguments.html)
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
 
@@ -325,6 +352,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
+        _check_output("--svg", arguments.svg)
         from trainer.report.net_drawing import write_drawing
 
         write_drawing(arguments.svg, config.model)
@@ -376,14 +404,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Makes a run out of weights and prints its checkpoint."""
+    _stage(arguments)
     from trainer.inference.export import import_weights
 
-    print(import_weights(arguments.weights, _load(arguments), arguments.run))
+    print(import_weights(arguments.weights, _load(arguments), arguments.run, arguments.data))
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
+    _check_output("--json", arguments.json)
+    _check_output("--html", arguments.html)
     _stage(arguments)
     from trainer.bench.command import run
 

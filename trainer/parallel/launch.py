@@ -150,7 +150,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> 
         for rank, child in enumerate(children):
             if first_failure is None and child.poll():
                 first_failure = _status(rank, child.returncode, asked)
-                deadline = time.monotonic() + GRACE_S
+                stopped = first_failure - 128 in asked  # before it knew the others: they have done nothing either
+                deadline = time.monotonic() + (0 if stopped else GRACE_S)
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()

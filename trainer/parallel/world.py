@@ -41,7 +41,7 @@ def read_world(processes: int | None, environment: Mapping[str, str] = os.enviro
     Raises:
         PeerError: naming the variable that is missing, or has a value that cannot be.
     """
-    if processes == 1 or "RANK" not in environment:
+    if processes == 1 or not environment.get("RANK"):
         return None
     unset = "; unset RANK, or say --processes 1, where nothing has started several processes"
     missing = [name for name in NEEDED if not environment.get(name)]
@@ -52,7 +52,10 @@ def read_world(processes: int | None, environment: Mapping[str, str] = os.enviro
         raise PeerError(f"RANK={environment['RANK']} is set, and {', '.join(missing)} not{unset}")
     rank = _number(environment, "RANK", unset, most=size - 1)
     _number(environment, "MASTER_PORT", unset, least=1, most=MOST_PORT)
-    check_world(size)
+    try:
+        check_world(size)
+    except PeerError as error:
+        raise PeerError(f"WORLD_SIZE={size}: {error}{unset}") from None
     check_interfaces(environment)
     local_size = _number(environment, "LOCAL_WORLD_SIZE", unset, least=1, most=size, default=2)
     known = bool(environment.get("LOCAL_WORLD_SIZE"))

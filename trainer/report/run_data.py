@@ -82,10 +82,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunError: there is no such folder, it holds no run, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
-    if not (folder / "metrics.jsonl").is_file():
-        raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+    try:
+        if not folder.is_dir():
+            raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+        if not (folder / "metrics.jsonl").is_file():
+            raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+        return _read(folder)
+    except OSError as error:
+        raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _read(folder: Path) -> RunRecord:
     rows = [row for row in read_metrics(folder) if row.get("views", "center") == "center"]
     steps, evaluations = ({row["step"]: row for row in rows if row.get("kind") == kind} for kind in KINDS)
     recipe = folder / "config.toml"

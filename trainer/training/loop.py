@@ -156,29 +156,34 @@ class Trainer:
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
-        except OSError as error:
-            sentence = _blame(error, self.run)
-            raise RunError(sentence) from None
         except Exception as error:
-            sentence = f"{type(error).__name__}: {error}"
+            known = RunError(_blame(error, self.run)) if isinstance(error, OSError) else error
+            sentence = str(known) if known is not error else f"{type(error).__name__}: {error}"
             if self.mesh and not isinstance(error, LostError):
-                self.mesh.failures.ended(self.coord.rank, error)
-            raise
+                self.mesh.failures.ended(self.coord.rank, known)
+            raise known from None
         finally:
             result = self._result(reason, sentence)
             self._close(result)
         return result
 
     def _close(self, result: Result) -> None:
-        """Writes the result and closes what is open; a full disk does not hide why the run ended."""
+        """Writes the result and closes what is open; a full disk does not hide why the run failed.
+
+        Raises:
+            RunError: a run that did not fail cannot say so.
+        """
         try:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
                 self.log.close(result.exit_reason)
         except OSError as error:
-            print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
-        self.loader.close()
+            if result.exit_reason != "failed":
+                raise RunError(_blame(error, self.run)) from None
+            print(f"warning: {_blame(error, self.run)}", file=sys.stderr, flush=True)
+        finally:
+            self.loader.close()
 
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
