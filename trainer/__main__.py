@@ -58,7 +58,7 @@ def main() -> int:
 
 def _tell(stop: stopping.Stopped) -> int:
     """Says in one line that a command was stopped, and what it leaves; the exit status."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if name == "train":
         print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
     elif name not in ("tower", "bench-tower"):  # whoever started these says it
@@ -302,6 +302,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         confusion.print_classes(result, classes)
     if arguments.confusion:
         confusion.draw(arguments.confusion, result, classes)
+        verbosity.say_written(arguments.confusion)
     return 0
 
 
@@ -330,6 +331,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         predict.print_table(results)
     if arguments.html:
         predict.write_html(arguments.html, results, arguments.run)
+        verbosity.say_written(arguments.html)
     return 3 if any(result.error for result in results) else 0
 
 

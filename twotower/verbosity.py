@@ -59,3 +59,8 @@ def remark(text: str, *, stdout: bool = False) -> None:
     """Prints a line that a quiet command leaves out."""
     if not is_quiet():
         print(text, file=sys.stdout if stdout else sys.stderr, flush=True)
+
+
+def say_written(path: object) -> None:
+    """Names a file that was written besides the result, on stderr: stdout may be JSON."""
+    remark(f"wrote {path}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
+from twotower.verbosity import say_written
 
 if TYPE_CHECKING:
     from pipeline.inspection.inspect import Contents
@@ -70,8 +71,7 @@ def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
     split = args.split or ("train" if "train" in manifest.splits else next(iter(manifest.splits)))
     samples = list(spread_samples(args.folder, manifest, split, max(1, args.images)))
     contact_sheet(samples, manifest).save(args.sheet, "PNG")
-    if not args.json:
-        print(f"contact sheet: {args.sheet}")
+    say_written(args.sheet)
 
 
 def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
@@ -83,7 +83,7 @@ def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
     )
     if args.image:
         open_image(sample.image, manifest.image).save(args.image, "PNG")
-        print(f"image: {args.image}")
+        say_written(args.image)
 
 
 def _print_head(folder: Path, manifest: Manifest) -> None:

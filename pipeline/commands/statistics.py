@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from pipeline.manifest import read_manifest
+from twotower.verbosity import say_written
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         _print(numbers)
     if args.image:
         draw_statistics(arrays).save(args.image, "PNG")
+        say_written(args.image)
     return 0
 
 

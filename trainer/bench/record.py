@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
+from twotower.verbosity import say_written
 
 FORMAT = 3  # 1 had other names for the same figures, 2 no measured precision
 
@@ -166,6 +167,7 @@ def write_record(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
+        say_written(path)
     except OSError as error:
         raise BenchError(f"{path} cannot be written: {error.strerror or error}") from None
 
