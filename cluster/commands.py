@@ -19,6 +19,7 @@ from cluster.jobs.entry import command_of
 from cluster.jobs.progress import BarStream, Progress, latest
 from cluster.training import ray_train
 from twotower import verbosity, version
+from twotower.words import pluralize
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -36,7 +37,7 @@ def up(arguments: argparse.Namespace) -> int:
     if done:
         _say(f"{done}: {path}")
     cluster = local.up(options)
-    nodes = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
+    nodes = pluralize(len(cluster.nodes), "node")
     _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
     return 0
 

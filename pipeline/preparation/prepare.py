@@ -18,6 +18,7 @@ from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
 from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")
                 raise SourceError(
-                    f"{left_out:,} images cannot be used, more than --max-errors {options.max_errors}; "
+                    f"{pluralize(left_out, 'image')} cannot be used, more than --max-errors {options.max_errors}; "
                     f"the last: {reason['source']}: {reason['reason']}"
                 )
             if recorded is not None and result.shard != recorded[result.shard.name]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from trainer.bench.prediction import Costs, Links, costs_of, project, rate, without
 from trainer.bench.record import BenchRecord, Stage
+from twotower.words import pluralize
 
 WORTH = 1.03  # a suggestion must promise at least this factor
 MOST = 4  # suggestions
@@ -127,7 +128,9 @@ def _compare_sides(record: BenchRecord, costs: Costs) -> str:
     loader, net = record.loader.images_per_s, record.synthetic.images_per_s
     text = f"Alone, the loader gives {loader:,.0f} images/s and the net takes {net:,.0f}"
     if costs.limit == "processor":
-        return f"{text}; together they need more processor time than {record.workload.cores} cores have."
+        return (
+            f"{text}; together they need more processor time than {pluralize(record.workload.cores, 'core')} can give."
+        )
     if net > loader:
         return f"{text}: the net could take {net / loader:.2f} times what the loader gives."
     return f"{text}: the loader could give {loader / net:.2f} times what the net takes."

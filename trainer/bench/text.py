@@ -10,6 +10,7 @@ from rich.table import Table
 from trainer.bench.bottleneck import Bottleneck, find_doubt, judge, share_of_slower
 from trainer.bench.prediction import Projection, costs_of, predict_rate
 from trainer.bench.record import BenchRecord, Figure, Stage
+from twotower.words import pluralize
 
 DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
 CEILING_HEAD = ("ceiling", "median", "half within", "", "n", "how")
@@ -64,7 +65,7 @@ def about(record: BenchRecord) -> str:
     count = "one process" if workload.processes == 1 else f"{workload.processes} processes, one per tower"
     return (
         f"{workload.images}, batch {workload.batch_size}, {workload.precision}, {workload.device}, {count}, "
-        f"{workload.cores} cores of {processor}"
+        f"{pluralize(workload.cores, 'core')} of {processor}"
     )
 
 

@@ -237,5 +237,5 @@ def _describe_data(data: Path, manifest: Manifest) -> str:
     image = manifest.image
     sizes = f"{image.width_px} \u00d7 {image.height_px} px" if image.height_px else "of many sizes"
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in sorted(manifest.splits.items()))
-    classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes):,} classes"
+    classes = pluralize(len(manifest.classes), "class")
     return f"{manifest.source}: {splits}; {classes}; {image.encoding}, {sizes} ({data})"

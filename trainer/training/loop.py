@@ -32,6 +32,7 @@ from trainer.training.run_folder import Result, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
 from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 class StoppedEvaluation(Exception):
@@ -228,7 +229,8 @@ class Trainer:
         towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
-            f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
+            f"{pluralize(self.config.train.epochs, 'epoch')} of {pluralize(self.steps_per_epoch, 'step')}, "
+            f"batch {self.config.train.batch_size}, "
             f"{towers}, {self.device}, {begin}"
         )
 
@@ -345,7 +347,8 @@ class Trainer:
         self.log.flush()
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
-            f"on {evaluation.num_samples} held-out images, {statistics.median(self.images_per_s or [0.0]):.0f} images/s"
+            f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
+            f"{statistics.median(self.images_per_s or [0.0]):.0f} images/s"
         )
         return True
 
