@@ -20,7 +20,7 @@ def literals(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
             parts = [part.value if isinstance(part, ast.Constant) else HOLE for part in node.values]
-            found.add("".join(map(str, parts)))
+            found.add(re.sub(r"(\.\.\.){2,}", HOLE, "".join(map(str, parts))))  # two values side by side are one hole
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
     return found

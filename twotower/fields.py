@@ -149,7 +149,7 @@ def settings_of(cls: Any) -> list[Setting]:
 def read_attributes(cls: type) -> dict[str, str]:
     """The ``Attributes:`` of a Google-style docstring, each as one line of text."""
     text = inspect.getdoc(cls) or ""
-    body = text.partition("Attributes:\n")[2]
+    body = re.split(r"^\w+:\n", text.partition("Attributes:\n")[2], flags=re.MULTILINE)[0]
     found: dict[str, str] = {}
     for name, meaning in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", body, re.MULTILINE):
         for each in name.split(", "):

@@ -35,6 +35,7 @@ MAY = {  # what a run may change on its way
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "keep_checkpoints",
+        "loggers",
         "threads",
         "peer_timeout_s",
     },

@@ -161,6 +161,7 @@ class _Background:
                 items.append(self._rows.get())
             for item in items:
                 if isinstance(item, str):
+                    logger.flush()
                     logger.close(item)
                     return
                 logger.add(*item)
