@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from trainer.bench.prediction import Costs, Links, costs_of, project, rate, without
-from trainer.bench.record import BenchRecord, Stage
+from trainer.bench.record import BenchRecord, Figure, Stage, Throughput, differ
 from twotower.words import pluralize
 
 WORTH = 1.03  # a suggestion must promise at least this factor
@@ -16,6 +16,7 @@ MOST = 4  # suggestions
 IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explains no more
 RESTLESS = 1.5  # upper quartile over lower
 COMPUTATION = ("forward", "backward")
+PROCESSES = {1: "--processes 1: both towers in one process", 2: "--processes 2: one process per tower"}
 WORDS = {
     "read": "reading the shards",
     "decode": "decoding",
@@ -75,7 +76,7 @@ def judge(record: BenchRecord) -> Bottleneck:
         for change, after, basis in (*_change_loader(record, costs), *_change_net(record, costs, limit))
     ]
     best = max(record.sweep, key=lambda size: record.sweep[size].median, default=batch)
-    if best != batch:
+    if best != batch and differ(record.sweep[best], _rates(record.training, batch)):
         images_per_s = record.sweep[best].median
         factor = images_per_s / record.training.images_per_s
         found.append(Suggestion(f"train.batch_size = {best}", images_per_s, factor, "measured"))
@@ -103,6 +104,12 @@ def share_of_slower(record: BenchRecord) -> float:
     """End to end as a share of the slower of the loader alone and training alone."""
     assert record.end_to_end is not None and record.loader is not None
     return record.end_to_end.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
+
+
+def _rates(throughput: Throughput, batch: int) -> Figure:
+    """A throughput's times as images/s."""
+    ms = throughput.ms
+    return Figure(rate(ms.median, batch), rate(ms.high, batch), rate(ms.low, batch), ms.n)
 
 
 def _what_else(record: BenchRecord, side: str) -> str:
@@ -201,6 +208,8 @@ def _change_net(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Chang
         basis = f"training alone measured with {threads}; the loader then takes fewer cores from under it"
         yield f"train.threads = {threads}", costs_of(record, record.by_threads[threads], threads), basis
     for precision, measured in record.by_precision.items():
+        if not differ(measured.ms, record.synthetic.ms):
+            continue
         basis = f"training alone measured with it: {measured.images_per_s:,.0f} images/s"
         yield f"train.precision = '{precision}'", costs_of(record, measured), basis
     larger = "twice the batch size, for "
@@ -218,9 +227,13 @@ def _change_net(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Chang
         changed = dataclasses.replace(costs, net_ms=pair.compute_ms + pair.crossing_ms + pair.control_ms)
         basis = "computed: half the computation each, crossings at 50 GB/s"
         yield "--processes 2, a GPU for each tower", changed, basis
-    one, two = record.scaling.get(1), record.scaling.get(2)
-    slower_alone = one and two and one.median < WORTH * two.median
-    if workload.processes == 2 and limit in ("exchange", "waiting") and not slower_alone:
+    own, other = record.scaling.get(workload.processes), record.scaling.get(3 - workload.processes)
+    if own and other:  # measured: both in the same way, one after the other
+        if differ(own, other):
+            changed = dataclasses.replace(costs, net_ms=costs.net_ms * own.median / other.median)
+            basis = f"training alone measured so: {other.median:,.0f} images/s instead of {own.median:,.0f}"
+            yield PROCESSES[3 - workload.processes], changed, basis
+    elif workload.processes == 2 and limit in ("exchange", "waiting"):
         changed = without(record, ("exchange", "waiting"))
         basis = "computed: no exchange, no waiting, the same computation on the same cores"
-        yield "--processes 1: both towers in one process", changed, basis
+        yield PROCESSES[1], changed, basis

@@ -12,6 +12,7 @@ from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
 from twotower.verbosity import say_written
 
+DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
 FORMAT = 3  # 1 had other names for the same figures, 2 no measured precision
 
 
@@ -40,6 +41,15 @@ class Figure:
     def scaled(self, factor: float) -> Self:
         """In another unit."""
         return dataclasses.replace(self, median=self.median * factor, low=self.low * factor, high=self.high * factor)
+
+
+def differ(a: Figure, b: Figure) -> bool:
+    """Whether two medians differ by more than their noise and more than machines drift.
+
+    Noise: the notches around them (McGill, Tukey and Larsen 1978: median +- 1.57 IQR / sqrt(n)) do not overlap.
+    """
+    gap = abs(a.median - b.median)
+    return gap > a.noise + b.noise and gap > DRIFT * min(abs(a.median), abs(b.median))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,9 @@ from rich.table import Table
 
 from trainer.bench.bottleneck import Bottleneck, find_doubt, judge, share_of_slower
 from trainer.bench.prediction import Projection, costs_of, predict_rate
-from trainer.bench.record import BenchRecord, Figure, Stage
+from trainer.bench.record import BenchRecord, Figure, Stage, differ
 from twotower.words import pluralize
 
-DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
 CEILING_HEAD = ("ceiling", "median", "half within", "", "n", "how")
 MODEL = "each pair takes the recipe's batch, and nothing else uses the wire"
 SETTING = re.compile(r"\w+\.\w+ = \S+")  # of a recipe
@@ -246,15 +245,6 @@ def _figures_of(record: BenchRecord) -> dict[tuple[str, str], Figure]:
     ]
     found = {(name, "us per image"): ms.scaled(1e3 / record.workload.batch_size) for name, ms in times}
     return found | {(row.name, row.unit): row.figure for row in record.ceilings}
-
-
-def differ(a: Figure, b: Figure) -> bool:
-    """Whether two medians differ by more than their noise and more than machines drift.
-
-    Noise: the notches around them (McGill, Tukey and Larsen 1978: median +- 1.57 IQR / sqrt(n)) do not overlap.
-    """
-    gap = abs(a.median - b.median)
-    return gap > a.noise + b.noise and gap > DRIFT * min(abs(a.median), abs(b.median))
 
 
 def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, str]]:

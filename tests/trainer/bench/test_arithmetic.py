@@ -19,12 +19,13 @@ from trainer.bench.record import (
     Stage,
     Throughput,
     Workload,
+    differ,
     from_dict,
     read_record,
     to_json,
 )
 from trainer.bench.run import count_work
-from trainer.bench.text import advice_sentence, compare, comparison_sentence, differ, differing_settings, node_rows
+from trainer.bench.text import advice_sentence, compare, comparison_sentence, differing_settings, node_rows
 from trainer.config import ModelConfig
 from trainer.errors import BenchError
 
@@ -208,6 +209,33 @@ def test_one_process_is_not_suggested_where_it_was_measured_to_be_slower():
     assert alone in [row.change for row in judge(record).suggestions]
     measured = dataclasses.replace(record, scaling={1: figure(900.0), 2: figure(1250.0)})
     assert alone not in [row.change for row in judge(measured).suggestions]
+    faster = dataclasses.replace(record, scaling={1: figure(1800.0), 2: figure(1200.0)})
+    (found,) = [row for row in judge(faster).suggestions if row.change == alone]
+    assert found.factor == pytest.approx(1.5, rel=0.01) and "1,800 images/s instead of 1,200" in found.basis
+
+
+def test_a_number_of_processes_that_was_measured_to_be_faster_is_suggested():
+    """Else the page would say that nothing helps beside a chart that shows what does."""
+    record = a_record(net={"forward": 20.0, "backward": 40.0})
+    assert judge(record).suggestions == ()
+    measured = dataclasses.replace(record, scaling={1: figure(1000.0), 2: figure(1400.0), 4: figure(9000.0)})
+    (found,) = judge(measured).suggestions
+    assert found.change.startswith("--processes 2") and found.factor == pytest.approx(1.4)
+    slower = dataclasses.replace(record, scaling={1: figure(1000.0), 2: figure(700.0)})
+    assert judge(slower).suggestions == () and "a GPU" in judge(slower).otherwise
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.9])
+def test_what_a_comparison_would_call_no_difference_is_no_suggestion(spread):
+    """A tenth faster counts where the rounds agree, and not where they are as far apart as that."""
+    record = a_record(net={"forward": 20.0, "backward": 40.0})
+    tenth = Throughput(figure(54.0, spread), 54.0, 1e3 * BATCH / 54.0)
+    rates = figure(1e3 * BATCH / 54.0, spread)
+    for changes in ({"by_precision": {"bf16": tenth}}, {"sweep": {200: rates}}):
+        found = judge(dataclasses.replace(record, **changes)).suggestions
+        assert [round(row.factor, 2) for row in found] == ([1.11] if spread < 0.1 else [])
+    scaling = {1: figure(1000.0, spread), 2: figure(1111.0, spread)}
+    assert len(judge(dataclasses.replace(record, scaling=scaling)).suggestions) == (spread < 0.1)
 
 
 @pytest.mark.parametrize(
