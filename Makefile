@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-isa test-mutations lint docs audit bench clean
+.PHONY: help setup demo test test-slow test-kills test-isa test-mutations lint docs audit bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test: lint  ## lint and the fast tests
 
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
+
+test-kills: setup  ## every fault at every stage of a run, with one process and two (about 10 minutes on 2 cores)
+	$(PY) -m pytest tests/trainer/training/test_kill_matrix.py --all-cells
 
 test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
 	$(PY) -m tests.isa

@@ -60,9 +60,9 @@ def _tell(stop: stopping.Stopped) -> int:
     """Says in one line that a command was stopped, and what it leaves; the exit status."""
     name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if name == "train":
-        print(f"error: stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
+        print(f"stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
     elif name not in ("tower", "bench-tower"):  # whoever started these says it
-        print(f"error: stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
+        print(f"stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
     return stop.status
 
 
@@ -71,7 +71,8 @@ def _delivered(arguments: argparse.Namespace, status: int) -> int:
     lost = terminal.lost_output()
     if lost is None or terminal.is_gone(lost) or arguments.command in (_train, _tower) or status:
         return status
-    print(f"error: the output cannot be written to stdout: {lost.strerror}", file=sys.stderr)
+    why = f"error: the output cannot be written ({lost.strerror}), but the command has done its work"
+    print(why, file=sys.stderr)
     return 2
 
 
@@ -327,6 +328,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         predict.print_error(result)
         if arguments.json:
             predict.print_json(result)
+            if arguments.html is None and terminal.lost_output():
+                break  # nobody reads the rest
     if not arguments.json:
         predict.print_table(results)
     if arguments.html:

@@ -11,7 +11,8 @@ Handler = Callable[[argparse.Namespace], int]
 EXIT_CODES = (
     "exit codes: 0 done, 2 something to fix (one line says what), "
     "3 stopped by a signal (train), or some images could not be used (predict), "
-    "4 another process of the run was lost (train)"
+    "4 another process of the run was lost (train), "
+    "129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM (train: before its first step)"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _finished = False
+_raised: str | None = None
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -32,7 +33,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.name = _raised  # a library may have swallowed the exception
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
         """Signal handler."""
@@ -41,8 +42,8 @@ class StopRequest:
 
 def raise_on_stop() -> None:
     """From now on a stop raises :class:`Stopped`; a signal that was held back since this process started comes now."""
-    global _finished
-    _finished = False
+    global _finished, _raised
+    _finished, _raised = False, None
     _set(_raise)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -88,8 +89,10 @@ def _set(handler: Handler) -> dict[int, Any]:
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:
+    global _raised
     if _finished:
         return
+    _raised = signal.Signals(number).name
     for each in SIGNALS:  # more of them must not interrupt what is being tidied up
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)

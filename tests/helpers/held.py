@@ -4,10 +4,14 @@ Who started it sees a process that is stopped, does to it or to its disk whateve
 no test has to hit a moment. Of two processes the first tower stops; the other one soon waits for it.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.__main__ import run
@@ -34,6 +38,30 @@ def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: T
         return inner(*arguments, **more)
 
     setattr(owner, name, held)
+
+
+def family(top: int) -> list[int]:
+    """A process of ours and its towers; what else it starts, such as git, comes and goes."""
+    towers = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{top}/task/{top}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if __name__.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
+                    towers.append(int(child))
+    return [top, *towers]
+
+
+def stopped_one(top: "subprocess.Popen[Any]", timeout_s: float = 100) -> int:
+    """Waits until one of a family has stopped itself; which one."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for process in family(top.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                    return process
+        assert top.poll() is None, top.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it did not come to that stage")
 
 
 def hold_at(stage: str) -> None:

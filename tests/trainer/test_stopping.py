@@ -1,5 +1,6 @@
 """What a signal does: stop at once before the first step, and after a step while there are steps."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from trainer import __main__, stopping
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As before the test."""
+    for name, value in (("_raised", None), ("_finished", False)):
+        monkeypatch.setattr(stopping, name, value)
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     yield
     for number, handler in before.items():
@@ -35,7 +38,7 @@ def test_before_the_first_step(
         assert __main__.main() == 128 + number
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert f"error: stopped by {number.name}" in told
+        assert told.startswith(f"stopped by {number.name}")
         assert words in told
 
 
@@ -48,6 +51,14 @@ def test_while_there_are_steps() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGHUP)
     assert stop.name == "SIGTERM"
+
+
+def test_a_library_that_swallows_the_exception() -> None:
+    """The run stops at its first step."""
+    stopping.raise_on_stop()
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+    assert stopping.StopRequest().name == "SIGTERM"
 
 
 def test_nohup() -> None:

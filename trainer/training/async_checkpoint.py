@@ -149,7 +149,9 @@ class AsyncCheckpointer:
         self._draft = None
         self._wait()
         shutil.rmtree(checkpoint.unfinished(self._run, step), ignore_errors=True)
+        full = any(words in str(self._problem) for words in ("No space left", "quota exceeded"))
+        todo = f"make room in {self._run}" if full else f"see to it that {self._run} can be written"
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be saved ({self._problem or 'another process could not'}); "
-            f"the one before is complete: make room in {self._run} and go on with --resume auto"
+            f"the one before is complete: {todo}, and go on with --resume auto"
         )

@@ -28,7 +28,7 @@ from trainer.training.history import read_past
 from trainer.training.metrics import MetricsLog, TrainingProgress
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
-from trainer.training.run_folder import Result, write_result
+from trainer.training.run_folder import Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
 from twotower.verbosity import log
@@ -158,7 +158,7 @@ class Trainer:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
         except Exception as error:
-            known = RunError(_blame(error, self.run)) if isinstance(error, OSError) else error
+            known = RunError(blame(error, self.run)) if isinstance(error, OSError) else error
             sentence = str(known) if known is not error else f"{type(error).__name__}: {error}"
             if self.mesh and not isinstance(error, LostError):
                 self.mesh.failures.ended(self.coord.rank, known)
@@ -181,8 +181,8 @@ class Trainer:
                 self.log.close(result.exit_reason)
         except OSError as error:
             if result.exit_reason != "failed":
-                raise RunError(_blame(error, self.run)) from None
-            print(f"warning: {_blame(error, self.run)}", file=sys.stderr, flush=True)
+                raise RunError(blame(error, self.run)) from None
+            print(f"warning: {blame(error, self.run)}", file=sys.stderr, flush=True)
         finally:
             self.loader.close()
 
@@ -262,7 +262,7 @@ class Trainer:
         self.step += 1
         rows = len(batch.keys)
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
-            self.ledger, self.ledger_rows = [row.to_dict() for row in self.link.ledger.rows()], rows
+            self._note_ledger([row.to_dict() for row in self.link.ledger.rows()], rows)
         elapsed_s = time.perf_counter() - begin
         self.images_per_s.append(rows * self.coord.replicas / elapsed_s)
         if self.log:
@@ -281,6 +281,12 @@ class Trainer:
             self.log.write(row)
             self.progress.step(row)
         return verdict
+
+    def _note_ledger(self, ledger: list[dict[str, Any]], rows: int) -> None:
+        """Keeps what crossed in the largest step so far; also for a later part of the run that makes no step."""
+        if self.log and ledger != self.ledger:
+            self.log.write({"kind": "ledger", "step": self.step, "rows": ledger})
+        self.ledger, self.ledger_rows = ledger, rows
 
     def _agree(self, batch: Batch, loss: float) -> GlobalStatus:
         """Compares notes with the other processes before the update.
@@ -396,11 +402,3 @@ class Trainer:
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,
         )
-
-
-def _blame(error: OSError, run: Path) -> str:
-    """What could not be done: a file that is named, and is not the run's, is to blame itself."""
-    named = Path(str(error.filename)) if error.filename else run
-    if run.absolute() in (named.absolute(), *named.absolute().parents):
-        return f"{run} cannot be written: {error.strerror or error}"
-    return f"{named}: {error.strerror or error}"

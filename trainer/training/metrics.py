@@ -70,7 +70,7 @@ class MetricsLog:
         self._rows: list[tuple[float, dict[str, Any]]] = []
 
     def write(self, row: dict[str, Any]) -> None:
-        """Takes one row; ``row["kind"]`` is ``step`` or ``evaluation``. Readers see it a second later, or two.
+        """Takes one row; its ``kind`` is ``step``, ``evaluation`` or ``ledger``. Readers see it a second later, or two.
 
         Many rows one after the other cost a fifth of as many rows between steps that have emptied the caches.
         """

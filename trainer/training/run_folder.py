@@ -79,6 +79,14 @@ def write_result(run: Path, result: Result) -> None:
     write_atomic(run / RESULT_NAME, (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
 
 
+def blame(error: OSError, run: Path) -> str:
+    """What could not be done: a file that is named, and is not the run's, is to blame itself."""
+    named = Path(str(error.filename)) if error.filename else run
+    if run.absolute() in (named.absolute(), *named.absolute().parents):
+        return f"{run} cannot be written: {error.strerror or error}"
+    return f"{named}: {error.strerror or error}"
+
+
 def is_begun(run: Path) -> bool:
     """Tells a run from a folder that one may be made in: absent, empty, or left by a start that came to no step.
 
@@ -326,9 +334,9 @@ def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
         images_per_s=statistics.median(past.images_per_s or (0.0,)),
         processes=processes,
         batch_size=read_run_config(run).train.batch_size,
-        ledger=[],
+        ledger=list(past.ledger),
     )
     try:
         write_result(run, result)
     except OSError as error:  # a full disk does not hide why the towers ended
-        print(f"warning: {run} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"warning: {blame(error, run)}", file=sys.stderr, flush=True)

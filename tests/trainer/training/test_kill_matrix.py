@@ -59,27 +59,6 @@ class Disturbed:
     top: "subprocess.Popen[str]"
     disk: Path
 
-    def processes(self) -> list[int]:
-        """The top process and its towers."""
-        try:
-            children = Path(f"/proc/{self.top.pid}/task/{self.top.pid}/children").read_text().split()
-        except OSError:
-            children = []
-        towers = [int(child) for child in children if b"held" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        return [self.top.pid, *towers]
-
-    def wait_until_held(self) -> int:
-        """The process that has stopped itself."""
-        deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
-            for process in self.processes():
-                with contextlib.suppress(OSError):
-                    if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-                        return process
-            assert self.top.poll() is None, self.top.communicate()
-            time.sleep(0.02)
-        raise AssertionError("it did not come to that stage")
-
 
 @pytest.fixture(scope="module")
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
@@ -128,7 +107,7 @@ def the_fault(disturbed: Disturbed, fault: str, stopped: int) -> Iterator[None]:
             top.send_signal(signal.Signals[fault])
             wait_until_pending(stopped, signal.Signals[fault])
         elif fault == "SIGKILL":
-            for process in disturbed.processes():
+            for process in held.family(disturbed.top.pid):
                 os.kill(process, signal.SIGKILL)
         elif fault == "closed stdout":
             assert top.stdout is not None
@@ -175,10 +154,10 @@ def test_a_run_survives(digits: Path, undisturbed: dict[int, Path], tmp_path: Pa
         words = train_words(digits, folder, "--processes", processes, "--resume", "auto", overrides=OVERRIDES)
         disturbed = Disturbed(start_held(stage, words), disk)
         try:
-            with the_fault(disturbed, fault, disturbed.wait_until_held()):
+            with the_fault(disturbed, fault, held.stopped_one(disturbed.top)):
                 told = disturbed.top.communicate(timeout=WAIT_S)[1]
         finally:
-            for process in disturbed.processes() if disturbed.top.poll() is None else ():
+            for process in held.family(disturbed.top.pid) if disturbed.top.poll() is None else ():
                 os.kill(process, signal.SIGKILL)
         check_end(cell, disturbed.top.returncode, told)
         check_state(cell, folder, before)

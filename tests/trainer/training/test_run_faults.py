@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny_run import RECIPE, flip
-from tests.helpers.training_commands import ROOT, command, environment, run
+from tests.helpers.training_commands import ROOT, call, command, environment, run
 from tests.helpers.trees import tree
 from trainer.training import checkpoint, run_folder
 from trainer.training.run_lock import LOCK_NAME, read_holder
@@ -125,16 +125,25 @@ def test_towers_that_die_in_start_up(tiny_data: Path, tiny_run: Path, tmp_path: 
     assert json.loads((old / "environment.json").read_text())["processes"] == 2
 
 
-@pytest.mark.slow
-def test_torchrun_that_starts_again_overwrites_nothing(tiny_data: Path, tmp_path: Path) -> None:
+def test_torchrun_that_starts_again_overwrites_nothing(
+    tiny_data: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``torchrun --max-restarts`` repeats the command with its --overwrite: the run goes on."""
-    folder = tmp_path / "run"
-    words = ("trainer", "train", *RECIPE, "--data", tiny_data, "--run", folder)
-    run(*words)
-    longer = (*words, "--set", "train.epochs=3", "--overwrite")
-    again = environment() | {"TORCHELASTIC_RESTART_COUNT": "1"}
-    done = subprocess.run(command(*longer), env=again, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "from step 6" in done.stdout, done.stderr
+    seen: list[bool] = []
+
+    def train(*_: object, is_new: bool) -> int:
+        seen.append(is_new)
+        return 0
+
+    monkeypatch.setattr("trainer.__main__._join_and_train", train)
+    at = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (at | {"MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(name, str(value))
+    for count in (0, 1):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        words = ("train", *RECIPE, "--data", tiny_data, "--run", tiny_run, "--set", "train.epochs=3", "--overwrite")
+        assert call(monkeypatch, *words) == 0
+    assert seen == [True, False]
 
 
 @pytest.mark.slow

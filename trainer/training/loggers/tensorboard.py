@@ -50,7 +50,8 @@ class TensorBoardWriter:
             at_s: when it was, in seconds of ``time.time``; None for now.
         """
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars_of(row).items()]
-        self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
+        if values:
+            self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
