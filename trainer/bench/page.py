@@ -61,6 +61,7 @@ def render(record: BenchRecord, found: Bottleneck, projections: Sequence[Project
         figures=figures,
         doubt=found.doubt,
         found=found,
+        tried=text.tried_sentence(record),
         advice=text.advice_sentence(record, found),
         lanes=[(head, alone, _bars(record, found, side, css, longest_ms)) for side, head, alone, css in sides],
         step_ms=record.training.ms.median,

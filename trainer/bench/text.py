@@ -104,6 +104,14 @@ def advice_sentence(record: BenchRecord, found: Bottleneck) -> str:
     return f"What would help, each alone, in times of {of}{tried}:"
 
 
+def tried_sentence(record: BenchRecord) -> str:
+    """What training alone did with other settings in the same run; empty where none was tried."""
+    tried = {f"train.threads = {count}": row for count, row in record.by_threads.items()}
+    tried |= {f"train.precision = '{name}'": row for name, row in record.by_precision.items()}
+    rates = [f"{name} {row.images_per_s:,.0f} images/s" for name, row in tried.items()]
+    return f"Tried in the same run, training alone: {'; '.join(rates)}." if rates else ""
+
+
 def _console() -> Console:
     return Console(width=None if Console().is_terminal else 120, highlight=False)
 
@@ -137,6 +145,8 @@ def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[P
     for size, figure in record.sweep.items():
         console.print(f"batch size {size}: {figure.median:,.0f} images/s ({half_within(figure)})")
     console.print(f"\n[bold]{found.sentence}[/bold]")
+    if tried := tried_sentence(record):
+        console.print(tried)
     console.print(advice_sentence(record, found))
     for row in found.suggestions:
         console.print(f"- {row.change}: {row.factor:.2f} times, {row.images_per_s:,.0f} images/s ({row.basis})")

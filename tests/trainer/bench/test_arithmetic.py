@@ -25,7 +25,14 @@ from trainer.bench.record import (
     to_json,
 )
 from trainer.bench.run import count_work
-from trainer.bench.text import advice_sentence, compare, comparison_sentence, differing_settings, node_rows
+from trainer.bench.text import (
+    advice_sentence,
+    compare,
+    comparison_sentence,
+    differing_settings,
+    node_rows,
+    tried_sentence,
+)
 from trainer.config import ModelConfig
 from trainer.errors import BenchError
 
@@ -189,6 +196,8 @@ def test_a_precision_is_suggested_where_it_was_measured_to_be_faster_and_only_th
     assert "--set train.precision='bf16':" in advice_sentence(faster, judge(faster))
     slower = dataclasses.replace(record, by_precision={"bf16": throughput(80.0, 80.0)})
     assert judge(slower).suggestions == ()
+    assert "train.precision = 'bf16' 1,250 images/s." in tried_sentence(slower)  # a reader sees why it is not advised
+    assert "1,250 images/s." in render(slower, judge(slower), []) and tried_sentence(record) == ""
     assert from_dict(json.loads(to_json(slower))) == slower
 
 

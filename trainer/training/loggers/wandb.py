@@ -58,7 +58,9 @@ class WandbLogger:
 
     def add(self, row: dict[str, Any], at_s: float) -> None:
         """Logs the row's numbers at its step."""
-        self._run.log(scalars_of(row) | {"time": at_s}, step=row["step"])
+        values = scalars_of(row)
+        if values:  # a row without numbers is of no curve
+            self._run.log(values | {"time": at_s}, step=row["step"])
 
     def flush(self) -> None:
         """Does nothing: wandb sends by itself."""
