@@ -31,7 +31,6 @@ from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
-from twotower.verbosity import log
 from twotower.words import pluralize
 
 
@@ -98,7 +97,6 @@ class Trainer:
         self.elapsed_before_s = past.elapsed_s
         self.ledger = list(past.ledger)
         self.ledger_rows = 0
-        log.debug("%s: %d parameters on %s", run, sum(map(torch.numel, self.net.parameters())), device)
         self._check_consistency()
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
@@ -126,7 +124,6 @@ class Trainer:
         if found is None:
             return None
         checkpoint.load_towers(found.folder, self.net, self.optimizer)
-        log.debug("weights and velocities from %s", found.folder)
         self.step = found.record.step
         return found.record.loader
 
@@ -230,8 +227,7 @@ class Trainer:
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
             f"{pluralize(self.config.train.epochs, 'epoch')} of {pluralize(self.steps_per_epoch, 'step')}, "
-            f"batch {self.config.train.batch_size}, "
-            f"{towers}, {self.device}, {begin}"
+            f"batch {self.config.train.batch_size}, {towers}, {self.device}, {begin}"
         )
 
     def _checkpoint_is_due(self) -> bool:
