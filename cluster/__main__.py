@@ -1,5 +1,8 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
+# isort: split
 import argparse
 import difflib
 import os
@@ -13,6 +16,7 @@ from cluster import commands
 from cluster.errors import ClusterError, printable
 from cluster.local import default_folder
 from cluster.training import ray_train
+from twotower import verbosity
 
 Add = Callable[..., argparse.ArgumentParser]
 EXIT_CODES = (
@@ -71,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
     doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
+    verbosity.add_common_options(parser, subparsers)
     return parser
 
 
@@ -139,11 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 after an error that the user can mend."""
     _open_closed_streams()
     parsed = _parser().parse_args(arguments)
+    verbosity.apply(parsed)
     try:
         code = int(parsed.run(parsed))
         sys.stdout.flush()
         return code
     except ClusterError as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import re
 import socket
@@ -21,9 +22,11 @@ from cluster.jobs.addresses import dashboard_address, is_loopback
 from cluster.jobs.auth_token import ensure_token
 from cluster.jobs.client import TERMINAL, Client, ServerError
 from cluster.jobs.entry import command_of
-from cluster.jobs.paths import TREE, absolute_paths, shared_paths
+from cluster.jobs.paths import absolute_paths, shared_paths
 from cluster.jobs.progress import BarStream, Progress, latest
 from cluster.training import ray_train
+from twotower import verbosity, version
+from twotower.words import pluralize
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -41,7 +44,7 @@ def up(arguments: argparse.Namespace) -> int:
     if done:
         _say(f"{done}: {path}")
     cluster = local.up(options)
-    nodes = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
+    nodes = pluralize(len(cluster.nodes), "node")
     _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
     return 0
 
@@ -255,13 +258,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _commit() -> dict[str, str]:
     """TWOTOWER_COMMIT for the job, whose copy of the tree has no history; nothing outside a checkout."""
-    git = ["git", "-C", str(TREE)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"TWOTOWER_COMMIT": commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")}
+    commit = version.find_commit()
+    return {version.COMMIT: commit} if commit else {}
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:
@@ -274,9 +272,7 @@ def _environment(pairs: list[str]) -> dict[str, str]:
 
 def _check_version(client: Client) -> None:
     """Refuse a cluster whose Ray is older than the known holes or not the one that the project is pinned to here."""
-    from importlib.metadata import version
-
-    theirs, ours = client.version(), version("ray")
+    theirs, ours = client.version(), importlib.metadata.version("ray")
     if release(theirs) < OLDEST_SAFE_RAY:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
     if release(theirs) != release(ours):
@@ -304,6 +300,9 @@ def full_disks(nodes: Sequence[dict[str, Any]]) -> list[tuple[str, bool, str, fl
 
 
 def _say(text: str) -> None:
-    """Our own words go to stderr: stdout is the job's log."""
+    """Our own words go to stderr: stdout is the job's log. A quiet command has only its warnings."""
     with contextlib.suppress(OSError):  # nobody reads them any more
-        print(text, file=sys.stderr, flush=True)
+        if text.startswith("warning:"):
+            print(text, file=sys.stderr, flush=True)
+        else:
+            verbosity.remark(text)

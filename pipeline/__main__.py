@@ -4,6 +4,9 @@ A command is a module of ``pipeline.commands`` with ``add_parser(subparsers)``, 
 takes the parsed arguments and returns the exit code, and one name in :data:`COMMANDS`. Heavy imports go into ``run``.
 """
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
+# isort: split
 from pipeline import signals
 
 if __name__ == "__main__":
@@ -17,6 +20,7 @@ import sys
 from pipeline.command_line import Parser
 from pipeline.errors import PipelineError, one_line
 from pipeline.preparation import faults
+from twotower import verbosity
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (
@@ -36,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"pipeline.commands.{name}").add_parser(subparsers)
+    verbosity.add_common_options(parser, subparsers)
     return parser
 
 
@@ -45,10 +50,12 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no UTF-8
     args = make_parser().parse_args()
+    verbosity.apply(args)
     try:
         faults.reach("command")
         return args.run(args)
     except PipelineError as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
 

@@ -1,5 +1,8 @@
 """``python -m trainer COMMAND``: what each command does; the options are in ``trainer.cli``."""
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -15,6 +18,7 @@ from pipeline.errors import PipelineError
 from trainer import stopping
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
+from twotower import verbosity
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -42,9 +46,11 @@ def run() -> int:
 def main() -> int:
     """Runs one command; user errors are one line and status 2."""
     arguments = make_parser(HANDLERS).parse_args()
+    verbosity.apply(arguments)
     try:
         return _delivered(arguments, arguments.command(arguments))
     except (TrainerError, PipelineError) as error:
+        verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
@@ -53,7 +59,7 @@ def main() -> int:
 
 def _tell(stop: stopping.Stopped) -> int:
     """Says in one line that a command was stopped, and what it leaves; the exit status."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if name == "train":
         print(f"stopped by {stop.name} before the first step; nothing was lost", file=sys.stderr)
     elif name not in ("tower", "bench-tower"):  # whoever started these says it
@@ -93,6 +99,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.parallel.world import read_world
     from trainer.training import command, run_folder
 
+    if arguments.print_config:
+        return _config(command.use_recipe_of_run(arguments))
     world = read_world(arguments.processes)
     _go_on_after_restart(arguments, world)
     command.take_from_run(arguments)
@@ -140,7 +148,7 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
         needed_bytes = size_bytes * start.checkpoints_at_once(found)
         start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
+            verbosity.remark(f"note: {note}")
     return found
 
 
@@ -209,6 +217,7 @@ def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "Wor
 
     device = choose_device(arguments.device, world.local_rank)
     mesh = join_mesh(world, device, config.train.peer_timeout_s)
+    verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
     return _work(arguments, config, mesh, device, is_new=is_new)
 
 
@@ -238,7 +247,7 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         if trainer.leads:
             print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
             if result.exit_reason == "stopped":
-                print(f"go on with: {resume_command(arguments.run)}", flush=True)
+                verbosity.remark(f"go on with: {resume_command(arguments.run)}", stdout=True)
         stopping.finish()
         return 0 if result.exit_reason == "finished" else 3
 
@@ -302,6 +311,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         confusion.print_classes(result, classes)
     if arguments.confusion:
         confusion.draw(arguments.confusion, result, classes)
+        verbosity.say_written(arguments.confusion)
     return 0
 
 
@@ -332,7 +342,19 @@ def _predict(arguments: argparse.Namespace) -> int:
         predict.print_table(results)
     if arguments.html:
         predict.write_html(arguments.html, results, arguments.run)
+        verbosity.say_written(arguments.html)
     return 3 if any(result.error for result in results) else 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    """Prints a resolved recipe, or the page about all settings."""
+    from trainer.errors import RecipeError
+    from trainer.planning.settings import commented_recipe, settings_page
+
+    if getattr(arguments, "markdown", False) and (arguments.config or arguments.set):
+        raise RecipeError("--markdown is about every recipe: leave --config and --set out")
+    print(settings_page() if getattr(arguments, "markdown", False) else commented_recipe(_load(arguments)), end="")
+    return 0
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -425,6 +447,7 @@ HANDLERS = {
     "tower": _tower,
     "evaluate": _evaluate,
     "predict": _predict,
+    "config": _config,
     "describe": _describe,
     "report": _report,
     "export": _export,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trainer.guesses import TrainerParser
+from twotower import verbosity
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -40,6 +41,10 @@ class Commands:
         parser.set_defaults(command=self._handlers[name])
         return parser
 
+    def finish(self, parser: argparse.ArgumentParser) -> None:
+        """Adds what every command has, once all are there."""
+        verbosity.add_common_options(parser, self._subparsers)
+
     def add_hidden(self, name: str) -> argparse.ArgumentParser:
         """Adds the launcher's own command, which no help lists."""
         parser = self._subparsers.add_parser(name)
@@ -59,11 +64,13 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_config(commands)
     _add_describe(commands)
     _add_report(commands)
     _add_export(commands)
     _add_import(commands)
     _add_bench(commands)
+    commands.finish(parser)
     return parser
 
 
@@ -166,6 +173,9 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
     )
+    train.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe, as `config` does, and train nothing"
+    )
     tower = commands.add_hidden("tower")
     _folder(tower, "--data", "")
     _folder(tower, "--run", "")
@@ -252,6 +262,18 @@ def _add_predict(commands: Commands) -> None:
     _device_option(predict)
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
     predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+
+
+def _add_config(commands: Commands) -> None:
+    config = commands.add(
+        "config",
+        "a resolved recipe, every field with its meaning, unit, range and default: a recipe itself",
+        "config --config configs/paper.toml --set train.epochs=3 > my.toml",
+    )
+    _recipe_options(config)
+    config.add_argument(
+        "--markdown", action="store_true", help="all fields and their defaults as docs/config.md, without a recipe"
+    )
 
 
 def _add_describe(commands: Commands) -> None:

@@ -22,6 +22,7 @@ import requests
 
 from cluster.errors import ClusterError, last_line, printable
 from cluster.jobs.auth_token import read_token, token_path
+from twotower.verbosity import log
 
 TIMEOUT_S = 20.0
 SEND_TIMEOUT_S = 300.0  # the server stores up to 512 MiB before it answers
@@ -84,6 +85,7 @@ class Client:
             answer = self._session.request(method, self.address + path, allow_redirects=False, **options)
         except requests.RequestException as error:
             raise Unreachable(f"no Ray cluster at {self.address} ({_why_silent(error)}") from error
+        log.debug("%s %s: %d", method, answer.url, answer.status_code)
         if answer.status_code >= 300:
             raise self._refusal(answer, path)
         return answer

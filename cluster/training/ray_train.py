@@ -24,6 +24,7 @@ from typing import Any
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import command_of
 from cluster.training.pair import PREEMPTED, PairSettings, run_pair, save_before_resize
+from twotower.words import pluralize
 
 WAIT_LINE_S = 10.0
 
@@ -129,8 +130,9 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     num_threads = max(1, need.num_cpus // arguments.towers)
     settings = PairSettings(tuple(command), str(folder), arguments.towers, num_threads, run)
     _pass_stop_on(folder)
-    pairs = f"{most} pair{'s' if most > 1 else ''} of {arguments.towers} towers"
-    print(f"train: {pairs}, {need.num_cpus} CPUs and {need.num_gpus} GPUs each, on {len(_nodes())} nodes", flush=True)
+    pairs = f"{pluralize(most, 'pair')} of {pluralize(arguments.towers, 'tower')}"
+    each = f"{pluralize(need.num_cpus, 'CPU')} and {pluralize(need.num_gpus, 'GPU')} each"
+    print(f"train: {pairs}, {each}, on {pluralize(len(_nodes()), 'node')}", flush=True)
     try:
         for attempt in itertools.count():
             status = _fit(settings, need, arguments, attempt)

@@ -14,6 +14,7 @@ from pipeline.files import is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
 from pipeline.preparation import faults
 from pipeline.sources import SOURCES, open_source, reasons
+from twotower.words import pluralize
 
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
@@ -212,18 +213,21 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     """Counts, shards, bytes and rate, in a few lines."""
     manifest = summary.manifest
     if summary.num_indexes:
-        print(f"{folder}: {summary.num_indexes:,} damaged indexes regenerated from their tars")
+        print(f"{folder}: {pluralize(summary.num_indexes, 'damaged index')} regenerated from the tars")
     elif not summary.num_done:
         print(f"{folder} is complete already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6
-        print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")
+        print(
+            f"{name}: {pluralize(split.num_samples, 'image')} in {pluralize(len(split.shards), 'shard')}, "
+            f"{size:,.1f} MB"
+        )
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
         working = summary.num_done / max(summary.elapsed_s - summary.startup_s, 1e-9)
         print(
-            f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s; {working:,.0f} "
-            f"images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
+            f"prepared {pluralize(summary.num_done, 'image')} in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s; "
+            f"{working:,.0f} images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
         )
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
@@ -231,7 +235,9 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     for name, count in manifest.dropped_splits.items():
         print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
     if manifest.num_left_out:
-        print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
+        print(
+            f"left out: {pluralize(manifest.num_left_out, 'image')} that cannot be used; see {folder / QUARANTINE_NAME}"
+        )
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")
 
 

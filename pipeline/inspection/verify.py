@@ -14,6 +14,8 @@ from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
+from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ def check_dataset(
         problems += _count_problems(split)
         for shard in split.shards:
             problems += check_shard(folder, manifest, shard, level=level)
+            log.debug("%s checked", shard.name)
             report(shard.num_samples)
     return problems + _strangers(folder, manifest)
 
@@ -113,7 +116,7 @@ def index_problems(index: Path, samples: list[TarSample]) -> Iterator[str]:
     if lines[0] != f"{INDEX_VERSION} {len(samples)}":
         yield f"its first line is {lines[0][:40]!r} instead of '{INDEX_VERSION} {len(samples)}'"
     if len(lines) != len(samples) + 2 or lines[-1]:
-        yield f"has {len(lines) - 2} samples instead of {len(samples)}"
+        yield f"has {pluralize(len(lines) - 2, 'sample')} instead of {len(samples)}"
     for sample, line in zip(samples, lines[1:], strict=False):
         if index_line(sample) != line:
             yield f"the line of sample {sample.key} does not match the tar"
@@ -138,7 +141,7 @@ def _data(file: BinaryIO, member: TarMember) -> tuple[bytes, bytes]:
 
 def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tuple[str, ...]) -> Iterator[str]:
     if len(samples) != shard.num_samples:
-        yield f"has {len(samples)} samples instead of {shard.num_samples}"
+        yield f"has {pluralize(len(samples), 'sample')} instead of {shard.num_samples}"
     for sample in samples:
         found = tuple(member.extension for member in sample.members)
         if found != extensions:
@@ -150,7 +153,7 @@ def _count_problems(split: SplitRecord) -> list[Problem]:
     return (
         []
         if total == split.num_samples
-        else [Problem("manifest.json", f"{split.num_samples} samples, shards hold {total}")]
+        else [Problem("manifest.json", f"{pluralize(split.num_samples, 'sample')}, shards hold {total}")]
     )
 
 

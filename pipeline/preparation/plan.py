@@ -27,6 +27,7 @@ from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
+from twotower.words import pluralize
 
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
@@ -258,10 +259,13 @@ def print_plan(options: PrepareOptions) -> None:
     request = make_request(options)
     print_warnings(request.warnings)
     listing = request.listing
-    print(f"source {options.source}: {len(listing.classes):,} classes, labels in {listing.label_order} order")
+    print(f"source {options.source}: {pluralize(len(listing.classes), 'class')}, labels in {listing.label_order} order")
     for split in sorted(listing.splits):
         counts = [len(shard.rows) for shard in request.shards if shard.split == split]
-        print(f"{split}: {sum(counts):,} images in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
+        print(
+            f"{split}: {pluralize(sum(counts), 'image')} in {pluralize(len(counts), 'shard')} of "
+            f"{min(counts):,} to {max(counts):,}"
+        )
     total = request.num_planned
     print("\n".join(found_lines(request.num_found, {"to be stored": total}, request.passed_over)))
     cost = measure(request)
@@ -272,7 +276,7 @@ def print_plan(options: PrepareOptions) -> None:
     workers = options.num_workers()
     print(
         f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
-        f"({1 / cost.seconds:,.0f} images/s per core over {cost.num_images} measured images, "
+        f"({1 / cost.seconds:,.0f} images/s per core over {pluralize(cost.num_images, 'measured image')}, "
         f"{cost.num_refused} of them unusable)"
     )
     print("nothing was written (--dry-run)")

@@ -20,6 +20,8 @@ from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTa
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
+from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ def _make(request: Request, before: Manifest | None) -> Summary:
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
     valid = output.valid_shards(folder, (record.shard for record in records if record))
     missing = [shard for shard in request.shards if shard.name not in valid]
+    log.debug("%d of %d shards are valid already", len(valid), len(request.shards))
     elapsed_s, startup_s = _build(request, missing)
     results, totals = _collect(request)
     draft = Manifest(
@@ -159,11 +162,12 @@ def _build(
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")
                 raise SourceError(
-                    f"{left_out:,} images cannot be used, more than --max-errors {options.max_errors}; "
+                    f"{pluralize(left_out, 'image')} cannot be used, more than --max-errors {options.max_errors}; "
                     f"the last: {reason['source']}: {reason['reason']}"
                 )
             if recorded is not None and result.shard != recorded[result.shard.name]:
                 raise SourceError(f"{result.shard.name} came out different: the input changed")
+            log.debug("%s made: %d images, %d left out", result.shard.name, result.num_planned, result.num_left_out)
             progress.advance(result.num_planned)
             faults.reach("driver-shard-done")
         elapsed_s = time.time() - start_s

@@ -18,6 +18,7 @@ from pipeline.sources import reasons
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
 from pipeline.sources.tar_reader import read_compressed
 from pipeline.sources.walk import Walker, join, pass_over_unread
+from twotower.words import pluralize
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -86,7 +87,9 @@ class Cifar10Source(Source):
         for name in names:
             data = np.frombuffer(read_batch(self.root / where / name), np.uint8)
             if not len(data) or len(data) % RECORD_BYTES:
-                raise SourceError(f"{self.root / where / name}: {len(data):,} bytes is no multiple of {RECORD_BYTES:,}")
+                raise SourceError(
+                    f"{self.root / where / name}: {pluralize(len(data), 'byte')} is no multiple of {RECORD_BYTES:,}"
+                )
             labels.append(data[::RECORD_BYTES].astype(np.int32))
             if labels[-1].max() >= len(CLASSES):
                 raise SourceError(f"{self.root / where / name}: label {labels[-1].max()}, expected 0 to 9")

@@ -14,6 +14,7 @@ from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
 from pipeline.sources.walk import Walker, pass_over_unread
+from twotower.words import pluralize
 
 PREFIXES = {"train": "train", "val": "t10k"}
 KINDS = {"images": "idx3", "labels": "idx1"}
@@ -89,7 +90,7 @@ class IdxSource(Source):
         _, data = read_idx(labels_path, dimensions=1)
         labels = np.frombuffer(data, np.uint8).astype(np.int32)
         if len(labels) != shape[0]:
-            raise SourceError(f"{labels_path}: {len(labels):,} labels for {shape[0]:,} images")
+            raise SourceError(f"{labels_path}: {pluralize(len(labels), 'label')} for {pluralize(shape[0], 'image')}")
         if len(labels) and labels.max() >= len(TITLES[self.name]):
             raise SourceError(f"{labels_path}: label {labels.max()}, expected 0 to {len(TITLES[self.name]) - 1}")
         size = shape[1] * shape[2]
@@ -144,5 +145,5 @@ def read_idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], bytes]:
         raise SourceError(f"{path}: not an IDX file of bytes in {dimensions} dimensions (magic {data[:4].hex()})")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
     if len(data) != start + int(np.prod(shape)):
-        raise SourceError(f"{path}: {len(data):,} bytes, but its header states {shape}")
+        raise SourceError(f"{path}: {pluralize(len(data), 'byte')}, but its header states {shape}")
     return shape, data[start:]

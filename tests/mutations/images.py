@@ -259,12 +259,36 @@ def of_image() -> Iterator[Change]:
 
 def of_loader_config() -> Iterator[Change]:
     """pipeline/loader/config.py: values that recipes leave alone."""
-    yield "default: crops shared", "crop_shared_by: int = 1", "crop_shared_by: int = 2"
-    yield "default: normalize", 'normalize: str = "none"', 'normalize: str = "per_channel"'
-    yield "default: color ends", "color_off_epoch: int = -1", "color_off_epoch: int = 5"
-    yield "default: divisor", "color_divisor: float = 1.0", "color_divisor: float = 1.1"
-    yield "default: order of images", 'shuffle: str = "epoch"', 'shuffle: str = "once"'
-    yield "default: last batch", 'last_batch: str = "drop"', 'last_batch: str = "partial"'
+    yield (
+        "default: crops shared",
+        'crop_shared_by: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 1',
+        'crop_shared_by: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 2',
+    )
+    yield (
+        "default: normalize",
+        'normalize: Literal["none", "per_channel", "per_image"] = "none"',
+        'normalize: Literal["none", "per_channel", "per_image"] = "per_channel"',
+    )
+    yield (
+        "default: color ends",
+        'color_off_epoch: Annotated[int, Limits(-1, 1 << 30, unit="epochs")] = -1',
+        'color_off_epoch: Annotated[int, Limits(-1, 1 << 30, unit="epochs")] = 5',
+    )
+    yield (
+        "default: divisor",
+        "color_divisor: Annotated[float, Limits(above=0)] = 1.0",
+        "color_divisor: Annotated[float, Limits(above=0)] = 1.1",
+    )
+    yield (
+        "default: order of images",
+        'shuffle: Literal["epoch", "once"] = "epoch"',
+        'shuffle: Literal["epoch", "once"] = "once"',
+    )
+    yield (
+        "default: last batch",
+        'last_batch: Literal["drop", "partial"] = "drop"',
+        'last_batch: Literal["drop", "partial"] = "partial"',
+    )
 
 
 GROUPS = (

@@ -21,6 +21,7 @@ from trainer.errors import RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
 from trainer.parallel.world import World, has_interface
+from twotower.verbosity import log
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
 LAUNCHER = "TWOTOWER_LAUNCHER"  # its process id, for the towers that it starts
@@ -129,6 +130,7 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held:
                 environment[LAUNCHER] = str(os.getpid())
                 child = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=held)
                 children.append(child)
+                log.debug("rank %d is process %d: %s", rank, child.pid, " ".join(command))
         status = _wait(children, asked)
     if asked and status == 128 + asked[0]:
         raise stopping.Stopped(asked[0])

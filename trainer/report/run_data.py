@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from trainer.config import Config, load_config
 from trainer.errors import RunError
-from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.metrics import read_metrics
+from twotower.words import pluralize
 
 KINDS = ("step", "evaluation")  # of rows of metrics.jsonl
 OF_A_PART = ("commit", "python", "torch", "system", "processor", "cores", "gpus", "kernels", "data")

@@ -22,6 +22,7 @@ from trainer.parallel.status import GlobalStatus, all_could
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
 from trainer.training.run_lock import read_holder
+from twotower.verbosity import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class AsyncCheckpointer:
         facts: dict[str, Any] = {"config": draft.config, "loader": draft.loader, "top1": draft.top1}
         self._check_holder()
         written = checkpoint.commit(self._run, draft.step, towers=towers, **facts)
+        log.debug("checkpoint %s is complete", written)
         checkpoint.rotate(self._run, written, self._keep)
 
     def _check_holder(self) -> None:

@@ -27,8 +27,7 @@ def take_from_run(arguments: argparse.Namespace) -> None:
         if arguments.run is not None and arguments.run.resolve() != run.resolve():
             raise RunError(f"--resume {run} and --run {arguments.run} are two folders: leave --run out")
         arguments.run = run
-        run_folder.read_run_config(run)
-        arguments.config = arguments.config or run / run_folder.CONFIG_NAME
+        use_recipe_of_run(arguments)
         noted = resume.newest_start(run)
         for name in resume.OPTIONS:
             if getattr(arguments, name) is None and noted.get(name) is not None:
@@ -39,6 +38,19 @@ def take_from_run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             raise RunError(f"--{name} DIR is missing: train needs a data set and a run folder, or --resume RUN alone")
     arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
+
+
+def use_recipe_of_run(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the recipe that ``--resume RUN`` has.
+
+    Raises:
+        RunError: there is no run.
+    """
+    if arguments.resume not in ("auto", "never"):
+        run = Path(arguments.resume)
+        run_folder.read_run_config(run)
+        arguments.config = arguments.config or run / run_folder.CONFIG_NAME
+    return arguments
 
 
 def finished_line(start: Start) -> str:

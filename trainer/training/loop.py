@@ -32,6 +32,7 @@ from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
+from twotower.words import pluralize
 
 
 class StoppedEvaluation(Exception):
@@ -150,7 +151,7 @@ class Trainer:
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
         reason, sentence = "failed", ""
         try:
-            self.log = MetricsLog(self.run, self.step) if self.leads else None
+            self.log = MetricsLog(self.run, self.config, self.step) if self.leads else None
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
@@ -175,7 +176,7 @@ class Trainer:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
-                self.log.close()
+                self.log.close(result.exit_reason)
         except OSError as error:
             if result.exit_reason != "failed":
                 raise RunError(blame(error, self.run)) from None
@@ -226,8 +227,8 @@ class Trainer:
         towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
-            f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
-            f"{towers}, {self.device}, {begin}"
+            f"{pluralize(self.config.train.epochs, 'epoch')} of {pluralize(self.steps_per_epoch, 'step')}, "
+            f"batch {self.config.train.batch_size}, {towers}, {self.device}, {begin}"
         )
 
     def _checkpoint_is_due(self) -> bool:
@@ -349,7 +350,8 @@ class Trainer:
         self.log.flush()
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
-            f"on {evaluation.num_samples} held-out images, {statistics.median(self.images_per_s or [0.0]):.0f} images/s"
+            f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
+            f"{statistics.median(self.images_per_s or [0.0]):.0f} images/s"
         )
         return True
 

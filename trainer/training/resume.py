@@ -8,11 +8,13 @@ from typing import Any
 from pipeline.loader.open_split import OpenSplit
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest
-from trainer.config import MAY_CHANGE, Config
+from trainer.config import Config
 from trainer.errors import RunError
 from trainer.training import run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.kept_data import kept_manifest
+from twotower.fields import MAY_CHANGE
+from twotower.words import pluralize
 
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
 
@@ -114,7 +116,8 @@ def check_data_set(
         )
     if loader.get("skipped keys", list(opened.skipped)) != list(opened.skipped):
         raise RunError(
-            f"--skip-list: it leaves {len(opened.skipped)} training samples out, and {run} was trained without "
+            f"--skip-list: it leaves {pluralize(len(opened.skipped), 'training sample')} out, and {run} was "
+            f"trained without "
             f"{len(loader['skipped keys'])}, or others: go on with the same list"
         )
     return (f"{run}: its data set has moved from {noted} to {data}",) if noted not in (None, data) else ()

@@ -17,6 +17,7 @@ from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
 from trainer.training.history import read_past
 from trainer.training.metrics import read_metrics
 from trainer.training.run_lock import LOCK_NAME
+from twotower.words import pluralize
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
@@ -34,6 +35,7 @@ OURS = {  # all that a run writes
     "metrics.jsonl",
     "epochs.csv",
     "tensorboard",
+    "loggers",
     "profile",
     "report.html",
 }
@@ -267,7 +269,9 @@ def check_fits(config: Config, manifest: Manifest, data: Path, *, splits: Sequen
     if image.channels != model.in_channels:
         raise RecipeError(f"model.in_channels = {model.in_channels}, and the images in {data} have {image.channels}")
     if len(manifest.classes) != model.classes:
-        raise RecipeError(f"model.classes = {model.classes}, and {data} has {len(manifest.classes)} classes")
+        raise RecipeError(
+            f"model.classes = {model.classes}, and {data} has {pluralize(len(manifest.classes), 'class')}"
+        )
     smallest = min(image.height_px or model.image_px, image.width_px or model.image_px)
     if smallest < model.image_px:
         raise RecipeError(
@@ -283,7 +287,9 @@ def check_fits(config: Config, manifest: Manifest, data: Path, *, splits: Sequen
         and config.data.last_batch == "drop"
     ):
         found = manifest.splits["train"].num_samples
-        raise RecipeError(f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training images")
+        raise RecipeError(
+            f"train.batch_size = {config.train.batch_size}, and {data} has only {pluralize(found, 'training image')}"
+        )
 
 
 def check_replicas(config: Config, replicas: int) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pipeline import locks
 from trainer.errors import RunError
+from twotower.verbosity import remark
 
 LOCK_NAME = ".lock"
 BEAT_S = 5.0
@@ -142,7 +142,7 @@ def _take(run: Path) -> int:
         os.close(handle)
         raise _held(run)
     if before is not None:
-        print(f"note: {run} was left by {before}, which no longer runs; going on", file=sys.stderr, flush=True)
+        remark(f"note: {run} was left by {before}, which no longer runs; going on")
     text = json.dumps(dataclasses.asdict(_myself())).encode()
     os.ftruncate(handle, 0)
     os.pwrite(handle, text, 0)
@@ -152,9 +152,7 @@ def _take(run: Path) -> int:
 
 def _is_touched(path: Path, holder: Holder) -> bool:
     """Watches for ``WATCH_S`` whether a holder whose kernel we cannot ask is alive."""
-    print(
-        f"note: {path.parent} was left by {holder}; watching for {WATCH_S:g} s whether it still runs", file=sys.stderr
-    )
+    remark(f"note: {path.parent} was left by {holder}; watching for {WATCH_S:g} s whether it still runs")
     first, end = _touched(path), time.monotonic() + WATCH_S
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCH_S / 10))

@@ -25,6 +25,7 @@ from trainer.training.history import read_elapsed_s
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
+from twotower.words import pluralize
 
 RECORD = "start.json"
 
@@ -111,7 +112,8 @@ def check_start(
     step = choice.record.step if choice else 0
     if step > steps:
         raise RunError(
-            f"train.epochs = {config.train.epochs} is {steps} steps, and {run} has done {step}: expected more epochs"
+            f"train.epochs = {config.train.epochs} is {pluralize(steps, 'step')}, and {run} has done {step}: "
+            f"expected more epochs"
         )
     finished = step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
     return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))

@@ -16,12 +16,13 @@ from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_run import LAST, RECIPE, change_manifest, flip, make_tiny_run
 from tests.helpers.training_commands import call
 from tests.helpers.trees import tree
-from trainer.config import MAY_CHANGE, Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
+from trainer.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from trainer.errors import RunError
 from trainer.parallel import launch
 from trainer.training import checkpoint, run_folder, start
 from trainer.training.loop import Trainer
 from trainer.training.resume import changes_of
+from twotower.fields import MAY_CHANGE
 
 MAY = {  # what a run may change on its way
     "data": {"threads", "prefetch", "mmap"},
@@ -34,6 +35,7 @@ MAY = {  # what a run may change on its way
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "keep_checkpoints",
+        "loggers",
         "threads",
         "peer_timeout_s",
     },

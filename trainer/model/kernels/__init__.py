@@ -6,7 +6,6 @@ one line says so. The first tensor that asks has them built; :func:`of` and :fun
 
 import functools
 import os
-import sys
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from trainer.errors import RunError
 from trainer.model.kernels.cpp import CppKernels, KernelError, open_library
 from trainer.model.kernels.interface import DTYPES, Kernels
+from twotower.verbosity import remark
 
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only
 
@@ -80,4 +80,4 @@ def environment(device: str) -> dict[str, str]:
 def _say(why: str) -> None:
     """One line: what is missing costs time and changes nothing else."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: torch operations instead of compiled kernels, slower: {why}", file=sys.stderr, flush=True)
+        remark(f"note: torch operations instead of compiled kernels, slower: {why}")
