@@ -34,6 +34,7 @@ OPTIONS = {
         "describe": "--config:recipe --set --per-pair --bandwidth-gb-s --pair-bandwidth-gb-s --latency-us --tflops "
         "--svg:path",
         "report": "--run:path --data:data",
+        "config": "--config:recipe --set",
         "export": "--run:path --checkpoint --data:data --output:path",
         "import": "--weights:path --config:recipe --set --run:path --data:data",
         "bench": "--config:recipe --set --data:data --processes --device --seconds --batch-sizes --json:path "
