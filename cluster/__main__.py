@@ -4,19 +4,18 @@ import twotower.linux_only  # noqa: F401  before all that other systems lack
 
 # isort: split
 import argparse
-import difflib
 import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 from cluster import commands
 from cluster.errors import ClusterError, printable
 from cluster.local import default_folder
 from cluster.training import ray_train
 from twotower import verbosity
+from twotower.command_line import Parser
 
 Add = Callable[..., argparse.ArgumentParser]
 EXIT_CODES = (
@@ -24,24 +23,6 @@ EXIT_CODES = (
     "says what), 70 a job ended without telling how, 127 its program is not there, 128 + N ended by signal N; those of "
     "all commands are in docs/commands.md"
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations; what is wrong is one line on stderr, and exit code 2."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **settings})
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            near = difflib.get_close_matches(str(value), action.choices, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(action.choices)}"
-            self.error(f"unknown command {value!r}: {advice}")
-        super()._check_value(action, value)
-
-    def error(self, message: str) -> NoReturn:
-        """End with one line."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,10 +17,10 @@ import importlib
 import io
 import sys
 
-from pipeline.command_line import Parser
 from pipeline.errors import PipelineError, one_line
 from pipeline.preparation import faults
 from twotower import verbosity
+from twotower.command_line import Parser
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (

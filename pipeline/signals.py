@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from pipeline import terminal
+from twotower import terminal
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LINE = "stopped by {}: nothing half-done is left under a final name; run the same command again to go on"

@@ -13,10 +13,7 @@ PACKAGES = ("pipeline", "trainer", "cluster", "twotower")
 FLOORS = {
     "pipeline": (
         "errors",
-        "terminal",
         "signals",
-        "locks",
-        "command_line",
         "raw_images",
         "files",
         "progress",
@@ -43,10 +40,10 @@ FLOORS = {
         "guesses",
         "cli",
     ),
-    "twotower": ("linux_only", "words", "version", "verbosity", "fields"),
+    "twotower": ("linux_only", "words", "terminal", "command_line", "locks", "version", "verbosity", "fields"),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
-SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors", "command_line", "locks", "terminal")  # by the trainer
+SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
 # Who may know of what, as prefixes of modules.
 KNOW = {
     "torch.distributed": (

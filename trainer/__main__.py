@@ -13,12 +13,11 @@ import sys
 import typing
 from pathlib import Path
 
-from pipeline import terminal
 from pipeline.errors import PipelineError
 from trainer import stopping
 from trainer.cli import make_parser
 from trainer.errors import TrainerError
-from twotower import verbosity
+from twotower import terminal, verbosity
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -32,7 +31,7 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder
 
 
 def run() -> int:
-    """Runs the command of this program, in a process of its own: see ``pipeline.terminal`` and ``trainer.stopping``."""
+    """Runs the command of this program, in a process of its own: see ``twotower.terminal`` and ``trainer.stopping``."""
     terminal.protect()
     try:
         stopping.raise_on_stop()

@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator
 
-from pipeline.command_line import Parser, nearest
+from twotower.command_line import Parser, nearest
 
 # Where the recipe's field has another name.
 FIELDS = {

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline import locks
 from pipeline.errors import DatasetError, FormatError, OutputError
 from pipeline.files import AnyPath, is_url
 from pipeline.manifest import (
@@ -37,6 +36,7 @@ from pipeline.preparation import faults
 from pipeline.preparation.shard import WORK_NAME, ShardResult
 from pipeline.preparation.statistics import Totals, summarize, to_npz
 from pipeline.preparation.tar_writer import restore_index
+from twotower import locks
 
 PLAN_NAME = "plan.json"
 HASH_THREADS = 4

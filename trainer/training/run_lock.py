@@ -1,6 +1,6 @@
 """One writer of a run folder: ``RUN/.lock``, held by the process that the user started, and by the towers it starts.
 
-Two things keep it. The kernel's lock (``pipeline.locks``) ends with its last holder, however that ends, also where an
+Two things keep it. The kernel's lock (``twotower.locks``) ends with its last holder, however that ends, also where an
 NFS server keeps it. Where a file system has no locks, or keeps them on each host for itself, the record in the file
 decides: its holder touches the file every ``BEAT_S``, and whoever finds a record of another host watches whether it is
 still touched. No clock is compared with another one. Readers of a run never lock.
@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import locks
 from trainer.errors import RunError
+from twotower import locks
 from twotower.verbosity import remark
 
 LOCK_NAME = ".lock"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import locks
 from trainer.config import load_config
 from trainer.errors import CheckpointError, RunError
 from trainer.model.alexnet import AlexNet
@@ -21,6 +20,7 @@ from trainer.training import checkpoint, run_lock
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.optimizer import PaperSGD
 from trainer.training.run_lock import Holder, hold_run, read_holder, refuse_held
+from twotower import locks
 
 ELSEWHERE = Holder("node7", "another boot", 4711, "2026-01-02T03:04:05Z")
 CONFIG = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import terminal
 from tests.helpers.training_commands import CONFIG, ROOT, command
 from trainer import __main__
+from twotower import terminal
 
 WRITES = """
 import sys
-from pipeline import terminal
+from twotower import terminal
 terminal.protect()
 terminal.warn_of_loss("it goes on")
 for number in range(3):
@@ -75,7 +75,7 @@ def test_a_reader_that_is_slow_and_does_not_block() -> None:
 def test_descriptors_that_were_closed_from_the_start(tmp_path: Path) -> None:
     """``>&- 2>&-``: a file that is opened afterwards must not get what is printed."""
     program = (
-        "import os; from pipeline import terminal; terminal.protect()\n"
+        "import os; from twotower import terminal; terminal.protect()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print('to nobody', flush=True); os.write(1, b'nor this')\n"
         "file.write(str(file.fileno()))"
     )
@@ -86,7 +86,7 @@ def test_descriptors_that_were_closed_from_the_start(tmp_path: Path) -> None:
 
 def test_letters_that_the_terminal_lacks() -> None:
     """Class names in a locale of ASCII: a number instead of an error."""
-    program = "from pipeline import terminal; terminal.protect(); print('M\\u00fcller')"
+    program = "from twotower import terminal; terminal.protect(); print('M\\u00fcller')"
     process = start(program, stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     output, told = process.communicate(timeout=60)
     assert (output, told) == ("M\\xfcller\n", "")
