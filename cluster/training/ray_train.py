@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import command_of
-from cluster.training.pair import PREEMPTED, PairSettings, run_pair, save_before_resize
+from cluster.training.pair import PREEMPTED, PairSettings, run_of, run_pair, save_before_resize
 
 WAIT_LINE_S = 10.0
 
@@ -111,7 +111,7 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """
     import ray
 
-    run = _option(command, "--run")
+    run = run_of(command)
     if not run or not Path(run).is_absolute():
         raise ClusterError(
             f"--run {run or '(missing)'}: the training command needs an absolute folder that all nodes see"
@@ -144,16 +144,6 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()  # unless another job of this run uses it
-
-
-def _option(command: Sequence[str], name: str) -> str:
-    """The value of an option of the training command, "" if it is not given."""
-    for position, word in enumerate(command):
-        if word == name and position + 1 < len(command):
-            return command[position + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return ""
 
 
 def _pass_stop_on(folder: Path) -> None:

@@ -313,3 +313,26 @@ def test_a_device_that_is_not_there(place: Place, capsys: pytest.CaptureFixture[
     assert call(place.patch, *train(place, place.new, "--device", "cuda")) == 2
     assert "no GPU" in capsys.readouterr().err
     assert tree(place.tmp) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:9", "cuda:-1", "cuda:", "cuda:x", "cpu:0", "tpu", "CUDA", ""])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "bench"])
+def test_a_device_with_a_name_or_number_that_there_is_not(
+    place: Place, command: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two GPUs there is no third; and what is no device never becomes one."""
+    place.patch.setattr(torch.cuda, "is_available", lambda: True)
+    place.patch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = {
+        "train": train(place, place.new),
+        "evaluate": evaluate(place),
+        "predict": predict(place),
+        "bench": ["bench", *RECIPE, "--data", place.data],
+    }[command]
+    before = tree(place.tmp)
+    with contextlib.suppress(SystemExit):
+        assert call(place.patch, *words, f"--device={device}") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "--device" in errors[0] and device in errors[0], errors
+    assert "expected cpu, cuda or cuda:N" in errors[0] or "torch sees 2 GPUs here, cuda:0 to cuda:1" in errors[0]
+    assert tree(place.tmp) == before

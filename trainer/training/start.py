@@ -248,6 +248,6 @@ def commit_start(run: Path) -> None:
 def discard_start(run: Path) -> bool:
     """Removes a start that was not committed; tells whether there was one."""
     folder = run / run_folder.START_NAME
-    found = folder.exists()
+    found = run_folder.is_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return found
