@@ -125,7 +125,11 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     need = Need(arguments.cpus_per_pair or arguments.towers, gpus, least)
     wait_for_room(need, arguments.wait)
     folder = Path(run).parent / f".{Path(run).name}.ray" / f"job-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
+    made = [place for place in folder.parents if not place.exists()]
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ClusterError(f"--run {run} cannot be written: {last_line(str(error))}") from error
     num_threads = max(1, need.num_cpus // arguments.towers)
     settings = PairSettings(tuple(command), str(folder), arguments.towers, num_threads, run)
     _pass_stop_on(folder)
@@ -143,7 +147,8 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         for path in (folder, *folder.parent.glob(f"{folder.name}-*")):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # unless another job of this run uses it
+            for place in dict.fromkeys((folder.parent, *made)):  # unless the run, or another job of it, uses it
+                place.rmdir()
 
 
 def _pass_stop_on(folder: Path) -> None:

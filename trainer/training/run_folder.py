@@ -196,14 +196,31 @@ def check_output(option: str, path: Path) -> None:
     where = path.absolute().parent.resolve() / path.name
     if where.is_dir():
         raise RunError(f"{option} {path}: is a folder; expected the name of a file")
+    _refuse_inside(option, path, where)
+    if why := why_not_writable(where.parent):
+        raise RunError(f"{option} {path} cannot be written: {why}")
+
+
+def refuse_nested(run: Path) -> None:
+    """Refuses a run folder inside a data set, which nobody changes but prepare, or among the files of another run.
+
+    Raises:
+        RunError: it lies there.
+    """
+    where = run.resolve()
+    if is_file(where / MANIFEST_NAME):
+        raise RunError(f"--run {run}: is a data set; give a folder outside of it")
+    _refuse_inside("--run", run, where)
+
+
+def _refuse_inside(option: str, path: Path, where: Path) -> None:
+    """Refuses a place that belongs to a run, or lies in a data set."""
     for folder in where.parents:
         top = where.relative_to(folder).parts[0]
         if is_folder(folder / CHECKPOINTS_NAME) and is_file(folder / CONFIG_NAME) and top in OURS:
             raise RunError(f"{option} {path}: is the run's own ({folder}); give another name")
         if is_file(folder / MANIFEST_NAME):
-            raise RunError(f"{option} {path}: lies in the data set {folder}; give a file outside of it")
-    if why := why_not_writable(where.parent):
-        raise RunError(f"{option} {path} cannot be written: {why}")
+            raise RunError(f"{option} {path}: lies in the data set {folder}; give a place outside of it")
 
 
 def why_not_writable(folder: Path) -> str:
