@@ -327,13 +327,22 @@ def check_replicas(config: Config, replicas: int) -> None:
 
 def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
     """Writes a ``failed`` result where the towers ended without writing one (killed, for example)."""
-    if not status or (run / RESULT_NAME).exists():
-        return
+    if not status or not is_file(run / CONFIG_NAME) or is_file(run / RESULT_NAME):
+        return  # without its recipe the folder was moved or removed meanwhile
+    try:
+        write_result(run, _failed(run, status, processes))
+    except (OSError, RecipeError) as error:  # a full disk does not hide why the towers ended
+        why = blame(error, run) if isinstance(error, OSError) else error
+        print(f"warning: {why}", file=sys.stderr, flush=True)
+
+
+def _failed(run: Path, status: int, processes: int) -> Result:
+    """What is known of a run whose towers could not say it themselves."""
     rows = [row for row in read_metrics(run) if row["kind"] == "step"]
     last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0}
     past = read_past(run, last["step"])
     evaluation = past.evaluations[-1] if past.evaluations else {}
-    result = Result(
+    return Result(
         exit_reason="failed",
         reason=f"the towers ended with status {status}",
         step=last["step"],
@@ -347,7 +356,3 @@ def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
         batch_size=read_run_config(run).train.batch_size,
         ledger=list(past.ledger),
     )
-    try:
-        write_result(run, result)
-    except OSError as error:  # a full disk does not hide why the towers ended
-        print(f"warning: {blame(error, run)}", file=sys.stderr, flush=True)
