@@ -131,7 +131,7 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
 
     leads = world is None or world.rank == 0
     if leads:  # a run that is under way looks like one that is damaged, or finished
-        run_lock.refuse_held(arguments.run)
+        run_lock.refuse_held(arguments.run, patience_s=run_lock.PATIENCE_S if world else 0)
     found = start.check_start(
         arguments.run,
         config,
@@ -193,7 +193,8 @@ def _go_on_after_restart(arguments: argparse.Namespace, world: "World | None") -
     """A command that ``torchrun --max-restarts`` or Slurm's ``--requeue`` gives again wipes nothing, but goes on."""
     torchrun = os.environ.get("TORCHELASTIC_RESTART_COUNT") if world else None  # else it was left in the shell
     if any(count not in (None, "", "0") for count in (torchrun, os.environ.get("SLURM_RESTART_COUNT"))):
-        arguments.overwrite, arguments.resume = False, "auto"
+        arguments.overwrite = False
+        arguments.resume = "auto" if arguments.resume == "never" else arguments.resume
 
 
 def _tower(arguments: argparse.Namespace) -> int:

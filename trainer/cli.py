@@ -1,6 +1,7 @@
 """The command line of ``python -m trainer``: options only; what a command does stands in ``trainer.__main__``."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -106,7 +107,14 @@ def _folder(parser: argparse.ArgumentParser, name: str, text: str, *, required: 
 
 
 def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
+    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N; a GPU where there is one")
+
+
+def _device(text: str) -> str:
+    """A device by its name; whether it is here, torch knows."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu, cuda or cuda:N")
+    return text
 
 
 def _skip_option(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """Recipes: typed, frozen, every field documented. A TOML file is overridden by ``--set section.field=value``."""
 
 import dataclasses
-import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -303,11 +302,6 @@ class Config:
             "1 with data.last_batch = partial",
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the resolved recipe: equal on every rank of a run, and kept in checkpoints."""
-        return hashlib.sha256(to_toml(self).encode()).hexdigest()
-
 
 def check_world(world: int) -> None:
     """Raises PeerError for a number of processes that makes no pairs."""
@@ -339,7 +333,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         override(table, text)
     try:
         return build(Config, table, "")
-    except PipelineError as error:
+    except (PipelineError, RecipeError) as error:
+        where = f"{path}: " if path is not None and not overrides else ""  # else an override may be to blame
+        raise RecipeError(f"{where}{error}") from None
+
+
+def from_toml(text: str) -> Config:
+    """The recipe that :func:`to_toml` has written.
+
+    Raises:
+        RecipeError: it is none, or another version's.
+    """
+    try:
+        return build(Config, tomllib.loads(text), "")
+    except (PipelineError, RecipeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(str(error)) from None
 
 

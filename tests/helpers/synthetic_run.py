@@ -68,7 +68,7 @@ def make_run(folder: Path, config: Config, *, steps: int = 440, ended: bool = Tr
     checkpoint.save_towers(
         checkpoint.unfinished(folder, steps), net, PaperSGD(net.named_parameters(), config.optimizer)
     )
-    checkpoint.commit(folder, steps, config=config.fingerprint, loader={}, towers=net.towers)
+    checkpoint.commit(folder, steps, config=to_toml(config), loader={}, towers=net.towers)
     ending = Result(
         exit_reason="finished",
         reason="",

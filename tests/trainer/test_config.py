@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Config, load_config, to_toml
+from trainer.config import from_toml, load_config, to_toml
 from trainer.errors import RecipeError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -58,7 +58,8 @@ def test_missing_and_torn_files(tmp_path: Path) -> None:
         load_config(tmp_path / "truncated.toml")
 
 
-def test_fingerprint_names_the_recipe() -> None:
-    """Equal recipes have equal fingerprints, whatever file they come from; a changed field changes it."""
-    assert Config().fingerprint == load_config(None).fingerprint
-    assert load_config(None, ["train.seed=1"]).fingerprint != Config().fingerprint
+@pytest.mark.parametrize("text", ["c", "[model", "[model]\nlayers = 3\n"])
+def test_what_is_no_recipe_text(text: str) -> None:
+    """Of another version, or none at all."""
+    with pytest.raises(RecipeError):
+        from_toml(text)

@@ -98,6 +98,9 @@ def test_a_command_that_is_started_again_wipes_nothing(variable, count, monkeypa
     program._go_on_after_restart(arguments, World(0, 2, 0, 2))
     again = count in ("1", "2")
     assert (arguments.overwrite, arguments.resume) == ((False, "auto") if again else (True, "never"))
+    arguments = argparse.Namespace(overwrite=False, resume="/r", run=None)
+    program._go_on_after_restart(arguments, World(0, 2, 0, 2))
+    assert (arguments.overwrite, arguments.resume) == (False, "/r"), "the only word that names the run"
 
 
 def test_a_count_of_restarts_that_torchrun_left_in_the_shell_means_nothing(monkeypatch):

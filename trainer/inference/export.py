@@ -27,6 +27,7 @@ from trainer.training.run_folder import (
     empty,
     is_begun,
     read_run_config,
+    refuse_nested,
 )
 from trainer.training.run_lock import hold_run, refuse_held
 from trainer.training.start import check_writable
@@ -128,15 +129,16 @@ def import_weights(weights: Path, config: Config, run: Path, data: Path | None =
         ExportError: the weights do not fit the recipe's net.
         RunError: the folder is not empty.
     """
+    refuse_nested(run)
     if is_begun(run):
         raise RunError(f"{run} holds a run: give another --run folder")
     if data is not None:
         check_fits(config, read_manifest(data), data, splits=())
     refuse_held(run)
     check_writable(run, 0)
-    net = AlexNet(config.model, seed=config.train.seed)
+    net, tensors = AlexNet(config.model, seed=config.train.seed), read_merged(weights)
     try:
-        fill_towers(net, read_merged(weights))
+        fill_towers(net, tensors)
     except ExportError as error:
         raise ExportError(f"{weights}: {error}") from None
     with hold_run(run):
@@ -158,6 +160,6 @@ def _write_run(run: Path, config: Config, net: AlexNet, weights: Path, data: Pat
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     checkpoint.save_towers(checkpoint.unfinished(run, 0), net, optimizer)
     towers = TOWERS[: config.model.towers]
-    folder = checkpoint.commit(run, 0, config=config.fingerprint, loader=None, towers=towers)
+    folder = checkpoint.commit(run, 0, config=to_toml(config), loader=None, towers=towers)
     write_atomic(run / CONFIG_NAME, to_toml(config).encode())
     return folder

@@ -33,6 +33,9 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     Args:
         requested: ``cpu``, ``cuda``, ``cuda:N`` or None.
         rank: rank on this machine; rank r takes GPU r, or shares the only one.
+
+    Raises:
+        RunError: there is no such GPU here.
     """
     kernels.check_switch()
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
@@ -41,9 +44,13 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "" if hidden is None else f" with CUDA_VISIBLE_DEVICES={hidden}"
         raise RunError(f"--device {requested}: torch sees no GPU here{why}; leave --device out or say --device cpu")
+    count = torch.cuda.device_count()
     if requested and ":" in requested:
+        number = requested.partition(":")[2]
+        if not number.isdigit() or int(number) >= count:
+            raise RunError(f"--device {requested}: torch sees {count} GPUs here, cuda:0 to cuda:{count - 1}")
         return requested
-    return f"cuda:{rank % torch.cuda.device_count()}"
+    return f"cuda:{rank % count}"
 
 
 def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:

@@ -44,7 +44,7 @@ class CheckpointRecord:
 
     Attributes:
         step: finished updates.
-        config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
+        config: the recipe that its steps were made with, as TOML text: RUN/config.toml may have been edited since.
         loader: state of the training loader after the last batch of that step; None before the first.
         files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
         top1: share of held-out images right with these very weights, 0..1; None where they were not evaluated.

@@ -374,7 +374,7 @@ class Trainer:
         """
         self.saver.finish()
         top1 = self.last_evaluation["top1"] if self.last_evaluation.get("step") == self.step else None
-        self.saver.begin(PendingCheckpoint(self.step, self.config.fingerprint, self.loader.state(), top1))
+        self.saver.begin(PendingCheckpoint(self.step, to_toml(self.config), self.loader.state(), top1))
         if self.log:
             self.log.flush()
 

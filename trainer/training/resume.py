@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.loader.open_split import OpenSplit
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest
-from trainer.config import Config
-from trainer.errors import RunError
+from trainer.config import Config, from_toml
+from trainer.errors import RecipeError, RunError
 from trainer.training import run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.kept_data import kept_manifest
@@ -78,6 +78,29 @@ def allowed_changes(run: Path, before: Config, after: Config) -> tuple[Change, .
                 "leave it as it was"
             )
     return changes
+
+
+def check_edited(run: Path, config: Config, choice: Choice) -> None:
+    """Checks that RUN/config.toml is still the recipe of a checkpoint, in the fields that may not change.
+
+    Args:
+        run: run folder.
+        config: what its config.toml says.
+        choice: the checkpoint.
+
+    Raises:
+        RunError: it was edited; names the field, and both values.
+    """
+    try:
+        made_with = from_toml(choice.record.config)
+    except RecipeError:  # another version's: nothing to compare
+        return
+    for change in changes_of(made_with, config):
+        if not change.may:
+            raise RunError(
+                f"{run / run_folder.CONFIG_NAME} was edited: {change}, which {choice.folder.name} was trained with; "
+                "put that back"
+            )
 
 
 def depends_on_epochs(config: Config) -> str:

@@ -198,14 +198,31 @@ def check_output(option: str, path: Path) -> None:
     where = path.absolute().parent.resolve() / path.name
     if where.is_dir():
         raise RunError(f"{option} {path}: is a folder; expected the name of a file")
+    _refuse_inside(option, path, where)
+    if why := why_not_writable(where.parent):
+        raise RunError(f"{option} {path} cannot be written: {why}")
+
+
+def refuse_nested(run: Path) -> None:
+    """Refuses a run folder inside a data set, which nobody changes but prepare, or among the files of another run.
+
+    Raises:
+        RunError: it lies there.
+    """
+    where = run.resolve()
+    if is_file(where / MANIFEST_NAME):
+        raise RunError(f"--run {run}: is a data set; give a folder outside of it")
+    _refuse_inside("--run", run, where)
+
+
+def _refuse_inside(option: str, path: Path, where: Path) -> None:
+    """Refuses a place that belongs to a run, or lies in a data set."""
     for folder in where.parents:
         top = where.relative_to(folder).parts[0]
         if is_folder(folder / CHECKPOINTS_NAME) and is_file(folder / CONFIG_NAME) and top in OURS:
             raise RunError(f"{option} {path}: is the run's own ({folder}); give another name")
         if is_file(folder / MANIFEST_NAME):
-            raise RunError(f"{option} {path}: lies in the data set {folder}; give a file outside of it")
-    if why := why_not_writable(where.parent):
-        raise RunError(f"{option} {path} cannot be written: {why}")
+            raise RunError(f"{option} {path}: lies in the data set {folder}; give a place outside of it")
 
 
 def why_not_writable(folder: Path) -> str:
@@ -316,13 +333,22 @@ def check_replicas(config: Config, replicas: int) -> None:
 
 def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
     """Writes a ``failed`` result where the towers ended without writing one (killed, for example)."""
-    if not status or (run / RESULT_NAME).exists():
-        return
+    if not status or not is_file(run / CONFIG_NAME) or is_file(run / RESULT_NAME):
+        return  # without its recipe the folder was moved or removed meanwhile
+    try:
+        write_result(run, _failed(run, status, processes))
+    except (OSError, RecipeError) as error:  # a full disk does not hide why the towers ended
+        why = blame(error, run) if isinstance(error, OSError) else error
+        print(f"warning: {why}", file=sys.stderr, flush=True)
+
+
+def _failed(run: Path, status: int, processes: int) -> Result:
+    """What is known of a run whose towers could not say it themselves."""
     rows = [row for row in read_metrics(run) if row["kind"] == "step"]
     last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0}
     past = read_past(run, last["step"])
     evaluation = past.evaluations[-1] if past.evaluations else {}
-    result = Result(
+    return Result(
         exit_reason="failed",
         reason=f"the towers ended with status {status}",
         step=last["step"],
@@ -336,7 +362,3 @@ def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
         batch_size=read_run_config(run).train.batch_size,
         ledger=list(past.ledger),
     )
-    try:
-        write_result(run, result)
-    except OSError as error:  # a full disk does not hide why the towers ended
-        print(f"warning: {blame(error, run)}", file=sys.stderr, flush=True)

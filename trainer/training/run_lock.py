@@ -71,16 +71,18 @@ def read_holder(run: Path) -> Holder | None:
         return None
 
 
-def refuse_held(run: Path) -> None:
+def refuse_held(run: Path, *, patience_s: float = 0) -> None:
     """Refuses a run folder that another process writes; looks only, and leaves nothing behind.
 
-    A process that torchrun or Ray has started waits a little: it may follow one that was killed on another node, whose
-    lock an NFS server has yet to give up.
+    Args:
+        run: the run folder, or where it will be.
+        patience_s: how long to wait, s. A process that torchrun or Ray has started waits a little: it may follow one
+            that was killed on another node, whose lock an NFS server has yet to give up.
 
     Raises:
         RunError: it is held; says by whom.
     """
-    end = time.monotonic() + (PATIENCE_S if "RANK" in os.environ else 0)
+    end = time.monotonic() + patience_s
     while locks.is_held(run / LOCK_NAME):
         if time.monotonic() >= end:
             raise _held(run)

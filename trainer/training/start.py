@@ -24,7 +24,7 @@ from trainer.training.checkpoint import Choice
 from trainer.training.history import read_elapsed_s
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
-from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
+from trainer.training.resume import Change, allowed_changes, check_data_set, check_edited, depends_on_epochs
 from twotower.words import pluralize
 
 RECORD = "start.json"
@@ -95,15 +95,18 @@ def check_start(
     opened = [open_split(data, "train", skip_list=skip_list)]
     opened += [open_split(data, split) for split in {config.train.evaluate_split} - {"train"}]
     read_statistics(data, manifest)
-    _refuse_nested(run, data)
+    run_folder.refuse_nested(run)
     noted = str(source) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
     if not begun or overwrite:
         return Start(run, config, data, noted, begun, begun, None, (), finished=False, notes=())
     if not resume:
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
-    changes = allowed_changes(run, run_folder.read_run_config(run), config)
+    before = run_folder.read_run_config(run)
+    changes = allowed_changes(run, before, config)
     choice = checkpoint.choose(run, quiet=quiet)
+    if choice:
+        check_edited(run, before, choice)
     notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened[0], choice)]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
@@ -130,13 +133,6 @@ def checkpoints_at_once(start: Start) -> int:
     train = start.config.train
     only_one = not train.checkpoint_every_steps and train.epochs <= train.checkpoint_every_epochs
     return 1 if start.choice or only_one else 2
-
-
-def _refuse_nested(run: Path, data: Path) -> None:
-    """Refuses a run folder inside the data set, which nobody changes but prepare."""
-    here, there = run.resolve(), data.resolve()
-    if here == there or there in here.parents:
-        raise RunError(f"--run {run} lies in the data set {data}: give a folder outside of it")
 
 
 def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> None:
@@ -250,6 +246,6 @@ def commit_start(run: Path) -> None:
 def discard_start(run: Path) -> bool:
     """Removes a start that was not committed; tells whether there was one."""
     folder = run / run_folder.START_NAME
-    found = folder.exists()
+    found = run_folder.is_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -89,9 +89,8 @@ def test_a_rank_that_is_started_again_waits(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(locks, "is_held", is_held)
     with pytest.raises(RunError, match="in use by another process"):
         refuse_held(tmp_path)
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: None)
-    refuse_held(tmp_path)
+    refuse_held(tmp_path, patience_s=run_lock.PATIENCE_S)
     assert asked == [True, True, True, False]
 
 
