@@ -236,11 +236,11 @@ def print_summary(folder: Path, summary: "Summary") -> None:
 
 
 def print_converted(folder: Path) -> None:
-    """Says how many stored images were converted, and by what most of them."""
-    counts = Counter[str]()
+    """Says how many stored images were converted, and what was done to most of them: to one, several things may be."""
     with (folder / QUARANTINE_NAME).open(encoding="utf-8") as lines:
-        counts.update(row["reason"] for row in map(json.loads, lines) if row["action"] == "converted")
+        reasons_of = [row["reason"] for row in map(json.loads, lines) if row["action"] == "converted"]
+    counts = Counter(words for reason in reasons_of for words in reason.split("; "))
     if counts:
         words = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(SHOWN_CONVERSIONS))
         more = ", ..." if len(counts) > SHOWN_CONVERSIONS else ""
-        print(f"converted: {counts.total():,} images ({words}{more}); see {folder / QUARANTINE_NAME}")
+        print(f"converted: {len(reasons_of):,} images ({words}{more}); see {folder / QUARANTINE_NAME}")
