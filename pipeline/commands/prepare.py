@@ -228,8 +228,8 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
     print_converted(folder)
-    for name, count in manifest.dropped_splits.items():
-        print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if manifest.num_left_out:
         print(f"left out: {manifest.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")

@@ -275,6 +275,23 @@ def test_a_folder_whose_path_is_no_utf8(tmp_path: Path) -> None:
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
+def test_classes_of_which_a_split_has_no_usable_image_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "train/emu/1.jpg", b"text")
+    write(folder / "val/emu/1.jpg", picture(1))
+    write(folder / "train/cat/0.jpg", b"text")
+    for path in (folder / "val/dog").iterdir():
+        path.write_bytes(b"text")
+    expected = (
+        "warning: classes of which no image of train can be used: emu\n"
+        "warning: classes of which no image of val can be used: dog\n"
+    )
+    for _ in ("made", "complete already"):
+        assert prepare(monkeypatch, folder)[0] == 3
+        assert capsys.readouterr().err == expected
+
+
 def test_conversions_are_counted_one_by_one_and_their_images_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
