@@ -232,8 +232,8 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     print(f"classes: {len(manifest.classes):,}")
     print("\n".join(manifest.found_lines()))
     print_converted(folder)
-    for name, count in manifest.dropped_splits.items():
-        print(f"warning: {name} is left out: none of its {count:,} images can be used", file=sys.stderr)
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if manifest.num_left_out:
         print(
             f"left out: {pluralize(manifest.num_left_out, 'image')} that cannot be used; see {folder / QUARANTINE_NAME}"
@@ -242,11 +242,11 @@ def print_summary(folder: Path, summary: "Summary") -> None:
 
 
 def print_converted(folder: Path) -> None:
-    """Says how many stored images were converted, and by what most of them."""
-    counts = Counter[str]()
+    """Says how many stored images were converted, and what was done to most of them: to one, several things may be."""
     with (folder / QUARANTINE_NAME).open(encoding="utf-8") as lines:
-        counts.update(row["reason"] for row in map(json.loads, lines) if row["action"] == "converted")
+        reasons_of = [row["reason"] for row in map(json.loads, lines) if row["action"] == "converted"]
+    counts = Counter(words for reason in reasons_of for words in reason.split("; "))
     if counts:
         words = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(SHOWN_CONVERSIONS))
         more = ", ..." if len(counts) > SHOWN_CONVERSIONS else ""
-        print(f"converted: {counts.total():,} images ({words}{more}); see {folder / QUARANTINE_NAME}")
+        print(f"converted: {len(reasons_of):,} images ({words}{more}); see {folder / QUARANTINE_NAME}")

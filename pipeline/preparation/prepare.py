@@ -4,15 +4,19 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
+import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, ImageFormat, Manifest, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
 from pipeline.preparation.machine import BEFORE_RAY, check_machine
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request, print_warnings
@@ -20,6 +24,7 @@ from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTa
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
+from pipeline.sources.walk import shown
 from twotower.verbosity import log
 from twotower.words import pluralize
 
@@ -34,6 +39,7 @@ class Summary:
         elapsed_s: seconds spent on shards, with the start of Ray and its workers.
         startup_s: those of them until the first worker had its libraries and began with an image.
         num_indexes: indexes regenerated from their valid tars.
+        warnings: what only the work has shown, a line each.
     """
 
     manifest: Manifest
@@ -41,6 +47,7 @@ class Summary:
     elapsed_s: float
     startup_s: float = 0.0
     num_indexes: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions) -> Summary:
@@ -66,7 +73,8 @@ def prepare(options: PrepareOptions) -> Summary:
         try:
             output.sweep(folder)
             repaired = None if manifest is None else _repair(request, manifest)
-            return repaired or _make(request, manifest)
+            summary = repaired or _make(request, manifest)
+            return dataclasses.replace(summary, warnings=_lost(request, summary.manifest))
         except OSError as error:
             raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
 
@@ -172,6 +180,28 @@ def _build(
             faults.reach("driver-shard-done")
         elapsed_s = time.time() - start_s
         return elapsed_s, min(max(began_s - start_s, 0.0), elapsed_s)
+
+
+def _lost(request: Request, manifest: Manifest) -> tuple[str, ...]:
+    """Lines about the splits, and the classes of the other splits, of which no image can be used."""
+    lines = [
+        f"{split} is left out: none of its {count:,} images can be used"
+        for split, count in manifest.dropped_splits.items()
+    ]
+    left_out: dict[str, Counter[str]] = {split: Counter() for split in manifest.splits}
+    with (request.options.output / QUARANTINE_NAME).open(encoding="utf-8") as rows:
+        for row in map(json.loads, rows):
+            if row["action"] == "left_out" and row["split"] in left_out:
+                left_out[row["split"]][row["class"]] += 1
+    for split, counts in left_out.items():
+        planned = [shard.rows for shard in request.shards if shard.split == split and counts]
+        labels = request.listing.splits[split].labels[np.concatenate(planned)] if planned else np.zeros(0, np.int32)
+        totals = Counter[str]()
+        for label, total in enumerate(np.bincount(labels).tolist()):
+            totals[request.listing.classes[label].name] += total
+        if empty := sorted(name for name, count in counts.items() if count == totals[name]):
+            lines.append(f"classes of which no image of {split} can be used: {shown(empty)}")
+    return tuple(lines)
 
 
 def _tasks(request: Request, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:

@@ -80,13 +80,16 @@ class FolderSource(Source):
         assert part.classes_at is not None
         rows: list[Row] = []
         folder_of: dict[str, str] = {}
-        empty = []
+        empty, deep = [], []
         for entry in _class_folders(walker, part, part.classes_at):
             name, before = nfc(printable(entry)), len(rows)
             rows += [(name, path, size) for path, size in walker.pictures(join(part.classes_at, entry), part.tag)]
             if len(rows) == before:
                 empty.append(name)
-            elif folder_of.setdefault(name, entry) != entry:
+                continue
+            if _only_in_folders(join(part.classes_at, entry), rows[before:]):
+                deep.append(name)
+            if folder_of.setdefault(name, entry) != entry:
                 warnings.append(
                     f"{self.root / part.classes_at}: two folders are one class: their names, {folder_of[name]!a} "
                     f"and {entry!a}, are the same in Unicode's form NFC"
@@ -94,6 +97,11 @@ class FolderSource(Source):
         _refuse_flat_beside(walker, part.classes_at, len(rows))
         if empty and rows:
             warnings.append(f"{self.root / part.classes_at}: folders without a picture: {shown(empty)}")
+        if deep:
+            warnings.append(
+                f"{self.root / part.classes_at}: all pictures of {shown(deep)} lie in sub-folders, and all sub-folders "
+                "of a class are that class"
+            )
         return sorted(rows, key=lambda row: os.fsencode(row[1]))
 
     def _flat_rows(self, walker: Walker, layout: Layout, found: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -228,6 +236,14 @@ def _class_folders(walker: Walker, part: Part, classes_at: str) -> Iterator[str]
                 yield entry.name
             elif not _leads_to(join(folder, entry.name), {classes_at}):
                 walker.pass_over(folder, [entry], reasons.BESIDE, part.tag)
+
+
+def _only_in_folders(folder: str, rows: list[Row]) -> bool:
+    """Tells whether a class's pictures lie in several folders of ``folder`` alone, which were perhaps the classes."""
+    start = len(folder) + 1
+    if "/" not in rows[0][1][start:]:
+        return False  # as usual: pictures of the folder itself come first
+    return len({path[start:].partition("/")[0] for _, path, _ in rows}) > 1
 
 
 def _refuse_flat_beside(walker: Walker, folder: str, num_in_classes: int) -> None:

@@ -6,7 +6,7 @@ import re
 from pipeline.errors import SourceError
 from pipeline.files import Entry, scan
 from pipeline.sources.listing import printable
-from pipeline.sources.split import split_of
+from pipeline.sources.split import apart_by_split, split_of
 from pipeline.sources.walk import Walker, join, shown
 
 IMAGES_FOLDERS = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages")
@@ -126,12 +126,14 @@ def _refuse_split_words(looker: Walker, base: str, folders: list[Entry]) -> None
     """Refuses folders such as training_set/ and test_set/, which would become two classes.
 
     Raises:
-        SourceError: every folder with pictures is named so.
+        SourceError: every folder with pictures is named so, or two are that differ in nothing else.
     """
     alike = [entry for entry in folders if LIKE_SPLIT.search(entry.name.lower())]
     others = [entry for entry in folders if entry not in alike]
-    found = _with_pictures(looker, base, alike) if alike else []
-    if found and not _with_pictures(looker, base, others):
+    found = [join(base, name) for name in apart_by_split(entry.name for entry in folders)]
+    if not found and alike and not _with_pictures(looker, base, others):
+        found = _with_pictures(looker, base, alike)
+    if found:
         raise SourceError(
             f"{looker.root / base}: {shown(found)} look like splits, not like classes: "
             "rename them to train/, val/ and test/, or give one of them as --input"

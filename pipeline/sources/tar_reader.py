@@ -44,7 +44,8 @@ COMPRESSED = {
     b"7z\xbc\xaf\x27\x1c": ("7-Zip", "7z x"),
 }
 COMPRESSED_NAME = re.compile(
-    r".*\.(tar\.(gz|z|bz2?|xz|lzma|lz|lz4|lzo|zst|br|zip|7z)|tgz|taz|tbz2?|tz2|txz|tlz|tzst)", re.I
+    r".*\.(tar\.(gz|gzip|z|bz2?|bzip2?|xz|lzma|lz|lz4|lzo|zstd?|br|zip|7z|rar)|tgz|taz|tbz2?|tz2|txz|tlz|tzst|tzstd)",
+    re.I,
 )
 
 Read = Callable[[int, int], bytes]  # offset, size -> that many bytes
@@ -201,7 +202,8 @@ def refuse_two(where: object, first: TarMember, second: TarMember) -> None:
     if first is not second:
         names = [one_line(f"{member.name} at byte {member.offset:,}") for member in (first, second)]
         raise SourceError(
-            f"{where}: two samples under one name: {' and '.join(names)}: name each apart, in more than another case"
+            f"{where}: two samples under one name: {' and '.join(names)}: "
+            "name each apart, in more than case and Unicode form"
         )
 
 

@@ -16,9 +16,9 @@ from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
 from pipeline.sources import reasons
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally, printable
 from pipeline.sources.samples import EXPECTED, LabelTexts, labeled_images
-from pipeline.sources.split import SPLIT_FOLDERS, SPLIT_WORD
+from pipeline.sources.split import SPLIT_FOLDERS, SPLIT_WORD, apart_by_split, split_of
 from pipeline.sources.tar_reader import COMPRESSED_NAME
-from pipeline.sources.walk import Walker, join
+from pipeline.sources.walk import Walker, join, shown
 
 CLASS_FILES = ("classnames.txt", "classes.txt")
 ALL = ""  # the split of tars whose names tell none
@@ -47,7 +47,7 @@ class WebdatasetSource(Source):
         walker, texts = Walker(self.root, Tally(), (MANIFEST_NAME, *CLASS_FILES)), LabelTexts()
         found: dict[str, list[Item]] = {}
         for name in self._tars(walker):
-            split = _split_of(name)
+            split = _split_of(self.root, name)
             images = list(labeled_images(self.root / name, name, texts, walker.tally, split))
             if not images:
                 walker.tally.add(reasons.EMPTY_TAR, name, split=split)
@@ -78,7 +78,8 @@ class WebdatasetSource(Source):
         """The tars, relative to the root, in the order of their names' bytes; the other files are counted.
 
         Raises:
-            SourceError: there are none, or compressed ones, which nobody may think were read.
+            SourceError: there are none, or compressed ones, which nobody may think were read, or it is unclear which
+                splits they are of.
         """
         found, compressed = list[str](), list[str]()
         for folder, files in walker.below("", mixed=True):
@@ -93,6 +94,12 @@ class WebdatasetSource(Source):
             )
         if not found:
             raise SourceError(f"{self.root}: no .tar files here")
+        apart = apart_by_split(sorted(name for name in found if _split_of(self.root, name) == ALL))
+        if apart:
+            raise SourceError(
+                f"{self.root}: {one_line(shown(apart))} look like splits: name the split in a word of its own "
+                "(train-NAME.tar)"
+            )
         return sorted(found, key=os.fsencode)
 
     def _with_samples(self, found: dict[str, list[Item]]) -> dict[str, list[Item]]:
@@ -155,11 +162,23 @@ def from_options(options: PrepareOptions) -> WebdatasetSource:
     return WebdatasetSource(options.input.absolute(), options.val_fraction, options.seed, options.splits)
 
 
-def _split_of(name: str) -> str:
-    for part in reversed(name.split("/")):
-        found = SPLIT_WORD.search(part.lower())
+def _split_of(root: AnyPath, name: str) -> str:
+    """The split that a tar's name tells, or else the folder nearest to it.
+
+    Raises:
+        SourceError: it tells two, or another one than a folder that is named as a split.
+    """
+    parts = name.split("/")
+    folders = {split for folder in parts[:-1] if (split := split_of(folder))}
+    for part in reversed(parts):
+        found = {SPLIT_FOLDERS[word] for word in SPLIT_WORD.findall(part.lower())}
+        if len(found) > 1 or (found and folders - found):
+            both = " and ".join(sorted(found | folders))
+            raise SourceError(
+                f"{root}: {one_line(printable(name))} names two splits, {both}: rename it so that it names one"
+            )
         if found:
-            return SPLIT_FOLDERS[found.group(1)]
+            return found.pop()
     return ALL
 
 

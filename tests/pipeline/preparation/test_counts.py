@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.commands.prepare import print_converted
 from pipeline.inspection.verify import check_dataset
 from pipeline.manifest import MANIFEST_NAME, read_manifest
 from pipeline.sources import reasons
@@ -272,3 +273,35 @@ def test_a_folder_whose_path_is_no_utf8(tmp_path: Path) -> None:
     ]
     run(*words, "--input", "in", "--output", tmp_path / "b", cwd=place)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_classes_of_which_a_split_has_no_usable_image_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "train/emu/1.jpg", b"text")
+    write(folder / "val/emu/1.jpg", picture(1))
+    write(folder / "train/cat/0.jpg", b"text")
+    for path in (folder / "val/dog").iterdir():
+        path.write_bytes(b"text")
+    expected = (
+        "warning: classes of which no image of train can be used: emu\n"
+        "warning: classes of which no image of val can be used: dog\n"
+    )
+    for _ in ("made", "complete already"):
+        assert prepare(monkeypatch, folder)[0] == 3
+        assert capsys.readouterr().err == expected
+
+
+def test_conversions_are_counted_one_by_one_and_their_images_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = "stored as PNG: only bytes of JPEGs and PNGs are kept"
+    reasons_of = [f"BMP converted; {kept}", f"GIF converted; palette to RGB; {kept}", f"BMP converted; {kept}"]
+    rows = [{"action": "converted", "reason": reason} for reason in reasons_of]
+    lines = [json.dumps(row) for row in [*rows, {"action": "left_out", "reason": "empty file"}]]
+    (tmp_path / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    print_converted(tmp_path)
+    assert capsys.readouterr().out == (
+        f"converted: 3 images (3 {kept}, 2 BMP converted, 1 GIF converted, 1 palette to RGB); "
+        f"see {tmp_path / 'quarantine.jsonl'}\n"
+    )

@@ -76,6 +76,10 @@ def test_class_folders_below_any_wrapper(tmp_path: Path, wrapper: str) -> None:
         (["n01443537/images/1.jpg"], {"n01443537": ["1.jpg"]}),
         (["images/cat/1.jpg"], {"cat": ["1.jpg"]}),
         (["bullet_train/1.jpg", "cat/2.jpg"], {"bullet_train": ["1.jpg"], "cat": ["2.jpg"]}),
+        (
+            ["beach/1.jpg", "test_tube/2.jpg", "train_station/3.jpg", "valley/4.jpg"],
+            {"beach": ["1.jpg"], "test_tube": ["2.jpg"], "train_station": ["3.jpg"], "valley": ["4.jpg"]},
+        ),
         (["photos/1.jpg", "cat/2.jpg"], {"cat": ["2.jpg"], "photos": ["1.jpg"]}),
         (["train/images/cat/1.jpg", "train/images/dog/2.jpg"], {"cat": ["1.jpg"], "dog": ["2.jpg"]}),
         (["train/cat/a/1.jpg", "train/cat/b/2.jpg"], {"cat": ["1.jpg", "2.jpg"]}),  # folders of a class are the class
@@ -106,6 +110,13 @@ FLAT = ["train/cat/1.jpg", "train/dog/2.jpg", "val/3.jpg", "val/4.jpg"]
         (["training_set/cats/1.jpg", "test_set/cats/2.jpg"], "training_set look like splits, not like classes"),
         (["a/train2017/1.jpg", "a/val2017/2.jpg"], "a/train2017, a/val2017 look like splits"),
         (["TrainImages/1.jpg"], "TrainImages look like splits"),
+        (
+            ["training_set/cats/1.jpg", "test_set/cats/2.jpg", "single_prediction/3.jpg"],
+            "test_set, training_set look like splits",
+        ),
+        (["train2017/a/1.jpg", "val2014/a/2.jpg", "unlabeled2017/3.jpg"], "train2017, val2014 look like splits"),
+        (["cat_train/1.jpg", "cat_test/2.jpg", "dog/3.jpg"], "cat_test, cat_train look like splits"),
+        (["MyTrain/1.jpg", "MyVal/2.jpg", "dog/3.jpg"], "MyTrain, MyVal look like splits"),
         (["train/a/1.jpg", "Train/a/1.jpg"], "both Train/ and train/ are there"),
         (["train/a/1.jpg", "val/a/1.jpg", "Validation/a/1.jpg"], "both Validation/ and val/ are there"),
         (
@@ -154,6 +165,16 @@ def test_classes_that_differ_in_case_only_are_told(tmp_path: Path) -> None:
     listing = listing_of(make(tmp_path, "Cat/1.jpg", "cat/1.jpg", "dog/1.jpg"))
     assert [record.name for record in listing.classes] == ["Cat", "cat", "dog"]
     assert listing.warnings == ("classes whose names differ in case only stay apart: Cat, cat",)
+
+
+def test_classes_whose_pictures_all_lie_in_sub_folders_are_told(tmp_path: Path) -> None:
+    make(tmp_path, "animal/cat/1.jpg", "animal/dog/2.jpg", "plant/a/b/3.jpg", "plant/c/4.jpg")
+    make(tmp_path, "car/5.jpg", "car/x/6.jpg", "car/y/7.jpg", "bus/images/a/8.jpg", "bus/images/b/9.jpg")
+    listing = listing_of(tmp_path)
+    assert [record.name for record in listing.classes] == ["animal", "bus", "car", "plant"]
+    assert [warning.partition(": ")[2] for warning in listing.warnings] == [
+        "all pictures of animal, plant lie in sub-folders, and all sub-folders of a class are that class"
+    ]
 
 
 def test_class_folders_without_a_picture_are_told(tmp_path: Path) -> None:

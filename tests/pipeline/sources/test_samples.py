@@ -124,7 +124,7 @@ def test_hidden_members_are_counted_and_never_break_a_sample(tmp_path: Path) -> 
     "name",
     [
         *("a.tar.gz", "a.tgz", "a.TGZ", "a.tar.zst", "a.tar.bz2", "a.tbz2", "a.tar.xz", "a.txz", "a.tar.lz4"),
-        *("a.tar.Z", "x/y.tar.gz"),
+        *("a.tar.Z", "x/y.tar.gz", "a.tar.zstd", "a.tar.gzip", "a.tzstd"),
     ],
 )
 def test_compressed_tars_are_refused_also_beside_others(tmp_path: Path, name: str) -> None:
@@ -147,6 +147,38 @@ def test_a_compressed_tar_under_the_name_of_a_plain_one_is_refused(tmp_path: Pat
     ):
         (tmp_path / "a.tar").write_bytes(data)
         assert words in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train-val-0.tar"], "train-val-0.tar names two splits, train and val"),
+        (["train/test_chunk0.tar", "val/a.tar"], "train/test_chunk0.tar names two splits, test and train"),
+        (["Training/a/valid-0.tar", "val/a.tar"], "names two splits, train and val"),
+        (["trainset-0.tar", "testset-0.tar"], "testset-0.tar, trainset-0.tar look like splits"),
+        (["trainset/000000.tar", "validset/000017.tar"], "look like splits"),
+        (["MyTrain-0.tar", "MyTest-0.tar", "more.tar"], "MyTest-0.tar, MyTrain-0.tar look like splits"),
+        (["trainset-0.tar", "val-0.tar"], "some tars name their split and some do not"),
+    ],
+)
+def test_tars_whose_splits_are_unclear_are_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / name, sample("a"))
+    assert words in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train/train-0.tar", "train"), ("training/a_train.tar", "train"), ("train-val-test/val-0.tar", "val")),
+        *(("valley-0.tar", ""), ("contest-0.tar", ""), ("constrained.tar", ""), ("trainset-0.tar", "")),
+    ],
+)
+def test_a_tar_of_one_split_or_none_is_taken(tmp_path: Path, name: str, split: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_tar(tmp_path / name, sample("a"))
+    assert set(listing_of(tmp_path).splits) == {split or "train"}
 
 
 def test_tars_in_capitals_are_read_and_other_files_counted(tmp_path: Path) -> None:
