@@ -38,6 +38,7 @@ FLOORS = {
         "inference",
         "bench",
         "guesses",
+        "train_command",
         "cli",
     ),
     "twotower": ("linux_only", "words", "terminal", "command_line", "locks", "version", "verbosity", "fields"),

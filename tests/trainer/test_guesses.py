@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer import __main__ as program
 from trainer.cli import make_parser
 from trainer.config import load_config
 from trainer.guesses import FIELDS, OPTIONS, PRECISION, recipe_fields
 from trainer.parallel.world import World
+from trainer.train_command import go_on_after_restart
 
 PARSER = make_parser(collections.defaultdict(lambda: print))
 (CHOICES,) = (action for action in PARSER._actions if isinstance(action, argparse._SubParsersAction))
@@ -95,16 +95,16 @@ def test_a_command_that_is_started_again_wipes_nothing(variable, count, monkeypa
     if count is not None:
         monkeypatch.setitem(os.environ, variable, count)
     arguments = argparse.Namespace(overwrite=True, resume="never", run=Path("/r"))
-    program._go_on_after_restart(arguments, World(0, 2, 0, 2))
+    go_on_after_restart(arguments, World(0, 2, 0, 2))
     again = count in ("1", "2")
     assert (arguments.overwrite, arguments.resume) == ((False, "auto") if again else (True, "never"))
     arguments = argparse.Namespace(overwrite=False, resume="/r", run=None)
-    program._go_on_after_restart(arguments, World(0, 2, 0, 2))
+    go_on_after_restart(arguments, World(0, 2, 0, 2))
     assert (arguments.overwrite, arguments.resume) == (False, "/r"), "the only word that names the run"
 
 
 def test_a_count_of_restarts_that_torchrun_left_in_the_shell_means_nothing(monkeypatch):
     monkeypatch.setitem(os.environ, "TORCHELASTIC_RESTART_COUNT", "2")
     arguments = argparse.Namespace(overwrite=True, resume="never", run=Path("/r"))
-    program._go_on_after_restart(arguments, None)
+    go_on_after_restart(arguments, None)
     assert arguments.overwrite

@@ -135,7 +135,7 @@ def test_torchrun_that_starts_again_overwrites_nothing(
         seen.append(is_new)
         return 0
 
-    monkeypatch.setattr("trainer.__main__._join_and_train", train)
+    monkeypatch.setattr("trainer.train_command.join_and_train", train)
     at = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     for name, value in (at | {"MASTER_PORT": 29500}).items():
         monkeypatch.setenv(name, str(value))
