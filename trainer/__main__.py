@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -47,6 +48,11 @@ def main() -> int:
     except (TrainerError, PipelineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # a path that nobody can have
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
         return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
 
@@ -215,6 +221,7 @@ def _join_and_train(arguments: argparse.Namespace, config: "Config", world: "Wor
 
 def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
+    from trainer.training import run_folder
     from trainer.training.loop import Trainer
     from trainer.training.resume import resume_command
 
@@ -236,6 +243,10 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         )
         stack.enter_context(stopping.handled_by(stop.note))
         result = trainer.train()
+        if gone := run_folder.why_gone(arguments.run):
+            if trainer.leads:
+                print(f"error: {gone}", file=sys.stderr)
+            return 2
         if trainer.leads:
             print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
             if result.exit_reason == "stopped":
