@@ -4,6 +4,7 @@ import twotower.linux_only  # noqa: F401  before all that other systems lack
 
 # isort: split
 import argparse
+import errno
 import json
 import logging
 import os
@@ -49,6 +50,11 @@ def main() -> int:
         verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # a path that nobody can have
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
         return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
 

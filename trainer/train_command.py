@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import sys
 import typing
 from pathlib import Path
 
@@ -171,6 +172,7 @@ def join_and_train(arguments: argparse.Namespace, config: "Config", world: "Worl
 
 def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:
     """Trains in this process; status 0 where it came to its end, 3 where a signal stopped it."""
+    from trainer.training import run_folder
     from trainer.training.loop import Trainer
     from trainer.training.resume import resume_command
 
@@ -192,6 +194,10 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         )
         stack.enter_context(stopping.handled_by(stop.note))
         result = trainer.train()
+        if gone := run_folder.why_gone(arguments.run):
+            if trainer.leads:
+                print(f"error: {gone}", file=sys.stderr)
+            return 2
         if trainer.leads:
             print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
             if result.exit_reason == "stopped":

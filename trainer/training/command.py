@@ -28,11 +28,9 @@ def take_from_run(arguments: argparse.Namespace) -> None:
             raise RunError(f"--resume {run} and --run {arguments.run} are two folders: leave --run out")
         arguments.run = run
         use_recipe_of_run(arguments)
-        noted = resume.newest_start(run)
-        for name in resume.OPTIONS:
-            if getattr(arguments, name) is None and noted.get(name) is not None:
-                value = noted[name]
-                setattr(arguments, name, Path(value) if name == "skip_list" else value)
+        for name, value in resume.noted_options(run).items():
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, value)
         arguments.data = arguments.data or resume.noted_data(run)
     for name in ("data", "run"):
         if getattr(arguments, name) is None:

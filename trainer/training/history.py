@@ -41,9 +41,15 @@ def read_past(run: Path, step: int) -> Past:
 
 def read_elapsed_s(run: Path) -> float:
     """Wall time of a run so far, s: of its last result, its last row, or the beginning of its last part."""
-    rows = [row.get("elapsed_s", 0.0) for row in read_metrics(run)]
-    parts = [part.get("elapsed_s", 0.0) for part in _read(run / "environment.json").get("resumed", ())]
-    return max([0.0, _read(run / "result.json").get("elapsed_s", 0.0), *rows, *parts])
+    parts = _read(run / "environment.json").get("resumed")
+    rows = [*read_metrics(run), *(parts if isinstance(parts, list) else ()), _read(run / "result.json")]
+    return max(map(_seconds, rows))
+
+
+def _seconds(row: object) -> float:
+    """Its elapsed_s; 0 where it does not say, or was edited by hand."""
+    found = row.get("elapsed_s") if isinstance(row, dict) else None
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -153,6 +153,19 @@ def newest_start(run: Path) -> dict[str, Any]:
     return environment | (later[-1] if isinstance(later, list) and later and isinstance(later[-1], dict) else {})
 
 
+def noted_options(run: Path) -> dict[str, Any]:
+    """The options that the newest start noted, by name; without those that are none (the file was edited by hand)."""
+    noted = newest_start(run)
+    valid = {
+        "processes": noted.get("processes") in (1, 2),
+        "replicas": isinstance(noted.get("replicas"), int) and noted["replicas"] > 0,
+        "device": isinstance(noted.get("device"), str),
+        "skip_list": isinstance(noted.get("skip_list"), str),
+    }
+    found = {name: noted[name] for name in OPTIONS if valid[name]}
+    return found | ({"skip_list": Path(found["skip_list"])} if "skip_list" in found else {})
+
+
 def resume_command(run: Path, *more: str) -> str:
     """The command that goes on with a run, to be pasted into a shell."""
     return shlex.join(["python", "-m", "trainer", "train", "--resume", str(run), *more])

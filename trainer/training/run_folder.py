@@ -236,6 +236,13 @@ def why_not_writable(folder: Path) -> str:
     return f"{there} is read-only" if read_only else f"this user may not write in {there}"
 
 
+def why_gone(run: Path) -> str:
+    """Why a run that was trained cannot be gone on with: somebody took its folder away; empty where it can."""
+    if is_file(run / CONFIG_NAME):
+        return ""
+    return f"{run} was moved or removed while it was trained: what it saved since is in {run / CHECKPOINTS_NAME}"
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder; one that cannot be seen is none."""
     try:

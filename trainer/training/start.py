@@ -197,7 +197,8 @@ def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
         return now
     changed = {change.name: [change.before, change.after] for change in start.changes}
     now |= {"step": start.step, "elapsed_s": read_elapsed_s(start.run), "changed": changed}
-    return before | {"resumed": [*before.get("resumed", []), now]}
+    parts = before.get("resumed")
+    return before | {"resumed": [*(parts if isinstance(parts, list) else ()), now]}
 
 
 def pending_config(run: Path) -> Config | None:

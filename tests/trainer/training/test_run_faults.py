@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_run import RECIPE, flip
+from tests.helpers.tiny_run import LAST, RECIPE, flip
 from tests.helpers.training_commands import ROOT, call, command, environment, run
 from tests.helpers.trees import tree
 from trainer.training import checkpoint, run_folder
+from trainer.training.loop import Trainer
 from trainer.training.run_lock import LOCK_NAME, read_holder
 
 LONG = ("--set", "train.epochs=100000", "--set", "train.checkpoint_every_epochs=1000")  # until it is stopped
@@ -189,3 +190,46 @@ def as_nobody(*words: object) -> tuple[int, str]:
     with os.fdopen(reading) as file:
         said = file.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+EDITED: list[dict[str, object]] = [
+    {"processes": "two", "replicas": -1, "device": 5, "skip_list": 5},
+    {"processes": 7, "replicas": "x", "device": [], "skip_list": {}},
+    {"resumed": 3, "elapsed_s": "long"},
+    {"resumed": [{"elapsed_s": "long"}, 5]},
+    {"resumed": {"a": 1}},
+]
+
+
+@pytest.mark.parametrize("changes", EDITED)
+def test_an_edited_environment_decides_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    """What is no option is as if it were not there, and no time of a part is no time."""
+    monkeypatch.delenv("RANK", raising=False)
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    path = folder / run_folder.ENVIRONMENT_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert call(monkeypatch, "train", "--resume", folder, "--set", "train.epochs=3") == 0
+    assert json.loads((folder / "result.json").read_text())["exit_reason"] == "finished"
+    assert json.loads(path.read_text())["resumed"][-1]["step"] == LAST
+
+
+def test_a_run_that_is_moved_away_meanwhile(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left at its old place is no run: nobody is told to go on with it, and the exit code is not 0 or 3."""
+    monkeypatch.delenv("RANK", raising=False)
+    train = Trainer.train
+
+    def moved(self: Trainer) -> object:
+        result = train(self)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return result
+
+    monkeypatch.setattr(Trainer, "train", moved)
+    assert call(monkeypatch, "train", *RECIPE, "--data", tiny_data, "--run", tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert "was moved or removed while it was trained" in said.err
+    assert "finished at" not in said.out and "go on with" not in said.out
+    assert not (tmp_path / "run").exists()
