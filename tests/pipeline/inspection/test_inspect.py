@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.errors import DatasetError, SourceError
-from pipeline.inspection.inspect import contact_sheet, find_sample, read_contents, spread_samples
+from pipeline.inspection.inspect import contact_sheet, find_sample, read_contents, read_statistics, spread_samples
 from pipeline.inspection.status import read_status
 from pipeline.preparation import output
 from pipeline.preparation.shard import build_shard
@@ -73,6 +73,16 @@ def test_commands_print_and_write(
     assert np.asarray(Image.open(tmp_path / "s.png")).shape == (256, 512, 3)
     assert run(monkeypatch, "inspect", tmp_path / "data", "--split", "test") == 2
     assert run(monkeypatch, "statistics", tmp_path / "none") == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"PK\x03\x04 text", b"\x93NUMPY"])
+def test_damaged_statistics_are_said_to_be_in_our_own_words(tmp_path: Path, data: bytes) -> None:
+    manifest = make_dataset(tmp_path / "data")
+    path = tmp_path / "data/statistics.npz"
+    path.write_bytes(data)
+    with pytest.raises(DatasetError) as caught:
+        read_statistics(tmp_path / "data", manifest)
+    assert str(caught.value) == f"{path}: is damaged: run prepare again"
 
 
 def test_reindex_equals_dalis_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
