@@ -283,8 +283,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise DatasetError(
             f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}"
         )
+    path = folder / MANIFEST_NAME
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DatasetError(f"{path} is no file: remove it, and run prepare again")
     try:
-        return from_json((folder / MANIFEST_NAME).read_bytes())
+        return from_json(path.read_bytes())
     except FileNotFoundError:
         if advice := "" if (folder / ".work").exists() else raw_images.advice(folder):
             raise DatasetError(f"{folder} is no prepared data set: {advice}") from None

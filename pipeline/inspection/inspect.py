@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,8 +158,9 @@ def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         with np.load(folder / STATISTICS_NAME, allow_pickle=False) as file:
             names = {"num_pictures": "num_images"}  # as every data set that exists has it, and as it is called now
             return {names.get(name, name): file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{folder / STATISTICS_NAME}: {error}: run prepare again") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # numpy's own words advise to unpickle it
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is damaged"
+        raise DatasetError(f"{folder / STATISTICS_NAME}: {reason}: run prepare again") from None
 
 
 def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:

@@ -78,10 +78,14 @@ class ImageReader:
         from pipeline.preparation.decode import decode  # image codecs, which nothing else here needs
         from pipeline.preparation.image import make_image
 
+        limit = self.settings.max_bytes
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(limit + 1)  # not to the end: a device has none
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from None
+        if len(data) > limit:
+            raise ImageError(f"more than {limit:,} bytes, the data set's --max-bytes")
         if self.settings.encoding == "original":  # stored are bytes that decode to these pixels, or the pixels as PNG
             pixels = decode(data, self.settings).pixels
         else:

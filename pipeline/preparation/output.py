@@ -191,9 +191,15 @@ def refuse_difference(
     ignored = set() if libraries else {"libraries"}
     keys = sorted(key for key in (there.keys() | asked.keys()) - ignored if there.get(key) != asked.get(key))
     if keys:
-        listed = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked" for key in keys)
+        listed = "; ".join(
+            "the input's files: their names, classes or sizes have changed since"
+            if key == "input_sha256"
+            else f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked"
+            for key in keys
+        )
         raise OutputError(
-            f"{output} was prepared with other settings ({listed}); give another --output or the same settings"
+            f"{output} was prepared with other settings ({listed}); give another --output or the same settings, or "
+            "remove it"
         )
 
 

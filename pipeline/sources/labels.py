@@ -19,6 +19,7 @@ DELIMITERS = "\t,;"
 LABEL_HEADER = re.compile(
     r"(class|label|category|target|wnid|synset|predictionstring)s?([ _-]?(name|id))?", re.IGNORECASE
 )
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)
 KAGGLE_HEADER = "PredictionString"  # its cells hold the class, then boxes
 EXPECTED = "expected a CSV or lines NAME LABEL"
 SHOWN = 60
@@ -150,17 +151,32 @@ def _columns(file: AnyPath, rows: list[Row], names: _Names) -> tuple[int, int, l
         example = f", the first is {_shown(rows[0].cells[0])}" if rows else ""
         raise SourceError(f"{file}: none of its {len(rows):,} lines names a picture of the input{example}; {EXPECTED}")
     name_column = hits.index(max(hits))
-    label_column = 1 if name_column == 0 else 0
-    if not _is_header(rows, name_column, label_column, names):
-        return name_column, label_column, rows
-    header, rows = rows[0].cells, rows[1:]
-    others = (column for column, cell in enumerate(header) if column != name_column and LABEL_HEADER.fullmatch(cell))
-    label_column = next(others, label_column)
-    if header[label_column : label_column + 1] == [KAGGLE_HEADER]:
+    header = rows[0] if _is_header(rows, name_column, 1 if name_column == 0 else 0, names) else None
+    rows = rows if header is None else rows[1:]
+    label_column = _label_column(file, header, rows, name_column)
+    if header is not None and header.cell(label_column) == KAGGLE_HEADER:
         cut = slice(label_column, label_column + 1)
         for row in rows:
             row.cells[cut] = row.cell(label_column).split()[:1] or [""]
     return name_column, label_column, rows
+
+
+def _label_column(file: AnyPath, header: Row | None, rows: list[Row], name_column: int) -> int:
+    """The column whose name says so; else the only one beside the names, or the first if all others are numbers.
+
+    Raises:
+        SourceError: several may be it.
+    """
+    width = max((len(row.cells) for row in rows), default=0)
+    others = [column for column in range(width) if column != name_column and any(row.cell(column) for row in rows)]
+    named = [column for column in others if header is not None and LABEL_HEADER.fullmatch(header.cell(column))]
+    if named or len(others) < 2:
+        return [*named, *others, 1 if name_column == 0 else 0][0]
+    numbers = [column for column in others if all(NUMBER.fullmatch(row.cell(column)) for row in rows)]
+    if header is None and numbers == others[1:]:
+        return others[0]  # boxes follow, as in Tiny-ImageNet's val_annotations.txt
+    what = ", ".join(_shown(header.cell(column)) for column in others) if header else f"{len(others)} columns"
+    raise SourceError(f"{file}: {what}: any may be the label; keep name and label alone, or name the column label")
 
 
 def _is_header(rows: list[Row], name_column: int, label_column: int, names: _Names) -> bool:

@@ -21,6 +21,7 @@ from pipeline.inspection.inspect import (
     draw_statistics,
     find_sample,
     read_contents,
+    read_statistics,
     spread_samples,
 )
 from pipeline.inspection.status import read_status
@@ -113,6 +114,16 @@ def test_the_picture_of_the_statistics_is_labelled(channels: int) -> None:
         assert beside.min() < 128
     assert pixels[:top, : MARGIN_PX + STATISTICS_PX].min() < 128  # the titles
     assert pixels[MARGIN_PX : MARGIN_PX + 14, left:].min() < 128
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"PK\x03\x04 text", b"\x93NUMPY"])
+def test_damaged_statistics_are_said_to_be_in_our_own_words(tmp_path: Path, data: bytes) -> None:
+    manifest = make_dataset(tmp_path / "data")
+    path = tmp_path / "data/statistics.npz"
+    path.write_bytes(data)
+    with pytest.raises(DatasetError) as caught:
+        read_statistics(tmp_path / "data", manifest)
+    assert str(caught.value) == f"{path}: is damaged: run prepare again"
 
 
 def test_reindex_equals_dalis_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,20 @@ def test_classes_of_which_a_split_has_no_usable_image_are_told(
         assert capsys.readouterr().err == expected
 
 
+def test_an_input_that_has_changed_is_said_in_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = prepare(monkeypatch, folder)
+    before = tree(output)
+    write(folder / "train/cat/new.jpg", picture(9))
+    capsys.readouterr()
+    assert prepare(monkeypatch, folder)[0] == 2
+    error = capsys.readouterr().err
+    assert "other settings (the input's files: their names, classes or sizes have changed since); give" in error
+    assert error.count("\n") == 1
+    assert tree(output) == before
+
+
 def test_conversions_are_counted_one_by_one_and_their_images_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ WANTED = {"val/a.jpg": "cat", "val/b c.jpg": "big dog", "val/é.JPEG": "cat"}
         "cat,a.jpg\nbig dog,b c.jpg\ncat,é.JPEG\n",
         "\ufeffid,breed\na,cat\nb c,big dog\né,cat\n",
         "idx,width,image,class_name\n1,9,val/a.jpg,cat\n2,9,val/b c.jpg,big dog\n3,9,val/é.JPEG,cat\n",
+        "a.jpg,cat,\nb c.jpg,big dog,\né.JPEG,cat,\n",
         "a.jpg\tcat\t0\t0\t9\t9\nb c.jpg\tbig dog\t0\t0\t9\t9\né.JPEG\tcat\t1\t2\t3\t4\n",
         '"a.jpg","cat"\n"b c.jpg","big dog"\n"é.JPEG","cat"\n\n',
         "./val/a.jpg,cat\n/data/val/b c.jpg,big dog\ne\u0301.JPEG,cat\n",
@@ -58,6 +59,10 @@ def test_names_that_are_no_utf8_are_found(tmp_path: Path) -> None:
         ("a.jpg\nb.jpg\n", r"line 1: a\.jpg has no label"),
         ("c.jpg,cat\n", r"c\.jpg may be val/c\.jpg or test/c\.jpg; write the path"),
         ('a.jpg,"' + "x" * 200_000 + '"\n', r"line 1: field larger than field limit .*; expected a CSV"),
+        ("image,MEL,NV\na,1.0,0.0\nb,0.0,1.0\n", "labels: MEL, NV: any may be the label; keep name and label alone"),
+        ("a.jpg,1.0,0.0\nb.jpg,0.0,1.0\n", "2 columns: any may be the label"),
+        ("id,file,breed\n1,a.jpg,pug\n2,b.jpg,husky\n", "id, breed: any may be the label; .* or name the column label"),
+        ("a.jpg,cat,train\nb.jpg,dog,train\n", "2 columns: any may be the label"),
         ("\0\1\2,zz\n", "none of its 1 lines names a picture"),
     ],
 )

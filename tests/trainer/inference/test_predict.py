@@ -1,5 +1,6 @@
 """Predictions of files: the same as of a data set's samples, whatever the recipe; bad files; the three outputs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,6 +88,10 @@ def test_reader_names_what_is_wrong_with_a_file(tmp_path):
         reader.read(tmp_path / "note.jpg")
     with pytest.raises(ImageError, match="No such file"):
         reader.read(tmp_path / "gone.jpg")
+    reader.settings = dataclasses.replace(reader.settings, max_bytes=1000)
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with pytest.raises(ImageError, match="more than 1,000 bytes, the data set's --max-bytes"):
+        reader.read(tmp_path / "endless.jpg")
 
 
 @pytest.fixture(scope="module")
