@@ -121,6 +121,12 @@ class UrlPath:
 AnyPath = Path | UrlPath
 
 
+# Of macOS's zips, Synology (thumbnails of every picture; deleted ones), Windows and ext4.
+SYSTEM_FOLDERS = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+
+
 class Entry(NamedTuple):
     """Something in a folder.
 
@@ -139,8 +145,8 @@ class Entry(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        """Its name begins with a dot."""
-        return self.name.startswith(".")
+        """Its name begins with a dot, or it is a folder that a system keeps among people's files."""
+        return self.name.startswith(".") or (self.kind == "directory" and self.name in SYSTEM_FOLDERS)
 
 
 def parse_path(text: str) -> AnyPath:

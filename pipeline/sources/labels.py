@@ -171,7 +171,7 @@ def _label_column(file: AnyPath, header: Row | None, rows: list[Row], name_colum
     others = [column for column in range(width) if column != name_column and any(row.cell(column) for row in rows)]
     named = [column for column in others if header is not None and LABEL_HEADER.fullmatch(header.cell(column))]
     if named or len(others) < 2:
-        return [*named, *others, 1 if name_column == 0 else 0][0]
+        return [*named, *others, width][0]  # none: every cell of it is empty
     numbers = [column for column in others if all(NUMBER.fullmatch(row.cell(column)) for row in rows)]
     if header is None and numbers == others[1:]:
         return others[0]  # boxes follow, as in Tiny-ImageNet's val_annotations.txt

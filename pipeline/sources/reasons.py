@@ -1,6 +1,6 @@
 """Why a file of the input is passed over, in the words of the summary and the manifest; a source may add its own."""
 
-HIDDEN = "hidden"  # its own name or that of a folder above it begins with a dot
+HIDDEN = "hidden"  # its own name or that of a folder above it begins with a dot, or is a system's
 NO_PICTURE = "no picture by its name and content"
 BESIDE = "beside the class folders"
 IGNORED_FOLDER = "in an ignored sub-folder"

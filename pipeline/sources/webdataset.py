@@ -144,7 +144,7 @@ class WebdatasetSource(Source):
             try:
                 return from_json(path.read_bytes()).classes, path
             except DatasetError as error:
-                raise SourceError(f"{self.root}: {error}") from None
+                raise SourceError(f"{self.root}: {error}; if another program wrote it, take it away") from None
         for path in (self.root / name for name in CLASS_FILES):
             if path.is_file():
                 return _read_names(path), path

@@ -209,6 +209,7 @@ def of_folder() -> Iterator[Change]:
 def of_labels() -> Iterator[Change]:
     """pipeline/sources/labels.py."""
     yield "labels: the column after the names", "1 if name_column == 0 else 0", "name_column + 1"
+    yield "labels: any of several columns", "numbers == others[1:]", "True"
     yield "labels: the last line wins", "if before != label:", "if False:"
     yield "labels: no header", "return words or all(", "return words and all("
 

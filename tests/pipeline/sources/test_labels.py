@@ -20,6 +20,7 @@ WANTED = {"val/a.jpg": "cat", "val/b c.jpg": "big dog", "val/é.JPEG": "cat"}
         "a.jpg;cat\r\nb c.jpg;big dog\r\né.JPEG;cat",
         "filename,label\na.jpg,cat\nb c.jpg,big dog\né.JPEG,cat\n",
         "label,id\ncat,a\nbig dog,b c\ncat,é\n",
+        "breed,file\ncat,a\nbig dog,b c\ncat,é\n",
         "cat,a.jpg\nbig dog,b c.jpg\ncat,é.JPEG\n",
         "\ufeffid,breed\na,cat\nb c,big dog\né,cat\n",
         "idx,width,image,class_name\n1,9,val/a.jpg,cat\n2,9,val/b c.jpg,big dog\n3,9,val/é.JPEG,cat\n",

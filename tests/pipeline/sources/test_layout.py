@@ -177,6 +177,16 @@ def test_classes_whose_pictures_all_lie_in_sub_folders_are_told(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("base", ["", "train/"])
+def test_folders_that_a_system_keeps_are_no_classes(tmp_path: Path, base: str) -> None:
+    make(tmp_path, f"{base}cat/1.jpg", f"{base}dog/2.jpg", f"{base}_drafts/3.jpg")
+    for name in ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"):
+        make(tmp_path, f"{base}{name}/4.jpg", f"{base}cat/{name}/1.jpg/thumb.jpg")
+    listing = listing_of(tmp_path)
+    assert classes_of(listing) == {"train": {"_drafts": ["3.jpg"], "cat": ["1.jpg"], "dog": ["2.jpg"]}}
+    assert counted(listing) == {(base.rstrip("/"), reasons.HIDDEN): 10}
+
+
 def test_class_folders_without_a_picture_are_told(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.jpg", "emu/.x.jpg")
     (tmp_path / "fox").mkdir()

@@ -392,3 +392,9 @@ def test_any_tar_adds_up(tmp_path: Path, seed: int) -> None:
     assert sum(row.count for row in listing.passed_over) == others
     assert listing.num_found == others + len(expected)
     assert listing.digest() == listing_of(tmp_path).digest()
+
+
+def test_a_manifest_that_another_program_wrote_is_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("a"))
+    (tmp_path / "manifest.json").write_text("{}")
+    assert refused(tmp_path).endswith("if another program wrote it, take it away")
