@@ -40,7 +40,8 @@ def apply(arguments: argparse.Namespace) -> None:
     if level not in LEVELS:
         print(f"error: {VARIABLE} is {level!r}: expected one of {', '.join(LEVELS)}", file=sys.stderr)
         raise SystemExit(2)
-    os.environ[VARIABLE] = level
+    if level != "normal":
+        os.environ[VARIABLE] = level
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.DEBUG if level == "verbose" else logging.CRITICAL)
