@@ -32,8 +32,7 @@ def test_before_the_first_step(
     for name, words in left.items():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stopping.raise_on_stop()
-        monkeypatch.setattr(__main__, f"_{name}", lambda arguments: signal.raise_signal(number))
-        monkeypatch.setitem(__main__.HANDLERS, name, getattr(__main__, f"_{name}"))
+        monkeypatch.setitem(__main__.HANDLERS, name, lambda arguments: signal.raise_signal(number))
         monkeypatch.setattr(sys, "argv", ["trainer", name, "--run", "x"])
         assert __main__.main() == 128 + number
         told = capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_one_decoding_thread_is_found(photos, tmp_path):
     assert read and decode and decode.ms.median > 3 * read.ms.median
     cores = record.workload.cores
     threads = [s for s in found.suggestions if s.change == f"data.threads = {cores} instead of 1"]
-    assert len(threads) == (cores > 1)
+    assert len(threads) == (cores > 1 and not found.doubt)  # a busy machine makes figures of which nothing follows
 
 
 def test_a_recipe_that_gives_the_net_fewer_threads_is_measured_with_them(raw, tmp_path):

@@ -167,7 +167,7 @@ def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
     good = [images / "photo-1000.png", images / "more"]
     assert predict(monkeypatch, *good, "--run", run_and_data[0], "--html", html) == 0
     output = capsys.readouterr()
-    assert output.err == ""
+    assert output.err == f"wrote {html}\n"
     assert "photo-1002.png" in output.out
     page = html.read_text()
     assert page.count("data:image/png") == 2
