@@ -1,5 +1,5 @@
 # make demo    the whole path on real images: shard, train two towers, report
-# make test    lint, types and tests (about 5 minutes after installation on 2 cores)
+# make test    lint, types and tests (about 7 minutes after installation on 2 cores)
 # make help    every target
 
 PYTHON ?= python3

@@ -56,6 +56,7 @@ def test_a_killed_worker_costs_nothing(arguments: Arguments, undisturbed: Path, 
     assert tree(tmp_path / "data") == tree(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_continued(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     run(*arguments, "--workers", 1, "--output", data, fault=f"driver-shard-done:{tmp_path / 'killed'}", expect=-9)

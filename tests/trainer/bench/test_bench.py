@@ -52,6 +52,7 @@ def test_a_recipe_that_gives_the_net_fewer_threads_is_measured_with_them(raw, tm
     assert record.workload.net_threads == 3 and list(record.by_threads) == [1]
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_found(tmp_path):
     data = make_data_set(tmp_path, encoding="raw", train=64, size=(64, 64), shard_size=64)
     (tar,) = (data / "train").glob("*.tar")
@@ -78,6 +79,7 @@ def test_slow_computation_is_found(raw, tmp_path):
     assert record.end_to_end and predict_rate(record) > 0
 
 
+@pytest.mark.slow
 def test_a_delayed_exchange_is_found(tmp_path):
     parts = run_mesh(bench_pair, str(tmp_path / "slow"), replicas=1)
     record = record_of(recipe(), None, parts)

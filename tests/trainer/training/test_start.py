@@ -243,6 +243,7 @@ def killed_at(point: int, run: Path, words: list[object], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "overwrite"])
+@pytest.mark.slow
 def test_a_start_killed_at_any_file_blocks_nothing(
     tiny_data: Path, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
 ) -> None:
