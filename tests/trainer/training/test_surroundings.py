@@ -114,7 +114,7 @@ def test_a_user_without_a_name_or_a_home(common: Path) -> None:
     assert result_of(free / "run") == ("finished", STEPS)
     evaluate = ("trainer", "evaluate", "--run", serial, "--data", digits, "--confusion")
     done = run_as_nobody(spare, *evaluate, free / "confusion.png")
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (done.returncode, done.stderr) == (0, f"wrote {free / 'confusion.png'}\n"), done.stderr
     cases = [
         train_words(digits, shut / "run"),
         [*evaluate, shut / "confusion.png"],
