@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader.open_split import open_split, read_statistics
+from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
 from pipeline.loader.staging import is_url
-from pipeline.manifest import read_manifest, write_atomic
+from pipeline.manifest import Manifest, read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
 from trainer.training import checkpoint, run_folder
@@ -91,10 +91,7 @@ def check_start(
         TrainerError, PipelineError: it cannot; says why.
     """
     manifest = read_manifest(data)
-    run_folder.check_fits(config, manifest, data)
-    opened = [open_split(data, "train", skip_list=skip_list)]
-    opened += [open_split(data, split) for split in {config.train.evaluate_split} - {"train"}]
-    read_statistics(data, manifest)
+    opened = _check_data(config, manifest, data, skip_list)
     run_folder.refuse_nested(run)
     noted = str(source) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
@@ -107,19 +104,38 @@ def check_start(
     choice = checkpoint.choose(run, quiet=quiet)
     if choice:
         check_edited(run, before, choice)
-    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened[0], choice)]
+    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened, choice)]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
-    steps = config.train.epochs * steps_per_epoch(config, opened[0].num_samples)
+    finished = _is_finished(run, config, opened, choice)
+    return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
+
+
+def _check_data(config: Config, manifest: Manifest, data: Path, skip_list: Path | None) -> OpenSplit:
+    """The training split of a data set that a recipe fits and of which nothing is damaged."""
+    run_folder.check_fits(config, manifest, data)
+    opened = open_split(data, "train", skip_list=skip_list)
+    if config.train.evaluate_split != "train":
+        open_split(data, config.train.evaluate_split)
+    read_statistics(data, manifest)
+    return opened
+
+
+def _is_finished(run: Path, config: Config, opened: OpenSplit, choice: Choice | None) -> bool:
+    """Whether a run has come to the end that the recipe says.
+
+    Raises:
+        RunError: it is beyond that.
+    """
+    steps = config.train.epochs * steps_per_epoch(config, opened.num_samples)
     step = choice.record.step if choice else 0
     if step > steps:
         raise RunError(
             f"train.epochs = {config.train.epochs} is {pluralize(steps, 'step')}, and {run} has done {step}: "
             f"expected more epochs"
         )
-    finished = step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
-    return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
+    return step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
 
 
 def steps_per_epoch(config: Config, num_samples: int) -> int:

@@ -44,18 +44,6 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """``python -m trainer``: exit code, stdout, stderr."""
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return (call(monkeypatch, *words), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> Path:
     """A finished run, to be changed."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
