@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster import commands
-from cluster.errors import ClusterError, printable
+from cluster.errors import ClusterError
 from cluster.local import default_folder
 from cluster.training import ray_train
 from twotower import verbosity
 from twotower.command_line import Parser
+from twotower.words import one_line
 
 Add = Callable[..., argparse.ArgumentParser]
 EXIT_CODES = (
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except ClusterError as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster import local
 from cluster.doctor import OLDEST_SAFE_RAY, examine, release
-from cluster.errors import ClusterError, last_line, printable
+from cluster.errors import ClusterError, last_line
 from cluster.jobs import submission
 from cluster.jobs.addresses import dashboard_address, is_loopback
 from cluster.jobs.auth_token import ensure_token
@@ -26,7 +26,7 @@ from cluster.jobs.paths import absolute_paths, shared_paths
 from cluster.jobs.progress import BarStream, Progress, latest
 from cluster.training import ray_train
 from twotower import verbosity, version
-from twotower.words import pluralize
+from twotower.words import one_line, pluralize
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -200,7 +200,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         code = "" if row["exit_code"] is None else str(row["exit_code"])
         table.append(
             (
-                printable(row["id"]),
+                one_line(row["id"]),
                 row["state"],
                 code,
                 f"{row['elapsed_s']:.0f} s",
@@ -227,7 +227,7 @@ def logs(arguments: argparse.Namespace) -> int:
     except ServerError:  # it has a node, and no file there yet
         text = client.log(job_id, None)
     if not text and not job.get("driver_node_id"):
-        _say(f"job {printable(job_id)} has written nothing: {printable(last_line(job.get('message') or ''))}")
+        _say(f"job {one_line(job_id)} has written nothing: {one_line(last_line(job.get('message') or ''))}")
     sys.stdout.buffer.write(text)
     return 0
 
@@ -241,7 +241,7 @@ def stop(arguments: argparse.Namespace) -> int:
         client.stop(job_id)
         job, _ = submission.wait(client, job_id, None)
     end = submission.ending(client, job)
-    _say(f"job {printable(job_id)} {end}")
+    _say(f"job {one_line(job_id)} {end}")
     return 0
 
 

@@ -12,8 +12,3 @@ def last_line(text: str, nothing: str = "no reason given") -> str:
     """
     lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
     return lines[-1][:300] if lines else nothing
-
-
-def printable(text: str) -> str:
-    """`text` with its line breaks and control characters as escapes: no name or answer of others moves the cursor."""
-    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)

@@ -14,13 +14,13 @@ if __name__ == "__main__":
 
 import argparse
 import importlib
-import io
 import sys
 
-from pipeline.errors import PipelineError, one_line
+from pipeline.errors import PipelineError
 from pipeline.preparation import faults
 from twotower import verbosity
 from twotower.command_line import Parser
+from twotower.words import one_line
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (
@@ -46,9 +46,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Runs a command; errors that the user can fix are one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no UTF-8
     args = make_parser().parse_args()
     verbosity.apply(args)
     try:

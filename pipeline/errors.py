@@ -70,21 +70,6 @@ def require(holds: bool, field: str, value: object, expected: str, error: type[E
         raise error(f"{given}: expected {expected}")
 
 
-def one_line(text: str) -> str:
-    """Text with every character that is not printed escaped: a file's name may hold newlines and terminal codes."""
-    if text.isprintable():
-        return text
-    return "".join(map(_escaped, text))
-
-
-def _escaped(sign: str) -> str:
-    if sign.isprintable():
-        return sign
-    if "\udc80" <= sign <= "\udcff":  # a byte of a path that is no UTF-8
-        return f"\\x{ord(sign) - 0xDC00:02x}"
-    return sign.encode("unicode_escape", "surrogatepass").decode()
-
-
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line: its first, or its class where it says nothing."""
     text = str(error).strip()

@@ -21,6 +21,7 @@ from pipeline.errors import ImageError, SourceError, first_line
 
 ATTEMPTS = 3
 PREFETCH = 16  # files asked for at once: a store answers each after tens of milliseconds, however many there are
+CACHE_VARIABLE = "TWOTOWER_CACHE"
 NOT_FOR_US = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 MAX_OPEN = 64  # files kept open by a process; some data sets have thousands of tars
 
@@ -152,6 +153,15 @@ class Entry(NamedTuple):
 def parse_path(text: str) -> AnyPath:
     """A path, or a URL if ``text`` has ``://``."""
     return UrlPath(text.rstrip("/")) if is_url(text) else Path(text)
+
+
+def cache_folder() -> Path:
+    """Where data sets of URLs are kept and made: ``$TWOTOWER_CACHE``, else ``~/.cache/twotower``.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
 
 
 def local_path(path: AnyPath) -> Path | None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import raw_images
-from pipeline.errors import DatasetError, FormatError, one_line
+from pipeline.errors import DatasetError, FormatError
+from twotower.words import one_line
 
 FORMAT = 2  # 2: num_found, passed_over, dropped_splits
 MANIFEST_NAME = "manifest.json"

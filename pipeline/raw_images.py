@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+from pipeline.pictures import HEAD_BYTES, has_picture_head
+
 LOOKED_AT = 20  # entries of a folder
 # A name in the folder, the source that reads it, and what it needs besides.
 NAMES = (
@@ -51,6 +52,6 @@ def _entries(folder: Path, most: int = LOOKED_AT) -> Iterator[Path]:
 def _is_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(8).startswith(MAGIC)
+            return has_picture_head(file.read(HEAD_BYTES))
     except OSError:
         return False

@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,13 +62,7 @@ def supervise(command: Callable[[], int]) -> int:
         signal.signal(number, signal.SIG_IGN)
     if errors:
         raise errors[0]
-    lost = terminal.lost_output()
-    if lost and not terminal.is_gone(lost) and not statuses[0]:
-        print(
-            f"error: the output cannot be written ({lost.strerror}), but the command has done its work", file=sys.stderr
-        )
-        return 2
-    return statuses[0]
+    return terminal.delivered(statuses[0])
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ FLOORS = {
     "pipeline": (
         "errors",
         "signals",
+        "pictures",
         "raw_images",
         "files",
         "progress",

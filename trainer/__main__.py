@@ -45,7 +45,8 @@ def main() -> int:
     arguments = make_parser(HANDLERS).parse_args()
     verbosity.apply(arguments)
     try:
-        return _delivered(arguments, arguments.command(arguments))
+        status = arguments.command(arguments)
+        return status if arguments.command in (train, tower) else terminal.delivered(status)
     except (TrainerError, PipelineError) as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -67,16 +68,6 @@ def _tell(stop: stopping.Stopped) -> int:
     elif name not in ("tower", "bench-tower"):  # whoever started these says it
         print(f"stopped by {stop.name}: nothing half-done is left under a final name", file=sys.stderr)
     return stop.status
-
-
-def _delivered(arguments: argparse.Namespace, status: int) -> int:
-    """The status of a command whose output may have been lost: 2 where it is why one calls it, and the disk is full."""
-    lost = terminal.lost_output()
-    if lost is None or terminal.is_gone(lost) or arguments.command in (train, tower) or status:
-        return status
-    why = f"error: the output cannot be written ({lost.strerror}), but the command has done its work"
-    print(why, file=sys.stderr)
-    return 2
 
 
 def _check_run(arguments: argparse.Namespace, *, needs_data: bool = False) -> None:

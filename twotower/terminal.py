@@ -83,6 +83,16 @@ def lost_output() -> OSError | None:
     return _LOST.get(1)
 
 
+def delivered(status: int) -> int:
+    """The status of a command that is called for its output: 2 where a full disk lost that and all else went well."""
+    lost = lost_output()
+    if lost is None or is_gone(lost) or status:
+        return status
+    why = f"error: the output cannot be written ({lost.strerror}), but the command has done its work"
+    print(why, file=sys.stderr)
+    return 2
+
+
 def is_gone(error: OSError) -> bool:
     """Whether a reader went away, as ``head`` does when it has seen enough; otherwise somebody wants the output."""
     return error.errno in GONE

@@ -20,9 +20,10 @@ from urllib.parse import quote
 
 import requests
 
-from cluster.errors import ClusterError, last_line, printable
+from cluster.errors import ClusterError, last_line
 from cluster.jobs.auth_token import read_token, token_path
 from twotower.verbosity import log
+from twotower.words import one_line
 
 TIMEOUT_S = 20.0
 SEND_TIMEOUT_S = 300.0  # the server stores up to 512 MiB before it answers
@@ -93,7 +94,7 @@ class Client:
     def _refusal(self, answer: requests.Response, path: str) -> ClusterError:
         """What an answer that is none says, and what to do."""
         if answer.is_redirect:
-            target = printable(answer.headers.get("Location", ""))
+            target = one_line(answer.headers.get("Location", ""))
             fix = "if that is the cluster, give its address with --address: the token goes nowhere unasked"
             return ClusterError(f"{self.address} sends requests on to {target}; {fix}")
         if answer.status_code == 401 and not self._has_token:
@@ -255,4 +256,4 @@ def reason(answer: requests.Response) -> str:
         said = next((line for line in words.splitlines() if line.strip()), "")  # the title
     else:
         said = answer.text
-    return printable(last_line(said, answer.reason or "no reason given"))
+    return one_line(last_line(said, answer.reason or "no reason given"))

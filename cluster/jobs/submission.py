@@ -22,11 +22,12 @@ from typing import Any, BinaryIO
 
 import requests
 
-from cluster.errors import ClusterError, last_line, printable
+from cluster.errors import ClusterError, last_line
 from cluster.jobs.client import TERMINAL, Client, ServerError, Unreachable
 from cluster.jobs.entry import shell_code
 from cluster.jobs.paths import TREE
 from cluster.jobs.progress import BarStream
+from twotower.words import one_line
 
 POLL_S = 0.5
 WRAPPER = "-m cluster.jobs.entry"
@@ -177,13 +178,13 @@ def ending(client: Client, job: dict[str, Any]) -> Ending:
     message = (job.get("message") or "").strip() or "no reason given"
     never_began = message.startswith("runtime_env setup failed")
     outcome = "failed" if code or never_began else "lost"
-    return Ending(outcome, code or EXIT_LOST, printable(message.splitlines()[0][:300]))
+    return Ending(outcome, code or EXIT_LOST, one_line(message.splitlines()[0][:300]))
 
 
 def command_line(job: dict[str, Any]) -> str:
     """What a job runs, without our wrapper."""
     before, found, after = job["entrypoint"].partition(f"{WRAPPER} -- ")
-    return printable(after if found else before)
+    return one_line(after if found else before)
 
 
 class LogFollower:

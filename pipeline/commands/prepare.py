@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
 from pipeline.errors import OutputError
-from pipeline.files import is_url, parse_path
+from pipeline.files import CACHE_VARIABLE, is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
 from pipeline.preparation import faults
 from pipeline.sources import SOURCES, open_source, reasons
@@ -172,7 +172,7 @@ def _staging_folder(url: str) -> Path:
 
 def _run_to_url(options: PrepareOptions, url: str) -> int:
     """Prepares in a local folder, publishes, and removes the local folder."""
-    from pipeline.preparation.publish import CACHE_VARIABLE, Remote
+    from pipeline.preparation.publish import Remote
 
     remote = Remote(url)
     manifest = remote.published(options)

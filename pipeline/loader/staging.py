@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetError
+from pipeline.files import CACHE_VARIABLE, cache_folder
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json, sync_folder, write_atomic
 
-CACHE_VARIABLE = "TWOTOWER_CACHE"
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$")
 _PIECE_BYTES = 1 << 22
 _STAGED: dict[str, Path] = {}
@@ -70,7 +70,7 @@ def _default_cache() -> Path:
         DatasetError: there is neither.
     """
     try:
-        return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+        return cache_folder()
     except RuntimeError:
         raise DatasetError(f"there is no home folder (HOME is not set): name a folder with {CACHE_VARIABLE}") from None
 

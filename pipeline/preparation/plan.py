@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import ImageSettings, PrepareOptions, byte_settings
-from pipeline.errors import ConfigError, ImageError, SourceError, one_line
+from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.manifest import PassedOver, found_lines
 from pipeline.preparation.image import make_image
 from pipeline.preparation.output import check_ours, check_places
@@ -27,7 +27,7 @@ from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
-from twotower.words import pluralize
+from twotower.words import one_line, pluralize
 
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S

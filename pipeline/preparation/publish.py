@@ -5,12 +5,12 @@ and the manifest goes last. While that lasts, the object ``.work/fingerprint`` s
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import DatasetError, OutputError, first_line
+from pipeline.files import CACHE_VARIABLE, cache_folder
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json
 from pipeline.preparation import faults
 from pipeline.preparation.output import refuse_difference
@@ -18,7 +18,6 @@ from pipeline.preparation.plan import make_request
 from pipeline.progress import ProgressLine
 
 MARK_NAME = ".work/fingerprint"
-CACHE_VARIABLE = "TWOTOWER_CACHE"
 
 
 def staging_folder(url: str) -> Path:
@@ -28,7 +27,7 @@ def staging_folder(url: str) -> Path:
         OutputError: there is no HOME.
     """
     try:
-        cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+        cache = cache_folder()
     except RuntimeError:
         raise OutputError(
             f"no home folder to make the data set in: set {CACHE_VARIABLE} to a folder with room"

@@ -20,11 +20,11 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
+from pipeline.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources import reasons
 from pipeline.sources.folder import read_file
 from pipeline.sources.labels import read_labels
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
-from pipeline.sources.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources.split import split_of
 from pipeline.sources.tar_reader import (
     COMPRESSED_NAME,

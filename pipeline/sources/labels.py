@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pipeline.errors import SourceError, one_line
+from pipeline.errors import SourceError
 from pipeline.files import AnyPath
+from pipeline.pictures import has_picture_name
 from pipeline.sources.listing import nfc, printable
-from pipeline.sources.pictures import has_picture_name
+from twotower.words import one_line
 
 DELIMITERS = "\t,;"
 LABEL_HEADER = re.compile(

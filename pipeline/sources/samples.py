@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from pipeline.errors import ImageError, SourceError, one_line
+from pipeline.errors import ImageError, SourceError
 from pipeline.files import AnyPath, read_range
 from pipeline.sources import reasons
 from pipeline.sources.listing import Item, Tally, nfc, printable
@@ -15,6 +15,7 @@ from pipeline.sources.tar_reader import (
     refuse_two,
     walk_file,
 )
+from twotower.words import one_line
 
 # Components that are images, the first that a sample has is taken; what it is, its content tells.
 IMAGES = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")

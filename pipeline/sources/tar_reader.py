@@ -14,8 +14,9 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from pipeline.errors import SourceError, one_line
+from pipeline.errors import SourceError
 from pipeline.files import AnyPath, read_range
+from twotower.words import one_line
 
 BLOCK = 512
 STORE_FILES = "; tar --dereference --hard-dereference stores the files themselves"

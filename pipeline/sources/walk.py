@@ -18,9 +18,9 @@ from pipeline.files import (
     relative_to,
     scan,
 )
+from pipeline.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources import reasons
 from pipeline.sources.listing import Tally, printable
-from pipeline.sources.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources.split import split_of
 
 SHOWN = 5

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 
 from pipeline.config import PrepareOptions
-from pipeline.errors import ConfigError, DatasetError, SourceError, one_line
+from pipeline.errors import ConfigError, DatasetError, SourceError
 from pipeline.files import AnyPath, read_range
 from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
 from pipeline.sources import reasons
@@ -19,6 +19,7 @@ from pipeline.sources.samples import EXPECTED, LabelTexts, labeled_images
 from pipeline.sources.split import SPLIT_FOLDERS, SPLIT_WORD, apart_by_split, split_of
 from pipeline.sources.tar_reader import COMPRESSED_NAME
 from pipeline.sources.walk import Walker, join, shown
+from twotower.words import one_line
 
 CLASS_FILES = ("classnames.txt", "classes.txt")
 ALL = ""  # the split of tars whose names tell none
