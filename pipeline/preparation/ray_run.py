@@ -91,6 +91,31 @@ def _utf8_only() -> Iterator[None]:
         ray._private.utils.get_entrypoint_name = told
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets signals and time limits through while Ray waits for its first server.
+
+    Ray waits in C code that keeps Python's lock, 30 s long, so nothing else of this process runs. Here it waits a
+    moment, and again, until the time limit ends it.
+    """
+    wait = ray._private.node.wait_for_persisted_port
+
+    def wait_on(*arguments: Any, timeout_ms: int = 0, **options: Any) -> int:
+        while True:
+            try:
+                return int(wait(*arguments, timeout_ms=int(POLL_S * 1000), **options))
+            except RuntimeError as error:
+                if "Timed out" not in str(error):
+                    raise
+            time.sleep(0.001)  # gives the lock away
+
+    ray._private.node.wait_for_persisted_port = wait_on
+    try:
+        yield
+    finally:
+        ray._private.node.wait_for_persisted_port = wait
+
+
 def _start(arguments: dict[str, Any], given: str) -> None:
     """``ray.init``, whose errors are of many classes, and which may wait for ever.
 
@@ -100,7 +125,8 @@ def _start(arguments: dict[str, Any], given: str) -> None:
     limit_s = _start_limit_s()
     waited = f"{given}: no answer within {limit_s:g} s; set {START_VARIABLE} to wait longer (seconds)"
     try:
-        with _utf8_only(), signals.quiet(), signals.time_limit(limit_s, waited):  # Ray's C++ parts tell of every try
+        # Ray's C++ parts tell of every try
+        with _utf8_only(), _interruptible(), signals.quiet(), signals.time_limit(limit_s, waited):
             faults.reach("ray-starting")
             ray.init(**arguments)
     except Exception as error:

@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+import subprocess
 import uuid
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.frozen import hold
 from tests.helpers.preparing import run, start, tree
 from tests.pipeline.test_signals import assert_stopped, wait_for
 
@@ -85,20 +87,31 @@ def is_gcs(pid: int) -> bool:
 
 
 def test_a_ray_that_never_answers_is_one_line(arguments: Arguments, tmp_path: Path) -> None:
-    """Its first server is stopped as soon as it is there."""
-    mark = uuid.uuid4().hex
-    extra = {"MARK": mark, "TWOTOWER_RAY_START_S": "8"}
-    process = start(*arguments, "--workers", 1, "--output", tmp_path / "data", extra=extra)
-    wait_for(lambda: any(is_gcs(pid) for pid in processes_of(mark)), process)
-    for pid in filter(is_gcs, processes_of(mark)):
-        os.kill(pid, signal.SIGSTOP)
+    """Its first server is stopped as soon as it is there: Ray then waits in C code that keeps Python's lock."""
+    mark, extra = uuid.uuid4().hex, {"TWOTOWER_RAY_START_S": "8"}
+    process = start_without_server(mark, *arguments, "--workers", 1, "--output", tmp_path / "data", extra=extra)
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (2, "")
-    assert stderr.startswith(
-        "error: Ray does not start on this machine: no answer within 8 s; set TWOTOWER_RAY_START_S"
-    )
-    assert len(stderr.splitlines()) == 1
+    assert stderr.splitlines() == [
+        "error: Ray does not start on this machine: no answer within 8 s; set TWOTOWER_RAY_START_S to wait longer"
+        " (seconds)"
+    ]
     assert processes_of(mark) == []
+
+
+def test_a_signal_ends_a_prepare_whose_ray_never_answers(arguments: Arguments, tmp_path: Path) -> None:
+    """The start may last 120 s: a process that hears signals ends long before."""
+    mark = uuid.uuid4().hex
+    process = start_without_server(mark, *arguments, "--workers", 1, "--output", tmp_path / "data")
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(process, signal.SIGTERM)
+    assert processes_of(mark) == []
+
+
+def start_without_server(mark: str, *words: object, extra: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    process = start(*words, extra={"MARK": mark, **(extra or {})})
+    hold(lambda: list(filter(is_gcs, processes_of(mark))), "Ray's first server", timeout_s=60)
+    return process
 
 
 def test_publishing_is_stopped_and_continued(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
