@@ -24,6 +24,7 @@ from cluster.jobs.auth_token import ensure_token, token_path
 from cluster.jobs.client import Client, ServerError, Unreachable
 from cluster.jobs.entry import write_json
 from twotower import private, typed
+from twotower.untrusted import parse_json
 
 RECORD = "cluster.json"
 PROGRAM = Path(loopback_node.__file__).name
@@ -183,13 +184,17 @@ def load(folder: Path) -> LocalCluster | None:
         return None
     try:
         private.check_folder(folder)
-        cluster: LocalCluster = typed.build(LocalCluster, typed.parse(private.read_record(path)))
+        cluster: LocalCluster = typed.build(LocalCluster, parse_json(private.read_record(path)))
     except OSError as error:
         raise ClusterError(f"{path} cannot be read: {error.strerror or error}") from None
     except private.NotPrivateError as error:
-        raise ClusterError(f"{error}: it is not believed; remove it, or choose another folder with --folder DIR") from None
+        raise ClusterError(
+            f"{error}: it is not believed; remove it, or choose another folder with --folder DIR"
+        ) from None
     except ValueError as error:
-        raise ClusterError(f"{path} is damaged ({error}): end the cluster's processes yourself, and remove it") from None
+        raise ClusterError(
+            f"{path} is damaged ({error}): end the cluster's processes yourself, and remove it"
+        ) from None
     return cluster if cluster.nodes and is_alive(cluster.nodes[0]) else None
 
 
@@ -307,7 +312,7 @@ def _start_time(pid: int) -> int:
 
 
 def is_alive(node: LocalNode) -> bool:
-    """Whether the node's first process lives, and is that: by its start, its user and its command, not its number only."""
+    """Whether the node's first process lives, and is that one: by its start, its user and its command."""
     fields = _stat_fields(node.pid)
     return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started and _is_ours(node.pid)
 

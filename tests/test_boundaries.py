@@ -42,7 +42,17 @@ FLOORS = {
         "train_command",
         "cli",
     ),
-    "twotower": ("linux_only", "words", "untrusted", "terminal", "command_line", "locks", "version", "verbosity", "fields"),
+    "twotower": (
+        "linux_only",
+        "words",
+        "untrusted",
+        "terminal",
+        "command_line",
+        "locks",
+        "version",
+        "verbosity",
+        "fields",
+    ),
     "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
 }
 SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer

@@ -1,24 +1,11 @@
-"""From parsed JSON to dataclasses: every field there, none besides, each of its type. For files that others may have made."""
+"""From parsed JSON to dataclasses, for files of anybody: every field there, none besides, each of its type."""
 
 import dataclasses
-import json
 import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
-
-
-def parse(text: bytes | str) -> Any:
-    """JSON of anybody.
-
-    Raises:
-        ValueError: it is none, or nested so deep that nobody reads it; one line.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 def build(kind: Any, value: Any, where: str = "") -> Any:

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
-from twotower.files import read_file
-from twotower.typed import build, parse
+from twotower.typed import build
+from twotower.untrusted import read_json
 from twotower.verbosity import say_written
 
 DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
@@ -188,7 +188,7 @@ def write_record(path: Path, text: str) -> None:
 def read_record(path: Path) -> BenchRecord:
     """Reads what ``--json`` wrote; raises BenchError where it is missing, damaged, or of another format."""
     try:
-        table = parse(read_file(path, MOST_BYTES))
+        table = read_json(path, MOST_BYTES, nan=True)
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

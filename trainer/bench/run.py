@@ -5,8 +5,8 @@ result), ``prediction`` and ``bottleneck`` (what follows from it), ``text`` and 
 """
 
 import dataclasses
-import os
 import json
+import os
 import sys
 import tempfile
 import time
@@ -27,7 +27,8 @@ from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
 from twotower import verbosity
-from twotower.typed import build, parse
+from twotower.typed import build
+from twotower.untrusted import parse_json
 
 OPTIMIZER_PASSES = 5  # weights, gradients and velocities read, weights and velocities written
 Say = Callable[[str], None]
@@ -85,7 +86,7 @@ def measure_parts(
             raise SystemExit(status)
         if status:
             raise BenchError(f"a measuring process ended with status {status}: see above")
-        return [build(Part, parse((folder / f"part-{rank}").read_text())) for rank in range(processes)]
+        return [build(Part, parse_json((folder / f"part-{rank}").read_bytes(), nan=True)) for rank in range(processes)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Job:
 def run_tower(job: Path) -> None:
     """One of several measuring processes, as :func:`measure_parts` starts them."""
     die_with_parent()
-    told: Job = build(Job, parse(job.read_text()))
+    told: Job = build(Job, parse_json(job.read_bytes()))
     config, settings = from_toml(told.config), told.settings
     world = read_world(None)
     assert world is not None

@@ -87,7 +87,7 @@ def tower_environment(rank: int, meeting: Mapping[str, str], world: int = 2) -> 
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
         }
-        | meeting
+        | dict(meeting)
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.errors import PeerError
 from twotower.meeting import SECRET
+from twotower.untrusted import parse_json
 from twotower.words import one_line
 
 MOST_BYTES = 1 << 20  # of what a process tells at the start; a recipe has a few thousand
@@ -30,7 +31,7 @@ def store_prefix(start: str) -> str:
 
 
 def prove_secret(group: Group) -> None:
-    """Every process of a gloo group shows that it knows the run's secret, and shows it to nobody: a MAC of fresh numbers.
+    """Every process of a gloo group shows that it knows the run's secret, by a MAC of fresh numbers: nobody sees it.
 
     Between a port that is open and the peer that is meant somebody else may come. All members must call it; without
     a secret (``TWOTOWER_SECRET``) nothing is asked.
@@ -78,8 +79,8 @@ def all_gather_json(mine: Any, group: Group) -> list[Any]:
 
 def _parse(rank: int, text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise PeerError(f"process {rank} does not tell JSON at the start: {one_line(str(error)[:80])}") from None
 
 

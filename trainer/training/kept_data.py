@@ -31,7 +31,8 @@ def kept_manifest(run: Path) -> Manifest | None:
         if not (folder / MANIFEST_NAME).exists():
             return None
         manifest = read_manifest(folder)
-        if file_sha256(folder / STATISTICS_NAME) == manifest.files[STATISTICS_NAME]["sha256"]:
+        kept = manifest.files.get(STATISTICS_NAME, {})
+        if file_sha256(folder / STATISTICS_NAME) == kept.get("sha256"):
             return manifest
         name, reason = STATISTICS_NAME, "is damaged"
     except DatasetError:

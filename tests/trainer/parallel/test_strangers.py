@@ -25,9 +25,9 @@ NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 def listening(process: int) -> list[str]:
     """The addresses at which a process listens for TCP, from /proc: hexadecimal, ``0100007F:PORT``."""
     inodes = set()
-    for name in os.listdir(f"/proc/{process}/fd"):
+    for path in Path(f"/proc/{process}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own
-            inodes.add(os.readlink(f"/proc/{process}/fd/{name}"))
+            inodes.add(str(path.readlink()))
     rows = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
     return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
 

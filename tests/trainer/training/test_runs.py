@@ -20,8 +20,8 @@ from tests.helpers.training_commands import CONFIG, DOUBLE, ROOT, command, envir
 from trainer.__main__ import main
 from trainer.model import kernels
 from trainer.parallel.launch import tower_environment
-from twotower.meeting import meeting_place
 from trainer.training.checkpoint import checkpoints, folder_of
+from twotower.meeting import meeting_place
 
 STEPS = 1437 // 128
 ROUND_PIXELS = (  # whatever makes floats of them rounds nothing; conv1 is scaled for them, and must not run away
