@@ -60,9 +60,9 @@ class ModelConfig:
 
     Attributes:
         towers: 2 as in the paper, or 1 (the paper's one-GPU half net).
-        image_px: side of the square input, px.
-        in_channels: of the input, 3 (RGB) or 1 (gray).
-        classes: outputs of fc8.
+        image_px: side of the square input, px: of the crops that the loader takes.
+        in_channels: of the input, 3 (RGB) or 1 (gray); 0: as the data set.
+        classes: outputs of fc8; 0: as many as the data set has.
         channels: output channels *per tower* of conv1..conv5.
         kernel_sizes: sides of the kernels of conv1..conv5, px.
         strides: of conv1..conv5, px.
@@ -78,6 +78,8 @@ class ModelConfig:
         activation: of fc6 and fc7: relu or tanh.
         dropout: probability that a unit of fc6 or fc7 is dropped in training.
         dropout_kind: original (unscaled mask in training, outputs times 1 - dropout in testing) or inverted.
+        init: of the weights, normal with ``std``: ``init_std``; ``he``: (2 / inputs of a unit)^0.5 in every layer (He et
+            al. 2015), which follows the net's size.
         init_std: standard deviation of the initial weights, eight values (paper section 5: 0.01 everywhere).
         init_bias: initial biases, eight values (paper: 1 in conv2, conv4, conv5, fc6, fc7).
         lrn: response normalization.
@@ -106,6 +108,7 @@ class ModelConfig:
     activation: Literal["relu", "tanh"] = "relu"
     dropout: float = 0.5
     dropout_kind: Literal["original", "inverted"] = "original"
+    init: Literal["std", "he"] = "std"
     init_std: tuple[float, ...] = (0.01,) * 8
     init_bias: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     lrn: LrnConfig = dataclasses.field(default_factory=LrnConfig)
@@ -113,14 +116,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks lengths, ranges and that every layer keeps a positive size."""
         require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
-        require(self.in_channels in (1, 3), "model.in_channels", self.in_channels, "1 (gray) or 3 (RGB)")
-        require(self.classes >= 2, "model.classes", self.classes, "2 or more")
+        require(self.in_channels in (0, 1, 3), "model.in_channels", self.in_channels, "1 (gray), 3 (RGB) or 0 (as the data set)")
+        fits = self.classes >= 2 or self.classes == 0
+        require(fits, "model.classes", self.classes, "2 or more, or 0 (as the data set)")
         for field in ("channels", "kernel_sizes", "strides", "paddings", "post_ops"):
             values = getattr(self, field)
             require(len(values) == 5, f"model.{field}", values, "five values, conv1..conv5")
         for field in ("init_std", "init_bias"):
             values = getattr(self, field)
             require(len(values) == 8, f"model.{field}", values, "eight values, conv1..fc8")
+        unused = self.init == "he" and self.init_std != ModelConfig.init_std
+        require(not unused, "model.init_std", self.init_std, "none beside model.init = 'he', which computes it")
         for pair in self.paddings:
             pairs = "pairs [before, after] of zero or more px"
             require(len(pair) == 2 and min(pair) >= 0, "model.paddings", self.paddings, pairs)
@@ -311,13 +317,8 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        """Checks what concerns several tables: the loader's crop, and what a schedule looks at."""
-        require(
-            self.data.crop_px == self.model.image_px,
-            "data.crop_px",
-            self.data.crop_px,
-            f"model.image_px = {self.model.image_px}",
-        )
+        """Gives the loader its crop, and checks what concerns several tables."""
+        object.__setattr__(self, "data", dataclasses.replace(self.data, crop_px=self.model.image_px))
         require(
             self.optimizer.schedule != "plateau" or self.train.evaluate_every_epochs > 0,
             "train.evaluate_every_epochs",
@@ -363,6 +364,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
     for text in overrides:
         override(table, text)
+    given = table.get("data")
+    if isinstance(given, dict) and "crop_px" in given:
+        raise RecipeError("data.crop_px: the loader's crop is model.image_px; set that one, and leave this one out")
     try:
         return build(Config, table, "")
     except PipelineError as error:
@@ -371,4 +375,6 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def to_toml(config: Config) -> str:
     """The resolved recipe as TOML text: every field, so a run can be repeated from it alone."""
-    return dump(dataclasses.asdict(config))
+    sections = dataclasses.asdict(config)
+    del sections["data"]["crop_px"]  # model.image_px
+    return dump(sections)

@@ -26,7 +26,6 @@ pytestmark = pytest.mark.numeric
 # The paper's layers at a size for tests: every layer keeps its kernel, stride and pad.
 SMALL = [
     "model.image_px=80",
-    "data.crop_px=80",
     "model.channels=[8, 12, 10, 10, 6]",
     "model.hidden=[24, 24]",
     "model.classes=7",
