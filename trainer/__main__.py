@@ -42,6 +42,7 @@ def _load(arguments: argparse.Namespace) -> "Config":
 
 def _stage(arguments: argparse.Namespace) -> None:
     """Makes a local folder of a data set at a URL."""
+    arguments.source = arguments.data
     if arguments.data is not None:
         from pipeline.loader.staging import stage
 
@@ -89,11 +90,13 @@ def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
         resume=arguments.resume != "never" or again,
         overwrite=arguments.overwrite and not again,
         skip_list=arguments.skip_list,
+        source=arguments.source,
         quiet=not leads,
     )
     if leads and not found.finished:
-        parameters = to_dict(config.model)["parameters"]
-        start.check_writable(arguments.run, 8 * parameters * (1 if found.choice else 2), replaces=found.replaces)
+        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        needed_bytes = size_bytes * start.checkpoints_at_once(found)
+        start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     return found
@@ -110,7 +113,9 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         command.check_again(start)
         options = {name: getattr(arguments, name) for name in resume.OPTIONS}
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
-        prepare_start(start, options | {"replicas": _replicas(arguments), "skip_list": skip_list})
+        if "RANK" in os.environ:
+            options |= {"processes": 2, "replicas": _replicas(arguments)}
+        prepare_start(start, options | {"skip_list": skip_list})
         status, began = 1, False
         try:
             if "RANK" in os.environ:
@@ -203,17 +208,29 @@ def _dry_run(arguments: argparse.Namespace, config: "Config", device: str) -> in
     return 0
 
 
-def _check_run(arguments: argparse.Namespace) -> None:
-    """Refuses a run that is none, and stages the data set, before torch is imported."""
+def _check_run(arguments: argparse.Namespace, *, needs_data: bool = False) -> None:
+    """Refuses a run that is none, and finds the data set, before torch is imported."""
+    from trainer.training.resume import noted_data
     from trainer.training.run_folder import read_run_config
 
     read_run_config(arguments.run)
+    if needs_data and arguments.data is None:
+        arguments.data = noted_data(arguments.run)
     _stage(arguments)
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, or must not be."""
+    from trainer.training.run_folder import check_output
+
+    if path is not None:
+        check_output(option, path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint."""
-    _check_run(arguments)
+    _check_run(arguments, needs_data=True)
+    _check_output("--confusion", arguments.confusion)
     from pipeline.manifest import read_manifest
     from trainer.parallel.launch import choose_device
     from trainer.report import confusion
@@ -245,6 +262,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of images; status 3 where some could not be used."""
     _check_run(arguments)
+    _check_output("--html", arguments.html)
     from trainer.inference import predict
     from trainer.parallel.launch import choose_device
 
@@ -277,6 +295,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
+        _check_output("--svg", arguments.svg)
         from trainer.report.net_drawing import write_drawing
 
         write_drawing(arguments.svg, config.model)
@@ -328,14 +347,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Makes a run out of weights and prints its checkpoint."""
+    _stage(arguments)
     from trainer.inference.export import import_weights
 
-    print(import_weights(arguments.weights, _load(arguments), arguments.run))
+    print(import_weights(arguments.weights, _load(arguments), arguments.run, arguments.data))
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
+    _check_output("--json", arguments.json)
+    _check_output("--html", arguments.html)
     _stage(arguments)
     from trainer.bench.command import run
 

@@ -213,7 +213,7 @@ def _add_evaluate(commands: Commands) -> None:
     )
     _folder(evaluate, "--run", "run with a checkpoint")
     _checkpoint_option(evaluate)
-    _folder(evaluate, "--data", "data set")
+    _folder(evaluate, "--data", "data set (default: where the run's own was)", required=False)
     evaluate.add_argument("--split", help="split of the data set (default: the one the recipe holds out)")
     _views_option(evaluate)
     evaluate.add_argument("--per-class", action="store_true", help="a row for every class, the worst first")
@@ -233,7 +233,7 @@ def _add_predict(commands: Commands) -> None:
     )
     _folder(predict, "--run", "run with a checkpoint")
     _checkpoint_option(predict)
-    _folder(predict, "--data", "data set whose preparation and classes apply (default: the run's own)", required=False)
+    _folder(predict, "--data", "data set whose preparation applies (default: the run's own)", required=False)
     _views_option(predict)
     predict.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="classes shown for each image (default: 5)"
@@ -280,7 +280,7 @@ def _add_export(commands: Commands) -> None:
     )
     _folder(export, "--run", "run with a checkpoint")
     _checkpoint_option(export)
-    _folder(export, "--data", "data set, for class names in the file", required=False)
+    _folder(export, "--data", "data set, for class names in the file (default: the run's own)", required=False)
     export.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="FILE.safetensors (weights) or FILE.onnx (the net)"
     )

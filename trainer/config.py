@@ -360,7 +360,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"no recipe at {path}: the folder configs/ holds the ones of this project") from None
-        except (IsADirectoryError, PermissionError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
     for text in overrides:
         override(table, text)

@@ -37,6 +37,7 @@ from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import OpenSplit, check_limits, open_split, read_statistics
 from pipeline.loader.running import QueueFill, RunningPipeline, describe_memory
 from pipeline.loader.staging import stage
+from pipeline.manifest import read_manifest
 
 __all__ = [
     "Batch",
@@ -214,6 +215,8 @@ class EvaluationLoader:
         views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``.
         skip_list: text file of sample keys to leave out, one a line.
+        statistics: folder whose manifest and statistics.npz say what is subtracted: of the data set that the net was
+            trained on, where that is another one. None for ``data``.
 
     Attributes:
         num_samples: images that will be seen.
@@ -234,17 +237,18 @@ class EvaluationLoader:
         views: str = "center",
         device: str = "cpu",
         skip_list: Path | None = None,
+        statistics: Path | None = None,
     ) -> None:
         if views not in ("center", "ten"):
             raise ConfigError(f"views is {views!r}: expected center or ten")
-        opened, statistics = _open(data, split, config, skip_list)
+        opened, subtracted = _open(data, split, config, skip_list, statistics)
         _check_batch_size(batch_size)
         check_crop(config, opened.height_px, opened.width_px)
         size = {"height_px": opened.height_px, "width_px": opened.width_px, "crop_px": config.crop_px}
         self._center = center_geometry(1, **size)
         self._views = ten_views(**size) if views == "ten" else self._center
         self._reader = with_decoder_share(Reader(opened, config, batch_size, device, 0, False))
-        self._normalizer = Normalizer(config, statistics, device=device)
+        self._normalizer = Normalizer(config, subtracted, device=device)
         self.num_samples = opened.num_samples
         self.num_classes = len(opened.manifest.classes)
         self.channels = opened.manifest.image.channels
@@ -275,9 +279,13 @@ class EvaluationLoader:
         )
 
 
-def _open(data: Path, split: str, config: LoaderConfig, skip_list: Path | None) -> tuple[OpenSplit, Statistics]:
+def _open(
+    data: Path, split: str, config: LoaderConfig, skip_list: Path | None, statistics: Path | None = None
+) -> tuple[OpenSplit, Statistics]:
     opened = open_split(stage(data), split, skip_list=skip_list)
     check_limits(len(opened.tars), mmap=config.mmap)
+    if statistics is not None:
+        return opened, read_statistics(statistics, read_manifest(statistics))
     return opened, read_statistics(opened.folder, opened.manifest)
 
 

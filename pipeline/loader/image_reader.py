@@ -31,6 +31,7 @@ class ImageReader:
         config: the recipe; its random parts are off.
         views: ``center``, or ``ten`` for corners and center, then the same mirrored.
         device: ``cpu`` or ``cuda:N``, where the images go.
+        statistics: as of :class:`pipeline.loader.batches.EvaluationLoader`.
 
     Attributes:
         manifest: record of the data set.
@@ -40,7 +41,15 @@ class ImageReader:
         DatasetError: there is no complete data set.
     """
 
-    def __init__(self, data: Path, config: LoaderConfig, *, views: str = "center", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        data: Path,
+        config: LoaderConfig,
+        *,
+        views: str = "center",
+        device: str = "cpu",
+        statistics: Path | None = None,
+    ) -> None:
         if views not in ("center", "ten"):
             raise ConfigError(f"views is {views!r}: expected center or ten")
         folder = stage(data)
@@ -50,13 +59,14 @@ class ImageReader:
         if image.height_px is None or image.width_px is None:
             raise ConfigError(f"{data} holds images of different sizes: prepare it with --resize to feed a network")
         self._height_px, self._width_px = image.height_px, image.width_px
-        statistics = read_statistics(folder, self.manifest)
+        known = self.manifest if statistics is None else read_manifest(statistics)
+        subtracted = read_statistics(folder if statistics is None else statistics, known)
         check_crop(config, self._height_px, self._width_px)
         size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
         self._center = center_geometry(1, **size)
         self._views = ten_views(**size) if views == "ten" else self._center
         self._crop_px = config.crop_px
-        self._normalize = Normalizer(config, statistics, device=device)
+        self._normalize = Normalizer(config, subtracted, device=device)
         self._device = device
 
     def read(self, path: Path) -> np.ndarray:

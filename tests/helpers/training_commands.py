@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "digits.toml"
 DOUBLE = "tests.helpers.double"  # the trainer in float64
@@ -38,3 +40,14 @@ def train_words(
     for override in (*SMALL, *overrides):
         words += ["--set", override]
     return words + list(more)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """``python -m trainer words...`` in this process; returns the exit code."""
+    from trainer.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["trainer", *map(str, words)])
+    try:
+        return main()
+    except SystemExit as end:
+        return int(end.code or 0)

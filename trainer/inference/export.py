@@ -16,9 +16,20 @@ from trainer.inference.weights import fill_towers, groups_of, merge_towers, test
 from trainer.model.alexnet import AlexNet
 from trainer.training import checkpoint
 from trainer.training.evaluate import load_network
+from trainer.training.kept_data import compare_data, keep_data_set, kept_manifest
 from trainer.training.metrics import describe_environment
 from trainer.training.optimizer import PaperSGD
-from trainer.training.run_folder import CONFIG_NAME, check_fits
+from trainer.training.run_folder import (
+    CONFIG_NAME,
+    DATA_SET_NAME,
+    check_fits,
+    check_output,
+    empty,
+    is_begun,
+    read_run_config,
+)
+from trainer.training.run_lock import hold_run
+from trainer.training.start import check_writable
 
 FORMAT = "twotower merged weights 1"
 LAYOUT = (
@@ -34,7 +45,7 @@ def export_run(run: Path, output: Path, *, data: Path | None = None, which: str 
     Args:
         run: run folder.
         output: ``FILE.safetensors`` or ``FILE.onnx``; replaced whole or not at all.
-        data: data set, for class names in the file's metadata; None leaves them out.
+        data: data set, for class names in the file's metadata; None for the one that the run was trained on.
         which: see :func:`trainer.training.checkpoint.choose`.
 
     Raises:
@@ -43,12 +54,14 @@ def export_run(run: Path, output: Path, *, data: Path | None = None, which: str 
     """
     if output.suffix not in (".safetensors", ".onnx"):
         raise ExportError(f"--output {output}: expected a name that ends in .safetensors or .onnx")
-    loaded = load_network(run, which=which)
-    config = loaded.config
-    manifest = None
+    check_output("--output", output)
+    config = read_run_config(run)
+    manifest = kept_manifest(run)
     if data is not None:
         manifest = read_manifest(data)
-        check_fits(config, manifest, data)
+        check_fits(config, manifest, data, splits=())
+        compare_data(run, data, manifest)
+    loaded = load_network(run, which=which)
     facts = _facts(config, str(loaded.step), manifest)
     merged = merge_towers(loaded.net)
     if output.suffix == ".onnx":
@@ -99,13 +112,14 @@ def read_merged(path: Path) -> dict[str, Tensor]:
         raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
 
 
-def import_weights(weights: Path, config: Config, run: Path) -> Path:
+def import_weights(weights: Path, config: Config, run: Path, data: Path | None = None) -> Path:
     """Makes a run folder with a checkpoint of step 0, to evaluate, to predict with, or to train on from.
 
     Args:
         weights: merged safetensors file.
         config: recipe whose net the weights fit.
         run: folder to make; must be new or empty.
+        data: data set whose classes and statistics the run keeps; None: predicting needs one then.
 
     Returns:
         The checkpoint's folder.
@@ -114,18 +128,29 @@ def import_weights(weights: Path, config: Config, run: Path) -> Path:
         ExportError: the weights do not fit the recipe's net.
         RunError: the folder is not empty.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise RunError(f"{run} is not empty: give another --run folder")
+    if is_begun(run):
+        raise RunError(f"{run} holds a run: give another --run folder")
+    if data is not None:
+        check_fits(config, read_manifest(data), data, splits=())
+    check_writable(run, 0)
     net = AlexNet(config.model, seed=config.train.seed)
     try:
         fill_towers(net, read_merged(weights))
     except ExportError as error:
         raise ExportError(f"{weights}: {error}") from None
-    return _write_run(run, config, net, weights)
+    with hold_run(run):
+        empty(run)
+        try:
+            return _write_run(run, config, net, weights, data)
+        except OSError as error:
+            empty(run)
+            raise RunError(f"--run {run} cannot be written: {error.strerror or error}") from None
 
 
-def _write_run(run: Path, config: Config, net: AlexNet, weights: Path) -> Path:
+def _write_run(run: Path, config: Config, net: AlexNet, weights: Path, data: Path | None) -> Path:
     """The run folder, its record last."""
+    if data is not None:
+        keep_data_set(data, run / DATA_SET_NAME)
     command = ["python", "-m", "trainer", *sys.argv[1:]]
     environment = describe_environment(command) | {"imported from": os.fspath(weights)}
     write_atomic(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())

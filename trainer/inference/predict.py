@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from pipeline.errors import ImageError
 from pipeline.loader.image_reader import ImageReader
-from pipeline.manifest import write_atomic
+from pipeline.manifest import read_manifest, write_atomic
 from trainer.errors import RunError
 from trainer.report.page import percent, render
 from trainer.training.evaluate import load_network
+from trainer.training.kept_data import compare_data, data_of
 from trainer.training.run_folder import check_fits
 
 SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room for
@@ -87,7 +88,7 @@ class Predictor:
 
     Args:
         run: run folder.
-        data: data set whose preparation, statistics and class names apply; None for the one the run was trained on.
+        data: data set whose preparation applies; None for the one that the run was trained on.
         device: where the net runs.
         views: ``center``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
         which: see :func:`trainer.training.checkpoint.choose`.
@@ -109,8 +110,10 @@ class Predictor:
         loaded = load_network(run, device, which=which)
         self._net, self._config = loaded.net, loaded.config
         data = data or data_of(run)
-        self._reader = ImageReader(data, self._config.data, views=views, device=device)
-        check_fits(self._config, self._reader.manifest, data)
+        manifest = read_manifest(data)
+        check_fits(self._config, manifest, data, splits=())
+        statistics = compare_data(run, data, manifest)
+        self._reader = ImageReader(data, self._config.data, views=views, device=device, statistics=statistics)
         self._ten = views == "ten"
 
     def predict(self, paths: Iterable[Path], *, top: int = 5, images: bool = True) -> Iterator[Prediction]:
@@ -161,18 +164,6 @@ class Predictor:
             ClassShare(label, records[label].name, records[label].title, value)
             for label, value in zip(labels.tolist(), values.tolist(), strict=True)
         )
-
-
-def data_of(run: Path) -> Path:
-    """The data set folder that a run was trained on, as ``environment.json`` notes it.
-
-    Raises:
-        RunError: the run does not say.
-    """
-    try:
-        return Path(json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{run} does not say which data set it was trained on: name one with --data DIR") from None
 
 
 def print_table(results: Sequence[Prediction]) -> None:

@@ -181,14 +181,16 @@ def predict_images(run: Path, data: Path, *, device: str = "cpu", limit: int = M
     """
     from pipeline.loader.batches import EvaluationLoader
     from trainer.training.evaluate import evaluate_net, load_network
+    from trainer.training.kept_data import compare_data
     from trainer.training.run_folder import check_fits
 
     loaded = load_network(run, device)
     net, config = loaded.net, loaded.config
     manifest = read_manifest(data)
-    check_fits(config, manifest, data)
     size, split = config.train.batch_size, config.train.evaluate_split
-    batches = EvaluationLoader(data, config.data, batch_size=size, split=split, device=device)
+    check_fits(config, manifest, data, splits=(split,))
+    statistics = compare_data(run, data, manifest)
+    batches = EvaluationLoader(data, config.data, batch_size=size, split=split, device=device, statistics=statistics)
     result = evaluate_net(net, itertools.islice(batches, -(-limit // size)))
     assert result is not None  # both towers are in this process
     wrong = np.flatnonzero(result.labels != result.predicted)

@@ -79,10 +79,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunError: there is no such folder, it holds no run, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
-    if not (folder / "metrics.jsonl").is_file():
-        raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+    try:
+        if not folder.is_dir():
+            raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+        if not (folder / "metrics.jsonl").is_file():
+            raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
+        return _read(folder)
+    except OSError as error:
+        raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _read(folder: Path) -> RunRecord:
     rows = read_metrics(folder)
     steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
     evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "center") == "center"]
@@ -188,5 +195,17 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Started", str(found.get("started", ""))),
         ("Command", str(found.get("command", ""))),
     ]
-    known = {"command", "commit", "python", "torch", "system", "processor", "cores", "gpus", "started", "data"}
+    known = {
+        "command",
+        "commit",
+        "python",
+        "torch",
+        "system",
+        "processor",
+        "cores",
+        "gpus",
+        "started",
+        "data",
+        "resumed",
+    }
     return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]

@@ -242,6 +242,8 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
         try:
             return Choice(folder, read_record(folder), tuple(damaged))
         except DamagedError as error:
+            if not folder.exists():  # a training that goes on has removed it meanwhile
+                return choose(run, which, quiet=quiet)
             damaged.append(folder)
             if not quiet:
                 print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)

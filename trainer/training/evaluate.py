@@ -18,6 +18,7 @@ from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
+from trainer.training.kept_data import compare_data
 from trainer.training.run_folder import check_fits, read_run_config
 
 
@@ -167,10 +168,17 @@ def evaluate_run(
     """Evaluates a run's checkpoint on a split (by default the one its recipe holds out)."""
     loaded = load_network(run, device, which=which)
     net, config = loaded.net, loaded.config
-    check_fits(config, read_manifest(data), data)
     chosen = split or config.train.evaluate_split
+    manifest = read_manifest(data)
+    check_fits(config, manifest, data, splits=(chosen,))
     loader = EvaluationLoader(
-        data, config.data, batch_size=config.train.batch_size, split=chosen, views=views, device=device
+        data,
+        config.data,
+        batch_size=config.train.batch_size,
+        split=chosen,
+        views=views,
+        device=device,
+        statistics=compare_data(run, data, manifest),
     )
     result = evaluate_net(net, loader, views)
     assert result is not None

@@ -1,13 +1,14 @@
-"""``RUN/dataset/``: what a run keeps of its data set, so that it needs no data set to predict and to be exported.
+"""``RUN/trained_on/``: what a run keeps of its data set, so that it needs no data set to predict and to be exported.
 
 The data set's own manifest (class table, image format, fingerprint) and statistics (what the net's input needs), byte
 for byte, and read by the data set's own readers, which check them.
 """
 
+import sys
 from pathlib import Path
 
 from pipeline.errors import DatasetError
-from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, read_manifest, write_atomic
+from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, file_sha256, read_manifest, write_atomic
 from trainer.errors import RunError
 from trainer.training.run_folder import DATA_SET_NAME, read_environment
 
@@ -25,19 +26,22 @@ def kept_manifest(run: Path) -> Manifest | None:
         RunError: it is damaged.
     """
     folder = run / DATA_SET_NAME
-    if not (folder / MANIFEST_NAME).exists():
-        return None
     try:
-        return read_manifest(folder)
-    except (DatasetError, OSError) as error:
-        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is damaged"
-        raise RunError(
-            f"{folder / MANIFEST_NAME} {reason}; copy it anew from the data set that the run was trained on"
-        ) from None
+        if not (folder / MANIFEST_NAME).exists():
+            return None
+        manifest = read_manifest(folder)
+        if file_sha256(folder / STATISTICS_NAME) == manifest.files[STATISTICS_NAME]["sha256"]:
+            return manifest
+        name, reason = STATISTICS_NAME, "is damaged"
+    except DatasetError:
+        name, reason = MANIFEST_NAME, "is damaged"
+    except OSError as error:
+        name, reason = Path(error.filename or folder).name, f"cannot be read ({error.strerror})"
+    raise RunError(f"{folder / name} {reason}: copy {name} there from the data set that the run was trained on")
 
 
 def data_of(run: Path) -> Path:
-    """The folder whose preparation, statistics and classes are the run's: its own ``RUN/dataset``.
+    """The folder whose preparation, statistics and classes are the run's: its own ``RUN/trained_on``.
 
     A run made before runs kept it names a folder that may still be there.
 
@@ -53,18 +57,18 @@ def data_of(run: Path) -> Path:
     raise RunError(f"{run} keeps no class table and no statistics{where}: name its data set with --data DIR")
 
 
-def compare_data(run: Path, data: Path, manifest: Manifest) -> str | None:
-    """Compares a data set with the one that a run was trained on.
+def compare_data(run: Path, data: Path, manifest: Manifest) -> Path:
+    """Compares a data set with the one that a run was trained on; says aloud where it is another one.
 
     Returns:
-        A warning where it is another one; None where it is the same, or the run keeps none.
+        The folder whose statistics apply: of what the net was trained on, as far as they fit the images.
 
     Raises:
         RunError: its classes are others: names the first that differs.
     """
     kept = kept_manifest(run)
     if kept is None or kept.fingerprint == manifest.fingerprint:
-        return None
+        return data
     ours, theirs = ([record.name for record in each.classes] for each in (kept, manifest))
     for label, (known, found) in enumerate(zip(ours, theirs, strict=False)):
         if known != found:
@@ -74,4 +78,12 @@ def compare_data(run: Path, data: Path, manifest: Manifest) -> str | None:
             )
     if len(ours) != len(theirs):
         raise RunError(f"--data {data} has {len(theirs)} classes, and {run} was trained on {len(ours)}")
-    return f"{data} is not the data set that {run} was trained on; its classes are the same, its images are others"
+    same_size = (kept.image.height_px, kept.image.width_px) == (manifest.image.height_px, manifest.image.width_px)
+    subtracted = "the run's" if same_size else "its own, as its images have another size"
+    print(
+        f"warning: {data} is not the data set that {run} was trained on; its classes are the same; the statistics "
+        f"that the net's input needs are {subtracted}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return run / DATA_SET_NAME if same_size else data

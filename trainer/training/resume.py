@@ -86,13 +86,13 @@ def depends_on_epochs(config: Config) -> str:
 
 
 def check_data_set(
-    run: Path, data: Path, manifest: Manifest, opened: OpenSplit, choice: Choice | None
+    run: Path, data: str, manifest: Manifest, opened: OpenSplit, choice: Choice | None
 ) -> tuple[str, ...]:
     """Checks that a run goes on with the data set that it began with.
 
     Args:
         run: run folder.
-        data: data set folder.
+        data: where it is, as environment.json would note it.
         manifest: its record.
         opened: its training split, without the samples of the skip list.
         choice: the checkpoint to go on from.
@@ -107,7 +107,7 @@ def check_data_set(
     kept, noted = kept_manifest(run), newest_start(run).get("data")
     known = kept.fingerprint if kept is not None else loader.get("data set")
     if known not in (None, manifest.fingerprint):
-        where = f", the one at {noted}" if noted and Path(noted).absolute() != data.absolute() else ""
+        where = f", the one at {noted}" if noted not in (None, data) else ""
         raise RunError(
             f"--data {data} is not the data set that {run} was trained on{where}: go on with that one (it may have "
             "moved), or give another --run folder"
@@ -117,8 +117,7 @@ def check_data_set(
             f"--skip-list: it leaves {len(opened.skipped)} training samples out, and {run} was trained without "
             f"{len(loader['skipped keys'])}, or others: go on with the same list"
         )
-    moved = noted and Path(noted).absolute() != data.absolute()
-    return (f"{run}: its data set has moved from {noted} to {data}",) if moved else ()
+    return (f"{run}: its data set has moved from {noted} to {data}",) if noted not in (None, data) else ()
 
 
 def newest_start(run: Path) -> dict[str, Any]:

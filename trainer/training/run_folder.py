@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import Manifest, write_atomic
+from pipeline.manifest import MANIFEST_NAME, Manifest, write_atomic
 from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
@@ -16,7 +18,7 @@ from trainer.training.run_lock import LOCK_NAME
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
 ENVIRONMENT_NAME = "environment.json"
-DATA_SET_NAME = "dataset"
+DATA_SET_NAME = "trained_on"
 START_NAME = ".start"
 OURS = {  # all that a run writes
     CONFIG_NAME,
@@ -108,13 +110,24 @@ def _names(run: Path) -> set[str]:
         raise RunError(f"--run {run}: is a link to {run.readlink()}, where nothing is")
     try:
         names = {path.name for path in run.iterdir()}
-        return {name for name in names if name != "lost+found" and not name.startswith(".nfs")}
+        return {name for name in names if name != "lost+found" and not _is_left_over(name)}
     except FileNotFoundError:
         return set()
     except NotADirectoryError:
         raise RunError(f"--run {run}: is not a folder, or lies in something that is none") from None
     except OSError as error:
         raise RunError(f"--run {run} cannot be read: {error.strerror}") from None
+
+
+def _is_left_over(name: str) -> bool:
+    """A file that was being written when its process was killed, or that is removed and still open on NFS."""
+    return name.startswith(".nfs") or (name.startswith(".") and name.endswith(".tmp"))
+
+
+def sweep(run: Path) -> None:
+    """Removes what killed processes left half-written."""
+    for path in run.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def empty(run: Path) -> None:
@@ -147,9 +160,63 @@ def read_run_config(run: Path) -> Config:
     Raises:
         RunError: there is no run.
     """
-    if not (run / CONFIG_NAME).is_file():
-        raise RunError(f"no run at {run}: train one with python -m trainer train --run {run}")
+    try:
+        (run / CONFIG_NAME).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"no run at {run}: train one with python -m trainer train --run {run}") from None
+    except OSError as error:
+        raise RunError(f"{run / CONFIG_NAME} cannot be read: {error.strerror}") from None
     return load_config(run / CONFIG_NAME)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuses, before any work, a file that could not be written, or that belongs to a run or a data set.
+
+    Args:
+        option: which names it.
+        path: the file.
+
+    Raises:
+        RunError: it cannot be used; says why.
+    """
+    where = path.absolute().parent.resolve() / path.name
+    if where.is_dir():
+        raise RunError(f"{option} {path}: is a folder; expected the name of a file")
+    for folder in where.parents:
+        top = where.relative_to(folder).parts[0]
+        if is_folder(folder / CHECKPOINTS_NAME) and is_file(folder / CONFIG_NAME) and top in OURS:
+            raise RunError(f"{option} {path}: is the run's own ({folder}); give another name")
+        if is_file(folder / MANIFEST_NAME):
+            raise RunError(f"{option} {path}: lies in the data set {folder}; give a file outside of it")
+    if why := why_not_writable(where.parent):
+        raise RunError(f"{option} {path} cannot be written: {why}")
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why nothing can be made in a folder, or the folder itself cannot be made; empty where it can."""
+    there = next(place for place in (folder, *folder.absolute().parents) if is_folder(place) or is_file(place))
+    if not is_folder(there):
+        return f"{there} is not a folder"
+    if os.access(there, os.W_OK | os.X_OK):
+        return ""
+    read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    return f"{there} is read-only" if read_only else f"this user may not write in {there}"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; one that cannot be seen is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; one that cannot be seen is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_environment(run: Path) -> dict[str, Any]:
@@ -170,8 +237,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
+def check_fits(config: Config, manifest: Manifest, data: Path, *, splits: Sequence[str] | None = None) -> None:
     """Checks that a data set is what a recipe's net can train on, before anything is started.
+
+    Args:
+        config: the recipe.
+        manifest: record of the data set.
+        data: its folder, for the message.
+        splits: those that are read; None for those of training, which need enough images besides.
 
     Raises:
         RecipeError: naming the field and the value that would fit.
@@ -187,10 +260,14 @@ def check_fits(config: Config, manifest: Manifest, data: Path) -> None:
             f"model.image_px = {model.image_px}, and the images in {data} are {smallest} px: "
             f"prepare them with --resize {model.image_px} or more"
         )
-    for split in ("train", config.train.evaluate_split):
+    for split in ("train", config.train.evaluate_split) if splits is None else splits:
         if split not in manifest.splits:
             raise RecipeError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
-    if manifest.splits["train"].num_samples < config.train.batch_size and config.data.last_batch == "drop":
+    if (
+        splits is None
+        and manifest.splits["train"].num_samples < config.train.batch_size
+        and config.data.last_batch == "drop"
+    ):
         found = manifest.splits["train"].num_samples
         raise RecipeError(f"train.batch_size = {config.train.batch_size}, and {data} has only {found} training images")
 

@@ -9,13 +9,13 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline.loader.open_split import open_split, read_statistics
+from pipeline.loader.staging import is_url
 from pipeline.manifest import read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
@@ -37,6 +37,7 @@ class Start:
         run: run folder.
         config: the recipe, with what this start changes of it.
         data: data set folder.
+        source: the folder or URL that it came from.
         begun: there is a run already.
         replaces: it is removed.
         choice: the checkpoint to go on from, or None: from the beginning, with new weights.
@@ -48,6 +49,7 @@ class Start:
     run: Path
     config: Config
     data: Path
+    source: str
     begun: bool
     replaces: bool
     choice: Choice | None
@@ -69,6 +71,7 @@ def check_start(
     resume: bool = False,
     overwrite: bool = False,
     skip_list: Path | None = None,
+    source: Path | None = None,
     quiet: bool = False,
 ) -> Start:
     """Checks whether a run can be started; looks only, at the recipe, the data set, the old run and the disk.
@@ -80,6 +83,7 @@ def check_start(
         resume: go on with the run that is there, if there is one.
         overwrite: replace the run that is there, if there is one.
         skip_list: keys of samples to leave out.
+        source: where the data set came from, noted in environment.json; None for ``data`` itself.
         quiet: do not say which damaged checkpoints are passed over.
 
     Raises:
@@ -91,14 +95,15 @@ def check_start(
     opened += [open_split(data, split) for split in {config.train.evaluate_split} - {"train"}]
     read_statistics(data, manifest)
     _refuse_nested(run, data)
+    noted = str(source) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
     if not begun or overwrite:
-        return Start(run, config, data, begun, begun, None, (), finished=False, notes=())
+        return Start(run, config, data, noted, begun, begun, None, (), finished=False, notes=())
     if not resume:
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
     changes = allowed_changes(run, run_folder.read_run_config(run), config)
     choice = checkpoint.choose(run, quiet=quiet)
-    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, data, manifest, opened[0], choice)]
+    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened[0], choice)]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
@@ -109,7 +114,7 @@ def check_start(
             f"train.epochs = {config.train.epochs} is {steps} steps, and {run} has done {step}: expected more epochs"
         )
     finished = step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
-    return Start(run, config, data, True, False, choice, changes, finished, tuple(notes))
+    return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
 
 
 def steps_per_epoch(config: Config, num_samples: int) -> int:
@@ -118,10 +123,17 @@ def steps_per_epoch(config: Config, num_samples: int) -> int:
     return -(-num_samples // size) if config.data.last_batch == "partial" else num_samples // size
 
 
+def checkpoints_at_once(start: Start) -> int:
+    """Checkpoints that need room before one can be removed again: the one under way, and in a new run the first."""
+    train = start.config.train
+    only_one = not train.checkpoint_every_steps and train.epochs <= train.checkpoint_every_epochs
+    return 1 if start.choice or only_one else 2
+
+
 def _refuse_nested(run: Path, data: Path) -> None:
-    """Refuses a run folder inside the data set, or the other way round: each is its own writer's."""
+    """Refuses a run folder inside the data set, which nobody changes but prepare."""
     here, there = run.resolve(), data.resolve()
-    if here == there or there in here.parents or there == here / run_folder.DATA_SET_NAME:
+    if here == there or there in here.parents:
         raise RunError(f"--run {run} lies in the data set {data}: give a folder outside of it")
 
 
@@ -137,22 +149,16 @@ def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> N
         RunError: it is.
     """
     refuse_held(run)
-    folder = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not folder.is_dir():
-        raise RunError(f"--run {run} cannot be written: {folder} is not a folder")
-    for place in (folder, run / checkpoint.CHECKPOINTS_NAME):
-        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
-            raise RunError(f"--run {run} cannot be written: {place} {_why(place)}")
+    for place in (run, run / checkpoint.CHECKPOINTS_NAME):
+        if why := run_folder.why_not_writable(place):
+            raise RunError(f"--run {run} cannot be written: {why}")
+    folder = next(place for place in (run, *run.absolute().parents) if run_folder.is_folder(place))
     free = shutil.disk_usage(folder).free + (_size_of(run) if replaces else 0)
     if free < needed_bytes:
         raise RunError(
-            f"--run {run}: {free / 2**20:,.0f} MiB are free there, and its checkpoints need "
-            f"{needed_bytes / 2**20:,.0f} MiB at once: make room, or give a folder on another disk"
+            f"--run {run}: {free / 2**20:,.1f} MiB are free there, and its checkpoints need "
+            f"{needed_bytes / 2**20:,.1f} MiB at once: make room, or give a folder on another disk"
         )
-
-
-def _why(folder: Path) -> str:
-    return "is read-only" if os.statvfs(folder).f_flag & os.ST_RDONLY else "belongs to another user"
 
 
 def _size_of(run: Path) -> int:
@@ -188,7 +194,7 @@ def prepare_start(start: Start, options: dict[str, Any]) -> None:
 def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
     """environment.json: of the first start, with every later one under ``resumed``."""
     now = describe_environment(["python", "-m", "trainer", *sys.argv[1:]])
-    now |= {"data": str(start.data.absolute()), **options}
+    now |= {"data": start.source, **options}
     before = None if start.choice is None else run_folder.read_environment(start.run)
     if not before:
         return now
@@ -233,6 +239,7 @@ def commit_start(run: Path) -> None:
                 (run / name).parent.mkdir(exist_ok=True)
                 (folder / name).replace(run / name)
         (run / run_folder.RESULT_NAME).unlink(missing_ok=True)
+        run_folder.sweep(run)
         shutil.rmtree(folder)
     except OSError as error:
         raise RunError(f"{run} cannot be written: {error.strerror or error}") from None

@@ -245,7 +245,7 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
     (tmp_path / "truncated.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ExportError, match="cannot be read as safetensors"):
         import_weights(tmp_path / "truncated.safetensors", recipe(), tmp_path / "again")
-    with pytest.raises(RunError, match="is not empty"):
+    with pytest.raises(RunError, match="holds a run"):
         import_weights(export_run(run, tmp_path / "net.safetensors"), recipe(), run)
 
 

@@ -192,5 +192,5 @@ def test_a_run_that_does_not_name_its_data_asks_for_it(tmp_path, monkeypatch, ca
     run = make_run(tmp_path / "run", digits_config(), steps=3)
     assert predict(monkeypatch, tmp_path / "x.png", "--run", run) == 2
     assert capsys.readouterr().err == (
-        f"error: {run} does not say which data set it was trained on: name one with --data DIR\n"
+        f"error: {run} keeps no class table and no statistics: name its data set with --data DIR\n"
     )

@@ -1,0 +1,19 @@
+"""Fixtures of the trainer's rooms: a tiny data set and a finished run on it, for tests that change neither."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_run import make_tiny_data, make_tiny_run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training images, 10 held out, of ten classes."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in one process; checkpoints of the last two, and of the best."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny-run") / "run", tiny_data)
