@@ -14,6 +14,7 @@ from trainer.errors import TrainerError
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
+    from trainer.training.init_from import Initial
     from trainer.training.start import Start
 
 
@@ -53,9 +54,10 @@ def _train(arguments: argparse.Namespace) -> int:
     """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
     from trainer.training import command, run_folder
+    from trainer.training.init_from import freeze
 
     command.take_from_run(arguments)
-    config = _load(arguments)
+    config = freeze(_load(arguments), arguments.freeze)
     if config.model.towers == 1 and (arguments.processes == 2 or "RANK" in os.environ):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     if arguments.replicas > 1 and arguments.processes == 1:
@@ -70,9 +72,9 @@ def _train(arguments: argparse.Namespace) -> int:
         print(command.finished_line(start), flush=True)
         return 0
     if arguments.dry_run:
-        return _dry_run(arguments, config, device)
+        return _dry_run(arguments, start.config, device)
     if os.environ.get("RANK", "0") != "0":
-        return _join_and_train(arguments, config, is_new=start.choice is None)
+        return _join_and_train(arguments, start.config, is_new=start.choice is None)
     return _hold_and_train(arguments, start, device)
 
 
@@ -94,7 +96,7 @@ def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
         quiet=not leads,
     )
     if leads and not found.finished:
-        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        size_bytes = 8 * to_dict(found.config.model)["parameters"]  # weights and velocities in float32
         needed_bytes = size_bytes * start.checkpoints_at_once(found)
         start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
         for note in found.notes:
@@ -108,6 +110,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
     from trainer.training import command, resume, run_folder, run_lock
     from trainer.training.start import discard_start, prepare_start
 
+    initial = _initial(arguments, start)
     command.confirm(start, yes=arguments.yes)
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)
@@ -115,7 +118,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
         if "RANK" in os.environ:
             options |= {"processes": 2, "replicas": _replicas(arguments)}
-        prepare_start(start, options | {"skip_list": skip_list})
+        prepare_start(start, options | {"skip_list": skip_list}, initial)
         status, began = 1, False
         try:
             if "RANK" in os.environ:
@@ -137,6 +140,21 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         if began and "RANK" not in os.environ and arguments.processes == 2:
             run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
+
+
+def _initial(arguments: argparse.Namespace, start: "Start") -> "Initial | None":
+    """The weights to begin with, where some are named and the run does not go on from a checkpoint; says which."""
+    if arguments.init_from is None or start.choice is not None:
+        return None
+    from pipeline.loader.open_split import read_statistics
+    from pipeline.manifest import read_manifest
+    from trainer.training.init_from import initial_weights
+
+    manifest = read_manifest(start.data)
+    std = read_statistics(start.data, manifest).std
+    initial = initial_weights(start.config, arguments.init_from, manifest, std, new_head=arguments.new_head)
+    print("\n".join(initial.lines()), flush=True)
+    return initial
 
 
 def _replicas(arguments: argparse.Namespace) -> int:
@@ -290,8 +308,10 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _describe(arguments: argparse.Namespace) -> int:
     """Prints the net in numbers."""
     from trainer.planning.describe import print_tables, to_dict
+    from trainer.training.fit import check_resolved
 
     config = _load(arguments)
+    check_resolved(config)
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:

@@ -146,6 +146,16 @@ def _add_train(commands: Commands) -> None:
         help="RUN: go on with that run; recipe, data set and processes are its own, unless given here. auto: go on "
         "with what is in --run, if anything is (default: never)",
     )
+    train.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="FILE|RUN",
+        help="begin with the weights of a run, of export, of torchvision's AlexNet, with CaffeNet's names, or of 2012",
+    )
+    train.add_argument("--new-head", action="store_true", help="of --init-from: fc8 begins new, for other classes")
+    train.add_argument(
+        "--freeze", type=_names, default=(), metavar="conv1,conv2", help="of --init-from: layers that never change"
+    )
     _skip_option(train)
     _profile_option(train)
     train.add_argument(
@@ -203,6 +213,11 @@ def _add_bench(commands: Commands) -> None:
 def _sizes(text: str) -> tuple[int, ...]:
     """Batch sizes, separated by commas."""
     return tuple(_positive(word) for word in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Words, separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _add_evaluate(commands: Commands) -> None:

@@ -12,17 +12,17 @@ from torch import Tensor
 from pipeline.manifest import Manifest, read_manifest, write_atomic
 from trainer.config import LAYERS, TOWERS, Config, to_toml
 from trainer.errors import ExportError, RunError
-from trainer.inference.weights import fill_towers, groups_of, merge_towers, testing_factor
+from trainer.model.weights import fill_towers, groups_of, merge_towers, testing_factor
 from trainer.model.alexnet import AlexNet
 from trainer.training import checkpoint
 from trainer.training.evaluate import load_network
+from trainer.training.fit import check_fits
 from trainer.training.kept_data import compare_data, keep_data_set, kept_manifest
 from trainer.training.metrics import describe_environment
 from trainer.training.optimizer import PaperSGD
 from trainer.training.run_folder import (
     CONFIG_NAME,
     DATA_SET_NAME,
-    check_fits,
     check_output,
     empty,
     is_begun,

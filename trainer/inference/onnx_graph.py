@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.config import LAYERS, Config, ModelConfig
 from trainer.errors import ExportError
-from trainer.inference.weights import block_diagonal, groups_of, testing_factor
+from trainer.model.weights import block_diagonal, groups_of, testing_factor
 from trainer.model.layers import BATCH_NORM_EPSILON
 
 OPSET = 17
@@ -60,7 +60,7 @@ def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str,
 
     Args:
         config: the recipe.
-        merged: weights as :func:`trainer.inference.weights.merge_towers` gives them.
+        merged: weights as :func:`trainer.model.weights.merge_towers` gives them.
         facts: metadata of the file.
 
     Raises:

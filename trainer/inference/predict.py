@@ -20,7 +20,7 @@ from trainer.errors import RunError
 from trainer.report.page import percent, render
 from trainer.training.evaluate import load_network
 from trainer.training.kept_data import compare_data, data_of
-from trainer.training.run_folder import check_fits
+from trainer.training.fit import check_fits
 
 SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room for
 

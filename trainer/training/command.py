@@ -38,6 +38,11 @@ def take_from_run(arguments: argparse.Namespace) -> None:
     for name in ("data", "run"):
         if getattr(arguments, name) is None:
             raise RunError(f"--{name} DIR is missing: train needs a data set and a run folder, or --resume RUN alone")
+    if arguments.init_from is None and (arguments.new_head or arguments.freeze):
+        option = "--new-head" if arguments.new_head else "--freeze"
+        raise RunError(f"{option} goes with --init-from FILE|RUN: it says which weights are not new")
+    if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
+        raise RunError("--init-from and --resume RUN: a run that goes on has weights of its own; leave one out")
     arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
 
 

@@ -18,6 +18,7 @@ from pipeline.manifest import read_manifest
 from trainer.config import Config
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
+from trainer.model.layers import freeze_statistics
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
 from trainer.parallel.status import GlobalStatus, LocalStatus, all_reduce_status, check_consistency
@@ -27,7 +28,8 @@ from trainer.training.evaluate import Evaluation, evaluate_net
 from trainer.training.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
-from trainer.training.run_folder import Result, write_result
+from trainer.training.init_from import frozen_layers
+from trainer.training.run_folder import START_NAME, Result, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
 
@@ -45,7 +47,8 @@ class Trainer:
         profile_steps: steps to record, see :class:`trainer.training.profiling.StepProfiler`.
         timed: opened around every phase of a step, with its name: ``wait`` (for the batch), ``transfer``, ``forward``,
             ``backward``, ``check``, ``optimizer``. The benchmark's clock; the default does nothing and takes 0.2 us.
-        is_new: begin with new weights, whatever checkpoints are there: the run replaces another one.
+        is_new: begin with the prepared start's weights, or new ones, whatever checkpoints are there: the run may
+            replace another one.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         self.net = make_net(config, self.link, device=device)
+        freeze_statistics(self.net, frozen_layers(config))
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.saver = AsyncCheckpointer(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
         self.gradients = ForwardBackward(self.net, train, mesh=mesh, device=device, timed=timed)
@@ -110,7 +114,8 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
-        found = None if self.is_new else checkpoint.choose(self.run, quiet=True)  # who checked the start has said it
+        folder = self.run / START_NAME if self.is_new else self.run  # weights to begin with lie in the prepared start
+        found = checkpoint.choose(folder, quiet=True)  # who checked the start has said what is passed over
         if found is None:
             return None
         checkpoint.load_towers(found.folder, self.net, self.optimizer)
@@ -318,8 +323,9 @@ class Trainer:
         row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5}
         self.log.write(row | {"loss": evaluation.loss, "num_samples": evaluation.num_samples})
         self.log.flush()
+        top5 = "" if evaluation.top5 is None else f", top-5 {evaluation.top5:.4f}"
         self.progress.say(
-            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
+            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}{top5} "
             f"on {evaluation.num_samples} held-out images, {statistics.median(self.images_per_s or [0.0]):.0f} images/s"
         )
 

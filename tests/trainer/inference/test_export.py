@@ -144,7 +144,7 @@ def test_the_plain_module_notices_swapped_towers(tmp_path):
 
 
 def test_the_papers_shapes():
-    from trainer.inference.weights import merge_towers
+    from trainer.model.weights import merge_towers
     from trainer.model.alexnet import AlexNet
 
     config = load_config(None, ["model.hidden=[16, 16]"]).model  # the full fully connected layers take a second to draw
