@@ -72,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(command.finished_line(start), flush=True)
         return 0
     if arguments.dry_run:
+        _initial(arguments, start)
         return _dry_run(arguments, start.config, device)
     if os.environ.get("RANK", "0") != "0":
         return _join_and_train(arguments, start.config, is_new=start.choice is None)
@@ -278,31 +279,47 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    """Prints the likeliest classes of images; status 3 where some could not be used."""
+    """Prints the likeliest classes of images."""
     _check_run(arguments)
     _check_output("--html", arguments.html)
-    from trainer.inference import predict
-    from trainer.parallel.launch import choose_device
+    from trainer.inference import commands
 
-    predictor = predict.Predictor(
-        arguments.run,
-        arguments.data,
-        device=choose_device(arguments.device),
-        views=arguments.views,
-        which=arguments.checkpoint,
-    )
-    results = []
-    paths = predict.find_images(arguments.images)
-    for result in predictor.predict(paths, top=arguments.top, images=arguments.html is not None):
-        results.append(result)
-        predict.print_error(result)
-        if arguments.json:
-            predict.print_json(result)
-    if not arguments.json:
-        predict.print_table(results)
-    if arguments.html:
-        predict.write_html(arguments.html, results, arguments.run)
-    return 3 if any(result.error for result in results) else 0
+    return commands.predict(arguments)
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    """Writes what a layer says about images."""
+    _check_run(arguments)
+    _check_output("--output", arguments.output)
+    from trainer.inference import commands
+
+    return commands.features(arguments)
+
+
+def _neighbours(arguments: argparse.Namespace) -> int:
+    """Prints which images are most alike to the net."""
+    _check_run(arguments)
+    _check_output("--html", arguments.html)
+    from trainer.inference import commands
+
+    return commands.neighbours(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Writes the net and prints where it is."""
+    _check_run(arguments)
+    from trainer.inference import commands
+
+    return commands.export(arguments)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Makes a run out of weights and prints its checkpoint."""
+    config = None if arguments.config is None else _load(arguments)
+    _stage(arguments)
+    from trainer.inference import commands
+
+    return commands.import_(arguments, config)
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -356,24 +373,6 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    """Writes the weights and prints where they are."""
-    _check_run(arguments)
-    from trainer.inference.export import export_run
-
-    print(export_run(arguments.run, arguments.output, data=arguments.data, which=arguments.checkpoint))
-    return 0
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    """Makes a run out of weights and prints its checkpoint."""
-    _stage(arguments)
-    from trainer.inference.export import import_weights
-
-    print(import_weights(arguments.weights, _load(arguments), arguments.run, arguments.data))
-    return 0
-
-
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
     _check_output("--json", arguments.json)
@@ -397,6 +396,8 @@ HANDLERS = {
     "tower": _tower,
     "evaluate": _evaluate,
     "predict": _predict,
+    "features": _features,
+    "neighbours": _neighbours,
     "describe": _describe,
     "report": _report,
     "export": _export,

@@ -78,8 +78,8 @@ class ModelConfig:
         activation: of fc6 and fc7: relu or tanh.
         dropout: probability that a unit of fc6 or fc7 is dropped in training.
         dropout_kind: original (unscaled mask in training, outputs times 1 - dropout in testing) or inverted.
-        init: of the weights, normal with ``std``: ``init_std``; ``he``: (2 / inputs of a unit)^0.5 in every layer (He et
-            al. 2015), which follows the net's size.
+        init: of the weights, normal with ``std``: ``init_std``; ``he``: (2 / inputs of a unit)^0.5 in every layer (He
+            et al. 2015), which follows the net's size.
         init_std: standard deviation of the initial weights, eight values (paper section 5: 0.01 everywhere).
         init_bias: initial biases, eight values (paper: 1 in conv2, conv4, conv5, fc6, fc7).
         lrn: response normalization.
@@ -116,7 +116,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks lengths, ranges and that every layer keeps a positive size."""
         require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
-        require(self.in_channels in (0, 1, 3), "model.in_channels", self.in_channels, "1 (gray), 3 (RGB) or 0 (as the data set)")
+        require(
+            self.in_channels in (0, 1, 3),
+            "model.in_channels",
+            self.in_channels,
+            "1 (gray), 3 (RGB) or 0 (as the data set)",
+        )
         fits = self.classes >= 2 or self.classes == 0
         require(fits, "model.classes", self.classes, "2 or more, or 0 (as the data set)")
         for field in ("channels", "kernel_sizes", "strides", "paddings", "post_ops"):
@@ -344,17 +349,18 @@ def check_world(world: int) -> None:
         raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | None, overrides: Sequence[str] = (), *, text: str = "") -> Config:
     """Reads a recipe.
 
     Args:
         path: TOML file, or None for the defaults (the paper's net).
+        text: TOML in place of a file.
         overrides: ``section.field=value`` texts, the value in TOML syntax (a bare word is a string).
 
     Raises:
         RecipeError: no such file, not TOML, unknown key (the nearest one is named), wrong type or range.
     """
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = tomllib.loads(text)
     if path is not None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -364,8 +370,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
-    for text in overrides:
-        override(table, text)
+    for words in overrides:
+        override(table, words)
     given = table.get("data")
     if isinstance(given, dict) and "crop_px" in given:
         raise RecipeError("data.crop_px: the loader's crop is model.image_px; set that one, and leave this one out")

@@ -49,7 +49,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tells a pickle of the program, bare or in a zip without torch's own record, from other files by its first bytes."""
+    """Tells a pickle of the program, bare or in a zip, from torch's and other files."""
     with path.open("rb") as file:
         head = file.read(16)
     if _TORCH_MAGIC in head:

@@ -89,7 +89,8 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
     try:
         if path.suffix == ".safetensors" or head[8:9] == b"{":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                names = file.keys()  # no dict: it cannot be iterated itself
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {}

@@ -57,7 +57,7 @@ class ClassScore:
 
     @property
     def top5(self) -> float | None:
-        """Share of its images with it among the five likeliest, 0..1; None without images, or with fewer than six classes."""
+        """Share with it among the five likeliest, 0..1; None without images, or with fewer than six classes."""
         if self.num_correct_top5 is None or not self.num_samples:
             return None
         return self.num_correct_top5 / self.num_samples

@@ -18,8 +18,8 @@ from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
-from trainer.training.kept_data import compare_data
 from trainer.training.fit import TOP5_CLASSES, check_fits
+from trainer.training.kept_data import compare_data
 from trainer.training.run_folder import read_run_config
 
 

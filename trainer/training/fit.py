@@ -1,4 +1,4 @@
-"""Whether a recipe and a data set fit each other, what a recipe takes from the data set, and what to tell of the two."""
+"""Whether a recipe and a data set fit each other, what it takes from the data set, and what to tell of the two."""
 
 import dataclasses
 import shlex
@@ -32,9 +32,8 @@ def resolve(config: Config, manifest: Manifest) -> Config:
     model = config.model
     if model.classes and model.in_channels:
         return config
-    own = {"classes": len(manifest.classes), "in_channels": manifest.image.channels}
-    taken = {name: value for name, value in own.items() if not getattr(model, name)}
-    return dataclasses.replace(config, model=dataclasses.replace(model, **taken))
+    classes, channels = model.classes or len(manifest.classes), model.in_channels or manifest.image.channels
+    return dataclasses.replace(config, model=dataclasses.replace(model, classes=classes, in_channels=channels))
 
 
 def check_resolved(config: Config) -> None:
@@ -73,8 +72,8 @@ def check_fits(
     """
     if len(manifest.classes) < 2:
         raise RecipeError(
-            f"{data} has one class, {manifest.classes[0].title!r}: a net tells classes apart; prepare a folder with two "
-            "class folders or more"
+            f"{data} has one class, {manifest.classes[0].title!r}: a net tells classes apart; prepare a folder with "
+            "two class folders or more"
         )
     found = misfits(config, manifest, splits)
     if not found:
@@ -150,15 +149,15 @@ def notes(config: Config, manifest: Manifest, num_samples: int) -> list[str]:
     stored = min(image.height_px or side, image.width_px or side)
     if side < SMALL_CROP * stored:
         found.append(
-            f"model.image_px = {side}, and the images are {stored} px: a crop shows {100 * (side / stored) ** 2:.0f} % of "
-            f"an image; prepare them smaller (--resize {round(side * 9 / 8)}), or take a recipe for larger crops"
+            f"model.image_px = {side}, and the images are {stored} px: a crop shows {100 * (side / stored) ** 2:.0f} % "
+            f"of an image; prepare them smaller (--resize {round(side * 9 / 8)}), or take a recipe for larger crops"
         )
     size = config.train.batch_size
     left = num_samples % size
     if left and config.data.last_batch == "drop":
         which = "the same" if config.data.shuffle == "once" else "others"
         found.append(
-            f"an epoch leaves {left:,} of {num_samples:,} training images out, {which} in each: its last batch would have "
-            f"fewer than {size} (data.last_batch = 'partial' trains on them, too)"
+            f"an epoch leaves {left:,} of {num_samples:,} training images out, {which} in each: its last batch would "
+            f"have fewer than {size} (data.last_batch = 'partial' trains on them, too)"
         )
     return found

@@ -70,9 +70,7 @@ def freeze(config: Config, layers: Sequence[str]) -> Config:
 def frozen_layers(config: Config) -> tuple[str, ...]:
     """Layers that a recipe never changes."""
     own = config.optimizer.layer_overrides
-    return tuple(
-        row.layer for row in own if row.epoch == 0 and row.learning_rate == 0 and row.bias_learning_rate == 0
-    )
+    return tuple(row.layer for row in own if row.epoch == 0 and row.learning_rate == 0 and row.bias_learning_rate == 0)
 
 
 def read_source(path: Path) -> "WeightFile":
@@ -144,9 +142,7 @@ def _check_head(path: Path, source: "WeightFile", shape: Sequence[int], manifest
     names = [record.name for record in manifest.classes]
     for label, (theirs, ours) in enumerate(zip(source.classes or (), names, strict=False)):
         if theirs != ours:
-            raise RunError(
-                f"--init-from {path}: its class {label} is {theirs!r}, and the data set's {ours!r}: {fix}"
-            )
+            raise RunError(f"--init-from {path}: its class {label} is {theirs!r}, and the data set's {ours!r}: {fix}")
 
 
 def _fit_shapes(

@@ -25,10 +25,10 @@ from trainer.parallel.status import GlobalStatus, LocalStatus, all_reduce_status
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.evaluate import Evaluation, evaluate_net
+from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress, read_metrics
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
-from trainer.training.init_from import frozen_layers
 from trainer.training.run_folder import START_NAME, Result, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward

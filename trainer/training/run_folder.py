@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import MANIFEST_NAME, Manifest, write_atomic
+from pipeline.manifest import MANIFEST_NAME, write_atomic
 from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints

@@ -105,7 +105,11 @@ def check_start(
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
     changes = allowed_changes(run, run_folder.read_run_config(run), config)
     choice = checkpoint.choose(run, quiet=quiet)
-    notes = [*told, *(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened[0], choice)]
+    notes = [
+        *told,
+        *(f"{run}: {change}" for change in changes),
+        *check_data_set(run, noted, manifest, opened[0], choice),
+    ]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")

@@ -17,7 +17,8 @@ from tests.helpers.loader_data_set import make_data_set, photo_crop
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.__main__ import main
 from trainer.errors import RunError
-from trainer.inference.predict import Predictor, find_images
+from trainer.inference import load
+from trainer.inference.predict import find_images
 from trainer.training.evaluate import evaluate_run
 
 pytestmark = pytest.mark.numeric
@@ -119,7 +120,7 @@ def test_predictions_are_those_of_an_evaluation(run_and_data, tmp_path, views):
     run, data = run_and_data
     evaluation = evaluate_run(run, data, views=views)
     files = [source_file(tmp_path, 1000 + i, (32, 32), 1) for i in range(NUM_VAL)]
-    found = list(Predictor(run, views=views).predict(files, top=20))
+    found = list(load(run, views=views).predict(files, top=20))
     assert [row.path for row in found] == files
     assert [row.classes[0].label for row in found] == evaluation.predicted.tolist()
     np.testing.assert_allclose([row.classes[0].probability for row in found], evaluation.confidence, rtol=1e-4)
@@ -174,7 +175,7 @@ def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
 
 def test_images_are_kept_only_for_a_page(run_and_data, images):
     files = [images / "photo-1000.png", images / "empty.png"]
-    found = list(Predictor(run_and_data[0]).predict(files, images=False))
+    found = list(load(run_and_data[0]).predict(files, images=False))
     assert [row.image for row in found] == [None, None]
     assert found[0].classes and found[1].error == "empty file"
 
