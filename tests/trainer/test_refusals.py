@@ -167,7 +167,7 @@ TRAIN: list[tuple[str, Words, str]] = [
     ("no data", lambda p: train(p, p.new, data=p.tmp / "none"), "no data set folder"),
     ("classes", lambda p: train(p, p.new, sets=("model.classes=12",)), "model.classes = 12"),
     ("channels", lambda p: train(p, p.new, sets=("model.in_channels=3",)), "model.in_channels = 3"),
-    ("size", lambda p: train(p, p.new, sets=("model.image_px=40", "data.crop_px=40")), "--resize 40"),
+    ("size", lambda p: train(p, p.new, sets=("model.image_px=40",)), "--resize 40"),
     ("split", lambda p: train(p, p.new, sets=("train.evaluate_split=test",)), "no split 'test'"),
     ("batch", lambda p: train(p, p.new, sets=("train.batch_size=99",)), "only 24 training images"),
     ("short tar", lambda p: train(p, p.new, data=truncated(p)), "512 bytes"),

@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 import tomllib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
         found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExportError(f"{path} cannot be read as weights: {text}") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
