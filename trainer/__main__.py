@@ -14,7 +14,6 @@ from trainer.errors import TrainerError
 if typing.TYPE_CHECKING:
     from trainer.config import Config
     from trainer.parallel.mesh import Mesh
-    from trainer.training.init_from import Initial
     from trainer.training.start import Start
 
 
@@ -72,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(command.finished_line(start), flush=True)
         return 0
     if arguments.dry_run:
-        _initial(arguments, start)
+        command.learned_weights(arguments, start)
         return _dry_run(arguments, start.config, device)
     if os.environ.get("RANK", "0") != "0":
         return _join_and_train(arguments, start.config, is_new=start.choice is None)
@@ -111,7 +110,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
     from trainer.training import command, resume, run_folder, run_lock
     from trainer.training.start import discard_start, prepare_start
 
-    initial = _initial(arguments, start)
+    initial = command.learned_weights(arguments, start)
     command.confirm(start, yes=arguments.yes)
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)
@@ -141,21 +140,6 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
         if began and "RANK" not in os.environ and arguments.processes == 2:
             run_folder.ensure_result(arguments.run, status, processes=2 * arguments.replicas)
     return status
-
-
-def _initial(arguments: argparse.Namespace, start: "Start") -> "Initial | None":
-    """The weights to begin with, where some are named and the run does not go on from a checkpoint; says which."""
-    if arguments.init_from is None or start.choice is not None:
-        return None
-    from pipeline.loader.open_split import read_statistics
-    from pipeline.manifest import read_manifest
-    from trainer.training.init_from import initial_weights
-
-    manifest = read_manifest(start.data)
-    std = read_statistics(start.data, manifest).std
-    initial = initial_weights(start.config, arguments.init_from, manifest, std, new_head=arguments.new_head)
-    print("\n".join(initial.lines()), flush=True)
-    return initial
 
 
 def _replicas(arguments: argparse.Namespace) -> int:

@@ -4,9 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.loader.open_split import read_statistics
+from pipeline.manifest import read_manifest
 from trainer.errors import RunError
 from trainer.training import resume, run_folder
 from trainer.training.checkpoint import latest_checkpoint
+from trainer.training.init_from import Initial, initial_weights
 from trainer.training.resume import resume_command
 from trainer.training.run_folder import is_begun
 from trainer.training.start import Start
@@ -44,6 +47,17 @@ def take_from_run(arguments: argparse.Namespace) -> None:
     if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
         raise RunError("--init-from and --resume RUN: a run that goes on has weights of its own; leave one out")
     arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
+
+
+def learned_weights(arguments: argparse.Namespace, start: Start) -> Initial | None:
+    """The weights to begin with, where some are named and the run does not go on from a checkpoint; says which."""
+    if arguments.init_from is None or start.choice is not None:
+        return None
+    manifest = read_manifest(start.data)
+    std = read_statistics(start.data, manifest).std
+    initial = initial_weights(start.config, arguments.init_from, manifest, std, new_head=arguments.new_head)
+    print("\n".join(initial.lines()), flush=True)
+    return initial
 
 
 def finished_line(start: Start) -> str:

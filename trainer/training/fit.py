@@ -128,8 +128,8 @@ def _of_training(config: Config, manifest: Manifest) -> list[Misfit]:
         found.append(Misfit(text, f"train.batch_size={fitting}" if fitting else ""))
     if train.evaluate_split not in splits:
         others = [name for name in splits if name != "train"]
-        has = ", ".join(splits)
-        text = f"train.evaluate_split = {train.evaluate_split!r}, and it has no split {train.evaluate_split!r}: it has {has}"
+        name, has = train.evaluate_split, ", ".join(splits)
+        text = f"train.evaluate_split = {name!r}, and it has no split {name!r}: it has {has}"
         if not others:
             text += "; prepare splits one off with --val-fraction, which every class must have images enough for"
         found.append(Misfit(text, f"train.evaluate_split={others[0]}" if others else ""))

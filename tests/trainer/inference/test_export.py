@@ -255,7 +255,9 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
 def test_training_goes_on_from_imported_weights(tmp_path, monkeypatch, capsys):
     """One step at a rate too small to change a weight ends with the imported ones: it began with them."""
     data = make_data_set(tmp_path / "data", encoding="png", channels=1, size=(32, 32), train=64, val=8)
-    path = export_run(make_run(tmp_path / "run", digits_config(), steps=3), tmp_path / "net.safetensors")
+    path = export_run(
+        make_run(tmp_path / "run", digits_config(), steps=3), tmp_path / "net.safetensors", preprocessing=False
+    )
     changes = ["train.epochs=1", "train.batch_size=64", "optimizer.learning_rate=1e-30"]
     changes += ["optimizer.bias_learning_rate=1e-30", "train.seed=9"]
     recipe_words = ["--config", str(ROOT / "configs" / "digits.toml"), "--run", str(tmp_path / "again")]
