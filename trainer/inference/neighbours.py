@@ -76,6 +76,11 @@ def _code(row: FeatureRow) -> np.ndarray:
     return row.values.reshape(-1).astype(np.float64)
 
 
+def _short(path: Path) -> str:
+    """The file's name and its folder's, which is often its class."""
+    return "/".join(path.parts[-2:])
+
+
 def print_table(found: Sequence[Neighbourhood]) -> None:
     """Prints a row for each image."""
     table = Table()
@@ -105,7 +110,7 @@ def write_html(
         RunError: the file cannot be written.
     """
     template = Path(__file__).with_name("neighbours.html.j2")
-    page = render(template, name=run.resolve().name, found=found, refused=refused, layer=layer)
+    page = render(template, name=run.resolve().name, found=found, refused=refused, layer=layer, name_of=_short)
     try:
         write_atomic(path, page.encode(errors="replace"))
     except OSError as error:

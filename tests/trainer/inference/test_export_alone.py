@@ -1,5 +1,6 @@
 """An exported file says what predictions say, without this project: onnxruntime, and the programs of docs/export.md."""
 
+import ast
 import io
 import json
 import re
@@ -90,6 +91,9 @@ def test_the_ten_lines_of_the_document_agree_with_predict(tmp_path, monkeypatch,
     code = re.search(rf"<!-- run: {number} -->\n```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[1]
     rows = [line for line in code.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
     assert len(rows) <= 11
+    modules = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules == {"json", "sys", "numpy", {"onnx": "onnxruntime"}.get(number, number)}  # and PIL, safetensors
+    assert set(re.findall(r"^from (\w+)", code, flags=re.MULTILINE)) <= {"PIL", "safetensors"}
     run, path = make_kept_run(tmp_path), photo(tmp_path)
     file = export_run(run, tmp_path / f"net.{'onnx' if number == 'onnx' else 'safetensors'}")
     (tmp_path / "program.py").write_text(code)
