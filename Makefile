@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## shard the digits, train two towers on them, write the report
 	$(PY) -m pipeline prepare --source digits --resize 32 --shard-size 128 --workers 2 --output $(DEMO)/digits
 	$(PY) -m pipeline verify $(DEMO)/digits
-	$(PY) -m trainer train --config configs/digits.toml --data $(DEMO)/digits --run $(DEMO)/run --processes 2 --overwrite
+	$(PY) -m trainer train --config configs/digits.toml --data $(DEMO)/digits --run $(DEMO)/run --processes 2 --overwrite --yes
 	$(PY) -m trainer evaluate --run $(DEMO)/run --data $(DEMO)/digits
 	@$(PY) -m trainer report --run $(DEMO)/run --data $(DEMO)/digits
 

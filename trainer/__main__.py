@@ -81,10 +81,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
     """Refuses whatever can be refused; writes nothing."""
     from trainer.planning.describe import to_dict
-    from trainer.training import start
+    from trainer.training import run_lock, start
 
     leads = os.environ.get("RANK", "0") == "0"
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the same command
+    again = "RANK" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats itself
+    if leads:  # a run that is under way looks like one that is damaged, or finished
+        run_lock.refuse_held(arguments.run)
     found = start.check_start(
         arguments.run,
         config,

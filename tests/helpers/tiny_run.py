@@ -13,7 +13,7 @@ from tests.helpers.training_commands import CONFIG, call
 OVERRIDES = (
     "train.epochs=2",
     "train.batch_size=8",
-    "train.evaluate_every_epochs=1",
+    "train.evaluate_every_epochs=0",
     "train.checkpoint_every_steps=1",
     "train.keep_checkpoints=2",
     "train.threads=1",

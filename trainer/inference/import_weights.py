@@ -19,7 +19,7 @@ from trainer.training.init_from import write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.run_folder import CONFIG_NAME, DATA_SET_NAME, ENVIRONMENT_NAME, empty, is_begun
-from trainer.training.run_lock import hold_run
+from trainer.training.run_lock import hold_run, refuse_held
 from trainer.training.start import check_writable
 
 
@@ -55,6 +55,7 @@ def import_weights(
         config = check_fits(config, read_manifest(data), data, splits=())
     else:
         check_resolved(config)
+    refuse_held(run)
     check_writable(run, 0)
     net = AlexNet(config.model, seed=config.train.seed)
     try:

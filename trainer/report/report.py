@@ -197,7 +197,8 @@ def predict_images(run: Path, data: Path, *, device: str = "cpu", limit: int = M
     most_confident = heapq.nlargest(NUM_WRONG, wrong.tolist(), key=lambda index: (result.confidence[index], -index))
     shown = dict.fromkeys([*range(min(NUM_FIRST, result.num_samples)), *most_confident])
     plain = dataclasses.replace(config.data, mean="none", normalize="none", color="none")
-    images = _images_at(EvaluationLoader(data, plain, batch_size=size, split=split), {result.keys[i] for i in shown})
+    shown_batches = EvaluationLoader(data, plain, batch_size=size, split=split, statistics=statistics)
+    images = _images_at(shown_batches, {result.keys[i] for i in shown})
     names = [record.title for record in manifest.classes]
     rows = {
         index: ImageRow(

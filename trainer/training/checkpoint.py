@@ -176,7 +176,11 @@ def rotate(run: Path, written: Path, count: int) -> None:
 
     What was just written stays, whatever step the others are of; besides it the newest ``count - 1``, and the best.
     """
-    others, best = [path for path in checkpoints(run) if path != written], _best(run)
+    others = [path for path in checkpoints(run) if path != written]
+    try:
+        best = _best(run)
+    except CheckpointError:
+        return  # one cannot be read now, and may be the best
     older = others[: max(0, len(others) - (count - 1))]
     unfinished_ones = (run / CHECKPOINTS_NAME).glob(".step-*.unfinished")
     for path in [*(path for path in older if path != best), *unfinished_ones]:
@@ -206,11 +210,17 @@ def _best(run: Path) -> Path | None:
 
 
 def _top1(folder: Path) -> float | None:
-    """What a checkpoint's record says about its accuracy, without checking the files beside it."""
+    """What a checkpoint's record says about its accuracy, without checking the files beside it.
+
+    Raises:
+        CheckpointError: the record is there and cannot be read.
+    """
     try:
         top1 = json.loads((folder / RECORD).read_text())["top1"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
         return None
+    except OSError as error:
+        raise CheckpointError(f"{folder / RECORD} cannot be read: {error.strerror or error}") from None
     return top1 if isinstance(top1, float) else None
 
 

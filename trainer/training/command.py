@@ -83,10 +83,11 @@ def confirm(start: Start, *, yes: bool) -> None:
     Raises:
         RunError: the answer is no.
     """
-    if not start.replaces or yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
+    if not start.replaces or yes or terminal is None or sys.stdin is None or not sys.stdin.isatty():
         return
     newest = latest_checkpoint(start.run)
     what = f"its newest checkpoint is {newest.name}" if newest else "it has no checkpoint"
-    print(f"--overwrite removes the run in {start.run} ({what}). Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"--overwrite removes the run in {start.run} ({what}). Go on? [y/N] ", end="", file=terminal, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RunError(f"{start.run} stays as it is: give another --run folder, or answer y (or add --yes)")

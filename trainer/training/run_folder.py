@@ -96,7 +96,10 @@ def is_begun(run: Path) -> bool:
         raise RunError(f"{run} holds no run that this version can read ({error}): give another --run folder") from None
     if ENVIRONMENT_NAME not in names and CHECKPOINTS_NAME not in names:
         raise RunError(f"{run} holds a recipe and no run: give another --run folder, or move {CONFIG_NAME} away")
-    return bool(checkpoints(run)) or any(row["kind"] == "step" for row in read_metrics(run))
+    try:
+        return bool(checkpoints(run)) or any(row["kind"] == "step" for row in read_metrics(run))
+    except OSError as error:
+        raise RunError(f"{error.filename or run} cannot be read: {error.strerror}") from None
 
 
 def _names(run: Path) -> set[str]:

@@ -23,6 +23,7 @@ from trainer.errors import RunError
 LOCK_NAME = ".lock"
 BEAT_S = 5.0
 WATCH_S = 20.0  # four beats
+PATIENCE_S = 45.0  # less than the default of train.peer_timeout_s, in which the other ranks wait for rank 0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -73,11 +74,17 @@ def read_holder(run: Path) -> Holder | None:
 def refuse_held(run: Path) -> None:
     """Refuses a run folder that another process writes; looks only, and leaves nothing behind.
 
+    A process that torchrun or Ray has started waits a little: it may follow one that was killed on another node, whose
+    lock an NFS server has yet to give up.
+
     Raises:
         RunError: it is held; says by whom.
     """
-    if locks.is_held(run / LOCK_NAME):
-        raise _held(run)
+    end = time.monotonic() + (PATIENCE_S if "RANK" in os.environ else 0)
+    while locks.is_held(run / LOCK_NAME):
+        if time.monotonic() >= end:
+            raise _held(run)
+        time.sleep(min(1.0, PATIENCE_S / 10))
 
 
 def _held(run: Path) -> RunError:

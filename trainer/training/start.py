@@ -25,7 +25,6 @@ from trainer.training.init_from import Initial, write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
-from trainer.training.run_lock import refuse_held
 
 RECORD = "start.json"
 
@@ -144,7 +143,7 @@ def _refuse_nested(run: Path, data: Path) -> None:
 
 
 def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> None:
-    """Refuses a run folder that is in use, that cannot be written, or whose disk is too full for a checkpoint.
+    """Refuses a run folder that cannot be written, or whose disk is too full for a checkpoint.
 
     Args:
         run: the run folder, or where it will be.
@@ -154,7 +153,6 @@ def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> N
     Raises:
         RunError: it is.
     """
-    refuse_held(run)
     for place in (run, run / checkpoint.CHECKPOINTS_NAME):
         if why := run_folder.why_not_writable(place):
             raise RunError(f"--run {run} cannot be written: {why}")

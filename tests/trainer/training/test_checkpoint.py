@@ -1,13 +1,17 @@
 """Checkpoints: complete or invisible, exact, readable by one process or two, and never trusted unseen."""
 
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.side_by_side import lone_tower
 from trainer.config import Config, load_config
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedError
 from trainer.model.alexnet import AlexNet
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
@@ -135,3 +139,124 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
         checkpoint.choose(tmp_path, "7")
     with pytest.raises(CheckpointError, match=r"no checkpoint has been evaluated"):
         checkpoint.choose(tmp_path, "best")
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_rotation_never_removes_what_was_just_written(tmp_path: Path, count: int) -> None:
+    """Whatever step the others are of: a run that went back writes smaller numbers than are there."""
+    for step in (3, 10, 11):
+        write_rated(tmp_path, step, None)
+    checkpoint.rotate(tmp_path, write_rated(tmp_path, 5, None), count)
+    kept = {1: [5], 2: [5, 11], 9: [3, 5, 10, 11]}[count]
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+
+
+def test_killed_between_the_rename_and_the_rotation(tmp_path: Path) -> None:
+    """One too many, all of them whole: the newest is used, and the next rotation removes the rest."""
+    for step in (1, 2, 3):
+        write_rated(tmp_path, step, None)
+    found = checkpoint.choose(tmp_path)
+    assert found is not None and found.record.step == 3
+    checkpoint.rotate(tmp_path, write_rated(tmp_path, 4, None), 1)
+    assert names(tmp_path) == ["step-00000004"]
+
+
+def test_damaged_ones_are_set_aside_and_few(tmp_path: Path) -> None:
+    """Under names that no reader takes; the newest two of all that ever were."""
+    for step in (1, 2, 3, 4):
+        write_rated(tmp_path, step, 0.5)
+    for step in (2, 3, 4):
+        (checkpoint.folder_of(tmp_path, step) / "tower-a.safetensors").write_bytes(b"x")
+    found = checkpoint.choose(tmp_path, quiet=True)
+    assert found is not None and found.record.step == 1
+    assert [path.name for path in found.passed_over] == [f"step-0000000{step}" for step in (4, 3, 2)]
+    checkpoint.set_aside(tmp_path, [path.name for path in found.passed_over])
+    assert names(tmp_path) == [".damaged-step-00000003", ".damaged-step-00000004", "step-00000001"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
+    best = checkpoint.choose(tmp_path, "best")
+    assert best is not None and best.record.step == 1
+
+
+def test_a_step_that_is_written_again(tmp_path: Path) -> None:
+    """What had its name is never half removed under it."""
+    first = write_rated(tmp_path, 7, 0.1)
+    assert write_rated(tmp_path, 7, 0.2) == first
+    assert checkpoint.read_record(first).top1 == 0.2
+
+
+def unreadable_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    digest = hashlib.file_digest
+
+    def fail(file: Any, algorithm: str) -> Any:
+        if folder.name in file.name:
+            raise OSError(5, "Input/output error", file.name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+
+
+def unreadable_record(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    read = Path.read_text
+
+    def fail(path: Path, *arguments: Any, **more: Any) -> str:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+
+
+def unreadable_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def fail(path: Path) -> Any:
+        raise OSError(116, os.strerror(116), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+
+
+@pytest.mark.parametrize("how", [unreadable_file, unreadable_record, unreadable_folder])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[[pytest.MonkeyPatch, Path], None]
+) -> None:
+    """A failing disk, another user's file, a stale mount: the reason, and nobody goes back to an older one silently."""
+    for step in (1, 2):
+        folder = write_rated(tmp_path, step, 0.5)
+    how(monkeypatch, folder)
+    for which in ("newest", "best", "2"):
+        with pytest.raises(CheckpointError, match=r"cannot be read: (Input/output|Permission denied|Stale)") as found:
+            checkpoint.choose(tmp_path, which)
+        assert not isinstance(found.value, DamagedError) and "damaged" not in str(found.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"step": 1}', "null"])
+def test_a_damaged_record(tmp_path: Path, content: str | None) -> None:
+    """Missing, cut or something else: the one before is used, and rotation and the best one do not stumble."""
+    first = write_rated(tmp_path, 1, 0.5)
+    record = write_rated(tmp_path, 2, 0.9) / checkpoint.RECORD
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+    found = checkpoint.choose(tmp_path, quiet=True)
+    assert found is not None and found.folder == first
+    best = checkpoint.choose(tmp_path, "best")
+    assert best is not None and best.folder == first
+    with pytest.raises(DamagedError, match=r"is damaged"):
+        checkpoint.choose(tmp_path, "2")
+
+
+def test_removed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that goes on rotates: its reader takes the newer one instead of calling the old one damaged."""
+    old, read = write_rated(tmp_path, 1, None), checkpoint.read_record
+
+    def rotated(folder: Path) -> checkpoint.CheckpointRecord:
+        if folder == old:
+            checkpoint.rotate(tmp_path, write_rated(tmp_path, 2, None), 1)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "read_record", rotated)
+    found = checkpoint.choose(tmp_path)
+    assert found is not None and found.record.step == 2

@@ -31,6 +31,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody watches for long, and nobody touches unless a test does."""
     monkeypatch.setattr(run_lock, "WATCH_S", 0.02)
     monkeypatch.setattr(run_lock, "BEAT_S", 1e6)
+    monkeypatch.delenv("RANK", raising=False)
 
 
 def leave(run: Path, holder: Holder) -> None:
@@ -75,6 +76,23 @@ def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
     with hold_run(run):
         (run / "config.toml").touch()
     assert [path.name for path in run.iterdir()] == ["config.toml"]
+
+
+def test_a_rank_that_is_started_again_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predecessor on another node may still hold an NFS lock; somebody at a terminal is told at once."""
+    asked: list[bool] = []
+
+    def is_held(path: Path) -> bool:
+        asked.append(len(asked) < 3)
+        return asked[-1]
+
+    monkeypatch.setattr(locks, "is_held", is_held)
+    with pytest.raises(RunError, match="in use by another process"):
+        refuse_held(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: None)
+    refuse_held(tmp_path)
+    assert asked == [True, True, True, False]
 
 
 def test_a_killed_holder_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
