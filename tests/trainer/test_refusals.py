@@ -261,7 +261,7 @@ OTHERS: list[tuple[str, Words, str]] = [
     ("import: something else", lambda p: import_(p, holding(p, "a")), "not a run"),
     ("import: no weights", lambda p: import_(p, p.new, weights=p.tmp / "none"), "no weights at"),
     ("import: no safetensors", lambda p: import_(p, p.new, weights=CONFIG), "cannot be read as safetensors"),
-    ("import: one tower's", lambda p: import_(p, p.new), "in this recipe's net"),
+    ("import: one tower's", lambda p: import_(p, p.new), "one tower of a checkpoint"),
     ("import: not writable", lambda p: import_(p, not_writable(p)), "cannot be written"),
     ("import: data", lambda p: import_(p, p.new, "--data", p.tmp / "none"), "no data set folder"),
     ("report: no run", lambda p: ["report", "--run", p.new], "no run folder"),

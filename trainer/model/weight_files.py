@@ -75,6 +75,8 @@ def read_weight_file(path: Path) -> WeightFile:
     try:
         with path.open("rb") as file:
             head = file.read(16)
+    except FileNotFoundError:
+        raise ExportError(f"no weights at {path}") from None
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror or error}") from None
     tensors, facts = _read_tensors(path, head)
@@ -102,7 +104,7 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
         raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f"{path} cannot be read as weights: {text}") from None
+        raise ExportError(f"{path} cannot be read as safetensors, .npz or a torch state dict: {text}") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ExportError(f"{path} holds no state dict: expected names and tensors")
@@ -122,6 +124,10 @@ def _own(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str]) -> We
 
 def _foreign(path: Path, tensors: Mapping[str, Tensor]) -> WeightFile:
     """A state dict with torchvision's or Caffe's names."""
+    if any(name.startswith("velocity/") for name in tensors):
+        raise ExportError(
+            f"{path} is one tower of a checkpoint: name the run's folder, or a file that export made of it"
+        )
     found, from_caffe = {}, False
     for name, tensor in tensors.items():
         prefix, _, what = name.removeprefix("module.").rpartition(".")

@@ -243,7 +243,7 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
     run = a_run(tmp_path / "run")
     with pytest.raises(ExportError, match=r"ends in .safetensors or .onnx"):
         export_run(run, tmp_path / "net.pt", preprocessing=False)
-    with pytest.raises(ExportError, match="cannot be read: No such file"):
+    with pytest.raises(ExportError, match="no weights at"):
         import_weights(tmp_path / "none.safetensors", tmp_path / "again", config=recipe())
     (tmp_path / "truncated.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ExportError, match="cannot be read as safetensors"):
