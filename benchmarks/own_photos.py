@@ -2,14 +2,17 @@
 
     python benchmarks/own_photos.py --work /tmp/own_photos                        about 8 minutes on two cores
     python benchmarks/own_photos.py --work /tmp/own_photos --seeds 0 --epochs 5   a try
+    python benchmarks/own_photos.py --work /tmp/own_photos --variants             5 minutes
 
 60 photos in three classes (brick, grass, gravel) and 180 in nine others are crops of scikit-image's and scikit-learn's
 photos, cells of a grid: no two share a pixel, so no held-out one has been seen. First the README's three commands,
 as they stand there. Then configs/photos.toml on the nine classes, and on the three with and without --init-from that
-run, evaluated after every epoch, for each seed.
+run, evaluated after every epoch, for each seed. With --variants, instead: all twelve classes, with batch and with
+response normalization, at 128 and at 64 px.
 Results: benchmarks/results/DATE_MACHINE_own_photos.json, and the curves beside it as .png.
 """
 
+import argparse
 import csv
 import json
 import resource
@@ -28,6 +31,15 @@ THREE = ("brick.png", "grass.png", "gravel.png")
 NINE = ("ihc.png", "flower.jpg", "motorcycle_left.png", "coffee.png", "chelsea.png", "hubble_deep_field.jpg")
 NINE += ("retina.jpg", "china.jpg", "astronaut.png")
 GOAL = 0.9  # of the held-out photos
+LRN = 'model.post_ops=[["relu","lrn","maxpool"],["relu","lrn","maxpool"],["relu"],["relu"],["relu","maxpool"]]'
+AT_64 = ("model.image_px=64", "model.kernel_sizes=[7,5,3,3,3]", "model.strides=[2,1,1,1,1]")
+AT_64 += ("model.paddings=[[2,3],[2,2],[1,1],[1,1],[1,1]]",)  # the maps after conv1 are as large as at 128 px
+VARIANTS = {
+    "batch norm, 128 px": (),
+    "response norm, 128 px": (LRN,),
+    "batch norm, 64 px": AT_64,
+    "response norm, 64 px": (*AT_64, LRN),
+}
 RECIPE = ("--config", ROOT / "configs" / "photos.toml")
 
 
@@ -36,11 +48,15 @@ def main() -> None:
     parser = make_parser(__doc__, work="photos, shards and runs; all are kept")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=40, help="of the comparison (default: 40)")
+    parser.add_argument("--variants", action="store_true", help="compare normalizations and sizes instead")
     arguments = parser.parse_args()
     machine, work = describe_machine("torch", "nvidia-dali-cuda130"), arguments.work
     for name, photos in (("photos", THREE), ("others", NINE)):
         if not (work / name).exists():
             write_disjoint_crops(work / name, photos)
+    if arguments.variants:
+        write_results(arguments.results, machine, compare_variants(work, arguments), "-variants")
+        return
     result: dict[str, Any] = {"three_commands": three_commands(work)}
     prepare(work, "others")
     command("trainer", "train", *RECIPE, "--data", work / "data-others", "--run", work / "run-others", "--overwrite")
@@ -104,6 +120,25 @@ def curve(work: Path, seed: int, begin: str, epochs: int) -> dict[str, Any]:
         top1 = [float(row["top1"]) for row in csv.DictReader(file)]
     reached = next((number for number, value in enumerate(top1, 1) if value > GOAL), None)
     return {"seed": seed, "begin": begin, "epochs_to_goal": reached, "top1": top1}
+
+
+def compare_variants(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Held-out accuracy of the last epoch on all twelve classes; mean and every seed."""
+    if not (work / "all").exists():
+        write_disjoint_crops(work / "all", THREE + NINE)
+    prepare(work, "all")
+    rows: dict[str, Any] = {}
+    for name, changes in VARIANTS.items():
+        for seed in map(int, arguments.seeds.split(",")):
+            run = work / f"{name}-{seed}"
+            words: list[object] = [*RECIPE, "--data", work / "data-all", "--run", run, "--overwrite"]
+            for change in (*changes, f"train.seed={seed}", f"train.epochs={arguments.epochs}"):
+                words += ["--set", change]
+            command("trainer", "train", *words)
+            found = json.loads((run / "result.json").read_text())
+            rows.setdefault(name, []).append(found["top1"])
+            print(f"{name}, seed {seed}: top-1 {found['top1']:.4f} of {found['num_samples']}", flush=True)
+    return {"top1": {name: spread(values) for name, values in rows.items()}, "epochs": arguments.epochs}
 
 
 def draw(curves: list[dict[str, Any]], path: Path) -> None:

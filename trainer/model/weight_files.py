@@ -103,7 +103,8 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
     except SafetensorError as error:
         raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        known = str(error) and not isinstance(error, pickle.UnpicklingError)  # torch's own text is advice for others
+        text = str(error).splitlines()[0] if known else type(error).__name__
         raise ExportError(f"{path} cannot be read as safetensors, .npz or a torch state dict: {text}") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -18,7 +18,7 @@ def test_he_follows_the_inputs_of_a_unit(image_px: int) -> None:
     for name, weight in net.named_parameters():
         if name.endswith("weight") and not name.startswith("post"):
             expected = (2 / weight[0].numel()) ** 0.5
-            assert float(weight.std()) == pytest.approx(expected, rel=6 / (2 * weight.numel()) ** 0.5), name
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=6 / (2 * weight.numel()) ** 0.5), name
 
 
 @pytest.mark.parametrize("tower", ["a", "b"])

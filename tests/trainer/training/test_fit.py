@@ -82,8 +82,8 @@ def test_other_commands_do_not_offer_to_change_a_run(monkeypatch) -> None:
 
 
 def test_notes_tell_of_small_crops_and_dropped_images() -> None:
-    photos, record = resolve(recipe("photos"), manifest()), manifest()
-    assert notes(photos, record, 48) == []
+    photos, record = resolve(recipe("photos", "data.last_batch=drop"), manifest()), manifest()
+    assert notes(photos, record, 48) == notes(resolve(recipe("photos"), record), record, 53) == []
     (dropped,) = notes(photos, record, 53)
     assert dropped.startswith("an epoch leaves 5 of 53 training images out, others in each")
     (same,) = notes(dataclasses.replace(photos, data=dataclasses.replace(photos.data, shuffle="once")), record, 53)
