@@ -49,14 +49,15 @@ def import_weights(
     """
     if is_begun(run):
         raise RunError(f"{run} holds a run: give another --run folder")
-    source = read_weight_file(weights)
-    config = _recipe(weights, source, config, overrides)
-    if data is not None:
-        config = check_fits(config, read_manifest(data), data, splits=())
-    else:
-        check_resolved(config)
     refuse_held(run)
     check_writable(run, 0)
+    manifest = None if data is None else read_manifest(data)
+    source = read_weight_file(weights)
+    config = _recipe(weights, source, config, overrides)
+    if data is not None and manifest is not None:
+        config = check_fits(config, manifest, data, splits=())
+    else:
+        check_resolved(config)
     net = AlexNet(config.model, seed=config.train.seed)
     try:
         fill_towers(net, source.tensors)
