@@ -247,13 +247,17 @@ BATCH_NORM = (
 )
 
 
-def test_a_run_begins_with_another_goes_on_and_leaves_frozen_layers_alone(tiny_data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_begins_with_another_goes_on_and_leaves_frozen_layers_alone(
+    tiny_data, tmp_path, monkeypatch, capsys, processes
+):
     """Through the command: the first checkpoint is the source, to the bit; frozen layers, statistics too, stay so."""
     common = ["--config", ROOT / "configs" / "digits.toml", "--data", tiny_data, "--device", "cpu"]
     for value in ("train.batch_size=8", "train.epochs=1", "train.keep_checkpoints=9", BATCH_NORM, "train.threads=1"):
         common += ["--set", value]
     assert call(monkeypatch, "train", *common, "--run", tmp_path / "one") == 0
     words = ["train", *common, "--run", tmp_path / "two", "--init-from", tmp_path / "one", "--freeze", "conv1,conv3"]
+    words += ["--processes", processes]
     capsys.readouterr()
     assert call(monkeypatch, *words) == 0
     assert "taken: conv1, conv2, conv3, conv4, conv5, fc6, fc7, fc8" in capsys.readouterr().out
