@@ -4,7 +4,7 @@
     python benchmarks/own_photos.py --work /tmp/own_photos --seeds 0 --epochs 5   a try
     python benchmarks/own_photos.py --work /tmp/own_photos --variants             5 minutes
 
-60 photos in three classes (coffee, a cat, galaxies) and 180 in nine others are crops of scikit-image's and scikit-learn's
+60 photos in three classes (coffee, a cat, galaxies) and 180 in nine others are crops of scikit-image's and sklearn's
 photos, cells of a grid: no two share a pixel, so no held-out one has been seen. First the README's three commands,
 as they stand there. Then configs/photos.toml on the nine classes, and on the three with and without --init-from that
 run, evaluated after every epoch, for each seed. With --variants, instead: all twelve classes, with batch and with

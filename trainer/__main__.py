@@ -72,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         command.learned_weights(arguments, start)
+        command.print_notes(start)
         return _dry_run(arguments, start.config, device)
     if os.environ.get("RANK", "0") != "0":
         return _join_and_train(arguments, start.config, is_new=start.choice is None)
@@ -101,8 +102,6 @@ def _check_start(arguments: argparse.Namespace, config: "Config") -> "Start":
         size_bytes = 8 * to_dict(found.config.model)["parameters"]  # weights and velocities in float32
         needed_bytes = size_bytes * start.checkpoints_at_once(found)
         start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
-        for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
     return found
 
 
@@ -113,6 +112,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str) 
     from trainer.training.start import discard_start, prepare_start
 
     initial = command.learned_weights(arguments, start)
+    command.print_notes(start)
     command.confirm(start, yes=arguments.yes)
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)

@@ -60,6 +60,12 @@ def learned_weights(arguments: argparse.Namespace, start: Start) -> Initial | No
     return initial
 
 
+def print_notes(start: Start) -> None:
+    """Says what is worth knowing, once nothing speaks against the start: a refusal is one line."""
+    for note in start.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def finished_line(start: Start) -> str:
     """What to say of a run that has come to its end."""
     longer = resume_command(start.run, "--set", f"train.epochs={start.config.train.epochs + 1}")
