@@ -163,6 +163,7 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
         ylim=(0, 1.03),
         title=f"Three classes of 20 photos, configs/photos.toml, {CORES} CPU cores",
     )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
