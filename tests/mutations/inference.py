@@ -8,6 +8,7 @@ INIT = "tests/trainer/model/test_init.py"
 LEARNED = "tests/trainer/training/test_init_from.py"
 TORCHVISION = f"{LEARNED}::test_torchvisions_net_computes_the_same_here"
 CAFFE = f"{LEARNED}::test_caffes_channels_are_turned_and_its_groups_are_towers"
+UNITS = f"{LEARNED}::test_another_unit_and_another_dropout_change_weights_and_not_the_answer"
 DENSE = f"{LEARNED}::test_two_groups_become_one_dense_layer"
 OF_2012 = f"{LEARNED}::test_a_checkpoint_of_2012_comes_in_the_order_of_the_towers"
 ALONE = "tests/trainer/inference/test_export_alone.py"
@@ -76,7 +77,7 @@ def of_fit() -> Iterator[Change]:
 GROUPS = (
     ("trainer/model/alexnet.py", (INIT,), of_start),
     ("trainer/model/layers.py", (INIT,), of_frozen),
-    ("trainer/training/init_from.py", (TORCHVISION, CAFFE, DENSE), of_learned),
+    ("trainer/training/init_from.py", (UNITS, TORCHVISION, DENSE), of_learned),
     ("trainer/model/weight_files.py", (CAFFE, TORCHVISION), of_files),
     ("trainer/model/files_2012.py", (OF_2012,), of_2012),
     ("trainer/inference/program.py", (BOTH,), of_program),

@@ -92,4 +92,4 @@ def test_notes_tell_of_small_crops_and_dropped_images() -> None:
     (small,) = notes(digits, manifest(side=256), 64)
     assert small.startswith("model.image_px = 28, and the images are 256 px: a crop shows 1 % of an image")
     assert "--resize 32" in small or "--resize 31" in small
-    assert notes(digits, manifest(side=56), 64) == []
+    assert notes(digits, manifest(side=56), 64) == [] != notes(digits, manifest(side=57), 64)

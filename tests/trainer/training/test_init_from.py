@@ -153,6 +153,19 @@ def test_two_groups_become_one_dense_layer(place: Path) -> None:
         torch.testing.assert_close(initial.net.eval()(images), two.eval()(images), rtol=1e-4, atol=1e-5)
 
 
+def test_another_unit_and_another_dropout_change_weights_and_not_the_answer(place: Path) -> None:
+    """From gray levels and halved outputs in testing to deviations and inverted dropout."""
+    initial = begin(place / "run", place / "data", "data.normalize=per_channel", "model.dropout_kind=inverted")
+    pixels = torch.rand(3, 3, 80, 80, generator=torch.Generator().manual_seed(2)) * 200 - 100
+    scaled = pixels / torch.from_numpy(STD).float()[:, None, None]
+    with torch.no_grad():
+        expected = load_network(place / "run").net(pixels)
+        torch.testing.assert_close(initial.net.eval()(scaled), expected, rtol=1e-4, atol=1e-5)
+    assert [text.partition(":")[0] for text in initial.changed] == ["conv1.weight", "fc7.weight", "fc8.weight"]
+    assert initial.taken == ("conv2", "conv3", "conv4", "conv5", "fc6")
+    assert initial.notes == ("data.normalize",)
+
+
 def checkpoint_of_2012(net: AlexNet, path: Path, *, places: bool) -> None:
     """A checkpoint as the program writes it, names and order of inputs as in its layer file of run #145."""
     names = ["data", "conv1a", "conv1b", "conv2a", "conv2b", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "conv5b"]
