@@ -133,7 +133,7 @@ def compare_variants(work: Path, arguments: argparse.Namespace) -> dict[str, Any
     for name, changes in VARIANTS.items():
         for seed in map(int, arguments.seeds.split(",")):
             run = work / f"{name}-{seed}"
-            words: list[object] = [*RECIPE, "--data", work / "data-all", "--run", run, "--overwrite"]
+            words: list[object] = [*RECIPE, "--data", work / "data-all", "--run", run, "--overwrite", *ALIKE]
             for change in (*changes, f"train.seed={seed}", f"train.epochs={arguments.epochs}"):
                 words += ["--set", change]
             command("trainer", "train", *words)
