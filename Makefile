@@ -1,5 +1,5 @@
 # make demo    the whole path on real images: shard, train two towers, report
-# make test    lint, types and tests (about 5 minutes after installation on 2 cores)
+# make test    lint, types and tests (about 7 minutes after installation on 2 cores)
 # make help    every target
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-isa test-mutations lint bench clean
+.PHONY: help setup demo test test-slow test-kills test-isa test-mutations lint docs audit bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,7 @@ setup: $(VENV)/.installed  ## create .venv and install everything (about 2 minut
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or newer, and $(PYTHON) is "+sys.version.split()[0]+"; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("twotower runs on Linux only, as DALI does, and this is "+sys.platform) if sys.platform != "linux" else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
@@ -32,8 +33,8 @@ demo: setup  ## shard the digits, train two towers on them, write the report
 	@$(PY) -m trainer report --run $(DEMO)/run --data $(DEMO)/digits
 
 lint: setup  ## ruff and mypy
-	$(PY) -m ruff check pipeline trainer cluster tests benchmarks
-	$(PY) -m ruff format --check pipeline trainer cluster tests benchmarks
+	$(PY) -m ruff check pipeline trainer cluster twotower tests benchmarks
+	$(PY) -m ruff format --check pipeline trainer cluster twotower tests benchmarks
 	$(PY) -m mypy
 
 test: lint  ## lint and the fast tests
@@ -42,11 +43,21 @@ test: lint  ## lint and the fast tests
 test-slow: setup  ## fault tests with real kills, and long tests
 	$(PY) -m pytest -m "slow and not gpu"
 
+test-kills: setup  ## every fault at every stage of a run, with one process and two (about 10 minutes on 2 cores)
+	$(PY) -m pytest tests/trainer/training/test_kill_matrix.py --all-cells
+
 test-isa: setup  ## the numeric tests with other instructions, threads and kernels (about 20 minutes on 2 cores)
 	$(PY) -m tests.isa
 
 test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (about 27 minutes on 2 busy cores)
 	$(PY) -m tests.mutations --jobs 2
+
+docs: setup  ## write docs/config.md from the code
+	$(PY) -m trainer config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md
+
+audit: setup  ## licences of all packages, and their known vulnerabilities (needs PyPI's service; says so without it)
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit; } || true
+	@$(PY) -m tests.audit --pip-audit $(VENV)-audit/bin/pip-audit
 
 bench: setup  ## measure everything on this machine and print the table (about 2 hours, 7 GB under $(BENCH))
 	$(PY) benchmarks/prepare_speed.py --work $(BENCH)/prepare

@@ -16,15 +16,19 @@ Cases, batch 128 of 224-px crops, float32:
     two-each        two loaders, one per tower, both decode the whole batch (decode = "replicated"); what both have
     two-split       each decodes half and hands its uint8 crops to the other (decode = "sharded"), within a process
     null            hands out one ready batch: what the harness itself costs
+    litdata-load, mds-load    LitData's and MosaicML's streaming loaders, a worker a core, the recipe of webdataset;
+                    each interval in a process of its own (peers.py; skipped where not installed)
 
 Each round gives every case one interval of some seconds, after batches that only empty its queue; the figures are
 medians over the rounds. The results go to benchmarks/results/DATE_MACHINE_loader_speed.json.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from harness import CORES, ROOT, describe_machine, make_parser, ratio, spread, take_turns, write_results
 from photos import prepare_shards
@@ -219,6 +224,24 @@ def make_cases(folders: dict[str, Path]) -> dict[str, Iterator[torch.Tensor]]:
     }
 
 
+def other_loaders(args: argparse.Namespace) -> dict[str, Any]:
+    """Images/s of LitData's and MosaicML's loaders on the same photos, made into their formats; or why not."""
+    source = args.work / f"photos-{args.count}"
+    found: dict[str, Any] = {}
+    for maker, name in (("litdata-optimize", "litdata-load"), ("mds-writer", "mds-load")):
+        folder = args.work / f"{maker}-{args.count}"
+        row = {} if folder.exists() else peers.ask(maker, source, folder, python=args.peers_python)
+        rows = []
+        while "skipped" not in row and len(rows) < args.rounds:
+            row = peers.ask(name, folder, args.seconds, python=args.peers_python)
+            rows.append(row)
+            print(f"{name}: {row}", flush=True)
+        if "skipped" in row:
+            shutil.rmtree(folder, ignore_errors=True)
+        found[name] = row if "skipped" in row else spread([row["rate"] for row in rows]) | {"version": row["version"]}
+    return found
+
+
 def first_batch(folder: Path) -> dict[str, float]:
     """Seconds to the first batch in a fresh process: with and without the imports."""
     program = (
@@ -268,9 +291,11 @@ def main() -> None:
     parser = make_parser(__doc__, work="the data sets, which are made once and kept", rounds=7)
     parser.add_argument("--count", type=int, default=2048, help="images")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of an interval")
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PATH", help="interpreter with bench-peers")
     args = parser.parse_args()
     machine = describe_machine("torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
     folders = prepare_shards(args.work, args.count, val_fraction=0)
+    others = other_loaders(args)
     memory = memory_by_epoch(folders["jpeg"])
     cases = {name: functools.partial(rate, batches, args.seconds) for name, batches in make_cases(folders).items()}
     rates = take_turns(cases, args.rounds, warm_up=1, show=lambda row: f"{row:,.0f} images/s")
@@ -279,6 +304,7 @@ def main() -> None:
     result = {
         "ratios": ratios,
         "images_per_s": {name: spread(values) for name, values in rates.items()},
+        "other loaders": others,
         **first_batch(folders["jpeg"]),
         "memory_mb_after_epoch": memory,
         "stages": {name: dataclasses.asdict(run_bench(folder, PAPER, options)) for name, folder in folders.items()},

@@ -6,10 +6,11 @@
 Images: 500x375 crops of real photos, about 100 kB each (ImageNet: 110), in an archive like the official one. Parts:
 
     floor      libjpeg-turbo alone: decode those bytes, encode the 256x256 images that prepare stores, nothing else
-    prepare    python -m pipeline prepare, 1 and 2 workers; the rate is taken from the first to the last finished
-               shard (start-up of Ray and workers apart); the whole command's is printed
-    peers      webdataset's ShardWriter with Pillow, one process; Ray Data's write_webdataset with Pillow on the
-               same cores. Both read extracted files, which spares them work that prepare does
+    prepare    python -m pipeline prepare, 1, 2, 4, ... workers up to all cores; the rate is taken from the first to the
+               last finished shard (start-up of Ray and workers apart); the whole command's is printed
+    peers      webdataset's ShardWriter with Pillow, one process; Ray Data's write_webdataset with Pillow on two cores;
+               LitData's optimize, Daft and MosaicML's MDSWriter as peers.py runs them (skipped where not installed;
+               start-up included). All read extracted files, which spares them work that prepare does
     memory     peak resident memory of a worker for 1,000 and for 20,000 images
     plan       planning 1,281,167 entries of synthetic headers: seconds and peak memory
 
@@ -34,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import simplejpeg
-from harness import ROOT, describe_machine, make_parser, spread, take_turns, write_results
+from harness import CORES, ROOT, describe_machine, make_parser, spread, take_turns, write_results
 from PIL import Image
 from prepare_input import UNIQUE, extracted, unique_images, write_archives, write_headers
 
@@ -66,6 +68,7 @@ def main() -> None:
     """Command line."""
     parser = make_parser(__doc__, work="archives, which are kept, and outputs", rounds=5)
     parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PATH", help="interpreter with bench-peers")
     parser.add_argument("--parts", default=",".join(PARTS))
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -75,6 +78,9 @@ def main() -> None:
     found = take_turns(make_cases(args, archives, parts), args.rounds, show=str)
     rows = {name: summary(measured) for name, measured in found.items()}
     result = {"bytes_per_image": mean_size(archives), "images_per_s": rows, "ratios": ratios(rows)}
+    if "peers" in parts:
+        folder = extracted(args.work, min(args.images, UNIQUE))
+        result["other makers"] = other_makers(args.work, folder, args.rounds, args.peers_python)
     if "memory" in parts:
         result["worker_peak_mib"] = memory(args.work)
     if "plan" in parts:
@@ -92,13 +98,34 @@ def make_cases(args: argparse.Namespace, archives: Path, parts: list[str]) -> di
         cases["floor, 1 process"] = functools.partial(floor, images, 1)
         cases["floor, 2 processes"] = functools.partial(floor, images, 2)
     if "prepare" in parts:
-        for workers in (1, 2):
+        for workers in worker_counts():
             cases[f"prepare, {workers} worker(s)"] = functools.partial(prepare, args.work, archives, workers)
     if "peers" in parts:
         folder = extracted(args.work, min(args.images, UNIQUE))
         cases["webdataset ShardWriter + Pillow, 1 process"] = lambda: Measured(shard_writer(args.work, folder))
         cases["Ray Data write_webdataset + Pillow, 2 cores"] = lambda: Measured(ray_data(args.work, folder))
     return cases
+
+
+def worker_counts() -> list[int]:
+    """1, 2, 4, ... and all cores; at least 1 and 2."""
+    return sorted({1, 2, CORES} | {2**power for power in range(CORES.bit_length()) if 2**power <= CORES})
+
+
+def other_makers(work: Path, folder: Path, rounds: int, python: str) -> dict[str, Any]:
+    """What :mod:`peers` makes of the same files, once a round; or why not."""
+    found: dict[str, Any] = {}
+    for name in peers.MAKERS:
+        rows = []
+        for _ in range(rounds):
+            shutil.rmtree(work / "peer", ignore_errors=True)
+            rows.append(peers.ask(name, folder, work / "peer", python=python))
+            print(f"{name}: {rows[-1]}", flush=True)
+            if "skipped" in rows[-1]:
+                break
+        skipped = "skipped" in rows[-1]
+        found[name] = rows[-1] if skipped else spread([row["rate"] for row in rows]) | {"version": rows[0]["version"]}
+    return found
 
 
 def summary(rows: list[Measured]) -> dict[str, Any]:
@@ -113,12 +140,15 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     names = {
         "prepare / floor, 1 core": ("prepare, 1 worker(s)", "floor, 1 process"),
         "prepare / floor, 2 cores": ("prepare, 2 worker(s)", "floor, 2 processes"),
-        "prepare, 2 workers / 1": ("prepare, 2 worker(s)", "prepare, 1 worker(s)"),
         "prepare 1 worker / ShardWriter + Pillow": (
             "prepare, 1 worker(s)",
             "webdataset ShardWriter + Pillow, 1 process",
         ),
         "prepare 2 workers / Ray Data": ("prepare, 2 worker(s)", "Ray Data write_webdataset + Pillow, 2 cores"),
+    }
+    names |= {
+        f"prepare, {workers} workers / 1": (f"prepare, {workers} worker(s)", "prepare, 1 worker(s)")
+        for workers in worker_counts()[1:]
     }
     present = {name: pair for name, pair in names.items() if rows.keys() >= set(pair)}
     found = {name: round(rows[top]["median"] / rows[bottom]["median"], 3) for name, (top, bottom) in present.items()}

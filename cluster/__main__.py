@@ -1,6 +1,10 @@
 """Command line: python -m cluster up | down | submit | status | logs | stop | doctor."""
 
+import twotower.linux_only  # noqa: F401  before all that other systems lack
+
+# isort: split
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -10,19 +14,28 @@ from cluster import commands
 from cluster.errors import ClusterError
 from cluster.local import default_folder
 from cluster.training import ray_train
+from twotower import verbosity
+from twotower.command_line import Parser
+from twotower.words import one_line
 
 Add = Callable[..., argparse.ArgumentParser]
+EXIT_CODES = (
+    "exit codes: of submit and logs --follow the command's own; 0 done, 1 a bug of ours, 2 something to fix (one line "
+    "says what), 70 a job ended without telling how, 127 its program is not there, 128 + N ended by signal N; those of "
+    "all commands are in docs/commands.md"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cluster",
         description="Run the project's commands as Ray jobs: on this machine, a `ray up` cluster, KubeRay or Slurm.",
         epilog=_example(
             "python -m cluster up --local",
             "python -m cluster submit -- python -m pipeline prepare --source digits --output /data/digits",
             "python -m cluster down",
-        ),
+        )
+        + f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -44,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
     doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
+    verbosity.add_common_options(parser, subparsers)
     return parser
 
 
@@ -52,7 +66,9 @@ def _example(*lines: str) -> str:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    where = "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 of this machine)"
+    where = (
+        "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 here); RAY_ADDRESS is not asked"
+    )
     parser.add_argument("--address", metavar="URL", help=where)
 
 
@@ -108,16 +124,32 @@ def _add_job_commands(add: Add) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 after an error that the user can mend."""
+    _open_closed_streams()
     parsed = _parser().parse_args(arguments)
+    verbosity.apply(parsed)
     try:
-        return int(parsed.run(parsed))
+        code = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return code
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        verbosity.log.debug("the error arose here:", exc_info=True)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still unwritten would be tried again at the end
+        if isinstance(error, BrokenPipeError):
+            return 141
+        place = error.filename or "stdout"
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves Python without a stream; what is written to it is then for nobody."""
+    sys.stdout = sys.stdout or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.open(os.devnull, os.O_WRONLY), "w")  # noqa: SIM115, PTH123
 
 
 if __name__ == "__main__":

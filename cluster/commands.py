@@ -1,7 +1,12 @@
 """What each subcommand does; `__main__` only parses."""
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
 import json
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +16,17 @@ from typing import Any
 
 from cluster import local
 from cluster.doctor import OLDEST_SAFE_RAY, examine, release
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, last_line
 from cluster.jobs import submission
-from cluster.jobs.client import TERMINAL, Client, ServerError, dashboard_address, ensure_token, is_loopback
+from cluster.jobs.addresses import dashboard_address, is_loopback
+from cluster.jobs.auth_token import ensure_token
+from cluster.jobs.client import TERMINAL, Client, ServerError
 from cluster.jobs.entry import command_of
+from cluster.jobs.paths import absolute_paths, shared_paths
 from cluster.jobs.progress import BarStream, Progress, latest
 from cluster.training import ray_train
+from twotower import verbosity, version
+from twotower.words import one_line, pluralize
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -34,7 +44,7 @@ def up(arguments: argparse.Namespace) -> int:
     if done:
         _say(f"{done}: {path}")
     cluster = local.up(options)
-    nodes = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
+    nodes = pluralize(len(cluster.nodes), "node")
     _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
     return 0
 
@@ -66,23 +76,25 @@ def submit(arguments: argparse.Namespace) -> int:
     if not words:
         raise ClusterError("submit: no command; expected: python -m cluster submit -- python -m pipeline prepare ...")
     address = dashboard_address(arguments.address)
-    command = ray_train.entrypoint(arguments, submission.absolute_paths(words, address))
-    if arguments.every_node:
-        if arguments.towers or arguments.replicas:
-            raise ClusterError("--every-node runs a command of its own on each node: leave --towers and --replicas out")
-        command = ("python", "-m", "cluster.jobs.every_node", "--", *command)
-    request = submission.JobRequest(
-        command=command,
-        job_id=arguments.id or submission.new_job_id(words),
-        environment=_commit() | _environment(arguments.env),
-        python=arguments.python,
-    )
+    job_id = submission.new_job_id(words) if arguments.id is None else arguments.id
+    submission.check_job_id(job_id)
+    environment = _commit() | _environment(arguments.env)
+    command = _wrapped(arguments, absolute_paths(words, address, is_loopback(address)))
+    request = submission.JobRequest(command, job_id, environment, arguments.python)
     if arguments.print:
         print(request.ray_command(address))
         return 0
     client = Client(address)
     _check_version(client)
-    _check_disks(client)
+    nodes = client.nodes()
+    _check_disks(client, nodes)
+    hosts = {str(node.get("hostname")) for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"}
+    here = is_loopback(address) and hosts <= {socket.gethostname()}  # else it is the end of a tunnel
+    words = list(absolute_paths(words, address, here))
+    command = _wrapped(arguments, words)
+    if len(hosts) > 1 and (paths := shared_paths(words)):
+        command = ("python", "-m", "cluster.jobs.seen", *paths, "--", *command)
+    request = dataclasses.replace(request, command=command)
     if not is_loopback(address) and address.startswith("http://"):
         _say(f"warning: {address} is not encrypted, so your token can be read on the way; use an SSH tunnel or https")
     started = time.time()
@@ -94,6 +106,16 @@ def submit(arguments: argparse.Namespace) -> int:
     return _follow(client, request.job_id, started)
 
 
+def _wrapped(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[str, ...]:
+    """The command as the job runs it: through Ray Train, on every node, or as it is."""
+    words = ray_train.entrypoint(arguments, command)
+    if not arguments.every_node:
+        return words
+    if arguments.towers or arguments.replicas:
+        raise ClusterError("--every-node runs a command of its own on each node: leave --towers and --replicas out")
+    return ("python", "-m", "cluster.jobs.every_node", "--", *words)
+
+
 def _follow(client: Client, job_id: str, started: float | None = None) -> int:
     """Show the log to the end, say how the job ended and return its exit code.
 
@@ -101,16 +123,22 @@ def _follow(client: Client, job_id: str, started: float | None = None) -> int:
         client: the cluster.
         job_id: the job.
         started: when it was submitted, s since 1970; None if that is not known.
+
+    Raises:
+        OSError: nobody reads the log any more, or its disk is full; the job goes on, and a line says so.
     """
     stream = BarStream(sys.stdout.buffer) if sys.stdout.isatty() else sys.stdout.buffer
+    goes_on = f"job {job_id} goes on; end it with `python -m cluster stop {job_id}`"
     try:
         job, follower = submission.wait(client, job_id, stream)
-    except KeyboardInterrupt:
-        _say(f"\njob {job_id} goes on; end it with `python -m cluster stop {job_id}`")
-        return 130
-    finally:
         if isinstance(stream, BarStream):
             stream.close()
+    except KeyboardInterrupt:
+        _say(f"\n{goes_on}")
+        return 130
+    except OSError:
+        _say(goes_on)
+        raise
     end = submission.ending(client, job)
     first = follower.first_byte_at if follower and started else None
     times = f"{((job.get('end_time') or 0) - (job.get('start_time') or 0)) / 1000:.1f} s"
@@ -137,10 +165,10 @@ def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     over = job["status"] in TERMINAL
     end = submission.ending(client, job) if over else None
     progress = _progress(client, job)
-    entrypoint = job["entrypoint"].partition(" -- ")[2] or job["entrypoint"]
+    entrypoint = submission.command_line(job)
     now_ms = (job.get("end_time") if over else None) or time.time() * 1000
     return {
-        "id": job.get("submission_id"),
+        "id": job["submission_id"],
         "state": end.outcome if end else job["status"].lower(),
         "exit_code": end.exit_code if end else None,
         "elapsed_s": round((now_ms - (job.get("start_time") or now_ms)) / 1000, 1),
@@ -171,7 +199,16 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         rate = f"{row['images_per_s']:.0f}" if row["images_per_s"] is not None else ""
         code = "" if row["exit_code"] is None else str(row["exit_code"])
         table.append(
-            (row["id"], row["state"], code, f"{row['elapsed_s']:.0f} s", row["stage"], done, rate, row["left"])
+            (
+                one_line(row["id"]),
+                row["state"],
+                code,
+                f"{row['elapsed_s']:.0f} s",
+                row["stage"],
+                done,
+                rate,
+                row["left"],
+            )
         )
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     for line in table:
@@ -182,14 +219,16 @@ def logs(arguments: argparse.Namespace) -> int:
     """Show a job's log."""
     client = Client(dashboard_address(arguments.address))
     job = client.job(arguments.id)
+    job_id = job["submission_id"]
     if arguments.follow:
-        return _follow(client, arguments.id)
+        return _follow(client, job_id)
     try:
-        text = client.log(arguments.id, job.get("driver_node_id"))
+        text = client.log(job_id, job.get("driver_node_id"))
     except ServerError:  # it has a node, and no file there yet
-        text = client.log(arguments.id, None)
+        text = client.log(job_id, None)
+    if not text and not job.get("driver_node_id"):
+        _say(f"job {one_line(job_id)} has written nothing: {one_line(last_line(job.get('message') or ''))}")
     sys.stdout.buffer.write(text)
-    sys.stdout.flush()
     return 0
 
 
@@ -197,11 +236,12 @@ def stop(arguments: argparse.Namespace) -> int:
     """Stop a job and wait until it has ended."""
     client = Client(dashboard_address(arguments.address))
     job = client.job(arguments.id)
+    job_id = job["submission_id"]
     if job["status"] not in TERMINAL:
-        client.stop(arguments.id)
-        job, _ = submission.wait(client, arguments.id, None)
+        client.stop(job_id)
+        job, _ = submission.wait(client, job_id, None)
     end = submission.ending(client, job)
-    _say(f"job {arguments.id} {end}")
+    _say(f"job {one_line(job_id)} {end}")
     return 0
 
 
@@ -213,41 +253,35 @@ def doctor(arguments: argparse.Namespace) -> int:
     else:
         for finding in findings:
             print(finding)
-    return 1 if any(finding.level == "bad" for finding in findings) else 0
+    return 2 if any(finding.level == "bad" for finding in findings) else 0
 
 
 def _commit() -> dict[str, str]:
     """TWOTOWER_COMMIT for the job, whose copy of the tree has no history; nothing outside a checkout."""
-    git = ["git", "-C", str(submission.ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"TWOTOWER_COMMIT": commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")}
+    commit = version.find_commit()
+    return {version.COMMIT: commit} if commit else {}
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
-        if "=" not in pair or pair.startswith("="):
-            raise ClusterError(f"--env {pair!r}: expected NAME=VALUE")
+        name, _, value = pair.partition("=")
+        if "=" not in pair or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+            raise ClusterError(f"--env {pair!r}: expected NAME=VALUE, the name of letters, digits and '_'")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _check_version(client: Client) -> None:
     """Refuse a cluster whose Ray is older than the known holes or not the one that the project is pinned to here."""
-    from importlib.metadata import version
-
-    theirs, ours = client.version(), version("ray")
+    theirs, ours = client.version(), importlib.metadata.version("ray")
     if release(theirs) < OLDEST_SAFE_RAY:
         raise ClusterError(f"{client.address} runs Ray {theirs}, which has known remote holes: install {ours} there")
     if release(theirs) != release(ours):
         raise ClusterError(f"{client.address} runs Ray {theirs}, this machine {ours}: install the same version on both")
 
 
-def _check_disks(client: Client) -> None:
+def _check_disks(client: Client, nodes: Sequence[dict[str, Any]]) -> None:
     """Refuse a cluster whose head has no room for the working tree and the logs; say it of other nodes."""
-    for ip, is_head, mount, percent in full_disks(client.nodes()):
+    for ip, is_head, mount, percent in full_disks(nodes):
         seen = f"disk {mount} of {'the head' if is_head else 'node'} {ip} is {percent:.0f} % full"
         if is_head:
             raise ClusterError(f"{seen}: the job could not start there; free some space")
@@ -266,5 +300,9 @@ def full_disks(nodes: Sequence[dict[str, Any]]) -> list[tuple[str, bool, str, fl
 
 
 def _say(text: str) -> None:
-    """Our own words go to stderr: stdout is the job's log."""
-    print(text, file=sys.stderr, flush=True)
+    """Our own words go to stderr: stdout is the job's log. A quiet command has only its warnings."""
+    with contextlib.suppress(OSError):  # nobody reads them any more
+        if text.startswith("warning:"):
+            print(text, file=sys.stderr, flush=True)
+        else:
+            verbosity.remark(text)

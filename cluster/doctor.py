@@ -12,7 +12,8 @@ import requests
 from cluster import host_checks, local
 from cluster.errors import ClusterError
 from cluster.host_checks import Finding, bad, note, ok
-from cluster.jobs.client import Client, is_loopback
+from cluster.jobs.addresses import is_loopback
+from cluster.jobs.client import Client, plain_session
 
 CLOCK_TOLERANCE_S = 15.0  # a node's clock is reported every few seconds
 OLDEST_SAFE_RAY = (2, 55)
@@ -70,16 +71,15 @@ def check_cluster(address: str) -> Iterator[Finding]:
 
 
 def _status_without_token(address: str) -> int:
-    with requests.Session() as session:
-        session.trust_env = False
-        return session.get(f"{address}/api/jobs/", timeout=10).status_code
+    with plain_session() as session:
+        return session.get(f"{address}/api/jobs/", timeout=10, allow_redirects=False).status_code
 
 
 def _check_port(address: str) -> Iterator[Finding]:
     url = urlparse(address)
     with socket.socket() as probe:
         probe.settimeout(3)
-        taken = is_loopback(address) and probe.connect_ex(("127.0.0.1", url.port or 0)) == 0
+        taken = is_loopback(address) and probe.connect_ex(("127.0.0.1", url.port or 80)) == 0
     if taken:
         fix = f"find it with `ss -ltnp sport = :{url.port}`, or use another port: up --local --dashboard-port N"
         yield bad("port", f"{url.port} is taken by another program", fix)
@@ -122,17 +122,13 @@ def check_nodes(nodes: Sequence[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def check_binding(address: str, folder: Path) -> Iterator[Finding]:
-    """Which of the local cluster's ports listen on all interfaces."""
+    """Whether all ports of the local cluster listen on loopback only."""
     cluster = local.load(folder)
     if cluster is None or cluster.address != address:
         return
-    port = urlparse(address).port or 0
-    sockets = host_checks.listening({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
-    if any(open_port == port for open_port in sockets):
-        fix = "restart it with `python -m cluster up --local`, which binds it to 127.0.0.1"
-        yield bad("dashboard", f"port {port} listens on all interfaces", fix)
+    ports = host_checks.open_ports({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
+    if ports:
+        fix = "whoever reaches this machine reaches them: `python -m cluster down`, then `up --local`"
+        yield bad("ports", f"not on loopback only: {', '.join(map(str, sorted(ports)))}", fix)
     else:
-        yield ok("dashboard", f"port {port} listens on loopback only")
-    if sockets:
-        fix = "the token guards all but the read-only metrics; close them by firewall in a network you do not trust"
-        yield note("ports", f"Ray's own listen on all interfaces: {', '.join(map(str, sorted(sockets)))}", fix)
+        yield ok("ports", "all of the local cluster's listen on loopback only")

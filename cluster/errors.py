@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and text of others made fit for one line."""
 
 
 class ClusterError(Exception):

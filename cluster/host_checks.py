@@ -3,17 +3,19 @@
 Versions are read from metadata: nothing heavy is imported.
 """
 
+import ipaddress
 import os
 import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from cluster.jobs.client import mode_too_wide, token_path
+from cluster.jobs.auth_token import mode_too_wide, token_path
 
 GIB = 1 << 30
 MANY_SHARDS = 4096
@@ -158,17 +160,24 @@ def installed() -> dict[str, str]:
     return {str(package.metadata["Name"]).lower(): package.version for package in distributions()}
 
 
-def listening(pids: set[int]) -> set[int]:
-    """The TCP ports on which these processes listen on all interfaces."""
+def open_ports(pids: set[int]) -> set[int]:
+    """The TCP ports on which these processes listen on another interface than loopback."""
     inodes = {inode for pid in pids for inode in _socket_inodes(pid)}
     ports = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         for line in table.read_text().splitlines()[1:] if table.exists() else []:
             fields = line.split()
             address, _, port = fields[1].rpartition(":")
-            if fields[3] == "0A" and fields[9] in inodes and not address.strip("0"):
+            if fields[3] == "0A" and fields[9] in inodes and not _ip(address).is_loopback:
                 ports.add(int(port, 16))
     return ports
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address of /proc/net/tcp: words of 32 bits, each in the machine's byte order."""
+    words = [int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _socket_inodes(pid: int) -> set[str]:

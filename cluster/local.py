@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import ClusterError, last_line
-from cluster.jobs.client import Client, ServerError, Unreachable, ensure_token, token_path
+from cluster.jobs import loopback_node
+from cluster.jobs.auth_token import ensure_token, token_path
+from cluster.jobs.client import Client, ServerError, Unreachable
 from cluster.jobs.entry import write_json
 
 START_TIMEOUT_S = 90.0
@@ -98,7 +100,7 @@ def up(options: LocalOptions) -> LocalCluster:
         raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
     address = f"http://127.0.0.1:{port}"
     gcs_port, client_port = _free_ports(2)
-    gcs = f"{_node_ip()}:{gcs_port}"
+    gcs = f"{loopback_node.LOOPBACK}:{gcs_port}"
     head_arguments = [
         "--head",
         f"--port={gcs_port}",
@@ -200,7 +202,7 @@ def _prepare_folder(folder: Path) -> None:
 
 def _start_node(options: LocalOptions, arguments: list[str], number: int) -> LocalNode:
     num_cpus = options.num_cpus or max(1, len(os.sched_getaffinity(0)) // options.num_nodes)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={num_cpus}"]
+    command = [sys.executable, "-P", loopback_node.__file__, "--block", f"--num-cpus={num_cpus}"]
     # Port 0 is "any free port": with Ray's fixed defaults a second cluster or node on a machine fails to start.
     command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     command += ["--disable-usage-stats", *arguments]
@@ -255,16 +257,6 @@ def wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) ->
 
 def _node_log(folder: Path, number: int) -> Path:
     return folder / f"node-{number}.log"
-
-
-def _node_ip() -> str:
-    """The address that Ray gives this machine. Ray replaces loopback by it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("8.8.8.8", 80))  # no packet is sent: the kernel only chooses the interface
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
 
 
 def _is_free(port: int) -> bool:

@@ -16,7 +16,8 @@ CHROMA = "420"  # half of the chroma samples each way: what nearly every photo s
 MAX_ERRORS = re.compile(r"\d+|\d+(\.\d+)?%")
 FILTER = "centre square, then antialiased bicubic"  # spelled so in every manifest there is: its bytes stay
 FILTERS = {"bicubic": FILTER, "area": "center square, then area averaging, halves rounded up"}  # as manifests say it
-ORIENTATION = "EXIF orientation applied to the pixels, tag removed"
+ORIENTATION = "that of EXIF, else of XMP, applied to the pixels, tags removed"
+LEFT_ORIENTATION = "that of EXIF as the stored bytes state it, for the loader to apply; else applied to the pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class PrepareOptions:
         max_errors: stop when more images than this cannot be used, ``N`` or ``P%``; None for no limit.
         verify_source: check the published md5 of the input before anything else.
         filter: of resizing, one of :data:`FILTERS`.
+        labels: file with the classes of pictures that lie in no class folders (source ``folder``).
     """
 
     source: str
@@ -90,6 +92,7 @@ class PrepareOptions:
     max_errors: str | None = None
     verify_source: bool = False
     filter: str = "bicubic"
+    labels: AnyPath | None = None
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")
@@ -107,6 +110,8 @@ class PrepareOptions:
         require(self.label_order in orders, "--label-order", self.label_order, "alphabetical or ilsvrc")
         if self.label_order != "default":
             require(self.source == "imagenet", "--label-order", self.label_order, "it with --source imagenet only")
+        if self.labels is not None:
+            require(self.source == "folder", "--labels", self.labels, "it with --source folder only")
         if self.max_errors is not None:
             require(MAX_ERRORS.fullmatch(self.max_errors) is not None, "--max-errors", self.max_errors, "N or P%")
         if self.resize not in ("default", "none"):
@@ -170,7 +175,7 @@ def byte_settings(image: ImageSettings) -> dict[str, Any]:
         "quality": image.quality if jpeg else None,
         "chroma": CHROMA if jpeg and image.channels == 3 else None,
         "filter": FILTERS[image.filter] if image.resize_px else None,
-        "orientation": ORIENTATION,
+        "orientation": LEFT_ORIENTATION if image.encoding == "original" else ORIENTATION,
         "max_pixels": image.max_pixels,
         "max_bytes": image.max_bytes,
     }

@@ -1,5 +1,14 @@
 """Errors that a user can act on: what is wrong, the value, what was expected, the fix."""
 
+import re
+
+# What a library's text may hold that is another one in every run or on every machine, and what stands for it.
+UNREPRODUCIBLE = (
+    (re.compile(r"<[^<>]*\b(?:object|at 0x)[^<>]*>"), "an object"),
+    (re.compile(r"\b0x[0-9a-fA-F]+"), "an address"),
+    (re.compile(r"""(?<![^\s'"(=])/[^\s'",;:)]+"""), "a path"),
+)
+
 
 class PipelineError(Exception):
     """Root of every error the pipeline raises on purpose; the command line prints it as one line and exits 2.
@@ -17,19 +26,28 @@ class SourceError(PipelineError):
 
 
 class ImageError(PipelineError):
-    """One image cannot be decoded or is refused; it goes to the quarantine list with this message as reason."""
+    """One image cannot be decoded or is refused; it goes to the quarantine list with this message as reason.
+
+    The same image must give the same reason in every run, for the list is part of the data set's fingerprint: so no
+    message holds an address of memory, a library's object or an absolute path. It is one line.
+    """
+
+    def __init__(self, reason: str) -> None:
+        for pattern, instead in UNREPRODUCIBLE:
+            reason = pattern.sub(instead, reason)
+        super().__init__(" ".join(reason.split()))
 
 
 class DatasetError(PipelineError):
     """A data set folder is missing, incomplete, or does not match its manifest."""
 
 
+class FormatError(DatasetError):
+    """A data set was made by another version, in a format that this one does not read."""
+
+
 class OutputError(PipelineError):
     """The output folder is in use, holds something else, or cannot be written."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; no ``Exception``, so that nothing takes it for an error of its own."""
 
 
 def require(holds: bool, field: str, value: object, expected: str, error: type[Exception] = ConfigError) -> None:

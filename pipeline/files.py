@@ -5,9 +5,11 @@ once. (universal-pathlib would be this class in large; here a store that fails i
 """
 
 import dataclasses
+import errno
 import functools
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +21,8 @@ from pipeline.errors import ImageError, SourceError, first_line
 
 ATTEMPTS = 3
 PREFETCH = 16  # files asked for at once: a store answers each after tens of milliseconds, however many there are
+CACHE_VARIABLE = "TWOTOWER_CACHE"
+NOT_FOR_US = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 MAX_OPEN = 64  # files kept open by a process; some data sets have thousands of tars
 
 Argument = TypeVar("Argument")
@@ -94,8 +98,12 @@ class UrlPath:
 
     def entries(self) -> Iterator["Entry"]:
         """What is in the folder."""
+        _, root = _open_store(self.url)
         for row in self._ask("ls", detail=True):
-            yield Entry(str(row["name"]).rstrip("/").rpartition("/")[2], row["type"], row["size"] or 0)
+            path = str(row["name"]).rstrip("/")
+            if path != root:  # some stores keep an empty object for the folder itself
+                kind = row["type"] if row["type"] in ("file", "directory") else "other"
+                yield Entry(path.rpartition("/")[2], kind, row["size"] or 0)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         failures = 0
@@ -114,19 +122,32 @@ class UrlPath:
 AnyPath = Path | UrlPath
 
 
+# Of macOS's zips, Synology (thumbnails of every picture; deleted ones), Windows and ext4.
+SYSTEM_FOLDERS = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+
+
 class Entry(NamedTuple):
     """Something in a folder.
 
     Attributes:
         name: its name there.
-        kind: ``file``, ``directory``, ``link`` (one that leads nowhere) or ``other`` (a pipe, a socket, a device); what
-            a link leads to counts.
+        kind: ``file``, ``directory``, ``link`` (one that leads nowhere), ``pipe``, ``socket``, ``device``,
+            ``unreadable`` (it cannot be told) or ``other``; what a link leads to counts.
         size: bytes of a file, else 0.
+        linked: a folder that a link leads to.
     """
 
     name: str
     kind: str
     size: int
+    linked: bool = False
+
+    @property
+    def hidden(self) -> bool:
+        """Its name begins with a dot, or it is a folder that a system keeps among people's files."""
+        return self.name.startswith(".") or (self.kind == "directory" and self.name in SYSTEM_FOLDERS)
 
 
 def parse_path(text: str) -> AnyPath:
@@ -134,22 +155,82 @@ def parse_path(text: str) -> AnyPath:
     return UrlPath(text.rstrip("/")) if is_url(text) else Path(text)
 
 
+def cache_folder() -> Path:
+    """Where data sets of URLs are kept and made: ``$TWOTOWER_CACHE``, else ``~/.cache/twotower``.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+
+
+def local_path(path: AnyPath) -> Path | None:
+    """A path of this machine, also of a ``file://`` URL; None for a URL of any other store."""
+    if isinstance(path, Path):
+        return path
+    filesystem, place = _open_store(path.url)
+    return Path(place) if getattr(filesystem, "local_file", False) else None
+
+
 def relative_to(path: AnyPath, root: AnyPath) -> PurePosixPath:
     """What follows the folder ``root`` in ``path``."""
     return PurePosixPath(str(path).removeprefix(str(root)).lstrip("/"))
 
 
-def scan(folder: AnyPath) -> list[Entry]:
-    """What is in a folder, hidden names left out, in the order that the file system gives.
+class UnreadableFolder(SourceError):
+    """This user may not list a folder of this machine; what is in it is not known."""
+
+
+def scan(folder: AnyPath) -> Iterator[Entry]:
+    """What is in a folder, hidden names too, in the order that the file system gives.
 
     Raises:
+        UnreadableFolder: it is not for this user to see.
         SourceError: it cannot be listed.
     """
+    place = local_path(folder) or folder
     try:
-        entries = folder.entries() if isinstance(folder, UrlPath) else _scan_local(folder)
-        return [entry for entry in entries if not entry.name.startswith(".")]
+        yield from place.entries() if isinstance(place, UrlPath) else _scan_local(place)
     except OSError as error:
-        raise SourceError(f"{folder}: cannot be listed: {error.strerror}") from None
+        raise _unlisted(folder, error) from None
+
+
+def identity(folder: AnyPath) -> object:
+    """What two paths to one folder share, however links lead there.
+
+    Raises:
+        UnreadableFolder: it is not for this user to see.
+        SourceError: it is gone.
+    """
+    place = local_path(folder)
+    if place is None:
+        return str(folder)
+    try:
+        found = place.stat()
+    except OSError as error:
+        raise _unlisted(folder, error) from None
+    return found.st_dev, found.st_ino
+
+
+def _unlisted(folder: AnyPath, error: OSError) -> SourceError:
+    kind = UnreadableFolder if error.errno in NOT_FOR_US else SourceError
+    return kind(f"{folder}: cannot be listed: {error.strerror or error}")
+
+
+def read_head(path: AnyPath, size: int) -> bytes:
+    """The first bytes of a file, without waiting for anybody: should it be a pipe by now, it is empty.
+
+    Raises:
+        OSError: it cannot be read.
+        SourceError: its store fails.
+    """
+    if isinstance(path, UrlPath):
+        return path.read_range(0, size)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return os.read(handle, size)
+    finally:
+        os.close(handle)
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
@@ -185,12 +266,25 @@ def prefetch(function: Callable[[Argument], Result], arguments: Iterable[Argumen
 def _scan_local(folder: Path) -> Iterator[Entry]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                yield Entry(entry.name, "directory", 0)
-            elif entry.is_file():
-                yield Entry(entry.name, "file", entry.stat().st_size)
-            else:
-                yield Entry(entry.name, "link" if entry.is_symlink() else "other", 0)
+            try:
+                if entry.is_file():
+                    yield Entry(entry.name, "file", entry.stat().st_size)
+                elif entry.is_dir():
+                    yield Entry(entry.name, "directory", 0, entry.is_symlink())
+                else:
+                    yield Entry(entry.name, _kind(entry.stat().st_mode), 0)
+            except PermissionError:
+                yield Entry(entry.name, "unreadable", 0)
+            except OSError:  # a link to nothing, to itself, or through a file
+                yield Entry(entry.name, "link", 0)
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    if stat.S_ISSOCK(mode):
+        return "socket"
+    return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "other"
 
 
 _handles: dict[Path, int] = {}

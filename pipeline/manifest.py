@@ -20,9 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import DatasetError
+from pipeline import raw_images
+from pipeline.errors import DatasetError, FormatError
+from twotower.words import one_line
 
-FORMAT = 1
+FORMAT = 2  # 2: num_found, passed_over, dropped_splits
 MANIFEST_NAME = "manifest.json"
 STATISTICS_NAME = "statistics.npz"
 INFO_NAME = "_info.json"
@@ -108,8 +110,25 @@ class SplitRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class PassedOver:
+    """Files of the input that are no samples and no images that failed, for one reason.
+
+    Attributes:
+        split: the split they would belong to; empty where they belong to none.
+        reason: why, a short fixed phrase.
+        count: how many.
+        examples: a few of their names, the first in the order of names.
+    """
+
+    split: str
+    reason: str
+    count: int
+    examples: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A complete data set.
+    """A complete data set. Nothing of the input is lost: stored + quarantined + passed over = found.
 
     Attributes:
         format: version of this layout.
@@ -121,6 +140,9 @@ class Manifest:
         splits: the splits by name.
         files: size and sha256 of the other files (statistics.npz, _info.json, quarantine.jsonl), as
             ``{name: {"size_bytes": int, "sha256": hex}}``.
+        num_found: files of the input, members of its archives or records of its arrays.
+        passed_over: those that were not even tried, by split and reason.
+        dropped_splits: splits whose images were all left out, so that they are not in ``splits``: how many they were.
     """
 
     format: int
@@ -131,6 +153,29 @@ class Manifest:
     label_order: str
     splits: dict[str, SplitRecord]
     files: dict[str, dict[str, Any]]
+    num_found: int
+    passed_over: tuple[PassedOver, ...] = ()
+    dropped_splits: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all splits."""
+        return sum(split.num_samples for split in self.splits.values())
+
+    @property
+    def num_left_out(self) -> int:
+        """Images that could not be used (see quarantine.jsonl), those of dropped splits included."""
+        return sum(split.num_quarantined for split in self.splits.values()) + sum(self.dropped_splits.values())
+
+    @property
+    def num_passed_over(self) -> int:
+        """Files of the input that were not tried."""
+        return sum(row.count for row in self.passed_over)
+
+    def found_lines(self) -> list[str]:
+        """What became of everything that the input held, a line each reason."""
+        parts = {"stored": self.num_samples, "left out (quarantine.jsonl)": self.num_left_out}
+        return found_lines(self.num_found, parts, self.passed_over)
 
     def to_json(self) -> str:
         """The manifest as canonical JSON text: sorted keys, so the same data set gives the same bytes.
@@ -145,6 +190,23 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 of the manifest's bytes: the identity of the data set, every image included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def found_lines(num_found: int, parts: dict[str, int], passed_over: tuple[PassedOver, ...]) -> list[str]:
+    """What became of everything that the input holds, a line each reason: the parts and what is passed over make it up.
+
+    Args:
+        num_found: all of it.
+        parts: words -> how many, of what was not passed over.
+        passed_over: the rest.
+    """
+    parts = parts | {"passed over": sum(row.count for row in passed_over)}
+    lines = [f"found {num_found:,} = " + " + ".join(f"{count:,} {words}" for words, count in parts.items())]
+    for row in passed_over:
+        where = f"{row.split}: " if row.split else ""
+        more = ", ..." if row.count > len(row.examples) else ""
+        lines.append(f"passed over: {where}{row.count:,} {row.reason} ({one_line(', '.join(row.examples))}{more})")
+    return lines
 
 
 def from_json(text: str | bytes) -> Manifest:
@@ -182,8 +244,9 @@ def read_record(text: str | bytes, build: Callable[[Any], Record], name: str) ->
 
 def _from_raw(raw: dict[str, Any]) -> Manifest:
     if raw["format"] != FORMAT:
-        raise DatasetError(
-            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again"
+        raise FormatError(
+            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again, "
+            "into a new folder"
         )
     return Manifest(
         format=raw["format"],
@@ -201,6 +264,9 @@ def _from_raw(raw: dict[str, Any]) -> Manifest:
             for name, split in raw["splits"].items()
         },
         files=raw["files"],
+        num_found=raw["num_found"],
+        passed_over=tuple(PassedOver(**row | {"examples": tuple(row["examples"])}) for row in raw["passed_over"]),
+        dropped_splits=raw["dropped_splits"],
     )
 
 
@@ -218,9 +284,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise DatasetError(
             f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}"
         )
+    path = folder / MANIFEST_NAME
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DatasetError(f"{path} is no file: remove it, and run prepare again")
     try:
-        return from_json((folder / MANIFEST_NAME).read_bytes())
+        return from_json(path.read_bytes())
     except FileNotFoundError:
+        if advice := "" if (folder / ".work").exists() else raw_images.advice(folder):
+            raise DatasetError(f"{folder} is no prepared data set: {advice}") from None
         raise DatasetError(
             f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again"
         ) from None

@@ -1,9 +1,11 @@
-"""How far a command is: a bar on a terminal, else one plain line every few seconds, on stderr."""
+"""How far a command is: a bar on a terminal, else one plain line every few seconds, on stderr; nothing where quiet."""
 
 import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from twotower import verbosity
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,7 +28,8 @@ class ProgressLine:
         self._total, self._verb, self._unit = total, verb, unit
         self._rate_unit = "images" if unit == "images" else unit
         self._start_s = self._last_line_s = time.monotonic()
-        self._bar = _make_bar() if sys.stderr.isatty() else None
+        self._quiet = verbosity.is_quiet()
+        self._bar = _make_bar() if sys.stderr.isatty() and not self._quiet else None
         if self._bar:
             self._task = self._bar.add_task(verb, total=total, completed=done, rate="")
 
@@ -51,7 +54,7 @@ class ProgressLine:
     def tick(self) -> None:
         """Prints the plain line when it is time to; to be called at least every second."""
         now = time.monotonic()
-        if self._bar or now - self._last_line_s < LINE_EVERY_S:
+        if self._bar or self._quiet or now - self._last_line_s < LINE_EVERY_S:
             return
         self._last_line_s = now
         rate = self.rate()

@@ -1,6 +1,7 @@
 """Fixtures that several rooms use: the real digits, and an input folder with the data set made from it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 
 from tests.helpers import preparing
 from tests.helpers.training_commands import DOUBLE, run, train_words
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make test-kills``; and signals that this process was started to ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # in the background of a shell, or under nohup
+            signal.signal(number, lambda *_: None)  # no less for us, but what we start would inherit to ignore it
+    parser.addoption("--all-cells", action="store_true", help="the whole matrix of test_kill_matrix.py, not half of it")
 
 
 @pytest.fixture(scope="session")

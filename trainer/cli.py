@@ -1,17 +1,20 @@
 """The command line of ``python -m trainer``: options only; what a command does stands in ``trainer.__main__``."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trainer.config import LAYERS
+from trainer.guesses import TrainerParser
+from twotower import verbosity
 
 Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
-    "exit codes: 0 done, 2 something to fix (one line says what), "
-    "3 stopped by a signal (train), or some images could not be used (predict), "
-    "4 another process of the run was lost (train)"
+    "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 stopped by a signal, and saved "
+    "(train), or some images could not be used (predict), 4 another process of the run was lost (train), "
+    "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
@@ -32,10 +35,17 @@ class Commands:
         """Adds a command; ``example`` stands at the end of its help."""
         description = summary[0].upper() + summary[1:] + "."
         parser = self._subparsers.add_parser(
-            name, help=summary, description=description, epilog=f"example: python -m trainer {example}"
+            name,
+            help=summary,
+            description=description,
+            epilog=f"example: python -m trainer {example}",
         )
         parser.set_defaults(command=self._handlers[name])
         return parser
+
+    def finish(self, parser: argparse.ArgumentParser) -> None:
+        """Adds what every command has, once all are there."""
+        verbosity.add_common_options(parser, self._subparsers)
 
     def add_hidden(self, name: str) -> argparse.ArgumentParser:
         """Adds the launcher's own command, which no help lists."""
@@ -46,7 +56,7 @@ class Commands:
 
 def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = TrainerParser(
         prog="python -m trainer",
         description="Train the two-tower AlexNet of 2012, one process per tower, and look at what came of it.",
         epilog=f"example: {TRAIN_EXAMPLE}\n{EXIT_CODES}",
@@ -58,11 +68,13 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_features(commands)
     _add_neighbours(commands)
+    _add_config(commands)
     _add_describe(commands)
     _add_report(commands)
     _add_export(commands)
     _add_import(commands)
     _add_bench(commands)
+    commands.finish(parser)
     return parser
 
 
@@ -76,15 +88,17 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return int(text)
 
 
 def _positive_number(text: str) -> float:
     """A number above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return number
@@ -96,7 +110,14 @@ def _folder(parser: argparse.ArgumentParser, name: str, text: str, *, required: 
 
 
 def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
+    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N; a GPU where there is one")
+
+
+def _device(text: str) -> str:
+    """A device by its name; whether it is here, torch knows."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu, cuda or cuda:N")
+    return text
 
 
 def _skip_option(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +158,11 @@ def _add_train(commands: Commands) -> None:
     _folder(train, "--data", "data set made by python -m pipeline prepare", required=False)
     _folder(train, "--run", "folder for metrics, checkpoints and report", required=False)
     train.add_argument(
-        "--processes", type=int, choices=(1, 2), help="1 (the default): both towers here; 2: one process per tower"
+        "--processes",
+        type=int,
+        choices=(1, 2),
+        help="1: both towers here, whatever the environment says (the default where RANK is not set); "
+        "2: one process per tower",
     )
     train.add_argument(
         "--replicas", type=_positive, metavar="R", help="pairs of towers that share each batch (default: 1)"
@@ -168,6 +193,9 @@ def _add_train(commands: Commands) -> None:
     train.add_argument("--yes", action="store_true", help="do not ask")
     train.add_argument(
         "--dry-run", action="store_true", help="say what it would take; starts no tower and writes nothing"
+    )
+    train.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe, as `config` does, and train nothing"
     )
     tower = commands.add_hidden("tower")
     _folder(tower, "--data", "")
@@ -303,6 +331,18 @@ def _add_neighbours(commands: Commands) -> None:
     neighbours.add_argument("--count", type=_positive, default=6, metavar="N", help="shown for each image (default: 6)")
     neighbours.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
     neighbours.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+
+
+def _add_config(commands: Commands) -> None:
+    config = commands.add(
+        "config",
+        "a resolved recipe, every field with its meaning, unit, range and default: a recipe itself",
+        "config --config configs/paper.toml --set train.epochs=3 > my.toml",
+    )
+    _recipe_options(config)
+    config.add_argument(
+        "--markdown", action="store_true", help="all fields and their defaults as docs/config.md, without a recipe"
+    )
 
 
 def _add_describe(commands: Commands) -> None:

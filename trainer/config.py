@@ -1,26 +1,23 @@
 """Recipes: typed, frozen, every field documented. A TOML file is overridden by ``--set section.field=value``."""
 
 import dataclasses
-import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.errors import PipelineError
 from pipeline.loader.config import LoaderConfig
 from trainer.config_toml import build, dump, override, require
 from trainer.errors import PeerError, RecipeError
+from twotower.fields import Limits, check, may_change
 
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-MAY_CHANGE = "may_change"  # in a field's metadata: it may while a run is under way, as it touches no weight
+CONVOLUTIONS = "conv1..conv5"
+CROSSINGS = ("conv3", "fc6", "fc7", "fc8")
+LOGGERS = tuple(sorted(path.stem for path in (Path(__file__).parent / "training" / "loggers").glob("[a-z]*.py")))
 POST_OPS = ("relu", "tanh", "lrn", "lrn_within_channel", "batch_norm", "maxpool")
-
-
-def _may_change(default: Any) -> Any:
-    """A field with :data:`MAY_CHANGE`; all others are what they were when the run began."""
-    return dataclasses.field(default=default, metadata={MAY_CHANGE: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,30 +25,25 @@ class LrnConfig:
     """Local response normalization, paper section 3.3: ``b = a / (k + alpha * sum(a_j^2))^beta``.
 
     Attributes:
-        size: neighboring channels in the sum, odd.
+        size: neighboring channels in the sum.
         alpha: factor on the *sum*. The paper's formula says 1e-4; the original program divides by ``size``: 2e-5.
         beta: exponent.
         k: offset, so that the denominator is never small.
-        within_channel_size: window side in px of the program's second normalization in layer 2, odd; each channel by
-            itself, with k = 1.
+        within_channel_size: window side of the program's second normalization in layer 2; each channel by itself,
+            with k = 1.
         within_channel_alpha: factor on its sum; the program's 1e-3 over 25 pixels is 4e-5.
     """
 
-    size: int = 5
-    alpha: float = 1e-4
-    beta: float = 0.75
-    k: float = 2.0
-    within_channel_size: int = 5
-    within_channel_alpha: float = 4e-5
+    size: Annotated[int, Limits(1, odd=True, unit="channels")] = 5
+    alpha: Annotated[float, Limits(0)] = 1e-4
+    beta: Annotated[float, Limits(above=0, high=2)] = 0.75
+    k: Annotated[float, Limits(above=0)] = 2.0
+    within_channel_size: Annotated[int, Limits(1, odd=True, unit="px")] = 5
+    within_channel_alpha: Annotated[float, Limits(0)] = 4e-5
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
-        odd = "an odd number of pixels"
-        require(self.size > 0 and self.size % 2 == 1, "model.lrn.size", self.size, "an odd number of channels")
-        require(self.within_channel_size % 2 == 1, "model.lrn.within_channel_size", self.within_channel_size, odd)
-        require(self.alpha >= 0, "model.lrn.alpha", self.alpha, "zero or more")
-        require(0 < self.beta <= 2, "model.lrn.beta", self.beta, "a number in (0, 2]")
-        require(self.k > 0, "model.lrn.k", self.k, "a positive number")
+        """Checks limits."""
+        check(self, "model.lrn", require)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +56,13 @@ class ModelConfig:
         in_channels: of the input, 3 (RGB) or 1 (gray); 0: as the data set.
         classes: outputs of fc8; 0: as many as the data set has.
         channels: output channels *per tower* of conv1..conv5.
-        kernel_sizes: sides of the kernels of conv1..conv5, px.
-        strides: of conv1..conv5, px.
+        kernel_sizes: sides of the kernels of conv1..conv5.
+        strides: of conv1..conv5.
         paddings: zeros of conv1..conv5 as [top and left, bottom and right], px. conv1's [0, 3] is the original's
             geometry, which rounds up.
         post_ops: what follows each convolution, in order: relu, tanh, lrn, lrn_within_channel, batch_norm, maxpool.
-        pool_px: side of the max-pooling window, px.
-        pool_stride: its stride, px; smaller than the side means overlapping pooling (paper section 3.4).
+        pool_px: side of the max-pooling window.
+        pool_stride: its stride, at most ``pool_px``; smaller than it means overlapping pooling (paper section 3.4).
         pool_ceil: whether the number of windows is rounded up, so that the last ones hang over the bottom and right
             edge, as in the original program. Only matters where the windows do not fit, as in run #147.
         hidden: units *per tower* of fc6 and fc7, two values.
@@ -85,66 +77,49 @@ class ModelConfig:
         lrn: response normalization.
     """
 
-    towers: int = 2
-    image_px: int = 224
-    in_channels: int = 3
-    classes: int = 1000
-    channels: tuple[int, ...] = (48, 128, 192, 192, 128)
-    kernel_sizes: tuple[int, ...] = (11, 5, 3, 3, 3)
-    strides: tuple[int, ...] = (4, 1, 1, 1, 1)
-    paddings: tuple[tuple[int, ...], ...] = ((0, 3), (2, 2), (1, 1), (1, 1), (1, 1))
-    post_ops: tuple[tuple[str, ...], ...] = (
+    towers: Annotated[int, Limits(choices=(1, 2))] = 2
+    image_px: Annotated[int, Limits(1, unit="px")] = 224
+    in_channels: Annotated[int, Limits(choices=(1, 3), besides=0, besides_means="as the data set")] = 3
+    classes: Annotated[int, Limits(2, besides=0, besides_means="as the data set")] = 1000
+    channels: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS)] = (48, 128, 192, 192, 128)
+    kernel_sizes: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS, unit="px")] = (11, 5, 3, 3, 3)
+    strides: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS, unit="px")] = (4, 1, 1, 1, 1)
+    paddings: Annotated[tuple[tuple[int, ...], ...], Limits(0, length=5, order=CONVOLUTIONS, pairs=True, unit="px")] = (
+        (0, 3),
+        (2, 2),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+    )
+    post_ops: Annotated[tuple[tuple[str, ...], ...], Limits(choices=POST_OPS, length=5, order=CONVOLUTIONS)] = (
         ("relu", "lrn", "maxpool"),
         ("relu", "lrn", "maxpool"),
         ("relu",),
         ("relu",),
         ("relu", "maxpool"),
     )
-    pool_px: int = 3
-    pool_stride: int = 2
+    pool_px: Annotated[int, Limits(1, unit="px")] = 3
+    pool_stride: Annotated[int, Limits(1, unit="px")] = 2
     pool_ceil: bool = False
-    hidden: tuple[int, ...] = (2048, 2048)
-    crossings: tuple[str, ...] = ("conv3", "fc6", "fc7", "fc8")
+    hidden: Annotated[tuple[int, ...], Limits(1, length=2, order="fc6 and fc7", unit="units")] = (2048, 2048)
+    crossings: Annotated[tuple[str, ...], Limits(choices=CROSSINGS)] = CROSSINGS
     activation: Literal["relu", "tanh"] = "relu"
-    dropout: float = 0.5
+    dropout: Annotated[float, Limits(0, below=1)] = 0.5
     dropout_kind: Literal["original", "inverted"] = "original"
     init: Literal["std", "he"] = "std"
-    init_std: tuple[float, ...] = (0.01,) * 8
-    init_bias: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    init_std: Annotated[tuple[float, ...], Limits(0, length=8, order="conv1..fc8")] = (0.01,) * 8
+    init_bias: Annotated[tuple[float, ...], Limits(length=8, order="conv1..fc8")] = (0.0, 1.0, 0.0, *(1.0,) * 4, 0.0)
     lrn: LrnConfig = dataclasses.field(default_factory=LrnConfig)
 
     def __post_init__(self) -> None:
-        """Checks lengths, ranges and that every layer keeps a positive size."""
-        require(self.towers in (1, 2), "model.towers", self.towers, "1 or 2")
-        require(
-            self.in_channels in (0, 1, 3),
-            "model.in_channels",
-            self.in_channels,
-            "1 (gray), 3 (RGB) or 0 (as the data set)",
-        )
-        fits = self.classes >= 2 or self.classes == 0
-        require(fits, "model.classes", self.classes, "2 or more, or 0 (as the data set)")
-        for field in ("channels", "kernel_sizes", "strides", "paddings", "post_ops"):
-            values = getattr(self, field)
-            require(len(values) == 5, f"model.{field}", values, "five values, conv1..conv5")
-        for field in ("init_std", "init_bias"):
-            values = getattr(self, field)
-            require(len(values) == 8, f"model.{field}", values, "eight values, conv1..fc8")
+        """Checks limits, what two fields must have in common, and that every layer keeps a positive size."""
+        check(self, "model", require)
         unused = self.init == "he" and self.init_std != ModelConfig.init_std
         require(not unused, "model.init_std", self.init_std, "none beside model.init = 'he', which computes it")
-        for pair in self.paddings:
-            pairs = "pairs [before, after] of zero or more px"
-            require(len(pair) == 2 and min(pair) >= 0, "model.paddings", self.paddings, pairs)
         for names in self.post_ops:
-            require(set(names) <= set(POST_OPS), "model.post_ops", names, f"a list out of {', '.join(POST_OPS)}")
             require(names.count("batch_norm") <= 1, "model.post_ops", names, "at most one batch_norm per layer")
-        known = set(self.crossings) <= {"conv3", "fc6", "fc7", "fc8"}
-        require(known, "model.crossings", self.crossings, "conv3, fc6, fc7, fc8")
         require("fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability in [0, 1)")
-        fits = len(self.hidden) == 2 and min(self.hidden) > 0
-        require(fits, "model.hidden", self.hidden, "two positive numbers, fc6 and fc7")
-        require(0 < self.pool_stride <= self.pool_px, "model.pool_stride", self.pool_stride, "1 to model.pool_px")
+        require(self.pool_stride <= self.pool_px, "model.pool_stride", self.pool_stride, "1 to model.pool_px")
         for name, size in self.map_sizes().items():
             require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
 
@@ -183,18 +158,14 @@ class LayerOverride:
             changes the weights only.)
     """
 
-    layer: str
-    epoch: float
-    learning_rate: float
-    bias_learning_rate: float | None = None
+    layer: Annotated[str, Limits(choices=LAYERS)]
+    epoch: Annotated[float, Limits(0, unit="epochs")]
+    learning_rate: Annotated[float, Limits(0)]
+    bias_learning_rate: Annotated[float | None, Limits(0)] = None
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
-        require(self.layer in LAYERS, "optimizer.layer_overrides.layer", self.layer, f"one of {', '.join(LAYERS)}")
-        require(self.epoch >= 0, "optimizer.layer_overrides.epoch", self.epoch, "zero or more")
-        for field in ("learning_rate", "bias_learning_rate"):
-            value = getattr(self, field)
-            require(value is None or value >= 0, f"optimizer.layer_overrides.{field}", value, "zero or more")
+        """Checks limits."""
+        check(self, "optimizer.layer_overrides", require)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,32 +196,27 @@ class OptimizerConfig:
         warmup_epochs: epochs over which the rates rise linearly from zero; 0 in the paper.
     """
 
-    learning_rate: float = 0.01
-    bias_learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0005
+    learning_rate: Annotated[float, Limits(above=0)] = 0.01
+    bias_learning_rate: Annotated[float, Limits(above=0)] = 0.01
+    momentum: Annotated[float, Limits(0, below=1)] = 0.9
+    weight_decay: Annotated[float, Limits(0)] = 0.0005
     decay_biases: bool = False
     schedule: Literal["steps", "log_thirds", "plateau"] = "steps"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    final_lr_ratio: float = 0.004
-    patience: int = 5
-    threshold: float = 0.001
-    max_drops: int = 3
+    milestones: Annotated[tuple[float, ...], Limits(0, unit="epochs")] = ()
+    gamma: Annotated[float, Limits(above=0)] = 0.1
+    final_lr_ratio: Annotated[float, Limits(above=0)] = 0.004
+    patience: Annotated[int, Limits(1, unit="evaluations")] = 5
+    threshold: Annotated[float, Limits(0)] = 0.001
+    max_drops: Annotated[int, Limits(0)] = 3
     bias_schedule: Literal["same", "constant", "halfway", "steps"] = "same"
-    bias_milestones: tuple[float, ...] = ()
-    bias_gamma: float = 0.1
+    bias_milestones: Annotated[tuple[float, ...], Limits(0, unit="epochs")] = ()
+    bias_gamma: Annotated[float, Limits(above=0)] = 0.1
     layer_overrides: tuple[LayerOverride, ...] = ()
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Limits(0, unit="epochs")] = 0.0
 
     def __post_init__(self) -> None:
-        """Checks ranges, and that no setting stands beside a schedule that would not look at it."""
-        for field in ("learning_rate", "bias_learning_rate", "gamma", "bias_gamma", "final_lr_ratio"):
-            require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "a positive number")
-        for field in ("weight_decay", "threshold", "max_drops", "warmup_epochs"):
-            require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "zero or more")
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
-        require(self.patience >= 1, "optimizer.patience", self.patience, "1 or more")
+        """Checks limits, and that no setting stands beside a schedule that would not look at it."""
+        check(self, "optimizer", require)
         for field, schedule in (("milestones", self.schedule), ("bias_milestones", self.bias_schedule)):
             epochs = list(getattr(self, field))
             require(epochs == sorted(epochs), f"optimizer.{field}", epochs, "rising epochs")
@@ -284,32 +250,31 @@ class TrainConfig:
         threads: threads of a process's computation on a CPU; 0: its share of the cores. They wait for each other
             actively: where the loader needs much of a core, the two are faster together with a core each
             (``trainer bench`` says so).
+        loggers: where the figures go besides metrics.jsonl: tensorboard (RUN/tensorboard), wandb (Weights & Biases),
+            mlflow; each of the other two is an extra to install, and configured by its own variables.
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
 
-    epochs: int = _may_change(90)
-    batch_size: int = 128
-    accumulate: int = 1
-    seed: int = 0
-    evaluate_every_epochs: int = _may_change(1)
-    evaluate_split: str = _may_change("val")
-    checkpoint_every_epochs: int = _may_change(1)
-    checkpoint_every_steps: int = _may_change(0)
-    keep_checkpoints: int = _may_change(2)
+    epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(90)
+    batch_size: Annotated[int, Limits(1, unit="images")] = 128
+    accumulate: Annotated[int, Limits(1, unit="pieces")] = 1
+    seed: Annotated[int, Limits(0)] = 0
+    evaluate_every_epochs: Annotated[int, Limits(0, unit="epochs")] = may_change(1)
+    evaluate_split: str = may_change("val")
+    checkpoint_every_epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(1)
+    checkpoint_every_steps: Annotated[int, Limits(0, unit="steps")] = may_change(0)
+    keep_checkpoints: Annotated[int, Limits(1, unit="checkpoints")] = may_change(2)
     precision: Literal["fp32", "bf16"] = "fp32"
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
-    threads: int = _may_change(0)
-    peer_timeout_s: float = _may_change(60.0)
+    threads: Annotated[int, Limits(0, unit="threads")] = may_change(0)
+    loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))
+    peer_timeout_s: Annotated[float, Limits(above=0, unit="s")] = may_change(60.0)
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
-        for field in ("epochs", "batch_size", "accumulate", "keep_checkpoints", "checkpoint_every_epochs"):
-            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
-        for field in ("evaluate_every_epochs", "checkpoint_every_steps", "seed", "threads"):
-            require(getattr(self, field) >= 0, f"train.{field}", getattr(self, field), "zero or more")
+        """Checks limits, and what two fields must have in common."""
+        check(self, "train", require)
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
-        require(self.peer_timeout_s > 0, "train.peer_timeout_s", self.peer_timeout_s, "a positive number of seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,11 +301,6 @@ class Config:
             self.train.accumulate,
             "1 with data.last_batch = partial",
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the resolved recipe: equal on every rank of a run, and kept in checkpoints."""
-        return hashlib.sha256(to_toml(self).encode()).hexdigest()
 
 
 def check_world(world: int) -> None:
@@ -377,7 +337,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, text: str =
         raise RecipeError("data.crop_px: the loader's crop is model.image_px; set that one, and leave this one out")
     try:
         return build(Config, table, "")
-    except PipelineError as error:
+    except (PipelineError, RecipeError) as error:
+        where = f"{path}: " if path is not None and not overrides else ""  # else an override may be to blame
+        raise RecipeError(f"{where}{error}") from None
+
+
+def from_toml(text: str) -> Config:
+    """The recipe that :func:`to_toml` has written.
+
+    Raises:
+        RecipeError: it is none, or another version's.
+    """
+    try:
+        return build(Config, tomllib.loads(text), "")
+    except (PipelineError, RecipeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(str(error)) from None
 
 

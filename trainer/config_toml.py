@@ -62,6 +62,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         require(value in arguments, where, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
+        if isinstance(value, str) and arguments[0] is str:  # --set train.loggers=tensorboard,wandb
+            value = [word.strip() for word in value.split(",") if word.strip()]
         require(isinstance(value, list | tuple), where, value, "a list")
         return tuple(_convert(item, arguments[0], where) for item in value)
     if origin in (typing.Union, types.UnionType):
@@ -79,16 +81,16 @@ def dump(sections: Mapping[str, Mapping[str, Any]]) -> str:
     for section, fields in sections.items():
         tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
         plain = {key: value for key, value in fields.items() if key not in tables and value is not None}
-        lines += [f"[{section}]", *(f"{key} = {_text(value)}" for key, value in plain.items()), ""]
+        lines += [f"[{section}]", *(f"{key} = {toml_text(value)}" for key, value in plain.items()), ""]
         for name, table in tables.items():
-            lines += [f"[{section}.{name}]", *(f"{key} = {_text(value)}" for key, value in table.items()), ""]
+            lines += [f"[{section}.{name}]", *(f"{key} = {toml_text(value)}" for key, value in table.items()), ""]
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
+def toml_text(value: Any) -> str:
     """One value: inline tables for dicts in a list, else what JSON and TOML write alike."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_text(item)}" for key, item in value.items() if item is not None) + "}"
+        return "{" + ", ".join(f"{key} = {toml_text(item)}" for key, item in value.items() if item is not None) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_text, value)) + "]"
+        return "[" + ", ".join(map(toml_text, value)) + "]"
     return json.dumps(value)

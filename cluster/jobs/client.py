@@ -1,31 +1,34 @@
-"""The HTTP interface of a Ray cluster (jobs, nodes, log files), and the token that it asks for.
+"""The HTTP interface of a Ray cluster (jobs, nodes, packages, log files); every request goes through `Client.call`.
 
-Ray's own JobSubmissionClient only sends jobs (submission.py). It is used for nothing else, because
+Ray's own JobSubmissionClient is not used, because
 
-- importing it takes 0.45 s of processor time; all of `python -m cluster status` takes 0.13 s (2 cores, Ray 2.60),
-- its requests have no time limit, and they go through http_proxy, which never helps on the way to a loopback address,
+- it prefers RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, to the address that it is given,
+- its requests obey proxies, ~/.netrc and redirects, so that tree, job and token may reach another machine than the one
+  that was named, and they have no time limit,
 - it has logs as text only: the server answers 500 if a job has written a byte that is no UTF-8,
-- it knows neither nodes nor log files, and a job's true exit code is in a file beside its log (entry.py).
-
-The token itself is never printed or logged.
+- it knows neither nodes nor log files, and a job's true exit code is in a file beside its log (entry.py),
+- importing it takes 0.45 s of processor time; all of `python -m cluster status` takes 0.13 s (2 cores, Ray 2.60).
 """
 
 import json
 import os
-import secrets
-import stat
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import quote
 
 import requests
 
 from cluster.errors import ClusterError, last_line
+from cluster.jobs.auth_token import read_token, token_path
+from twotower.verbosity import log
+from twotower.words import one_line
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_S = 20.0
+SEND_TIMEOUT_S = 300.0  # the server stores up to 512 MiB before it answers
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+REASONS = ("msg", "message", "error", "detail")  # where answers in JSON have theirs
 
 
 class ServerError(ClusterError):
@@ -40,71 +43,69 @@ class Unreachable(ClusterError):
     """Nothing answers at the address."""
 
 
-def dashboard_address(address: str | None) -> str:
-    """The dashboard's URL: `address`, else RAY_API_SERVER_ADDRESS, else port 8265 of this machine.
+def plain_session() -> requests.Session:
+    """Requests that go to their address and nowhere else, whatever proxies, ~/.netrc and redirects say.
 
     Raises:
-        ClusterError: the address is neither http(s)://HOST:PORT nor HOST:PORT.
+        ClusterError: REQUESTS_CA_BUNDLE, which is heeded, names no file.
     """
-    text = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    url = urlparse(text if "://" in text else f"http://{text}")
-    try:
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port is not None
-    except ValueError:
-        good = False
-    if not good:
-        raise ClusterError(f"address {text!r}: expected the dashboard as http://HOST:PORT, such as {DEFAULT_ADDRESS}")
-    return f"{url.scheme}://{url.netloc}"
-
-
-def is_loopback(address: str) -> bool:
-    """Whether the dashboard's URL points to this machine."""
-    return urlparse(address).hostname in ("127.0.0.1", "localhost", "::1")
+    session = requests.Session()
+    session.trust_env = False
+    if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+        if not Path(bundle).exists():
+            raise ClusterError(f"REQUESTS_CA_BUNDLE is {bundle!r}: expected a file of certificates; unset or mend it")
+        session.verify = bundle
+    return session
 
 
 class Client:
     """Calls to one cluster. Every failure is one line.
 
     Args:
-        address: the dashboard, http(s)://HOST:PORT, see `dashboard_address`.
+        address: the dashboard, see `addresses.dashboard_address`.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxies, and no password from ~/.netrc in place of the token
-        self.headers: dict[str, str] = {}
+        self._session = plain_session()
+        self._has_token = False
         if token := read_token():
-            self.headers["Authorization"] = f"Bearer {token}"
-        self._session.headers.update(self.headers)
+            self._has_token = True
+            self._session.headers["Authorization"] = f"Bearer {token}"
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
         """One HTTP call.
 
         Raises:
             Unreachable: no answer.
-            ClusterError: the token is missing or wrong.
+            ClusterError: the token is missing or wrong; or the answer sends on to another address.
             ServerError: the server reports another error.
         """
         options.setdefault("timeout", TIMEOUT_S)
         try:
-            answer = self._session.request(method, self.address + path, **options)
+            answer = self._session.request(method, self.address + path, allow_redirects=False, **options)
         except requests.RequestException as error:
-            why = "no answer in time" if isinstance(error, requests.Timeout) else "nothing answers there"
-            fix = "start one with `python -m cluster up --local`, or give --address"
-            raise Unreachable(f"no Ray cluster at {self.address} ({why}); {fix}") from error
-        if answer.status_code == 401:
-            raise ClusterError(
-                f"{self.address} asks for a token and there is none in {token_path()}; copy the cluster's token file "
-                "there (mode 0600), or set RAY_AUTH_TOKEN_PATH"
-            )
-        if answer.status_code == 403:
-            raise ClusterError(
-                f"{self.address} refuses the token in {token_path()}; it belongs to another cluster: copy the right one"
-            )
-        if answer.status_code >= 400:
-            raise ServerError(answer.status_code, f"{self.address}{path}: {last_line(answer.text)}")
+            raise Unreachable(f"no Ray cluster at {self.address} ({_why_silent(error)}") from error
+        log.debug("%s %s: %d", method, answer.url, answer.status_code)
+        if answer.status_code >= 300:
+            raise self._refusal(answer, path)
         return answer
+
+    def _refusal(self, answer: requests.Response, path: str) -> ClusterError:
+        """What an answer that is none says, and what to do."""
+        if answer.is_redirect:
+            target = one_line(answer.headers.get("Location", ""))
+            fix = "if that is the cluster, give its address with --address: the token goes nowhere unasked"
+            return ClusterError(f"{self.address} sends requests on to {target}; {fix}")
+        if answer.status_code == 401 and not self._has_token:
+            fix = "copy the cluster's token file there (mode 0600), or set RAY_AUTH_TOKEN_PATH"
+            return ClusterError(f"{self.address} asks for a token and there is none in {token_path()}; {fix}")
+        if answer.status_code in (401, 403):
+            place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else token_path()
+            fix = "it belongs to another cluster: copy the right one"
+            return ClusterError(f"{self.address} refuses the token in {place}; {fix}")
+        said = f"HTTP {answer.status_code}: {reason(answer)}"
+        return ServerError(answer.status_code, f"{self.address}{path}: {said}")
 
     def read(self, path: str, **options: Any) -> Any:
         """The JSON that a GET gives.
@@ -133,29 +134,63 @@ class Client:
 
     def nodes(self) -> list[dict[str, Any]]:
         """The summary of every node that the cluster has or had."""
-        return list(self.read("/nodes", params={"view": "summary"})["data"]["summary"])
+        try:
+            return list(self.read("/nodes", params={"view": "summary"})["data"]["summary"])
+        except (KeyError, TypeError):
+            raise self._no_ray() from None
 
     def jobs(self) -> list[dict[str, Any]]:
         """All submitted jobs, oldest first."""
-        jobs = [job for job in self.read("/api/jobs/") if job.get("submission_id")]
+        record = self.read("/api/jobs/")
+        if not isinstance(record, list) or not all(isinstance(job, dict) for job in record):
+            raise self._no_ray()
+        jobs = [job for job in record if job.get("submission_id")]
         return sorted(jobs, key=lambda job: job.get("start_time") or 0)
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """One job's record as the Jobs API has it.
+        """One job's record as the Jobs API has it; its `submission_id` is the id, also where Ray's own was given.
 
         Raises:
-            ClusterError: there is no such job.
+            ClusterError: there is no such job, or it is a program that was not submitted.
         """
+        unknown = ClusterError(f"no job {job_id!r} on {self.address}; see `python -m cluster status`")
+        if job_id.strip(".") == "":  # a URL would be shortened by it
+            raise unknown
         try:
-            return dict(self.read(f"/api/jobs/{job_id}"))
+            record = self.read(f"/api/jobs/{quote(job_id, safe='')}")
         except ServerError as error:
             if error.status == 404:
-                raise ClusterError(f"no job {job_id!r} on {self.address}; see `python -m cluster status`") from None
+                raise unknown from None
             raise
+        if not isinstance(record, dict):
+            raise self._no_ray()
+        if not record.get("submission_id"):
+            raise ClusterError(
+                f"job {job_id!r} was not submitted, its program called ray.init by itself: no log, no stop"
+            )
+        return dict(record)
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end: SIGTERM now, SIGKILL after the cluster's RAY_JOB_STOP_WAIT_TIME_S."""
-        self.call("POST", f"/api/jobs/{job_id}/stop")
+        self.call("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+
+    def has_package(self, name: str) -> bool:
+        """Whether the cluster has a package of files, such as a working tree, already."""
+        try:
+            self.call("GET", f"/api/packages/{name}")
+        except ServerError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def send_package(self, name: str, content: bytes) -> None:
+        """Store a package of files."""
+        self.call("PUT", f"/api/packages/{name}", data=content, timeout=SEND_TIMEOUT_S)
+
+    def start_job(self, job: dict[str, Any]) -> None:
+        """Start a job; `job` has the fields of Ray's JobSubmitRequest."""
+        self.call("POST", "/api/jobs/", json=job, timeout=SEND_TIMEOUT_S)
 
     def log(self, job_id: str, node_id: str | None, lines: int = -1) -> bytes:
         """What a job has written so far, byte for byte.
@@ -169,7 +204,7 @@ class Client:
             ServerError: there is no such file.
         """
         if node_id is None:
-            return str(self.read(f"/api/jobs/{job_id}/logs").get("logs", "")).encode()
+            return str(self.read(f"/api/jobs/{quote(job_id, safe='')}/logs").get("logs", "")).encode()
         return self._log_file(node_id, _log_name(job_id), lines)
 
     def follow_log(self, job_id: str, node_id: str) -> Iterator[bytes]:
@@ -199,59 +234,26 @@ def _log_name(job_id: str) -> str:
     return f"job-driver-{job_id}.log"
 
 
-def token_path() -> Path:
-    """The token file: RAY_AUTH_TOKEN_PATH, else Ray's default ~/.ray/auth_token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+def _why_silent(error: requests.RequestException) -> str:
+    """Why a request got no answer, the bracket after it, and what to do."""
+    if isinstance(error, requests.exceptions.SSLError):
+        fix = "REQUESTS_CA_BUNDLE=FILE names the certificates to trust; http:// is spoken where there is no TLS"
+        return f"its TLS certificate is not accepted, or it speaks none); {fix}"
+    why = "no answer in time" if isinstance(error, requests.Timeout) else "nothing answers there"
+    return f"{why}); start one with `python -m cluster up --local`, or give --address"
 
 
-def read_token() -> str | None:
-    """The token, looked for as Ray does: RAY_AUTH_TOKEN, then the file; None if there is none.
-
-    Raises:
-        ClusterError: the file is there and cannot be read, or is empty.
-    """
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    path = token_path()
+def reason(answer: requests.Response) -> str:
+    """Why a server refused, in one line: from its JSON, its page, or the last line of its traceback."""
     try:
-        token = path.read_text().strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ClusterError(f"token file {path}: {error.strerror}; it must be a file that you can read") from error
-    if not token:
-        raise ClusterError(f"token file {path} is empty; delete it, and `python -m cluster up --local` makes a new one")
-    return token
-
-
-def mode_too_wide(path: Path) -> int | None:
-    """The permission bits of `path` if group or others may touch it, else None."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    return mode if mode & 0o077 else None
-
-
-def ensure_token() -> tuple[Path, str]:
-    """Make sure that there is a token which only its owner can read.
-
-    Returns:
-        The token file, and what was done in words ("" if nothing).
-
-    Raises:
-        ClusterError: the file cannot be made or read.
-    """
-    path = token_path()
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return path, ""
-    try:
-        if read_token() is None:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)  # private from its first byte on
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(secrets.token_hex(32))
-            return path, "made a new token"
-        if mode_too_wide(path) is not None:
-            path.chmod(0o600)  # Ray itself writes it 0644 under the usual umask
-            return path, "made the token file readable for you only"
-    except OSError as error:
-        raise ClusterError(f"token file {path}: {error.strerror or error}") from error
-    return path, ""
+        record = answer.json()
+    except ValueError:
+        record = None
+    if isinstance(record, dict):
+        said = next((str(record[name]) for name in REASONS if record.get(name)), answer.text)
+    elif "html" in answer.headers.get("Content-Type", ""):
+        words = re.sub(r"<(script|style).*?</\1>|<[^>]*>", "\n", answer.text, flags=re.DOTALL | re.IGNORECASE)
+        said = next((line for line in words.splitlines() if line.strip()), "")  # the title
+    else:
+        said = answer.text
+    return one_line(last_line(said, answer.reason or "no reason given"))

@@ -9,11 +9,13 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,14 +23,16 @@ from typing import Any, BinaryIO
 import requests
 
 from cluster.errors import ClusterError, last_line
-from cluster.jobs.client import TERMINAL, Client, ServerError, Unreachable, is_loopback
+from cluster.jobs.client import TERMINAL, Client, ServerError, Unreachable
+from cluster.jobs.entry import shell_code
+from cluster.jobs.paths import TREE
 from cluster.jobs.progress import BarStream
+from twotower.words import one_line
 
 POLL_S = 0.5
+WRAPPER = "-m cluster.jobs.entry"
 LOST_CONTACT_S = 120.0
 EXIT_LOST = 70  # the job ended without telling how: its node died, or it was killed together with its wrapper
-ROOT = Path(__file__).resolve().parents[2]
-PATH_OPTIONS = ("--output", "--input", "--data", "--run", "--json", "--html")  # the last two are also flags
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,12 @@ class JobRequest:
     job_id: str
     environment: dict[str, str] = field(default_factory=dict)
     python: str = "python"
-    working_dir: Path = ROOT
+    working_dir: Path = TREE
 
     @property
     def entrypoint(self) -> str:
         """The shell command of the job. `exec`, so that signals and the exit code meet no shell in between."""
-        return f"exec {self.python} -m cluster.jobs.entry -- {shlex.join(self.command)}"
+        return f"exec {shlex.quote(self.python)} {WRAPPER} -- {shlex.join(self.command)}"
 
     def ray_command(self, address: str) -> str:
         """The equal `ray job submit` command."""
@@ -65,91 +69,77 @@ class JobRequest:
 
 def new_job_id(command: Sequence[str]) -> str:
     """A unique id that says what the job does and when it was sent, such as prepare-20261122-103000-1f3a."""
-    return f"{stage_of(command)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{stage_of(command)[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def stage_of(command: Sequence[str]) -> str:
     """What a command does in one word: prepare for `python -m pipeline prepare ...`, job if it does not show."""
     for package, word in itertools.pairwise(command):
-        if package in ("pipeline", "trainer") and word.isidentifier():
+        if package in ("pipeline", "trainer") and _is_word(word):
             return word
     first = Path(command[0]).name if command else ""
-    return first if first.isidentifier() and not first.startswith("python") else "job"
+    return first if _is_word(first) and not first.startswith("python") else "job"
 
 
-def absolute_paths(command: Sequence[str], address: str) -> tuple[str, ...]:
-    """The command with absolute values of --output, --input, --data, --run, --json and --html.
+def _is_word(text: str) -> bool:
+    return text.isascii() and text.isidentifier() and text[0] != "_"
 
-    A job runs in a copy of the working tree that Ray deletes: a result written to a relative path would be lost. On a
-    cluster of this machine such a path means the same as without a cluster; elsewhere it is refused.
+
+def check_job_id(job_id: str) -> None:
+    """Refuse an id that cannot be a part of a file's name and of a URL.
 
     Raises:
-        ClusterError: a relative path, and the cluster is on other machines.
+        ClusterError: naming what may stand in one.
     """
-    words = list(command)
-    for position, word in enumerate(words):
-        option, _, inline = word.partition("=")
-        if option not in PATH_OPTIONS or (not inline and position + 1 >= len(words)):
-            continue
-        value = inline or words[position + 1]
-        if value.startswith("-") or "://" in value or Path(value).is_absolute():
-            continue
-        if not is_loopback(address):
-            raise ClusterError(f"{option} {value}: give an absolute path or URL that every node of {address} can reach")
-        words[position if inline else position + 1] = (f"{option}=" if inline else "") + str(Path(value).resolve())
-    return tuple(words)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", job_id):
+        raise ClusterError(
+            f"--id {job_id!r}: expected up to 100 letters, digits, '.', '_' and '-', first a letter or digit"
+        )
 
 
 def submit(client: Client, request: JobRequest) -> None:
     """Send the working tree and start the job.
 
     Raises:
-        ClusterError: the tree is too large, the id was used before, or the cluster refuses.
+        ClusterError: the tree cannot be packed or is too large, the id was used before, or the cluster refuses.
     """
-    runtime_env: dict[str, Any] = {"working_dir": str(request.working_dir)}
-    if request.environment:
-        runtime_env["env_vars"] = request.environment
-    with _only_to(client.address):
-        from ray.job_submission import JobSubmissionClient  # half a second to import: only here
-
-        for name in ("ray", JobSubmissionClient.__module__, "ray.dashboard.modules.dashboard_sdk"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            sender = JobSubmissionClient(client.address, headers=dict(client.headers))
-            sender.submit_job(entrypoint=request.entrypoint, submission_id=request.job_id, runtime_env=runtime_env)
-        except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
-            raise ClusterError(_why_refused(request, error)) from error
-
-
-@contextlib.contextmanager
-def _only_to(address: str) -> Iterator[None]:
-    """Let Ray's client send tree, job and token to this address only, and the same way as ours (client.py).
-
-    Ray's client prefers RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, to the address that it is given, goes through proxies
-    and takes passwords from ~/.netrc. RAY_AUTH_MODE lets it send the token; whether one is asked for is the cluster's
-    decision.
-    """
-    names = {"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "NETRC": os.devnull}
-    names |= {"no_proxy": "*", "NO_PROXY": "*"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        runtime_env: dict[str, Any] = {"working_dir": _send_tree(client, request.working_dir)}
+        if request.environment:
+            runtime_env["env_vars"] = request.environment
+        job = {"entrypoint": request.entrypoint, "submission_id": request.job_id, "runtime_env": runtime_env}
+        client.start_job(job)
+    except ServerError as error:
+        raise ClusterError(_why_refused(request, error)) from error
+    except (ValueError, OSError) as error:
+        raise ClusterError(f"{request.working_dir} cannot be packed: {last_line(str(error))}") from error
 
 
-def _why_refused(request: JobRequest, error: Exception) -> str:
+def _send_tree(client: Client, folder: Path) -> str:
+    """Store a folder on the cluster, as Ray's own client does; its name there, which is a hash of its content."""
+    from ray._private import ray_constants  # half a second to import: only here
+    from ray._private.runtime_env import packaging
+
+    for name in ("ray", packaging.__name__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    left_out = ray_constants.get_runtime_env_default_excludes()
+    uri = packaging.get_uri_for_directory(str(folder), include_gitignore=True, excludes=left_out)
+    name = uri.replace("://", "/")
+    if not client.has_package(name):
+        with tempfile.TemporaryDirectory() as scratch:
+            package = Path(scratch) / "tree.zip"
+            packaging.create_package(str(folder), package, include_gitignore=True, excludes=left_out)
+            client.send_package(name, package.read_bytes())
+    return str(uri)
+
+
+def _why_refused(request: JobRequest, error: ServerError) -> str:
     text = str(error)
-    if "already exists" in text:
+    if "submission_id" in text and "already exists" in text:
         return f"job id {request.job_id!r} was used before on this cluster; choose another with --id"
-    if "exceeds the maximum size" in text or "is too large" in text:
+    if error.status == 413 or "exceeds the maximum size" in text or "is too large" in text:
         return f"{request.working_dir} is larger than Ray's 512 MiB; name what a job does not need in .rayignore"
-    return f"the cluster refused the job: {last_line(text, type(error).__name__)}"
+    return f"the cluster refused the job: {text}"
 
 
 @dataclass(frozen=True)
@@ -171,24 +161,38 @@ class Ending:
 
 
 def ending(client: Client, job: dict[str, Any]) -> Ending:
-    """How a job in a terminal state ended: from its own result file, else from what Ray knows."""
+    """How a job in a terminal state ended: from its own result file, else (plain `ray job submit`) as Ray knows it."""
     if record := client.result(job):
         note = f"by {record['signal']}" if record.get("signal") else record.get("error") or ""
         return Ending(str(record["outcome"]), int(record["exit_code"]), note)
-    if job["status"] == "STOPPED":
-        return Ending("stopped", 137, "by force: it did not end in time after SIGTERM")
+    ours = WRAPPER in job["entrypoint"]
     code = job.get("driver_exit_code")
+    if job["status"] == "SUCCEEDED":
+        return Ending("succeeded", 0)
+    if job["status"] == "STOPPED":
+        return Ending("stopped", 137, "by force: it did not end in time after SIGTERM" if ours else "by Ray")
     if code is not None and (code < 0 or code > 128):
-        return Ending("killed", 128 - code if code < 0 else code, "together with its wrapper")
+        return Ending("killed", shell_code(code), "together with its wrapper" if ours else "")
+    if code and not ours:  # Ray's message says no more, and repeats the log
+        return Ending("failed", code)
     message = (job.get("message") or "").strip() or "no reason given"
-    return Ending("failed" if code else "lost", code or EXIT_LOST, message.splitlines()[0][:300])
+    never_began = message.startswith("runtime_env setup failed")
+    outcome = "failed" if code or never_began else "lost"
+    return Ending(outcome, code or EXIT_LOST, one_line(message.splitlines()[0][:300]))
+
+
+def command_line(job: dict[str, Any]) -> str:
+    """What a job runs, without our wrapper."""
+    before, found, after = job["entrypoint"].partition(f"{WRAPPER} -- ")
+    return one_line(after if found else before)
 
 
 class LogFollower:
     """Copies a job's log to a stream while the job runs, and attaches again whenever the connection ends.
 
     Following can end early (a proxy, a restart of the dashboard), so the number of bytes shown is counted and the rest
-    is fetched once the job is over.
+    is fetched once the job is over. `unread` is the error of a stream that takes no more: its reader is gone, its disk
+    is full.
     """
 
     def __init__(self, client: Client, job_id: str, stream: BinaryIO | BarStream) -> None:
@@ -198,6 +202,7 @@ class LogFollower:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.first_byte_at: float | None = None
+        self.unread: OSError | None = None
 
     def start(self, node_id: str) -> None:
         """Follow in the background."""
@@ -230,12 +235,16 @@ class LogFollower:
     def _show(self, chunk: bytes, offset: int) -> None:
         """Write the part of `chunk`, which begins at byte `offset` of the log, that has not been shown."""
         new = chunk[max(0, self._shown - offset) :]
-        if not new:
+        if not new or self.unread:
             return
         self.first_byte_at = self.first_byte_at or time.time()
         self._shown += len(new)
-        self._stream.write(new)
-        self._stream.flush()
+        try:
+            self._stream.write(new)
+            self._stream.flush()
+        except OSError as error:
+            self.unread = error
+            self._over.set()
 
 
 def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tuple[dict[str, Any], LogFollower | None]:
@@ -251,6 +260,7 @@ def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tu
 
     Raises:
         ClusterError: the cluster does not answer for two minutes, or there is no such job.
+        OSError: the stream takes no more.
     """
     follower = LogFollower(client, job_id, stream) if stream else None
     last_answer = time.monotonic()
@@ -265,8 +275,10 @@ def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tu
             continue
         if follower and job.get("driver_node_id"):
             follower.start(job["driver_node_id"])
+        if job["status"] in TERMINAL and follower:
+            follower.finish(job.get("driver_node_id"))
+        if follower and follower.unread:
+            raise follower.unread
         if job["status"] in TERMINAL:
-            if follower:
-                follower.finish(job.get("driver_node_id"))
             return job, follower
         time.sleep(POLL_S)

@@ -123,7 +123,25 @@ def _claim_first_start(folder: Path) -> bool:
 
 def resume_command(command: Sequence[str]) -> list[str]:
     """The command for every start but the first: go on from the last checkpoint, overwrite nothing."""
-    return [word for word in command if word != "--overwrite"] + ["--resume", "auto"]
+    again = [word for word in command if word != "--overwrite"]
+    return again if last_value(command, "--resume") not in ("", "auto", "never") else [*again, "--resume", "auto"]
+
+
+def run_of(command: Sequence[str]) -> str:
+    """The run folder of a training command, of ``--run`` or of ``--resume RUN``; "" if it names none."""
+    resumed = last_value(command, "--resume")
+    return last_value(command, "--run") or ("" if resumed in ("auto", "never") else resumed)
+
+
+def last_value(command: Sequence[str], name: str) -> str:
+    """The value of an option of a command, the last where it is given twice, as argparse has it; "" without it."""
+    found = ""
+    for position, word in enumerate(command):
+        if word == name and position + 1 < len(command):
+            found = command[position + 1]
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
 
 
 def tower_environment(pair: PairSettings, rendezvous: Rendezvous, tower: int) -> dict[str, str]:

@@ -23,7 +23,8 @@ from typing import Any
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import command_of
-from cluster.training.pair import PREEMPTED, PairSettings, run_pair, save_before_resize
+from cluster.training.pair import PREEMPTED, PairSettings, run_of, run_pair, save_before_resize
+from twotower.words import pluralize
 
 WAIT_LINE_S = 10.0
 
@@ -111,7 +112,7 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """
     import ray
 
-    run = _option(command, "--run")
+    run = run_of(command)
     if not run or not Path(run).is_absolute():
         raise ClusterError(
             f"--run {run or '(missing)'}: the training command needs an absolute folder that all nodes see"
@@ -125,12 +126,17 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     need = Need(arguments.cpus_per_pair or arguments.towers, gpus, least)
     wait_for_room(need, arguments.wait)
     folder = Path(run).parent / f".{Path(run).name}.ray" / f"job-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
+    made = [place for place in folder.parents if not place.exists()]
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ClusterError(f"--run {run} cannot be written: {last_line(str(error))}") from error
     num_threads = max(1, need.num_cpus // arguments.towers)
     settings = PairSettings(tuple(command), str(folder), arguments.towers, num_threads, run)
     _pass_stop_on(folder)
-    pairs = f"{most} pair{'s' if most > 1 else ''} of {arguments.towers} towers"
-    print(f"train: {pairs}, {need.num_cpus} CPUs and {need.num_gpus} GPUs each, on {len(_nodes())} nodes", flush=True)
+    pairs = f"{pluralize(most, 'pair')} of {pluralize(arguments.towers, 'tower')}"
+    each = f"{pluralize(need.num_cpus, 'CPU')} and {pluralize(need.num_gpus, 'GPU')} each"
+    print(f"train: {pairs}, {each}, on {pluralize(len(_nodes()), 'node')}", flush=True)
     try:
         for attempt in itertools.count():
             status = _fit(settings, need, arguments, attempt)
@@ -143,17 +149,8 @@ def train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         for path in (folder, *folder.parent.glob(f"{folder.name}-*")):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # unless another job of this run uses it
-
-
-def _option(command: Sequence[str], name: str) -> str:
-    """The value of an option of the training command, "" if it is not given."""
-    for position, word in enumerate(command):
-        if word == name and position + 1 < len(command):
-            return command[position + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return ""
+            for place in dict.fromkeys((folder.parent, *made)):  # unless the run, or another job of it, uses it
+                place.rmdir()
 
 
 def _pass_stop_on(folder: Path) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
+from twotower.verbosity import say_written
+from twotower.words import pluralize
 
 if TYPE_CHECKING:
     from pipeline.inspection.inspect import Contents
@@ -70,8 +72,7 @@ def _write_sheet(args: argparse.Namespace, manifest: Manifest) -> None:
     split = args.split or ("train" if "train" in manifest.splits else next(iter(manifest.splits)))
     samples = list(spread_samples(args.folder, manifest, split, max(1, args.images)))
     contact_sheet(samples, manifest).save(args.sheet, "PNG")
-    if not args.json:
-        print(f"contact sheet: {args.sheet}")
+    say_written(args.sheet)
 
 
 def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
@@ -79,26 +80,33 @@ def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
 
     sample = find_sample(args.folder, manifest, args.sample)
     print(
-        json.dumps(dataclasses.asdict(sample) | {"image": f"{len(sample.image):,} bytes"}, ensure_ascii=False, indent=1)
+        json.dumps(
+            dataclasses.asdict(sample) | {"image": pluralize(len(sample.image), "byte")}, ensure_ascii=False, indent=1
+        )
     )
     if args.image:
         open_image(sample.image, manifest.image).save(args.image, "PNG")
-        print(f"image: {args.image}")
+        say_written(args.image)
 
 
 def _print_head(folder: Path, manifest: Manifest) -> None:
     form = manifest.image
     size = f"{form.width_px}x{form.height_px}" if form.width_px else "several sizes"
-    print(f"{folder}: source {manifest.source}, {len(manifest.classes):,} classes in {manifest.label_order} order")
-    print(f"images: {form.encoding}, {form.channels} channels, {size}; fingerprint {manifest.fingerprint[:12]}")
+    print(
+        f"{folder}: source {manifest.source}, {pluralize(len(manifest.classes), 'class')} in "
+        f"{manifest.label_order} order"
+    )
+    form_words = f"{form.encoding}, {pluralize(form.channels, 'channel')}, {size}"
+    print(f"images: {form_words}; fingerprint {manifest.fingerprint[:12]}")
+    print("\n".join(manifest.found_lines()))
 
 
 def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
     record = manifest.splits[split]
     megabytes = sum(shard.size_bytes for shard in record.shards) / 1e6
     print(
-        f"\n{split}: {record.num_samples:,} samples in {len(record.shards):,} shards, {megabytes:,.1f} MB, "
-        f"{record.num_quarantined:,} left out"
+        f"\n{split}: {pluralize(record.num_samples, 'sample')} in {pluralize(len(record.shards), 'shard')}, "
+        f"{megabytes:,.1f} MB, {record.num_quarantined:,} left out"
     )
     most = max(contents.classes.values())
     for label, record_class in list(enumerate(manifest.classes))[:SHOWN_CLASSES]:
@@ -107,7 +115,8 @@ def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
     if len(manifest.classes) > SHOWN_CLASSES:
         rest = [contents.classes[label] for label in range(len(manifest.classes))]
         print(
-            f"  ... {len(rest) - SHOWN_CLASSES:,} more classes; smallest {min(rest):,}, largest {max(rest):,} samples"
+            f"  ... {pluralize(len(rest) - SHOWN_CLASSES, 'more class')}; smallest {min(rest):,}, "
+            f"largest {pluralize(max(rest), 'sample')}"
         )
     for name, values in contents.quantiles(QUANTILES).items():
         print(f"  {name:10s}" + "".join(f"  {q:3d}%: {value:8.4g}" for q, value in zip(QUANTILES, values, strict=True)))

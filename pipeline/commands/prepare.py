@@ -1,23 +1,26 @@
 """``prepare``: turn images into a data set."""
 
 import argparse
+import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ENCODINGS, FILTERS, ON_ERROR, PrepareOptions
-from pipeline.errors import Terminated
-from pipeline.files import is_url, parse_path
-from pipeline.manifest import QUARANTINE_NAME, read_manifest
-from pipeline.sources import SOURCES, open_source
+from pipeline.errors import OutputError
+from pipeline.files import CACHE_VARIABLE, is_url, parse_path
+from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
+from pipeline.preparation import faults
+from pipeline.sources import SOURCES, open_source, reasons
+from twotower.words import pluralize
 
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
 
+SHOWN_CONVERSIONS = 5  # the most frequent ones; quarantine.jsonl has all
 LEFT_OUT = 3
-STOPPED_INT = 130
-STOPPED_TERM = 143
 
 DESCRIPTION = """\
 Turn images into a data set of WebDataset tars. Run it again after any interruption: it finishes what is missing,
@@ -26,12 +29,14 @@ EPILOG = """\
 examples:
   python -m pipeline prepare --source digits --output data/digits
   python -m pipeline prepare --source folder --input photos --output data/photos --resize 256 --workers 8
+  python -m pipeline prepare --source folder --input photos --labels val.csv --output data/photos
   python -m pipeline prepare --source imagenet --input archives --output data/imagenet --dry-run
   python -m pipeline prepare --source imagenet --input s3://bucket/archives --output data/imagenet
   python -m pipeline prepare --source fashion-mnist --input /usr/share/datasets/fashion-mnist --output data/fashion
 exit codes:
-  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why); 2 something to fix;
-  1 a bug of ours; 130 and 143 stopped (the same command continues)"""
+  0 whole; 3 whole, but some images were left out (OUTPUT/quarantine.jsonl says why) or a folder could not be read;
+  2 something to fix; 1 a bug of ours; 129, 130 and 143 stopped by a hang-up, Ctrl-C and SIGTERM (the same command
+  continues)"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,6 +59,12 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from where, to where")
     group.add_argument("--source", required=True, metavar="NAME", help=f"one of {', '.join(SOURCES)}")
     group.add_argument("--input", type=parse_path, metavar="PATH|URL", help="what the source reads")
+    group.add_argument(
+        "--labels",
+        type=parse_path,
+        metavar="FILE",
+        help="classes of pictures that lie in no class folders: a CSV or lines NAME LABEL (source folder)",
+    )
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(
@@ -139,6 +150,10 @@ def run(args: argparse.Namespace) -> int:
     args.output = _staging_folder(url) if url else Path(args.output)
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
     open_source(options)  # a wrong name or a missing input is refused before anything slow is imported
+    if url:
+        from pipeline.preparation.output import check_places
+
+        check_places(options.input, url)
     if args.dry_run:
         from pipeline.preparation.plan import print_plan
 
@@ -165,8 +180,12 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
         print(
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
-        return LEFT_OUT if any(split.num_quarantined for split in manifest.splits.values()) else 0
-    options.output.mkdir(parents=True, exist_ok=True)
+        return exit_code(manifest)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = f"set {CACHE_VARIABLE} to a folder with room"
+        raise OutputError(f"cannot make {options.output} for the data set ({error.strerror}); {fix}") from None
     code = _run_to_folder(options)
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
@@ -178,28 +197,56 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
 def _run_to_folder(options: PrepareOptions) -> int:
     from pipeline.preparation.prepare import prepare
 
-    try:
-        summary = prepare(options)
-    except (KeyboardInterrupt, Terminated) as stop:
-        print(f"stopped: run the same command again to finish {options.output}", file=sys.stderr)
-        return STOPPED_TERM if isinstance(stop, Terminated) else STOPPED_INT
+    summary = prepare(options)
     print_summary(options.output, summary)
-    return LEFT_OUT if summary.num_left_out else 0
+    faults.reach("summary")
+    return exit_code(summary.manifest)
+
+
+def exit_code(manifest: Manifest) -> int:
+    """Tells by the exit code whether images are missing: left out, or in a folder that cannot be read."""
+    unreadable = any(row.reason == reasons.UNREADABLE for row in manifest.passed_over)
+    return LEFT_OUT if manifest.num_left_out or unreadable else 0
 
 
 def print_summary(folder: Path, summary: "Summary") -> None:
     """Counts, shards, bytes and rate, in a few lines."""
     manifest = summary.manifest
     if summary.num_indexes:
-        print(f"{folder}: {summary.num_indexes:,} damaged indexes regenerated from their tars")
+        print(f"{folder}: {pluralize(summary.num_indexes, 'damaged index')} regenerated from the tars")
     elif not summary.num_done:
         print(f"{folder} is complete already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6
-        print(f"{name}: {split.num_samples:,} images in {len(split.shards):,} shards, {size:,.1f} MB")
+        print(
+            f"{name}: {pluralize(split.num_samples, 'image')} in {pluralize(len(split.shards), 'shard')}, "
+            f"{size:,.1f} MB"
+        )
     if summary.num_done:
         rate = summary.num_done / max(summary.elapsed_s, 1e-9)
-        print(f"prepared {summary.num_done:,} images in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s")
-    if summary.num_left_out:
-        print(f"left out: {summary.num_left_out:,} images that cannot be used; see {folder / QUARANTINE_NAME}")
+        working = summary.num_done / max(summary.elapsed_s - summary.startup_s, 1e-9)
+        print(
+            f"prepared {pluralize(summary.num_done, 'image')} in {summary.elapsed_s:.1f} s, {rate:,.0f} images/s; "
+            f"{working:,.0f} images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
+        )
+    print(f"classes: {len(manifest.classes):,}")
+    print("\n".join(manifest.found_lines()))
+    print_converted(folder)
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if manifest.num_left_out:
+        print(
+            f"left out: {pluralize(manifest.num_left_out, 'image')} that cannot be used; see {folder / QUARANTINE_NAME}"
+        )
     print(f"data set: {folder} ({manifest.fingerprint[:12]})")
+
+
+def print_converted(folder: Path) -> None:
+    """Says how many stored images were converted, and what was done to most of them: to one, several things may be."""
+    with (folder / QUARANTINE_NAME).open(encoding="utf-8") as lines:
+        reasons_of = [row["reason"] for row in map(json.loads, lines) if row["action"] == "converted"]
+    counts = Counter(words for reason in reasons_of for words in reason.split("; "))
+    if counts:
+        words = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(SHOWN_CONVERSIONS))
+        more = ", ..." if len(counts) > SHOWN_CONVERSIONS else ""
+        print(f"converted: {len(reasons_of):,} images ({words}{more}); see {folder / QUARANTINE_NAME}")

@@ -3,8 +3,11 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.manifest import read_manifest
+from twotower.verbosity import say_written
+from twotower.words import pluralize
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -37,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
         _print(numbers)
     if args.image:
         draw_statistics(arrays).save(args.image, "PNG")
+        say_written(args.image)
     return 0
 
 
-def _print(numbers: dict[str, list]) -> None:
-    print(f"{numbers['num_images']:,} images, {numbers['num_pixels']:,} pixels, values on 0..255")
+def _print(numbers: dict[str, Any]) -> None:
+    counts = pluralize(numbers["num_images"], "image"), pluralize(numbers["num_pixels"], "pixel")
+    print(f"{', '.join(counts)}, values on 0..255")
     print(f"mean         {_row(numbers['mean'])}")
     print(f"eigenvalues  {_row(numbers['eigenvalues'])}")
     print(f"deviations   {_row(numbers['deviations'])}   (square roots of the eigenvalues)")

@@ -5,6 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from twotower.words import pluralize
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
@@ -32,7 +34,12 @@ def run(args: argparse.Namespace) -> int:
     for name, split in status.splits.items():
         share = split.done / max(split.total, 1)
         left_out = f", {split.left_out:,} left out" if split.left_out else ""
-        print(f"{name}: {split.done:,} / {split.total:,} images ({share:.0%}) in {split.shards:,} shards{left_out}")
+        print(
+            f"{name}: {split.done:,} / {split.total:,} images ({share:.0%}) in "
+            f"{pluralize(split.shards, 'shard')}{left_out}"
+        )
+    for line in status.found:
+        print(line)
     if status.images_per_s and status.left_s is not None and status.stage != "whole":
         print(f"{status.images_per_s:,.0f} images/s, {status.left_s:,.0f} s left")
     if status.stage == "stopped":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import DatasetError
 from pipeline.manifest import read_manifest
+from twotower.words import pluralize
 
 SHOWN = 20
 CHECKED = {
@@ -53,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
         more = f" (the first {SHOWN} are shown)" if len(problems) > SHOWN else ""
         raise DatasetError(f"{len(problems)} problems{more}; the same prepare command repairs {args.folder}")
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(f"{args.folder} is valid ({manifest.fingerprint[:12]}): {total:,} samples in {shards:,} shards")
+    print(
+        f"{args.folder} is valid ({manifest.fingerprint[:12]}): {pluralize(total, 'sample')} in "
+        f"{pluralize(shards, 'shard')}"
+    )
+    print(manifest.found_lines()[0])
     print(f"checked: {CHECKED[args.level]}")
     return 0

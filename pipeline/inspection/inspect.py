@@ -1,8 +1,9 @@
 """What a data set holds, for people: counts of classes, sizes of the sources, and images to look at."""
 
 import dataclasses
-import io
 import json
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,16 +11,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError
 from pipeline.files import read_range
 from pipeline.manifest import STATISTICS_NAME, ImageFormat, Manifest
+from pipeline.preparation.decode import decode
 from pipeline.preparation.tar_writer import read_index
 from pipeline.sources.tar_reader import TarMember, TarSample
+from twotower.words import pluralize
 
 CELL_PX = 112
 CAPTION_PX = 14
 COLUMNS = 8
 STATISTICS_PX = 256
+MARGIN_PX, TITLE_PX, ROW_LABEL_PX = 12, 36, 100  # of the picture of the statistics
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations along an eigenvector
 
 
@@ -127,12 +132,18 @@ def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Imag
 
 
 def open_image(data: bytes, form: ImageFormat) -> Image.Image:
-    """A stored image, whatever its encoding, upright."""
+    """A stored image, whatever its encoding, upright: as the loader shows it to the net.
+
+    Raises:
+        ImageError: it is damaged.
+    """
     if form.encoding == "raw":
         assert form.height_px is not None and form.width_px is not None, "raw images have one size"
         pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
-        return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
-    return Image.open(io.BytesIO(data))
+    else:
+        settings = ImageSettings(resize_px=None, channels=form.channels, max_pixels=sys.maxsize, max_bytes=sys.maxsize)
+        pixels = decode(data, settings).pixels
+    return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
 
 
 def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -145,24 +156,38 @@ def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         raise DatasetError(f"{folder} has no train split, so it has no statistics")
     try:
         with np.load(folder / STATISTICS_NAME, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{folder / STATISTICS_NAME}: {error}: run prepare again") from None
+            names = {"num_pictures": "num_images"}  # as every data set that exists has it, and as it is called now
+            return {names.get(name, name): file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # numpy's own words advise to unpickle it
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is damaged"
+        raise DatasetError(f"{folder / STATISTICS_NAME}: {reason}: run prepare again") from None
 
 
 def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
-    """The mean image (or mean color) beside the colors along the eigenvectors."""
+    """The mean image (or mean color), and beside it, labelled, the mean color moved along each eigenvector."""
     side, channels = STATISTICS_PX, len(arrays["mean"])
     mean = arrays.get("mean_image")
     left = np.broadcast_to(arrays["mean"], (side, side, channels)) if mean is None else mean
     deviations = np.sqrt(np.maximum(arrays["eigenvalues"], 0))
     steps = np.array(STEPS)[None, :, None]
     colors = arrays["mean"] + steps * (deviations[:, None] * arrays["eigenvectors"].T)[:, None, :]  # (C, 7, C)
-    image = Image.new("RGB", (2 * side, side))
-    for number, values in enumerate((left, colors)):
+    image = Image.new("RGB", (3 * MARGIN_PX + 2 * side + ROW_LABEL_PX, 2 * MARGIN_PX + TITLE_PX + side), "white")
+    draw, font = ImageDraw.Draw(image), _font(11)
+    top, right = MARGIN_PX + TITLE_PX, 2 * MARGIN_PX + side + ROW_LABEL_PX
+    for values, x in ((left, MARGIN_PX), (colors, right)):
         pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         half = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
-        image.paste(half.resize((side, side), Image.Resampling.NEAREST), (number * side, 0))
+        image.paste(half.resize((side, side), Image.Resampling.NEAREST), (x, top))
+    title = f"mean {'color' if mean is None else 'image'} of {pluralize(int(arrays['num_images']), 'image')}"
+    draw.text((MARGIN_PX, MARGIN_PX), title, fill="black", font=font)
+    draw.text((right, MARGIN_PX), "mean color + deviations along an eigenvector", fill="black", font=font)
+    for column, step in enumerate(STEPS):
+        center = right + (column + 0.5) * side / len(STEPS)
+        draw.text((center, top - 3), f"{step:+d}" if step else "0", fill="black", font=font, anchor="ms")
+    for row, deviation in enumerate(deviations):
+        y = top + (row + 0.5) * side / channels
+        text = f"eigenvector {row + 1}\ndeviation {deviation:.1f}"
+        draw.text((right - 6, y), text, fill="black", font=font, anchor="rm", align="right")
     return image
 
 
@@ -175,11 +200,11 @@ def _bytes(tar: Path, member: TarMember) -> bytes:
     return read_range(tar, member.offset, member.size)
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int = 10) -> ImageFont.FreeTypeFont:
     """DejaVu Sans out of matplotlib's wheel: Pillow's own font lacks accents."""
     import matplotlib  # only for its font
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str) -> str:

@@ -35,12 +35,14 @@ class Status:
         splits: the splits by name.
         images_per_s: rate over the finished shards of the current run, None where it cannot be told.
         left_s: seconds left at that rate, None where it cannot be told.
+        found: lines that say what became of everything found, once the data set is whole.
     """
 
     stage: str
     splits: dict[str, SplitProgress]
     images_per_s: float | None
     left_s: float | None
+    found: tuple[str, ...] = ()
 
 
 def read_status(folder: Path) -> Status:
@@ -62,7 +64,7 @@ def read_status(folder: Path) -> Status:
             )
             for name, split in manifest.splits.items()
         }
-        return Status("whole", splits, None, None)
+        return Status("whole", splits, None, None, tuple(manifest.found_lines()))
     if plan is None:
         if running:
             return Status("running", {}, None, None)

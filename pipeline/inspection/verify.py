@@ -1,16 +1,21 @@
 """Checks a data set against its manifest, down to the sample, and names what is wrong."""
 
+import contextlib
 import dataclasses
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DatasetError, SourceError
-from pipeline.manifest import Manifest, ShardRecord, SplitRecord
+from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord, SplitRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
+from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +44,12 @@ def check_dataset(
         report: called with the number of samples of each shard when it is done.
     """
     problems = [Problem(name, reason) for name, reason in file_damage(folder, manifest).items()]
+    problems += found_problems(folder, manifest)
     for split in manifest.splits.values():
         problems += _count_problems(split)
         for shard in split.shards:
             problems += check_shard(folder, manifest, shard, level=level)
+            log.debug("%s checked", shard.name)
             report(shard.num_samples)
     return problems + _strangers(folder, manifest)
 
@@ -109,7 +116,7 @@ def index_problems(index: Path, samples: list[TarSample]) -> Iterator[str]:
     if lines[0] != f"{INDEX_VERSION} {len(samples)}":
         yield f"its first line is {lines[0][:40]!r} instead of '{INDEX_VERSION} {len(samples)}'"
     if len(lines) != len(samples) + 2 or lines[-1]:
-        yield f"has {len(lines) - 2} samples instead of {len(samples)}"
+        yield f"has {pluralize(len(lines) - 2, 'sample')} instead of {len(samples)}"
     for sample, line in zip(samples, lines[1:], strict=False):
         if index_line(sample) != line:
             yield f"the line of sample {sample.key} does not match the tar"
@@ -134,7 +141,7 @@ def _data(file: BinaryIO, member: TarMember) -> tuple[bytes, bytes]:
 
 def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tuple[str, ...]) -> Iterator[str]:
     if len(samples) != shard.num_samples:
-        yield f"has {len(samples)} samples instead of {shard.num_samples}"
+        yield f"has {pluralize(len(samples), 'sample')} instead of {shard.num_samples}"
     for sample in samples:
         found = tuple(member.extension for member in sample.members)
         if found != extensions:
@@ -146,8 +153,36 @@ def _count_problems(split: SplitRecord) -> list[Problem]:
     return (
         []
         if total == split.num_samples
-        else [Problem("manifest.json", f"{split.num_samples} samples, shards hold {total}")]
+        else [Problem("manifest.json", f"{pluralize(split.num_samples, 'sample')}, shards hold {total}")]
     )
+
+
+def found_problems(folder: Path, manifest: Manifest) -> list[Problem]:
+    """Checks that nothing was lost: stored + left out + passed over = found, each left-out image being listed."""
+    problems = []
+    parts = (manifest.num_samples, manifest.num_left_out, manifest.num_passed_over)
+    if sum(parts) != manifest.num_found:
+        problems.append(
+            Problem("manifest.json", f"{manifest.num_found} found, but stored, left out, passed over: {parts}")
+        )
+    if not (folder / QUARANTINE_NAME).is_file():
+        return problems  # file_damage names it, if there should be one
+    lines = Counter(split for split, action in _quarantine(folder) if action == "left_out")
+    stated = {name: split.num_quarantined for name, split in manifest.splits.items()} | manifest.dropped_splits
+    return problems + [
+        Problem(QUARANTINE_NAME, f"{lines[split]} images of {split} are left out instead of {stated.get(split, 0)}")
+        for split in sorted(stated.keys() | lines.keys())
+        if lines[split] != stated.get(split, 0)
+    ]
+
+
+def _quarantine(folder: Path) -> Iterator[tuple[str, str]]:
+    """Split and action of every line; a line that is damaged has none, and the file's sha256 tells of it."""
+    with (folder / QUARANTINE_NAME).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                row = json.loads(line)
+                yield row["split"], row["action"]
 
 
 def _strangers(folder: Path, manifest: Manifest) -> list[Problem]:

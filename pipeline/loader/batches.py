@@ -38,6 +38,7 @@ from pipeline.loader.open_split import OpenSplit, check_limits, open_split, read
 from pipeline.loader.running import QueueFill, RunningPipeline, describe_memory
 from pipeline.loader.staging import stage
 from pipeline.manifest import read_manifest
+from twotower.words import pluralize
 
 __all__ = [
     "Batch",
@@ -121,7 +122,7 @@ class TrainingLoader:
                 raise ConfigError("data.last_batch is 'partial': expected 'drop' with more than one replica")
             return self._reader.batches_per_epoch
         if batch_size > samples:
-            raise ConfigError(f"batch size {batch_size} is more than the {samples} training samples")
+            raise ConfigError(f"batch size {batch_size} is more than the {pluralize(samples, 'training sample')}")
         return samples // batch_size
 
     def _graph(self) -> tuple[Any, ...]:

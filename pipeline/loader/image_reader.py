@@ -86,13 +86,13 @@ class ImageReader:
         Raises:
             ImageError: it cannot be used; says why, without the file's name.
         """
-        from pipeline.preparation.image import decode  # image codecs, which nothing else here needs
+        from pipeline.preparation.decode import decode  # image codecs, which nothing else here needs
 
         settings = self.settings
         if isinstance(picture, np.ndarray | Image.Image):
             pixels = _pixels_of(picture, settings.channels)
         else:
-            data = picture if isinstance(picture, bytes) else _read(Path(picture))
+            data = picture if isinstance(picture, bytes) else _read(Path(picture), settings.max_bytes)
             pixels = decode(data, dataclasses.replace(settings, resize_px=None)).pixels
         if settings.resize_px:
             pixels = _resized(pixels, settings)
@@ -139,11 +139,15 @@ def settings_of(manifest: Manifest) -> ImageSettings:
     )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limit + 1)  # not to the end: a device has none
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise ImageError(f"more than {limit:,} bytes, the data set's --max-bytes")
+    return data
 
 
 def _pixels_of(picture: np.ndarray | Image.Image, channels: int) -> np.ndarray:

@@ -137,8 +137,8 @@ def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
             eigenvalues=np.asarray(arrays["eigenvalues"], np.float64),
             eigenvectors=np.asarray(arrays["eigenvectors"], np.float64),
         )
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} is damaged ({error}): {_REPAIR}") from None
+    except (KeyError, EOFError, ValueError, zipfile.BadZipFile):  # numpy's own words advise to unpickle it
+        raise DatasetError(f"{path} is damaged: {_REPAIR}") from None
 
 
 def read_skip_list(path: Path) -> frozenset[str]:

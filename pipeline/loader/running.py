@@ -10,6 +10,7 @@ from pipeline.errors import DatasetError
 from pipeline.loader.batch import read_keys, read_shards
 from pipeline.loader.graph import Reader, build_pipeline, encoded_graph, reason_of
 from pipeline.loader.state import graft, strip
+from twotower.words import pluralize
 
 _READY_S = 0.001  # handing over a batch that was ready takes 0.05 to 0.3 ms
 
@@ -169,6 +170,7 @@ def describe_memory(reader: Reader) -> str:
     pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
     ahead_mb = (config.prefetch + 1) * reader.batch_size * pixels / 1e6
     return (
-        f"{split.folder}: {split.num_samples} samples in {len(split.tars)} shards; at most {buffer_mb:,.0f} MB in the "
+        f"{split.folder}: {pluralize(split.num_samples, 'sample')} in {pluralize(len(split.tars), 'shard')}; at "
+        f"most {buffer_mb:,.0f} MB in the "
         f"shuffle buffer{' (mapped)' if config.mmap else ''} and about {ahead_mb:,.0f} MB in batches prepared ahead"
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetError
+from pipeline.files import CACHE_VARIABLE, cache_folder
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json, sync_folder, write_atomic
 
-CACHE_VARIABLE = "TWOTOWER_CACHE"
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$")
 _PIECE_BYTES = 1 << 22
 _STAGED: dict[str, Path] = {}
@@ -51,7 +51,7 @@ def stage(data: str | Path, cache: Path | None = None) -> Path:
     filesystem, root = _open(url)
     text = _fetch_text(filesystem, f"{root}/{MANIFEST_NAME}", url)
     manifest = from_json(text)
-    cache = cache or Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+    cache = cache or _default_cache()
     folder = cache / manifest.fingerprint[:16]
     with _alone(cache, manifest.fingerprint[:16]):
         missing = [item for item in _files(manifest) if not _is_complete(folder, *item)]
@@ -61,6 +61,18 @@ def stage(data: str | Path, cache: Path | None = None) -> Path:
         write_atomic(folder / MANIFEST_NAME, text.encode())
     _STAGED[url] = folder
     return folder
+
+
+def _default_cache() -> Path:
+    """``$TWOTOWER_CACHE``, else ``~/.cache/twotower``.
+
+    Raises:
+        DatasetError: there is neither.
+    """
+    try:
+        return cache_folder()
+    except RuntimeError:
+        raise DatasetError(f"there is no home folder (HOME is not set): name a folder with {CACHE_VARIABLE}") from None
 
 
 def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
@@ -128,7 +140,12 @@ def _fetch(filesystem: Any, source: str, target: Path, *, size_bytes: int, sha25
 @contextlib.contextmanager
 def _alone(cache: Path, name: str) -> Iterator[None]:
     """One process at a time; the lock goes with the process, also when it is killed."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{name}.lock").open("w") as lock:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        opened = (cache / f"{name}.lock").open("w")
+    except OSError as error:
+        why = error.strerror or error
+        raise DatasetError(f"{cache} cannot be written ({why}): name another folder with {CACHE_VARIABLE}") from None
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

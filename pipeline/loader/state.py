@@ -54,6 +54,11 @@ def restore(reader: Reader, state: dict[str, Any]) -> tuple[bytes, int]:
         DatasetError: it belongs to another run, names what differs; or it is damaged.
     """
     for name, expected in identity(reader).items():
+        if name == "data set" and state.get(name) != expected:  # its name is a hash, which tells nobody anything
+            raise DatasetError(
+                f"the loader's state was saved with another data set than {reader.split.folder}: "
+                "give the one that the run was trained on, or start a new run"
+            )
         if state.get(name) != expected:
             raise DatasetError(
                 f"the loader's state was saved with {name} {state.get(name)!r}, and this run has {expected!r}: "

@@ -1,8 +1,10 @@
-"""Asks the decoder that DALI uses (nvImageCodec, CPU) whether it takes an image, before a training run has to."""
+"""Asks the decoder that DALI uses (nvImageCodec, CPU) what it makes of an image, before a training run has to."""
 
 import functools
 import importlib
 from typing import Any
+
+import numpy as np
 
 
 def dali_accepts(data: bytes) -> bool:
@@ -10,8 +12,18 @@ def dali_accepts(data: bytes) -> bool:
 
     One image that it refuses would end a whole DALI pipeline, which has no skip option (DALI #3913).
     """
+    return _decoded(data) is not None
+
+
+def dali_pixels(data: bytes) -> np.ndarray | None:
+    """What DALI's CPU decoder makes of these bytes, EXIF orientation applied: uint8 (H, W, 3), None if it refuses."""
+    decoded = _decoded(data)
+    return None if decoded is None else np.asarray(decoded.cpu())
+
+
+def _decoded(data: bytes) -> Any:
     stream, decoder, parameters = _decoder()
-    return decoder.decode(stream(data), params=parameters) is not None
+    return decoder.decode(stream(data), params=parameters)
 
 
 @functools.cache

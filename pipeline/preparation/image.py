@@ -1,8 +1,8 @@
 """One image: the source's bytes or pixels in, checked and resized bytes out.
 
-What a file is, its content tells, never its name. JPEG and PNG are taken; anything else is refused with a reason.
-Oddities are converted and reported: CMYK, gray, palette, 16-bit and alpha become 8-bit RGB, the EXIF orientation
-is applied to the pixels. A 1x1 image is an image: it is kept, and enlarged like any small one.
+Oddities are converted and reported: WebP, GIF, BMP, TIFF and AVIF, CMYK, gray, palette, 16-bit and alpha become 8-bit
+RGB, the orientation that EXIF or XMP states is applied to the pixels. A 1x1 image is an image: it is kept, and enlarged
+like any small one.
 """
 
 import dataclasses
@@ -15,33 +15,11 @@ from PIL import Image
 
 from pipeline.config import CHROMA, ImageSettings
 from pipeline.errors import ImageError
+from pipeline.preparation.decode import FIRST_FRAME, KEPT, Decoded, decode
 
-Image.MAX_IMAGE_PIXELS = None  # our own cap (max_pixels) is checked before any pixel is decoded
-
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"RIFF": "WebP",
-}
 BATCH_IMAGES = 16
 BATCH_BYTES = 8 * 2**20  # of decoded pixels: a batch of large images ends early, so that memory stays what it was
-ORIENTATION_TAG = 0x0112
-# EXIF orientation -> (transpose first, flip rows, flip columns)
-ORIENTATIONS = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-
-
+SAME_LEVELS = 4  # two builds of libjpeg-turbo differ by so many gray levels; another rotation or color by more
 Payload = bytes | np.ndarray
 
 
@@ -64,28 +42,11 @@ class StoredImage:
     converted: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Decoded pixels with what they were.
-
-    Attributes:
-        pixels: uint8 (H, W, C).
-        width_px: width as the file states it.
-        height_px: height as the file states it.
-        converted: what was converted, in words.
-    """
-
-    pixels: np.ndarray
-    width_px: int
-    height_px: int
-    converted: tuple[str, ...]
-
-
 def make_image(payload: Payload, settings: ImageSettings) -> StoredImage:
     """Checks, resizes and encodes one image.
 
     Args:
-        payload: bytes of a JPEG or PNG file, or uint8 pixels (H, W, C).
+        payload: bytes of an image file, or uint8 pixels (H, W, C).
         settings: what to make of it.
 
     Raises:
@@ -152,22 +113,6 @@ def _store(payload: Payload | ImageError, made: Decoded, settings: ImageSettings
     return StoredImage(encode(made.pixels, settings), made.pixels, made.width_px, made.height_px, made.converted)
 
 
-def decode(data: bytes, settings: ImageSettings) -> Decoded:
-    """Decodes a JPEG or PNG file into upright 8-bit pixels with ``settings.channels`` channels.
-
-    A large JPEG is decoded at 1/2, 1/4 or 1/8, as long as its shorter side stays at least twice the target.
-
-    Raises:
-        ImageError: it is empty, of another kind, too large, or damaged.
-    """
-    kind = _kind(data, settings)
-    if kind == "JPEG":
-        decoded = _decode_jpeg(data, settings)
-        if decoded is not None:
-            return decoded
-    return _decode_slowly(data, kind, settings)
-
-
 def resize(pixels: np.ndarray, side_px: int, filter_name: str = "bicubic") -> np.ndarray:
     """The center square of an image at ``side_px``.
 
@@ -197,6 +142,12 @@ def resize(pixels: np.ndarray, side_px: int, filter_name: str = "bicubic") -> np
         image = Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
         return np.array(image.resize((side_px, side_px), Image.Resampling.BICUBIC))[..., None]
     return _resize_rgb(pixels, side_px)
+
+
+def load_libraries(settings: ImageSettings) -> None:
+    """Imports what resizing needs, so that its seconds (torch: 1.3 of processor time) are not an image's."""
+    if settings.resize_px and settings.channels == 3:
+        resize(np.zeros((2, 2, 3), np.uint8), 1, settings.filter)
 
 
 def _area_sums(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -231,137 +182,32 @@ def encode(pixels: np.ndarray, settings: ImageSettings) -> bytes:
 
 
 def _keep(data: bytes, decoded: Decoded, settings: ImageSettings) -> StoredImage:
-    """Keeps the source's bytes if DALI's decoder takes them, else stores the decoded pixels as JPEG."""
-    from pipeline.preparation.decoder_check import (
-        dali_accepts,  # loads the codec library, which only this encoding needs
-    )
-
-    converted: tuple[str, ...] = ()
-    if not dali_accepts(data):
-        data = encode(decoded.pixels, dataclasses.replace(settings, encoding="jpeg"))
-        converted = ("refused by DALI's decoder, encoded again as JPEG",)
+    """Keeps the source's bytes where the loader makes the same pixels of them, else stores ours as PNG."""
+    why = _why_not_kept(data, decoded)
+    if why:
+        converted = (*decoded.converted, f"stored as PNG{why}")
+        data = encode(decoded.pixels, dataclasses.replace(settings, encoding="png"))
+    else:
+        converted = tuple(words for words in decoded.converted if words == FIRST_FRAME)  # the file is as it was
     return StoredImage(data, decoded.pixels, decoded.width_px, decoded.height_px, converted)
 
 
-def _kind(data: bytes, settings: ImageSettings) -> str:
-    if not data:
-        raise ImageError("empty file")
-    if len(data) > settings.max_bytes:
-        raise ImageError(f"{len(data):,} bytes, more than --max-bytes {settings.max_bytes:,}")
-    kind = next((name for signature, name in SIGNATURES.items() if data.startswith(signature)), None)
-    if kind in ("JPEG", "PNG"):
-        return kind
-    if kind:
-        raise ImageError(f"{kind} is not supported: only JPEG and PNG are")
-    raise ImageError("not an image: neither JPEG nor PNG by its content")
+def _why_not_kept(data: bytes, decoded: Decoded) -> str:
+    from pipeline.preparation.decoder_check import (
+        dali_pixels,
+    )  # loads the codec library, which only this encoding needs
 
-
-def _check_size(width: int, height: int, settings: ImageSettings) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"damaged: {width}x{height} pixels")
-    if width * height > settings.max_pixels:
-        raise ImageError(f"{width}x{height} is more than --max-pixels {settings.max_pixels:,}")
-
-
-def _decode_jpeg(data: bytes, settings: ImageSettings) -> Decoded | None:
-    """Decodes an ordinary JPEG by libjpeg-turbo; None if it is unusual or damaged, for the slow path to tell."""
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    _check_size(width, height, settings)
-    if colors not in ("YCbCr", "RGB", "Gray"):
-        return None
-    # Decoding at a half, a quarter or an eighth is enough for bicubic; area averaging weighs every pixel of the source.
-    minimum = 2 * settings.resize_px if settings.resize_px and settings.filter == "bicubic" else 0
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            colorspace="GRAY" if settings.channels == 1 else "RGB",
-            min_height=minimum,
-            min_width=minimum,
-            min_factor=2 if minimum else 1,
-        )
-    except ValueError:
-        return None
-    converted = ["gray to RGB"] if colors == "Gray" and settings.channels == 3 else []
-    pixels = _upright(pixels, _jpeg_orientation(data), converted)
-    return Decoded(pixels, width, height, tuple(converted))
-
-
-def _decode_slowly(data: bytes, kind: str, settings: ImageSettings) -> Decoded:
-    """Decodes by Pillow: PNG, and JPEGs that are CMYK or that libjpeg-turbo's strict mode refused."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=[kind])
-        _check_size(*image.size, settings)
-        image.load()
-    except ImageError:
-        raise
-    except Exception as error:  # hostile bytes make decoders fail in many ways; each is this image's reason, not ours
-        raise ImageError(f"damaged {kind}: {error}".replace("\n", " ")) from None
-    converted: list[str] = []
-    pixels = _eight_bit(image, settings.channels, converted)
-    pixels = _upright(pixels, _orientation(image), converted)
-    return Decoded(pixels, image.width, image.height, tuple(converted))
-
-
-def _eight_bit(image: Image.Image, channels: int, converted: list[str]) -> np.ndarray:
-    """Any Pillow image as uint8 (H, W, channels); transparency is dropped, as DALI does."""
-    target = "L" if channels == 1 else "RGB"
-    names = {"1": "1-bit", "L": "gray", "LA": "gray with alpha", "P": "palette", "RGBA": "RGBA", "CMYK": "CMYK"}
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip at 255 instead of scaling
-        converted.append(f"16-bit gray to {target}")
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    elif image.mode != target:
-        converted.append(f"{names.get(image.mode, image.mode)} to {target}")
-    pixels = np.asarray(image if image.mode == target else image.convert(target))
-    return pixels.reshape(image.height, image.width, channels)
-
-
-def _upright(pixels: np.ndarray, orientation: int, converted: list[str]) -> np.ndarray:
-    """Turns and mirrors pixels (H, W, C) as the EXIF orientation 1..8 says."""
-    if orientation not in ORIENTATIONS:
-        return pixels
-    converted.append(f"EXIF orientation {orientation} applied")
-    transpose, flip_rows, flip_columns = ORIENTATIONS[orientation]
-    pixels = pixels.transpose(1, 0, 2) if transpose else pixels
-    return np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 if it states none; walks the segments only as far as the first scan."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
-        if marker == 0xFF:
-            position += 1
-            continue
-        if marker == 0xE1 and data.startswith(b"Exif\0\0", position + 4):
-            return _exif_orientation(data[position + 4 : position + 2 + length])
-        if marker == 0xDA:
-            break
-        position += 2 + length
-    return 1
-
-
-def _exif_orientation(segment: bytes) -> int:
-    exif = Image.Exif()
-    try:
-        exif.load(segment)
-        return _valid(exif.get(ORIENTATION_TAG))
-    except Exception:  # broken EXIF says nothing about orientation; the image itself may be fine
-        return 1
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return _valid(image.getexif().get(ORIENTATION_TAG))
-    except Exception:  # as above
-        return 1
-
-
-def _valid(orientation: object) -> int:
-    return orientation if isinstance(orientation, int) else 1
+    if decoded.kind not in KEPT:
+        return ": only bytes of JPEGs and PNGs are kept"
+    found = dali_pixels(data)
+    if found is None:
+        return ": the loader's decoder refuses its bytes"
+    if found.shape != decoded.pixels.shape:
+        return ": the loader's decoder does not turn it"
+    if np.array_equal(found, decoded.pixels):
+        return ""
+    difference = np.maximum(found, decoded.pixels) - np.minimum(found, decoded.pixels)
+    return "" if difference.max() <= SAME_LEVELS else ": the loader's decoder shows it otherwise"
 
 
 def _resize_rgb(pixels: np.ndarray, side_px: int) -> np.ndarray:

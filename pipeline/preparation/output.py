@@ -10,14 +10,15 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline import locks
-from pipeline.errors import DatasetError, OutputError
+from pipeline.errors import DatasetError, FormatError, OutputError
+from pipeline.files import AnyPath, is_url
 from pipeline.manifest import (
     INFO_NAME,
     MANIFEST_NAME,
@@ -35,6 +36,7 @@ from pipeline.preparation import faults
 from pipeline.preparation.shard import WORK_NAME, ShardResult
 from pipeline.preparation.statistics import Totals, summarize, to_npz
 from pipeline.preparation.tar_writer import restore_index
+from twotower import locks
 
 PLAN_NAME = "plan.json"
 HASH_THREADS = 4
@@ -64,6 +66,38 @@ def output_lock(output: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def check_places(source: AnyPath | None, output: Path | str) -> None:
+    """Refuses an output inside the input, where the next run would read it, and an input inside the output.
+
+    Args:
+        source: the input; None where the source brings its own images.
+        output: folder or URL of the data set.
+
+    Raises:
+        OutputError: one is inside the other, however links lead there; or DALI could not open the data set there.
+    """
+    given = _real(output)
+    if given.encode(errors="replace").decode() != given:
+        raise OutputError(
+            f"--output {output}: its path is no UTF-8, and DALI cannot open a data set there; give another"
+        )
+    if source is None:
+        return
+    asked = _real(source)
+    if f"{given}/".startswith(f"{asked}/"):
+        raise OutputError(
+            f"--output {output}: lies inside --input {source}, so the next run would read it; give a folder outside"
+        )
+    if f"{asked}/".startswith(f"{given}/"):
+        raise OutputError(f"--input {source}: lies inside --output {output}; give another folder for the data set")
+
+
+def _real(place: AnyPath | str) -> str:
+    """Where a path leads, links followed; a URL as it is. Without slashes at its end."""
+    text = re.sub(r"^(file|local)://", "", str(place))
+    return (text if is_url(text) else os.path.realpath(text)).rstrip("/")
+
+
 def check_ours(output: Path) -> None:
     """Refuses a folder that holds something else than a data set of ours, complete or begun.
 
@@ -89,11 +123,17 @@ def sweep(output: Path) -> None:
 
 
 def load_manifest(output: Path) -> Manifest | None:
-    """The manifest if there is a valid one, else None: a damaged one is regenerated like anything else."""
+    """The manifest if there is a valid one, else None: a damaged one is regenerated like anything else.
+
+    Raises:
+        OutputError: a data set of another version is there; its settings cannot be compared.
+    """
     if not (output / MANIFEST_NAME).is_file():
         return None
     try:
         return read_manifest(output)
+    except FormatError as error:
+        raise OutputError(f"--output {output}: {error}") from None
     except DatasetError:
         return None
 
@@ -151,9 +191,15 @@ def refuse_difference(
     ignored = set() if libraries else {"libraries"}
     keys = sorted(key for key in (there.keys() | asked.keys()) - ignored if there.get(key) != asked.get(key))
     if keys:
-        listed = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked" for key in keys)
+        listed = "; ".join(
+            "the input's files: their names, classes or sizes have changed since"
+            if key == "input_sha256"
+            else f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked"
+            for key in keys
+        )
         raise OutputError(
-            f"{output} was prepared with other settings ({listed}); give another --output or the same settings"
+            f"{output} was prepared with other settings ({listed}); give another --output or the same settings, or "
+            "remove it"
         )
 
 
@@ -224,9 +270,10 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
         totals: statistics of the train split, None without one.
 
     Raises:
-        OutputError: a split has no usable image at all.
+        OutputError: there is no usable image at all.
     """
-    splits = _splits(results)
+    faults.reach("statistics")
+    splits, dropped = _splits(results)
     sizes = {result.size_px for result in results if result.shard.num_samples}
     size_px = next(iter(sizes)) if len(sizes) == 1 else None
     height, width = size_px or (None, None)
@@ -235,14 +282,18 @@ def finish(output: Path, draft: Manifest, results: list[ShardResult], totals: To
         QUARANTINE_NAME: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine).encode(),
         INFO_NAME: _timm_info(splits),
     }
-    if totals is not None:
+    if totals is not None and "train" in splits:
         files[STATISTICS_NAME] = to_npz(summarize(totals))
     for name, data in files.items():
         write_atomic(output / name, data)
+    for split in dropped:
+        with contextlib.suppress(FileNotFoundError):
+            (output / split).rmdir()
     manifest = dataclasses.replace(
         draft,
         image=dataclasses.replace(draft.image, height_px=height, width_px=width),
         splits=splits,
+        dropped_splits=dropped,
         files={
             name: {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
         },
@@ -271,22 +322,26 @@ def _write_manifest(output: Path, manifest: Manifest) -> None:
     faults.reach("manifest-renamed")
 
 
-def _splits(results: list[ShardResult]) -> dict[str, SplitRecord]:
+def _splits(results: list[ShardResult]) -> tuple[dict[str, SplitRecord], dict[str, int]]:
+    """The splits; and those without a usable image, which are dropped: how many images they had."""
     by_split: dict[str, list[ShardResult]] = {}
     for result in results:
         by_split.setdefault(result.split, []).append(result)
-    splits = {}
+    splits, dropped = {}, {}
     for split, rows in by_split.items():
         shards = tuple(row.shard for row in rows if row.shard.num_samples)
         if not shards:
-            reasons = next((line["reason"] for row in rows for line in row.quarantine), "no images")
-            raise OutputError(f"split {split} has no usable image; the first reason: {reasons}")
+            dropped[split] = sum(row.num_left_out for row in rows)
+            continue
         splits[split] = SplitRecord(
             num_samples=sum(shard.num_samples for shard in shards),
             num_quarantined=sum(row.num_left_out for row in rows),
             shards=shards,
         )
-    return splits
+    if not splits:
+        first = next((line["reason"] for result in results for line in result.quarantine), "no images")
+        raise OutputError(f"no image can be used; the first reason: {first}")
+    return splits, dropped
 
 
 def _timm_info(splits: dict[str, SplitRecord]) -> bytes:

@@ -8,7 +8,9 @@ import hashlib
 import itertools
 import shutil
 import statistics
+import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -16,17 +18,21 @@ import numpy as np
 
 from pipeline.config import ImageSettings, PrepareOptions, byte_settings
 from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.manifest import PassedOver, found_lines
 from pipeline.preparation.image import make_image
-from pipeline.preparation.output import check_ours
+from pipeline.preparation.output import check_ours, check_places
+from pipeline.preparation.shard import read_item
 from pipeline.preparation.tar_writer import BLOCK
 from pipeline.progress import ProgressLine
-from pipeline.sources import open_source
-from pipeline.sources.listing import Item, Listing, Source
+from pipeline.sources import open_source, reasons
+from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
+from twotower.words import one_line, pluralize
 
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
 SAMPLE_S = 5.0
+SHOWN_CLASSES = 5
 OVERHEAD_BYTES = 3 * BLOCK + 2 * BLOCK + BLOCK // 2  # three headers, cls and json blocks, half a block of padding
 
 
@@ -58,6 +64,8 @@ class Request:
         image: what to make of each.
         settings: everything that decides the bytes of the data set, as the manifest records it.
         shards: every shard of every split.
+        passed_over: what is not tried, by split and reason.
+        warnings: what a person should know before the work, a line each.
     """
 
     options: PrepareOptions
@@ -66,6 +74,18 @@ class Request:
     image: ImageSettings
     settings: dict[str, Any]
     shards: list[ShardPlan]
+    passed_over: tuple[PassedOver, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def num_planned(self) -> int:
+        """Images of all shards."""
+        return sum(len(shard.rows) for shard in self.shards)
+
+    @property
+    def num_found(self) -> int:
+        """Everything that the input holds."""
+        return self.num_planned + sum(row.count for row in self.passed_over)
 
 
 def make_request(options: PrepareOptions) -> Request:
@@ -78,7 +98,10 @@ def make_request(options: PrepareOptions) -> Request:
     listing = chosen_splits(source.listing(), options)
     image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, image)
-    return Request(options, source, listing, image, settings, make_plan(listing, options))
+    shards = make_plan(listing, options)
+    return Request(
+        options, source, listing, image, settings, shards, passed_over(listing, shards), tuple(all_warnings(listing))
+    )
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
@@ -133,7 +156,7 @@ def check_source(source: Source) -> None:
 
 
 def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
-    """The listing with the splits that were asked for.
+    """The listing with the splits that were asked for; the others are counted as passed over.
 
     Raises:
         ConfigError: the source has no such split.
@@ -142,7 +165,48 @@ def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
     if unknown:
         raise ConfigError(f"--splits {unknown[0]}: the source has {', '.join(sorted(listing.splits))}")
     kept = {split: rows for split, rows in listing.splits.items() if not options.splits or split in options.splits}
-    return dataclasses.replace(listing, splits=kept)
+    tally = Tally()
+    tally.extend(listing.passed_over)
+    for split in listing.splits.keys() - kept.keys():
+        rows = listing.splits[split]
+        tally.add(reasons.NOT_CHOSEN, rows.names[0], split=split, count=len(rows))
+    return dataclasses.replace(listing, splits=kept, passed_over=tally.records())
+
+
+def all_warnings(listing: Listing) -> list[str]:
+    """What the source warns of, and the classes that not every split has."""
+    warnings = list(listing.warnings)
+    present = {
+        split: np.bincount(rows.labels, minlength=len(listing.classes)) > 0 for split, rows in listing.splits.items()
+    }
+    for split, here in sorted(present.items()):
+        elsewhere = np.any([others for other, others in present.items() if other != split], axis=0)
+        only = np.flatnonzero(here & ~elsewhere).tolist() if len(present) > 1 else []
+        if only:
+            warnings.append(f"classes that only {split} has: {_class_names(listing, only)}")
+    absent = np.flatnonzero(~np.any(list(present.values()), axis=0)).tolist()
+    if absent:
+        warnings.append(f"classes without an image: {_class_names(listing, absent)}")
+    return warnings
+
+
+def _class_names(listing: Listing, labels: list[int]) -> str:
+    names = [listing.classes[label].name for label in labels[:SHOWN_CLASSES]]
+    return ", ".join(names) + (f", ... ({len(labels):,})" if len(labels) > SHOWN_CLASSES else "")
+
+
+def passed_over(listing: Listing, shards: list[ShardPlan]) -> tuple[PassedOver, ...]:
+    """What the listing passes over, and what ``--limit`` leaves out of the plan."""
+    tally = Tally()
+    tally.extend(listing.passed_over)
+    for split, rows in listing.splits.items():
+        planned = [shard.rows for shard in shards if shard.split == split]
+        num_left = len(rows) - sum(map(len, planned))
+        if num_left:
+            order = np.concatenate(planned)
+            first = int(np.setdiff1d(np.arange(len(order) + 1), order)[0])  # the smallest row that is not planned
+            tally.add(reasons.OVER_LIMIT, rows.names[first], split=split, count=num_left)
+    return tally.records()
 
 
 def all_settings(options: PrepareOptions, listing: Listing, image: ImageSettings) -> dict[str, Any]:
@@ -188,16 +252,22 @@ def print_plan(options: PrepareOptions) -> None:
     Raises:
         PipelineError: the same as prepare, before it starts to work.
     """
+    check_places(options.input, options.output)
     check_ours(options.output)
     if options.verify_source:
         check_source(open_source(options))
     request = make_request(options)
+    print_warnings(request.warnings)
     listing = request.listing
-    print(f"source {options.source}: {len(listing.classes):,} classes, labels in {listing.label_order} order")
+    print(f"source {options.source}: {pluralize(len(listing.classes), 'class')}, labels in {listing.label_order} order")
     for split in sorted(listing.splits):
         counts = [len(shard.rows) for shard in request.shards if shard.split == split]
-        print(f"{split}: {sum(counts):,} images in {len(counts):,} shards of {min(counts):,} to {max(counts):,}")
-    total = sum(len(shard.rows) for shard in request.shards)
+        print(
+            f"{split}: {pluralize(sum(counts), 'image')} in {pluralize(len(counts), 'shard')} of "
+            f"{min(counts):,} to {max(counts):,}"
+        )
+    total = request.num_planned
+    print("\n".join(found_lines(request.num_found, {"to be stored": total}, request.passed_over)))
     cost = measure(request)
     folder = next(path for path in (options.output.absolute(), *options.output.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, cost.size_bytes * total
@@ -206,10 +276,16 @@ def print_plan(options: PrepareOptions) -> None:
     workers = options.num_workers()
     print(
         f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
-        f"({1 / cost.seconds:,.0f} images/s per core over {cost.num_images} measured images, "
+        f"({1 / cost.seconds:,.0f} images/s per core over {pluralize(cost.num_images, 'measured image')}, "
         f"{cost.num_refused} of them unusable)"
     )
     print("nothing was written (--dry-run)")
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Prints what a person should know before the work, a line each, on stderr."""
+    for warning in warnings:
+        print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
 
 
 def measure(request: Request) -> Cost:
@@ -220,7 +296,7 @@ def measure(request: Request) -> Cost:
     def make(item: Item) -> int | None:
         """Bytes that the sample takes in a tar; None if the image cannot be used."""
         try:
-            return len(make_image(request.source.read(item), request.image).data) + OVERHEAD_BYTES
+            return len(make_image(read_item(request.source, item, request.image), request.image).data) + OVERHEAD_BYTES
         except ImageError:
             return None
 

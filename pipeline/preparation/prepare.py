@@ -4,19 +4,29 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
+import json
+import math
+import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, ImageFormat, Manifest, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
-from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request
+from pipeline.preparation.machine import BEFORE_RAY, check_machine
+from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request, print_warnings
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
 from pipeline.sources import open_source
+from pipeline.sources.walk import shown
+from twotower.verbosity import log
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +36,18 @@ class Summary:
     Attributes:
         manifest: the complete data set.
         num_done: images this run worked on; 0 if the data set was complete already.
-        elapsed_s: seconds spent on shards, without starting Ray.
+        elapsed_s: seconds spent on shards, with the start of Ray and its workers.
+        startup_s: those of them until the first worker had its libraries and began with an image.
         num_indexes: indexes regenerated from their valid tars.
+        warnings: what only the work has shown, a line each.
     """
 
     manifest: Manifest
     num_done: int
     elapsed_s: float
+    startup_s: float = 0.0
     num_indexes: int = 0
-
-    @property
-    def num_left_out(self) -> int:
-        """Images of the source that are not in the data set."""
-        return sum(split.num_quarantined for split in self.manifest.splits.values())
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions) -> Summary:
@@ -48,10 +57,15 @@ def prepare(options: PrepareOptions) -> Summary:
         PipelineError: something the user can act on; the folder stays in a state that a later run continues.
     """
     folder = options.output
+    output.check_places(options.input, folder)
     output.check_ours(folder)
     if options.verify_source:
         check_source(open_source(options))
+    if not (folder / MANIFEST_NAME).is_file():
+        check_machine(options)  # before anything is listed or written
     request = make_request(options)
+    print_warnings(request.warnings)
+    faults.reach("listed")
     with output.output_lock(folder):
         manifest = output.load_manifest(folder)
         if manifest is not None:
@@ -59,19 +73,27 @@ def prepare(options: PrepareOptions) -> Summary:
         try:
             output.sweep(folder)
             repaired = None if manifest is None else _repair(request, manifest)
-            return repaired or _make(request)
+            summary = repaired or _make(request, manifest)
+            return dataclasses.replace(summary, warnings=_lost(request, summary.manifest))
         except OSError as error:
             raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
 
 
-def _make(request: Request) -> Summary:
-    """Makes every shard that is not there as its record says, then everything else, the manifest last."""
+def _make(request: Request, before: Manifest | None) -> Summary:
+    """Makes every shard that is not there as its record says, then everything else, the manifest last.
+
+    Args:
+        request: what was asked for.
+        before: the manifest of the same data set, where only files beside the shards are damaged. What it counted
+            stands, although a file that is passed over may have come or gone since.
+    """
     folder = request.options.output
     output.begin(folder, request.settings, _totals(request))
     records = (read_result(folder / WORK_NAME, _stem(shard), with_positions=True) for shard in request.shards)
     valid = output.valid_shards(folder, (record.shard for record in records if record))
     missing = [shard for shard in request.shards if shard.name not in valid]
-    elapsed_s = _build(request, missing)
+    log.debug("%d of %d shards are valid already", len(valid), len(request.shards))
+    elapsed_s, startup_s = _build(request, missing)
     results, totals = _collect(request)
     draft = Manifest(
         format=FORMAT,
@@ -82,10 +104,12 @@ def _make(request: Request) -> Summary:
         label_order=request.listing.label_order,
         splits={},
         files={},
+        num_found=before.num_found if before else request.num_found,
+        passed_over=before.passed_over if before else request.passed_over,
     )
     manifest = output.finish(folder, draft, results, totals)
     output.clear_work(folder)
-    return Summary(manifest, _num_images(missing), elapsed_s)
+    return Summary(manifest, _num_images(missing), elapsed_s, startup_s)
 
 
 def _repair(request: Request, manifest: Manifest) -> Summary | None:
@@ -99,21 +123,30 @@ def _repair(request: Request, manifest: Manifest) -> Summary | None:
     valid = output.valid_shards(folder, recorded.values())
     restored = output.restore_indexes(folder, (shard for name, shard in recorded.items() if name not in valid))
     damaged = [shard for shard in request.shards if shard.name in recorded.keys() - valid - restored]
-    elapsed_s = 0.0
+    elapsed_s = startup_s = 0.0
     if damaged:
         output.refuse_difference(folder, manifest.settings, request.settings)
-        output.begin(folder, request.settings, _totals(request))
-        elapsed_s = _build(request, damaged, recorded)
+        totals = {split: count for split, count in _totals(request).items() if split in manifest.splits}
+        output.begin(folder, request.settings, totals)
+        elapsed_s, startup_s = _build(request, damaged, recorded)
     if damaged_files:
         output.write_info(folder, manifest)
     output.clear_work(folder)
-    return Summary(manifest, _num_images(damaged), elapsed_s, len(restored))
+    return Summary(manifest, _num_images(damaged), elapsed_s, startup_s, len(restored))
 
 
-def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None) -> float:
-    """Makes these shards on Ray, each as ``recorded`` if that is given; returns the seconds without Ray's start."""
+def _build(
+    request: Request, missing: list[ShardPlan], recorded: dict[str, ShardRecord] | None = None
+) -> tuple[float, float]:
+    """Makes these shards on Ray, each as ``recorded`` if that is given; the seconds of all, and of the start-up."""
     if not missing:
-        return 0.0
+        return 0.0, 0.0
+    start_s = time.time()  # the clock that workers share, give or take what their nodes differ
+    began_s = math.inf
+    os.environ.update(BEFORE_RAY)
+    # Read when Ray is imported. Without it Ray takes 127.0.0.1 for the machine's outer address: a Ray of our own would
+    # listen on every interface, and one that listens on loopback (`python -m cluster up --local`) would not be found.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from pipeline.preparation.ray_run import (  # imports ray, which takes longer than everything else here
         Gauges,
         ray_session,
@@ -129,22 +162,46 @@ def _build(request: Request, missing: list[ShardPlan], recorded: dict[str, Shard
         fail_on_error=options.on_error == "fail",
     )
     with ray_session(options) as workers, ProgressLine(total, total - num_missing) as progress:
-        start_s = time.monotonic()
         gauges = Gauges(options.output.name, progress)
         left_out = 0
-        for result in run_shards(job, _tasks(request, missing), workers=workers, tick=gauges.update):
+        for result in run_shards(job, _tasks(request, missing), len(missing), workers=workers, tick=gauges.update):
+            began_s = min(began_s, result.began_s)
             left_out += result.num_left_out
             if left_out > options.error_limit(total):
                 reason = next(line for line in result.quarantine if line["action"] == "left_out")
                 raise SourceError(
-                    f"{left_out:,} images cannot be used, more than --max-errors {options.max_errors}; "
+                    f"{pluralize(left_out, 'image')} cannot be used, more than --max-errors {options.max_errors}; "
                     f"the last: {reason['source']}: {reason['reason']}"
                 )
             if recorded is not None and result.shard != recorded[result.shard.name]:
                 raise SourceError(f"{result.shard.name} came out different: the input changed")
+            log.debug("%s made: %d images, %d left out", result.shard.name, result.num_planned, result.num_left_out)
             progress.advance(result.num_planned)
             faults.reach("driver-shard-done")
-        return time.monotonic() - start_s
+        elapsed_s = time.time() - start_s
+        return elapsed_s, min(max(began_s - start_s, 0.0), elapsed_s)
+
+
+def _lost(request: Request, manifest: Manifest) -> tuple[str, ...]:
+    """Lines about the splits, and the classes of the other splits, of which no image can be used."""
+    lines = [
+        f"{split} is left out: none of its {count:,} images can be used"
+        for split, count in manifest.dropped_splits.items()
+    ]
+    left_out: dict[str, Counter[str]] = {split: Counter() for split in manifest.splits}
+    with (request.options.output / QUARANTINE_NAME).open(encoding="utf-8") as rows:
+        for row in map(json.loads, rows):
+            if row["action"] == "left_out" and row["split"] in left_out:
+                left_out[row["split"]][row["class"]] += 1
+    for split, counts in left_out.items():
+        planned = [shard.rows for shard in request.shards if shard.split == split and counts]
+        labels = request.listing.splits[split].labels[np.concatenate(planned)] if planned else np.zeros(0, np.int32)
+        totals = Counter[str]()
+        for label, total in enumerate(np.bincount(labels).tolist()):
+            totals[request.listing.classes[label].name] += total
+        if empty := sorted(name for name, count in counts.items() if count == totals[name]):
+            lines.append(f"classes of which no image of {split} can be used: {shown(empty)}")
+    return tuple(lines)
 
 
 def _tasks(request: Request, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:

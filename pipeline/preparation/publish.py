@@ -5,24 +5,33 @@ and the manifest goes last. While that lasts, the object ``.work/fingerprint`` s
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import DatasetError, OutputError, first_line
+from pipeline.files import CACHE_VARIABLE, cache_folder
 from pipeline.manifest import MANIFEST_NAME, Manifest, from_json
+from pipeline.preparation import faults
 from pipeline.preparation.output import refuse_difference
 from pipeline.preparation.plan import make_request
 from pipeline.progress import ProgressLine
 
 MARK_NAME = ".work/fingerprint"
-CACHE_VARIABLE = "TWOTOWER_CACHE"
 
 
 def staging_folder(url: str) -> Path:
-    """Where a data set for this URL is made: below ``$TWOTOWER_CACHE``, else ``~/.cache/twotower``."""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "twotower")
+    """Where a data set for this URL is made: below ``$TWOTOWER_CACHE``, else ``~/.cache/twotower``.
+
+    Raises:
+        OutputError: there is no HOME.
+    """
+    try:
+        cache = cache_folder()
+    except RuntimeError:
+        raise OutputError(
+            f"no home folder to make the data set in: set {CACHE_VARIABLE} to a folder with room"
+        ) from None
     return cache / "prepare" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
@@ -74,6 +83,7 @@ class Remote:
                 for name in names:
                     self._files.put_file(str(folder / name), f"{self._root}/{name}")
                     progress.advance(1)
+                    faults.reach("publishing")
             self._sizes = self._list()
             missing = self._missing(manifest)
             if missing:

@@ -1,24 +1,25 @@
 """Shards made by Ray: one task a shard, a bounded number in flight. The only file that imports ray."""
 
 import contextlib
+import logging
 import os
-import re
-import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.metrics import Gauge
 
+from pipeline import signals
 from pipeline.config import PrepareOptions
-from pipeline.errors import PipelineError, SourceError, Terminated, first_line
+from pipeline.errors import PipelineError, SourceError, first_line, require
+from pipeline.preparation import faults, pieces
+from pipeline.preparation.machine import LOCAL, LOOPBACK, check_machine, ray_address, ray_folder, token_environment
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
+from pipeline.sources.listing import printable
 
 TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while the driver sleeps
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
@@ -34,7 +35,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TOP_PAD_": str(32 * 2**20),
 }
-CONNECT_S = 5.0
+START_VARIABLE = "TWOTOWER_RAY_START_S"
+START_S = 120.0  # an idle machine takes 3 s
 
 
 @contextlib.contextmanager
@@ -44,38 +46,115 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
     Gives a function that tells the number of shards to work on at once: on a cluster, nodes come and go.
 
     Raises:
-        PipelineError: the cluster cannot be reached.
+        PipelineError: the cluster cannot be reached, or Ray does not start.
     """
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    _check_reachable(address)
+    check_machine(options)
+    address, given = ray_address(options)
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    arguments: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
+    arguments: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
     environment = WORKER_ENVIRONMENT | {"PYTHONPATH": path}
-    if address == "local":
-        os.environ |= environment  # inherited; a runtime_env would throw away the workers that Ray starts beforehand
+    if address == LOCAL:
+        given = "Ray does not start on this machine"
+        # inherited; a runtime_env would throw away the workers that Ray starts beforehand
+        os.environ |= environment | token_environment()
         arguments |= {
             "num_cpus": options.num_workers(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
+            "_node_ip_address": LOOPBACK,
+            "_temp_dir": str(ray_folder()),
         }
     else:
         arguments["runtime_env"] = {"env_vars": environment}
-    try:
-        ray.init(**arguments)
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        raise PipelineError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
-    previous = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets its own
+    _start(arguments, given)
     try:
         yield lambda: options.workers or int(ray.cluster_resources().get("CPU", 0))
     finally:
-        signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _utf8_only() -> Iterator[None]:
+    """Lets Ray start although the command line or the working folder is no UTF-8.
+
+    Ray sends both to its server for display and for imports, and fails with a UnicodeEncodeError at the first byte
+    that is none. All paths of a job are absolute, and our code is found by PYTHONPATH.
+    """
+    told = ray._private.utils.get_entrypoint_name
+    ray._private.utils.get_entrypoint_name = lambda: printable(told())
+    folder = str(Path.cwd())
+    try:
+        with contextlib.chdir(folder if printable(folder) == folder else "/"):
+            yield
+    finally:
+        ray._private.utils.get_entrypoint_name = told
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets signals and time limits through while Ray waits for its first server.
+
+    Ray waits in C code that keeps Python's lock, 30 s long, so nothing else of this process runs. Here it waits a
+    moment, and again, until the time limit ends it.
+    """
+    wait = ray._private.node.wait_for_persisted_port
+
+    def wait_on(*arguments: Any, timeout_ms: int = 0, **options: Any) -> int:
+        while True:
+            try:
+                return int(wait(*arguments, timeout_ms=int(POLL_S * 1000), **options))
+            except RuntimeError as error:
+                if "Timed out" not in str(error):
+                    raise
+            time.sleep(0.001)  # gives the lock away
+
+    ray._private.node.wait_for_persisted_port = wait_on
+    try:
+        yield
+    finally:
+        ray._private.node.wait_for_persisted_port = wait
+
+
+def _start(arguments: dict[str, Any], given: str) -> None:
+    """``ray.init``, whose errors are of many classes, and which may wait for ever.
+
+    Raises:
+        PipelineError: it fails.
+    """
+    limit_s = _start_limit_s()
+    waited = f"{given}: no answer within {limit_s:g} s; set {START_VARIABLE} to wait longer (seconds)"
+    try:
+        # Ray's C++ parts tell of every try
+        with _utf8_only(), _interruptible(), signals.quiet(), signals.time_limit(limit_s, waited):
+            faults.reach("ray-starting")
+            ray.init(**arguments)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        folder = (
+            f"; its files are in {arguments['_temp_dir']}, RAY_TMPDIR names another" if "_temp_dir" in arguments else ""
+        )
+        raise PipelineError(f"{given}: {first_line(error)}{folder}") from None
+
+
+def _start_limit_s() -> float:
+    text = os.environ.get(START_VARIABLE) or str(START_S)
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = -1.0
+    require(0 < limit_s < 1e6, START_VARIABLE, text, "seconds, more than 0")
+    return limit_s
+
+
 def run_shards(
-    job: ShardJob, tasks: Iterator[ShardTask], *, workers: Callable[[], int], tick: Callable[[], None]
+    job: ShardJob,
+    tasks: Iterator[ShardTask],
+    num_shards: int,
+    *,
+    workers: Callable[[], int],
+    tick: Callable[[], None],
 ) -> Iterator[ShardResult]:
     """Yields the shards as they are finished, a bounded number in flight: memory does not grow with the data set.
 
@@ -84,33 +163,71 @@ def run_shards(
     Args:
         job: what all shards share.
         tasks: the shards, taken one by one as there is room.
+        num_shards: how many those are.
         workers: tells how many can run at once.
         tick: called at least twice a second.
 
     Raises:
-        PipelineError: the first error of a shard; the others stop. Or no node with a CPU came for minutes.
+        PipelineError: the first error of a shard (the others stop), Ray broke, or no node with a CPU came for minutes.
     """
-    remote = ray.remote(build_shard).options(
-        num_cpus=1, memory=_worker_memory(), max_retries=RETRIES, scheduling_strategy="SPREAD"
-    )
-    shared = ray.put(job)
+    try:
+        yield from _run_shards(_Sender(job, num_shards), tasks, workers, tick)
+    except (OSError, ray.exceptions.RayError) as error:  # no OSError of Ray's may be taken for one of the output
+        raise PipelineError(f"Ray failed ({first_line(error)}); run the same command again to go on") from None
+
+
+def _run_shards(
+    sender: "_Sender", tasks: Iterator[ShardTask], workers: Callable[[], int], tick: Callable[[], None]
+) -> Iterator[ShardResult]:
     running: dict[Any, ShardTask] = {}
     exhausted = False
     last_cpu_s = time.monotonic()
     while running or not exhausted:
-        at_once = workers()
+        at_once = max(workers(), 1)
         last_cpu_s = time.monotonic() if ray.cluster_resources().get("CPU") else last_cpu_s
         if time.monotonic() - last_cpu_s > NO_CPU_S:
             raise PipelineError(f"no node of the Ray cluster has had a CPU for {NO_CPU_S:.0f} s")
-        while not exhausted and len(running) < max(at_once, 1) * TASKS_PER_WORKER:
+        while not exhausted and len(running) < at_once * TASKS_PER_WORKER:
             task = next(tasks, None)
             exhausted = task is None
             if task is not None:
-                running[remote.remote(shared, task)] = task
+                running[sender.send(task, at_once)] = task
         done, _ = ray.wait(list(running), timeout=POLL_S) if running else ([], [])
         for reference in done:
-            yield _result(reference, running.pop(reference))
+            task = running.pop(reference)
+            result = _result(reference, task)
+            pieces.remove_pieces(sender.job, task)
+            yield result
         tick()
+
+
+class _Sender:
+    """Hands shards to Ray: whole, or, the last ones of the run, in pieces and with who joins them.
+
+    Args:
+        job: what all shards share.
+        num_shards: shards of the run.
+    """
+
+    def __init__(self, job: ShardJob, num_shards: int) -> None:
+        self.job = job
+        self._num_shards = num_shards
+        self._sent = 0
+        self._shared = ray.put(job)
+        memory = _worker_memory()
+        self._build, self._piece, self._join = (
+            ray.remote(function).options(num_cpus=1, memory=memory, max_retries=RETRIES, scheduling_strategy="SPREAD")
+            for function in (build_shard, pieces.build_piece, pieces.join_pieces)
+        )
+
+    def send(self, task: ShardTask, at_once: int) -> Any:
+        """Ray's reference to the result of a shard."""
+        count = pieces.num_pieces(task, self._sent, self._num_shards, at_once)
+        self._sent += 1
+        if count == 1:
+            return self._build.remote(self._shared, task)
+        parts = [self._piece.remote(self._shared, part) for part in pieces.cut(task, count)]
+        return self._join.remote(self._shared, task, *parts)
 
 
 class Gauges:
@@ -123,6 +240,7 @@ class Gauges:
 
     def __init__(self, name: str, progress: ProgressLine) -> None:
         self._progress = progress
+        name = printable(name)
         texts = {"images_per_s": "images prepared a second", "images": "images prepared so far"}
         self._gauges = {}
         for key, text in texts.items():
@@ -134,21 +252,6 @@ class Gauges:
         self._gauges["images_per_s"].set(self._progress.rate())
         self._gauges["images"].set(self._progress.done)
         self._progress.tick()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself waits for minutes for an address where nothing listens.
-
-    Raises:
-        PipelineError: nothing does.
-    """
-    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
-    if not found:
-        return  # "local" or "auto"
-    try:
-        socket.create_connection((found.group(1), int(found.group(2))), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise PipelineError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def _worker_memory() -> int:
@@ -163,10 +266,6 @@ def _result(reference: Any, task: ShardTask) -> ShardResult:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from None
-        raise
+        raise RuntimeError(f"{task.name}: {error}") from error  # not as the cause's class: the output is not to blame
     except ray.exceptions.RayError as error:
         raise SourceError(f"{task.name}: its worker died {RETRIES + 1} times ({first_line(error)})") from None
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

@@ -1,22 +1,26 @@
 """One shard: a tar, its index and its record, each whole under its name or absent, the record last."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipeline.config import ImageSettings
-from pipeline.errors import DatasetError, ImageError, OutputError
+from pipeline.errors import DatasetError, ImageError, OutputError, SourceError
 from pipeline.files import UrlPath, prefetch
 from pipeline.manifest import ImageFormat, ShardRecord, read_record, sync_folder
 from pipeline.preparation import faults
-from pipeline.preparation.image import Payload, StoredImage, make_images
+from pipeline.preparation.image import Payload, StoredImage, load_libraries, make_images
 from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
 from pipeline.preparation.tar_writer import TarWriter
 from pipeline.sources.listing import Item, Source, printable
@@ -79,6 +83,7 @@ class ShardResult:
         quarantine: lines for quarantine.jsonl.
         size_px: (height, width) if all its images have one size, else None.
         totals: its statistics (without the sums per position, when read without them).
+        began_s: when work on its first image began, in seconds since 1970; not in the record.
     """
 
     shard: ShardRecord
@@ -87,6 +92,7 @@ class ShardResult:
     quarantine: tuple[dict[str, str], ...]
     size_px: tuple[int, int] | None
     totals: Totals
+    began_s: float = dataclasses.field(default=math.inf, compare=False)
 
     @property
     def num_left_out(self) -> int:
@@ -100,43 +106,85 @@ def build_shard(job: ShardJob, task: ShardTask) -> ShardResult:
     Running it again, even at the same time in another process, ends with the same bytes under the same names.
 
     Raises:
-        SourceError: the input is gone.
-        ImageError: an image cannot be used and the job says to stop then.
+        SourceError: the input is gone, or an image cannot be used and the job says to stop then.
         OutputError: the output cannot be written.
     """
-    work = job.output / WORK_NAME
-    temporary = work / "tmp" / f"{task.stem}.{socket.gethostname()}-{os.getpid()}"
+    with temporary_file(job, task, task.stem) as temporary:
+        return _build(job, task, temporary)
+
+
+@contextlib.contextmanager
+def temporary_file(job: ShardJob, task: ShardTask, stem: str) -> Iterator[Path]:
+    """A name in the work folder for this process alone; what is left under it is removed.
+
+    Raises:
+        OutputError: the output cannot be written.
+    """
+    path = job.output / WORK_NAME / "tmp" / f"{stem}.{socket.gethostname()}-{os.getpid()}"
     try:
-        return _build(job, task, work, temporary)
+        yield path
     except OSError as error:
         raise OutputError(f"cannot write {job.output / task.name}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def _build(job: ShardJob, task: ShardTask, work: Path, temporary: Path) -> ShardResult:
-    final = job.output / task.name
+def _build(job: ShardJob, task: ShardTask, temporary: Path) -> ShardResult:
     with temporary.open("wb", buffering=BUFFER_BYTES) as file:
         writer = TarWriter(file)
-        filler = _Filler(job, task, writer)
-        read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
-        made = make_images(read(filler.read, task.items), job.image)
-        for position, (item, image) in enumerate(zip(task.items, made, strict=True)):
-            if position == len(task.items) // 2:
-                faults.reach("tar-half", task.stem)
-            filler.add(position, item, image)
-        writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
+        filler = fill(job, task, writer)
+        finish_tar(writer, file)
     faults.reach("tar-written", task.stem)
-    index = writer.index()
-    result = filler.result(index)
+    return commit_shard(job, task, temporary, writer, filler.result())
+
+
+def finish_tar(writer: TarWriter, file: BinaryIO) -> None:
+    """Writes the tar's end, and sees that all of it is on the disk."""
+    writer.finish()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def fill(job: ShardJob, task: ShardTask, writer: TarWriter) -> "_Filler":
+    """Makes a task's images and appends them to a tar."""
+    load_libraries(job.image)
+    filler = _Filler(job, task, writer)
+    read = prefetch if isinstance(getattr(job.source, "root", None), UrlPath) else map
+    made = make_images(read(filler.read, task.items), job.image)
+    for position, (item, image) in enumerate(zip(task.items, made, strict=True)):
+        if position == len(task.items) // 2:
+            faults.reach("tar-half", task.stem)
+        filler.add(position, item, image)
+    return filler
+
+
+def commit_shard(job: ShardJob, task: ShardTask, temporary: Path, writer: TarWriter, filled: "Filled") -> ShardResult:
+    """Gives a tar that is whole under its temporary name its final one; then the index, then the record."""
+    final, index = job.output / task.name, writer.index()
+    result = _result(task, writer, index, filled)
     if writer.num_samples:
         _rename(temporary, final)
         faults.reach("tar-renamed", task.stem)
         _commit(temporary, final.with_suffix(".idx"), index, point="index")
-    _commit_record(work, temporary, task.stem, result)
+    _commit_record(job.output / WORK_NAME, temporary, task.stem, result)
     return dataclasses.replace(result, totals=dataclasses.replace(result.totals, position_sum=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """What is known of samples beside their bytes.
+
+    Attributes:
+        quarantine: lines for quarantine.jsonl.
+        sizes_px: every (height, width) of their images.
+        totals: their statistics.
+        began_s: when work on the first of them began.
+    """
+
+    quarantine: tuple[dict[str, str], ...]
+    sizes_px: frozenset[tuple[int, int]]
+    totals: Totals
+    began_s: float
 
 
 class _Filler:
@@ -150,11 +198,12 @@ class _Filler:
         self._statistics = Accumulator(job.image.channels)
         self._quarantine: list[dict[str, str]] = []
         self._sizes: set[tuple[int, int]] = set()
+        self._began_s = time.time()
 
     def read(self, item: Item) -> Payload | ImageError:
         """One image of the source, or why it cannot be read."""
         try:
-            return self._job.source.read(item)
+            return read_item(self._job.source, item, self._job.image)
         except ImageError as error:
             return error
 
@@ -162,7 +211,7 @@ class _Filler:
         """Appends one sample, or the line that says why not."""
         if isinstance(image, ImageError):
             if self._job.fail_on_error:
-                raise ImageError(f"{printable(item.name)}: {image}")
+                raise SourceError(f"{printable(item.name)}: {image}")
             self._report(item, "left_out", str(image))
             return
         if image.converted:
@@ -173,24 +222,9 @@ class _Filler:
         if self._task.split == "train":
             self._statistics.add(image.pixels)
 
-    def result(self, index: bytes) -> ShardResult:
-        """The record of what was written."""
-        shard = ShardRecord(
-            name=self._task.name,
-            num_samples=self._writer.num_samples,
-            size_bytes=self._writer.size_bytes,
-            sha256=self._writer.sha256(),
-            index_size_bytes=len(index),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-        return ShardResult(
-            shard=shard,
-            split=self._task.split,
-            num_planned=len(self._task.items),
-            quarantine=tuple(self._quarantine),
-            size_px=next(iter(self._sizes)) if len(self._sizes) == 1 else None,
-            totals=self._statistics.totals(),
-        )
+    def result(self) -> Filled:
+        """What was written, beside its bytes."""
+        return Filled(tuple(self._quarantine), frozenset(self._sizes), self._statistics.totals(), self._began_s)
 
     def _components(self, item: Item, image: StoredImage) -> list[tuple[str, bytes]]:
         label = b"%d" % item.label
@@ -214,6 +248,39 @@ class _Filler:
                 "reason": reason,
             }
         )
+
+
+def read_item(source: Source, item: Item, settings: ImageSettings) -> Payload:
+    """Reads one image, unless it is too large to be read at all: a sparse file may claim terabytes.
+
+    Raises:
+        ImageError: this image cannot be read.
+        SourceError: the whole input cannot be read.
+    """
+    if item.size > settings.max_bytes:
+        raise ImageError(f"{item.size:,} bytes, more than --max-bytes {settings.max_bytes:,}")
+    return source.read(item)
+
+
+def _result(task: ShardTask, writer: TarWriter, index: bytes, filled: Filled) -> ShardResult:
+    """The record of what was written."""
+    shard = ShardRecord(
+        name=task.name,
+        num_samples=writer.num_samples,
+        size_bytes=writer.size_bytes,
+        sha256=writer.sha256(),
+        index_size_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+    return ShardResult(
+        shard=shard,
+        split=task.split,
+        num_planned=len(task.items),
+        quarantine=filled.quarantine,
+        size_px=next(iter(filled.sizes_px)) if len(filled.sizes_px) == 1 else None,
+        totals=filled.totals,
+        began_s=filled.began_s,
+    )
 
 
 def key_of(split: str, position: int) -> str:

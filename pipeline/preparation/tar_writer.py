@@ -15,6 +15,7 @@ from pipeline.manifest import write_atomic
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, walk_file
 
 END = bytes(2 * BLOCK)  # two zero blocks: their absence is how a truncated tar is told from a complete one
+COPY_BYTES = 2**20
 INDEX_VERSION = "v1.2"
 
 
@@ -69,6 +70,19 @@ class TarWriter:
             end += BLOCK + size + padding
         self._index.append(" ".join(fields))
         self._write(b"".join(parts))
+
+    def append(self, samples: BinaryIO, lines: Iterable[str]) -> None:
+        """Appends samples that another writer wrote (and did not finish), with its lines of the index."""
+        for line in lines:
+            fields = line.split(" ")
+            fields[1::4] = [str(int(offset) + self.size_bytes) for offset in fields[1::4]]
+            self._index.append(" ".join(fields))
+        while data := samples.read(COPY_BYTES):
+            self._write(data)
+
+    def lines(self) -> tuple[str, ...]:
+        """The lines of the index, one a sample."""
+        return tuple(self._index)
 
     def finish(self) -> None:
         """Writes the end of the archive."""

@@ -5,6 +5,7 @@ The "python version" is a set of pickles, which can run any code when read: it i
 
 import dataclasses
 import functools
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, Source, SplitListing
+from pipeline.sources import reasons
+from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
 from pipeline.sources.tar_reader import read_compressed
+from pipeline.sources.walk import Walker, join, pass_over_unread
+from twotower.words import pluralize
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-FOLDERS = (".", "cifar-10-batches-bin")
+FOLDERS = ("", "cifar-10-batches-bin")
 FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "val": ["test_batch.bin"]}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PIXEL_BYTES = 3 * 32 * 32
@@ -36,14 +40,21 @@ class Cifar10Source(Source):
     root: Path
 
     def listing(self) -> Listing:
-        """50,000 train and 10,000 val images, in the order of the files."""
+        """50,000 train and 10,000 val images, in the order of the files; other files are counted."""
         where = self._find()
+        walker = Walker(self.root, Tally())
+        if where == ARCHIVE_NAME:
+            _count_members(self.root / where, walker.tally)
+            pass_over_unread(walker, [where])
+        else:
+            pass_over_unread(walker, [join(where, name) for names in FILES.values() for name in names])
         return Listing(
             classes=tuple(ClassRecord(name, name) for name in CLASSES),
             label_order="source",
             splits={split: self._split(where, names) for split, names in FILES.items()},
             encoded=False,
             channels=3,
+            passed_over=walker.tally.records(),
         )
 
     def read(self, item: Item) -> np.ndarray:
@@ -76,7 +87,9 @@ class Cifar10Source(Source):
         for name in names:
             data = np.frombuffer(read_batch(self.root / where / name), np.uint8)
             if not len(data) or len(data) % RECORD_BYTES:
-                raise SourceError(f"{self.root / where / name}: {len(data):,} bytes is no multiple of {RECORD_BYTES:,}")
+                raise SourceError(
+                    f"{self.root / where / name}: {pluralize(len(data), 'byte')} is no multiple of {RECORD_BYTES:,}"
+                )
             labels.append(data[::RECORD_BYTES].astype(np.int32))
             if labels[-1].max() >= len(CLASSES):
                 raise SourceError(f"{self.root / where / name}: label {labels[-1].max()}, expected 0 to 9")
@@ -89,7 +102,7 @@ class Cifar10Source(Source):
                 for file, number in zip(file_of, numbers, strict=True)
             ],
             labels=np.concatenate(labels),
-            files=[f"{where}/{name}" for name in names],
+            files=[join(where, name) for name in names],
             file_of=file_of,
             offsets=numbers * RECORD_BYTES + 1,
             sizes=np.full(len(numbers), PIXEL_BYTES, np.int64),
@@ -106,6 +119,23 @@ def from_options(options: PrepareOptions) -> Cifar10Source:
         raise ConfigError(f"--source cifar10 needs --input FOLDER with {ARCHIVE_NAME} or its files")
     assert isinstance(options.input, Path), "open_source refuses a URL for this source"
     return Cifar10Source(root=options.input.absolute())
+
+
+def _count_members(archive: Path, tally: Tally) -> None:
+    """Counts the files of the archive that nobody reads.
+
+    Raises:
+        SourceError: it is damaged.
+    """
+    try:
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                name = member.name.rpartition("/")[2]
+                if not member.isdir() and name not in (*FILES["train"], *FILES["val"]):
+                    reason = reasons.HIDDEN if name.startswith(".") else reasons.NOT_READ
+                    tally.add(reason, f"{archive.name}/{member.name}")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise SourceError(f"{archive}: damaged: {error}") from None
 
 
 @functools.lru_cache(maxsize=6)

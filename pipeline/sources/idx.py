@@ -12,9 +12,12 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
-from pipeline.sources.listing import Item, Listing, Source, SplitListing
+from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
+from pipeline.sources.walk import Walker, pass_over_unread
+from twotower.words import pluralize
 
 PREFIXES = {"train": "train", "val": "t10k"}
+KINDS = {"images": "idx3", "labels": "idx1"}
 HEADER_BYTES = 16
 MD5 = {
     "mnist": {
@@ -52,15 +55,19 @@ class IdxSource(Source):
     root: Path
 
     def listing(self) -> Listing:
-        """60,000 train and 10,000 val images, in the order of the files."""
+        """60,000 train and 10,000 val images, in the order of the files; other files are counted."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
+        walker = Walker(self.root, Tally())
+        stems = [(f"{prefix}-{what}", kind) for prefix in PREFIXES.values() for what, kind in KINDS.items()]
+        pass_over_unread(walker, [self._find(stem, kind).name for stem, kind in stems])
         return Listing(
             classes=tuple(ClassRecord(str(label), title) for label, title in enumerate(TITLES[self.name])),
             label_order="source",
             splits={split: self._split(split) for split in PREFIXES},
             encoded=False,
             channels=1,
+            passed_over=walker.tally.records(),
         )
 
     def read(self, item: Item) -> np.ndarray:
@@ -78,13 +85,12 @@ class IdxSource(Source):
         return found
 
     def _split(self, split: str) -> SplitListing:
-        images = self._find(f"{PREFIXES[split]}-images", "idx3")
-        labels_path = self._find(f"{PREFIXES[split]}-labels", "idx1")
+        images, labels_path = (self._find(f"{PREFIXES[split]}-{what}", kind) for what, kind in KINDS.items())
         shape, _ = read_idx(images, dimensions=3)
         _, data = read_idx(labels_path, dimensions=1)
         labels = np.frombuffer(data, np.uint8).astype(np.int32)
         if len(labels) != shape[0]:
-            raise SourceError(f"{labels_path}: {len(labels):,} labels for {shape[0]:,} images")
+            raise SourceError(f"{labels_path}: {pluralize(len(labels), 'label')} for {pluralize(shape[0], 'image')}")
         if len(labels) and labels.max() >= len(TITLES[self.name]):
             raise SourceError(f"{labels_path}: label {labels.max()}, expected 0 to {len(TITLES[self.name]) - 1}")
         size = shape[1] * shape[2]
@@ -139,5 +145,5 @@ def read_idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], bytes]:
         raise SourceError(f"{path}: not an IDX file of bytes in {dimensions} dimensions (magic {data[:4].hex()})")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
     if len(data) != start + int(np.prod(shape)):
-        raise SourceError(f"{path}: {len(data):,} bytes, but its header states {shape}")
+        raise SourceError(f"{path}: {pluralize(len(data), 'byte')}, but its header states {shape}")
     return shape, data[start:]

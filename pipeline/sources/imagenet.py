@@ -6,14 +6,12 @@
 - Kaggle's ``Data/CLS-LOC/{train,val}`` with ``LOC_val_solution.csv`` and ``LOC_synset_mapping.txt``.
 """
 
-import csv
 import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -22,25 +20,43 @@ from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
+from pipeline.pictures import HEAD_BYTES, has_picture_head, has_picture_name
+from pipeline.sources import reasons
 from pipeline.sources.folder import read_file
-from pipeline.sources.listing import Item, Listing, Source, SplitListing
-from pipeline.sources.tar_reader import TarMember, range_reader, read_compressed, walk_file, walk_tar
+from pipeline.sources.labels import read_labels
+from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
+from pipeline.sources.split import split_of
+from pipeline.sources.tar_reader import (
+    COMPRESSED_NAME,
+    TarMember,
+    is_hidden,
+    range_reader,
+    read_compressed,
+    refuse_two,
+    walk_file,
+    walk_tar,
+)
+from pipeline.sources.walk import Walker, join, pass_over_unread
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
 VAL_NAME = "ILSVRC2012_img_val.tar"
 DEVKIT_NAME = "ILSVRC2012_devkit_t12.tar.gz"
 META_NAME = "data/meta.mat"
 TRUTH_NAME = "data/ILSVRC2012_validation_ground_truth.txt"
-DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12", "devkit", ".")
+DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12", "devkit", "")
 MD5 = {
     TRAIN_NAME: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_NAME: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_NAME: "fa75699e90414af021442c21a62c3abf",
 }
+VAL_LABELS = "LOC_val_solution.csv"
+TITLES = "LOC_synset_mapping.txt"
 WORDNET_ID = re.compile(r"n\d{8}")
 SCAN_THREADS = 8  # headers are 100 kB apart: the disk's latency decides, not the CPU
 URL_THREADS = 64  # the same for a store, which answers later
 KAGGLE_FOLDERS = ("", "ILSVRC")
+PERHAPS_FOLDERS = 20  # looked into for a message
+SPLIT_PLACES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +67,13 @@ class Devkit:
         wordnet_ids: the classes in ILSVRC order: row i has ILSVRC id i + 1.
         titles: their names, in the same order.
         val_ids: ILSVRC id of the i-th validation image in the order of names.
+        files: the files of the input that it was read from.
     """
 
     wordnet_ids: tuple[str, ...]
     titles: tuple[str, ...]
     val_ids: tuple[int, ...]
+    files: tuple[str, ...]
 
 
 class _Found(NamedTuple):
@@ -83,23 +101,30 @@ class ImagenetSource(Source):
     Attributes:
         root: the input folder.
         label_order: ``alphabetical`` (by WordNet id, as torchvision, timm and the Hub) or ``ilsvrc`` (the devkit's).
+        splits: the splits that are wanted; empty for all.
     """
 
     root: AnyPath
     label_order: str
+    splits: tuple[str, ...] = ()
 
     def listing(self) -> Listing:
-        """Lists train and val, whichever are there."""
+        """Lists train and val, whichever are there, and counts the other files."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
         devkit = find_devkit(self.root)
-        found = {"train": self._train(), "val": self._val()}
-        if not found["train"] and not found["val"]:
+        walker = Walker(self.root, Tally())
+        places = {split: place for split in ("train", "val") if (place := self._place(split)) is not None}
+        if not places:
             raise SourceError(
                 f"{self.root}: no ILSVRC-2012 here; expected {TRAIN_NAME}, {VAL_NAME} and {DEVKIT_NAME}, or "
-                "train/WNID/*.JPEG and val/, or Data/CLS-LOC/"
+                f"train/WNID/*.JPEG and val/, or Data/CLS-LOC/{self._perhaps()}"
             )
-        found["val"] = self._with_val_labels(found["val"], devkit)
+        found = {split: self._images(walker, split, place) for split, place in places.items()}
+        if "val" in found:
+            found["val"] = self._with_val_labels(walker, found["val"], devkit)
+        tables = [name for name in (self._kaggle_file(VAL_LABELS), self._kaggle_file(TITLES)) if name]
+        pass_over_unread(walker, [*places.values(), *tables, *(devkit.files if devkit else ())])
         present = {image.wordnet_id for images in found.values() for image in images}
         classes = self._classes(present, devkit)
         label_of = {record.name: label for label, record in enumerate(classes)}
@@ -112,7 +137,15 @@ class ImagenetSource(Source):
             items = [Item(p.name, label_of[p.wordnet_id], p.file, p.offset, p.size) for p in images]
             if items:
                 splits[split] = SplitListing.of(items)
-        return Listing(classes, self.label_order, splits, encoded=True, channels=3)
+        return Listing(
+            classes,
+            self.label_order,
+            splits,
+            encoded=True,
+            channels=3,
+            passed_over=walker.tally.records(),
+            warnings=walker.warnings,
+        )
 
     def read(self, item: Item) -> bytes:
         """The image's bytes, from the archive or the file."""
@@ -127,28 +160,77 @@ class ImagenetSource(Source):
             raise SourceError(f"{self.root}: none of the official archives is here, so there is nothing to verify")
         return found
 
-    def _train(self) -> list[_Found]:
-        if (self.root / TRAIN_NAME).is_file():
-            return _outer_tar(self.root / TRAIN_NAME)
-        return _class_folders(self.root, self._folder("train"))
+    def _place(self, split: str) -> str | None:
+        """The archive or folder of a split, relative to the root.
 
-    def _val(self) -> list[_Found]:
-        if (self.root / VAL_NAME).is_file():
-            return [_Found("", m.base, VAL_NAME, m.offset, m.size) for m in walk_file(self.root / VAL_NAME)]
-        folder = self._folder("val")
-        return _class_folders(self.root, folder) or _flat_folder(self.root, folder)
+        Raises:
+            SourceError: two folders are it, or it is a compressed archive.
+        """
+        archive = {"train": TRAIN_NAME, "val": VAL_NAME}[split]
+        if (self.root / archive).is_file():
+            return archive
+        for entry in scan(self.root):
+            if entry.name.startswith(archive[:-4]) and COMPRESSED_NAME.fullmatch(entry.name):
+                raise SourceError(
+                    f"{self.root / entry.name}: is compressed, and archives are read in place: unpack it to {archive}"
+                )
+        for place in SPLIT_PLACES:
+            if not (self.root / place).is_dir():
+                continue
+            entries = scan(self.root / place)
+            names = sorted(e.name for e in entries if e.kind == "directory" and split_of(e.name) == split)
+            if len(names) > 1:
+                raise SourceError(f"{self.root / place}: both {names[0]}/ and {names[1]}/ are there; keep one of them")
+            if names:
+                return join(place, names[0])
+        return None
 
-    def _folder(self, split: str) -> str | None:
-        """The extracted folder of a split, relative to the root."""
-        candidates = [split, *(f"{base}/Data/CLS-LOC/{split}".lstrip("/") for base in KAGGLE_FOLDERS)]
-        return next((name for name in candidates if (self.root / name).is_dir()), None)
+    def _perhaps(self) -> str:
+        """Where it may be instead."""
+        folders = [entry for entry in scan(self.root) if entry.kind == "directory" and not entry.hidden]
+        if any(WORDNET_ID.fullmatch(entry.name) for entry in folders):
+            return (
+                f"; class folders lie directly in it: --source folder, or --input of the folder above {self.root.name}/"
+            )
+        for entry in folders[:PERHAPS_FOLDERS]:
+            if not entry.linked:
+                below = dataclasses.replace(self, root=self.root / entry.name)
+                if below._place("train") or below._place("val"):
+                    return f"; {entry.name}/ looks like it: --input {below.root}"
+        return ""
 
-    def _with_val_labels(self, images: list[_Found], devkit: Devkit | None) -> list[_Found]:
+    def _images(self, walker: Walker, split: str, place: str) -> list[_Found]:
+        """The images of an archive or a folder.
+
+        Raises:
+            SourceError: there is none.
+        """
+        if place == TRAIN_NAME:
+            found = _outer_tar(self.root / place, walker.tally)
+        elif place == VAL_NAME:
+            members = _pictures(self.root / place, walk_file(self.root / place), walker.tally, split)
+            found = [_Found("", m.base, VAL_NAME, m.offset, m.size) for m in members]
+        else:
+            found = _in_folder(walker, place, split)
+        if not found and self._is_wanted(split):
+            raise SourceError(
+                f"{self.root / place}: holds no picture of {split}; expected WNID/*.JPEG"
+                f"{' or *.JPEG' if split == 'val' else ''}; fill it, remove it, or leave the split out with --splits"
+            )
+        return found
+
+    def _is_wanted(self, split: str) -> bool:
+        return not self.splits or split in self.splits
+
+    def _with_val_labels(self, walker: Walker, images: list[_Found], devkit: Devkit | None) -> list[_Found]:
         """Puts the classes to flat validation images."""
         if not images or images[0].wordnet_id:
             return images
         images = sorted(images, key=lambda image: image.name)
-        kaggle = self._kaggle_file("LOC_val_solution.csv")
+        kaggle = self._kaggle_file(VAL_LABELS)
+        if devkit is None and kaggle is None and not self._is_wanted("val"):
+            walker.tally.add(reasons.NOT_CHOSEN, images[0].name, split="val", count=len(images))
+            return []
         if devkit is not None:
             if len(devkit.val_ids) != len(images):
                 raise SourceError(
@@ -156,11 +238,9 @@ class ImagenetSource(Source):
                 )
             names: Iterable[str] = (devkit.wordnet_ids[label - 1] for label in devkit.val_ids)
         elif kaggle is not None:
-            names = _kaggle_labels(kaggle, images)
+            names = _kaggle_labels(self.root / kaggle, images, walker.tally)
         else:
-            raise SourceError(
-                f"{self.root}: val is flat, so {DEVKIT_NAME} or LOC_val_solution.csv is needed for its labels"
-            )
+            raise SourceError(f"{self.root}: val is flat, so {DEVKIT_NAME} or {VAL_LABELS} is needed for its labels")
         return [image._replace(wordnet_id=name) for name, image in zip(names, images, strict=True)]
 
     def _classes(self, present: set[str], devkit: Devkit | None) -> tuple[ClassRecord, ...]:
@@ -169,15 +249,16 @@ class ImagenetSource(Source):
         if devkit is not None:
             records = [ClassRecord(*row) for row in zip(devkit.wordnet_ids, devkit.titles, strict=True)]
         else:
-            mapping = self._kaggle_file("LOC_synset_mapping.txt")
-            lines = mapping.read_text(encoding="utf-8").splitlines() if mapping else []
+            mapping = self._kaggle_file(TITLES)
+            lines = (self.root / mapping).read_text(encoding="utf-8").splitlines() if mapping else []
             titles = {line[:9]: line[10:].strip() for line in lines if WORDNET_ID.match(line)}
             records = [ClassRecord(name, titles.get(name, name)) for name in sorted(present | titles.keys())]
         return tuple(records if self.label_order == "ilsvrc" else sorted(records, key=lambda record: record.name))
 
-    def _kaggle_file(self, name: str) -> AnyPath | None:
-        paths = (self.root / base / name for base in KAGGLE_FOLDERS)
-        return next((path for path in paths if path.is_file()), None)
+    def _kaggle_file(self, name: str) -> str | None:
+        """Path of one of Kaggle's tables, relative to the root."""
+        paths = (join(base, name) for base in KAGGLE_FOLDERS)
+        return next((path for path in paths if (self.root / path).is_file()), None)
 
 
 def from_options(options: PrepareOptions) -> ImagenetSource:
@@ -189,7 +270,7 @@ def from_options(options: PrepareOptions) -> ImagenetSource:
     if options.input is None:
         raise ConfigError("--source imagenet needs --input FOLDER, with the official archives or extracted images")
     order = "alphabetical" if options.label_order == "default" else options.label_order
-    return ImagenetSource(root=options.input.absolute(), label_order=order)
+    return ImagenetSource(root=options.input.absolute(), label_order=order, splits=options.splits)
 
 
 def find_devkit(root: AnyPath) -> Devkit | None:
@@ -200,16 +281,17 @@ def find_devkit(root: AnyPath) -> Devkit | None:
     """
     archive = root / DEVKIT_NAME
     if archive.is_file():
-        files = read_compressed(archive, (META_NAME, TRUTH_NAME))
-        return _parse_devkit(files[META_NAME], files[TRUTH_NAME], archive)
+        read = read_compressed(archive, (META_NAME, TRUTH_NAME))
+        return _parse_devkit(read[META_NAME], read[TRUTH_NAME], archive, (DEVKIT_NAME,))
     for folder in DEVKIT_FOLDERS:
-        meta, truth = root / folder / META_NAME, root / folder / TRUTH_NAME
+        files = join(folder, META_NAME), join(folder, TRUTH_NAME)
+        meta, truth = (root / file for file in files)
         if meta.is_file() and truth.is_file():
-            return _parse_devkit(meta.read_bytes(), truth.read_bytes(), root / folder)
+            return _parse_devkit(meta.read_bytes(), truth.read_bytes(), root / folder, files)
     return None
 
 
-def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath) -> Devkit:
+def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath, files: tuple[str, ...]) -> Devkit:
     import scipy.io  # only for this one small file
 
     try:
@@ -226,49 +308,75 @@ def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath) -> Devkit:
         raise SourceError(f"{where}: the ids of the classes in {META_NAME} are not 1..{len(rows)}")
     if any(not 1 <= label <= len(rows) for label in val_ids):
         raise SourceError(f"{where}: {TRUTH_NAME} has ids outside 1..{len(rows)}")
-    return Devkit(tuple(row[1] for row in rows), tuple(row[2] for row in rows), val_ids)
+    return Devkit(tuple(row[1] for row in rows), tuple(row[2] for row in rows), val_ids, files)
 
 
-def _outer_tar(path: AnyPath) -> list[_Found]:
+def _outer_tar(path: AnyPath, tally: Tally) -> list[_Found]:
     """Every image of the inner tars, by its place in the outer one."""
-    inner = list(walk_file(path))
+    inner = [member for member in walk_file(path) if not _is_hidden(path, member, tally, "train")]
+    seen: dict[str, TarMember] = {}
     for member in inner:
         if not WORDNET_ID.fullmatch(member.base.removesuffix(".tar")):
             raise SourceError(f"{path}: {member.name} is not an inner tar named by a WordNet id")
+        refuse_two(path, seen.setdefault(member.base, member), member)
+
+    def members(member: TarMember) -> list[TarMember]:
+        end = member.offset + member.size
+        return list(walk_tar(range_reader(path), member.offset, end, f"{path}/{member.name}"))
+
     with ThreadPoolExecutor(URL_THREADS if isinstance(path, UrlPath) else SCAN_THREADS) as pool:
-        return [image for found in pool.map(lambda member: _inner_tar(path, member), inner) for image in found]
+        return [
+            _Found(name, f"{name}/{image.base}", path.name, image.offset, image.size)
+            for member, found in zip(inner, pool.map(members, inner), strict=True)
+            for name in [member.base.removesuffix(".tar")]
+            for image in _pictures(path, found, tally, "train")
+        ]
 
 
-def _inner_tar(path: AnyPath, inner: TarMember) -> list[_Found]:
-    name = inner.base.removesuffix(".tar")
-    members = walk_tar(range_reader(path), inner.offset, inner.offset + inner.size, f"{path}/{inner.name}")
-    return [_Found(name, f"{name}/{m.base}", path.name, m.offset, m.size) for m in members]
+def _pictures(path: AnyPath, members: Iterable[TarMember], tally: Tally, split: str) -> Iterator[TarMember]:
+    """The members of an archive that are pictures; the others are counted."""
+    seen: dict[str, TarMember] = {}
+    for member in members:
+        if _is_hidden(path, member, tally, split):
+            continue
+        if has_picture_name(member.base) or has_picture_head(
+            read_range(path, member.offset, min(HEAD_BYTES, member.size))
+        ):
+            refuse_two(path, seen.setdefault(member.base.casefold(), member), member)
+            yield member
+        else:
+            tally.add(reasons.NO_PICTURE, f"{path.name}/{member.base}", split=split)
 
 
-def _class_folders(root: AnyPath, folder: str | None) -> list[_Found]:
-    if folder is None:
-        return []
+def _is_hidden(path: AnyPath, member: TarMember, tally: Tally, split: str) -> bool:
+    if is_hidden(member.name):
+        tally.add(reasons.HIDDEN, f"{path.name}/{member.base}", split=split)
+        return True
+    return False
+
+
+def _in_folder(walker: Walker, folder: str, split: str) -> list[_Found]:
+    """The pictures of class folders, or of val itself where it has none; the other files are counted."""
+    inside = walker.contents(folder, split)
+    classes = [entry for entry in inside.folders if WORDNET_ID.fullmatch(entry.name)]
+    others = [entry for entry in inside.folders if not WORDNET_ID.fullmatch(entry.name)]
+    walker.pass_over(folder, others, reasons.IGNORED_FOLDER, split)
+    if not classes and split == "val":
+        pictures = walker.pictures_of(folder, inside.files, split)
+        return [_Found("", path.removeprefix(f"{folder}/"), path, 0, size) for path, size in pictures]
+    walker.pass_over(folder, inside.files, reasons.BESIDE, split)
     return [
-        _Found(entry.name, f"{entry.name}/{image.name}", f"{folder}/{entry.name}/{image.name}", 0, image.size)
-        for entry in scan(root / folder)
-        if entry.kind == "directory" and WORDNET_ID.fullmatch(entry.name)
-        for image in scan(root / folder / entry.name)
-        if image.kind == "file"
+        _Found(entry.name, path.removeprefix(f"{folder}/"), path, 0, size)
+        for entry in classes
+        for path, size in walker.pictures(join(folder, entry.name), split)
     ]
 
 
-def _flat_folder(root: AnyPath, folder: str | None) -> list[_Found]:
-    if folder is None:
-        return []
-    entries = (entry for entry in scan(root / folder) if entry.kind == "file" and entry.name.lower().endswith(".jpeg"))
-    return [_Found("", entry.name, f"{folder}/{entry.name}", 0, entry.size) for entry in entries]
-
-
-def _kaggle_labels(path: AnyPath, images: list[_Found]) -> list[str]:
-    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-    label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in table}
-    stems = [PurePosixPath(image.name).stem for image in images]
-    missing = [image.name for image, stem in zip(images, stems, strict=True) if stem not in label_of]
+def _kaggle_labels(path: AnyPath, images: list[_Found], tally: Tally) -> list[str]:
+    labels = read_labels(path, (image.name for image in images))
+    missing = [image.name for image in images if image.name not in labels.label_of]
     if missing:
         raise SourceError(f"{path}: no label for {missing[0]} ({len(missing):,} such images)")
-    return [label_of[stem] for stem in stems]
+    for name in labels.unused:
+        tally.add(reasons.NO_IMAGE, name, split="val")
+    return [labels.label_of[image.name] for image in images]

@@ -2,16 +2,20 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.errors import SourceError
 from pipeline.files import AnyPath
-from pipeline.manifest import ClassRecord
+from pipeline.manifest import ClassRecord, PassedOver
 from pipeline.sources.split import stratified
 
+EXAMPLES = 3  # names kept of the files passed over for one reason
 CHUNK = 65536  # names hashed at a time; part of the digest: the name at a border has no separator
 
 
@@ -96,9 +100,46 @@ class SplitListing:
         return {split: rows for split, rows in splits.items() if len(rows)}
 
 
+class Tally:
+    """Counts what a source passes over, by split and reason, so that nothing is lost in silence.
+
+    A reason is a short fixed phrase, of :mod:`pipeline.sources.reasons` where one fits. Of the names the first few in
+    the order of their bytes are kept, so the result does not depend on the order in which a folder is read.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, reason: str, name: str, *, split: str = "", count: int = 1) -> None:
+        """Counts ``count`` files; ``name`` is that of one of them."""
+        key = (split, reason)
+        self._counts[key] += count
+        names = self._examples.setdefault(key, [])
+        if len(names) < EXAMPLES or os.fsencode(name) < os.fsencode(names[-1]):
+            names.append(name)
+            names.sort(key=os.fsencode)
+            del names[EXAMPLES:]
+
+    def extend(self, rows: Iterable[PassedOver]) -> None:
+        """Adds what another tally counted."""
+        for row in rows:
+            for name in row.examples:
+                self.add(row.reason, name, split=row.split, count=0)
+            self._counts[row.split, row.reason] += row.count
+
+    def records(self) -> tuple[PassedOver, ...]:
+        """The counts, as the manifest has them."""
+        return tuple(
+            PassedOver(split, reason, count, tuple(map(printable, self._examples[split, reason])))
+            for (split, reason), count in sorted(self._counts.items())
+            if count
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Everything a source holds.
+    """Everything a source holds: the images to be made samples, and the count of all else.
 
     Attributes:
         classes: the class table.
@@ -106,6 +147,8 @@ class Listing:
         splits: images by split name.
         encoded: images are JPEG or PNG bytes; otherwise they are pixels.
         channels: 3 for RGB, 1 for gray.
+        passed_over: files that are no images of a split, by split and reason.
+        warnings: what a person should know before the work, a line each.
     """
 
     classes: tuple[ClassRecord, ...]
@@ -113,9 +156,19 @@ class Listing:
     splits: dict[str, SplitListing]
     encoded: bool
     channels: int
+    passed_over: tuple[PassedOver, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_found(self) -> int:
+        """Everything that the input holds: the images of all splits, and what is passed over."""
+        return sum(map(len, self.splits.values())) + sum(row.count for row in self.passed_over)
 
     def digest(self) -> str:
-        """sha256 over classes, names, labels and sizes: tells whether the input is still the same."""
+        """sha256 over classes, names, labels and sizes: tells whether the images are still the same.
+
+        What is passed over does not count: a ``.DS_Store`` that appears makes no other data set.
+        """
         digest = hashlib.sha256()
         for record in self.classes:
             digest.update(f"{record.name}\0{record.title}\0".encode("utf-8", "surrogateescape"))
@@ -156,6 +209,11 @@ class Source(Protocol):
             SourceError: the whole input cannot be read.
         """
         ...
+
+
+def nfc(text: str) -> str:
+    """The one Unicode form of names: a letter with an accent beside it (as macOS writes it) becomes one character."""
+    return unicodedata.normalize("NFC", text)
 
 
 def printable(name: str) -> str:

@@ -1,11 +1,43 @@
-"""A shuffled order and a stratified split, both decided by the seed alone.
+"""How people name splits; a shuffled order and a stratified split, both decided by the seed alone.
 
 The order comes from a hash written out here, not from a library's generator, so a seed means the same order for ever.
 """
 
+import re
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
+
+SPLIT_FOLDERS = {  # in any case
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+WORDS = "|".join(sorted(SPLIT_FOLDERS, key=len, reverse=True))
+SPLIT_WORD = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")
+WORD_START = re.compile(rf"(?<![a-z])({WORDS})")
+HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+def split_of(folder: str) -> str | None:
+    """The split that a folder of this name is: ``val`` for ``Validation``; None for another name."""
+    return SPLIT_FOLDERS.get(folder.lower())
+
+
+def apart_by_split(names: Iterable[str]) -> list[str]:
+    """The first names that differ in a split's word alone, numbers aside: ``train2017`` and ``val2017``; else none."""
+    alike: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = re.sub(r"\d+", "0", HUMP.sub(" ", name).lower())
+        for found in WORD_START.finditer(words):
+            rest = f"{words[: found.start()]}*{words[found.end() :]}"
+            alike.setdefault(rest, {}).setdefault(SPLIT_FOLDERS[found.group(1)], name)
+    return next((list(group.values()) for group in alike.values() if len(group) > 1), [])
 
 
 def shuffled(count: int, seed: int, purpose: str) -> np.ndarray:

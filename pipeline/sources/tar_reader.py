@@ -9,16 +9,45 @@ compressed archives, which have no byte ranges, are read by it (:func:`read_comp
 """
 
 import functools
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.files import AnyPath, read_range
+from twotower.words import one_line
 
 BLOCK = 512
-KINDS = {b"1": "a hard link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a named pipe", b"S": "sparse"}
+STORE_FILES = "; tar --dereference --hard-dereference stores the files themselves"
+KINDS = {
+    b"1": "a hard link" + STORE_FILES,
+    b"2": "a link" + STORE_FILES,
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a named pipe",
+    b"S": "sparse; tar without --sparse stores whole files",
+}
+FILES = b"0\x007"
+NO_FILES = FILES + b"5DV"  # folders, also with a list of their files (GNU), and a label of the whole tar
 LONGEST_EXTENSION = 2**20  # pax and GNU long-name records are a few hundred bytes; more is an attack on memory
+REST_BYTES = 2**20
+# How a compressed archive begins, and what unpacks it. It has no byte ranges that could be read in place.
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x1f\x9d": ("compress", "uncompress"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    b"LZIP": ("lzip", "lzip -d"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "7z x"),
+}
+COMPRESSED_NAME = re.compile(
+    r".*\.(tar\.(gz|gzip|z|bz2?|bzip2?|xz|lzma|lz|lz4|lzo|zstd?|br|zip|7z|rar)|tgz|taz|tbz2?|tz2|txz|tlz|tzst|tzstd)",
+    re.I,
+)
 
 Read = Callable[[int, int], bytes]  # offset, size -> that many bytes
 
@@ -51,7 +80,7 @@ class TarSample(NamedTuple):
     """The members in a row that share a key.
 
     Attributes:
-        key: their name up to the first dot of its last part, folders included.
+        key: their name up to the first dot of its last part, folders included, as :func:`plain_name` has it.
         members: the members, one a component, in the order of the tar.
     """
 
@@ -69,13 +98,18 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
         where: the archive, for messages.
 
     Raises:
-        SourceError: it is truncated, damaged, or holds something else than files and folders.
+        SourceError: it is truncated, damaged, compressed, or holds something else than files and folders.
     """
     offset, name, size_override = start, None, None
+    if end == start:
+        raise SourceError(f"{where}: an empty file, not even an empty tar")
     while offset + BLOCK <= end:
         block = read(offset, BLOCK)
         if block == bytes(BLOCK):
+            _check_rest(read, offset, end, where)
             return
+        if offset == start:
+            _refuse_compressed(block, where)
         stated = _checked_size(block, where, offset)
         size = stated if size_override is None else size_override
         kind, data = block[156:157], offset + BLOCK
@@ -84,23 +118,58 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
             raise SourceError(
                 f"{where}: truncated or lying: {_plain_name(block)} claims {size:,} bytes, {end - data:,} are left"
             )
-        if kind in b"xgL":
+        if kind in b"xgLK":
             if size > LONGEST_EXTENSION:
                 raise SourceError(f"{where}: a name record of {size:,} bytes")
-            if kind != b"g":
-                name, size_override = _extended(kind, read(data, size), name)
+            if kind in b"xL":  # not the names that links lead to (K), nor what is said of all members (g)
+                name, size_override = _extended(kind, read(data, size), name, where)
             continue
-        if kind in b"0\x007":
-            yield TarMember(name or _plain_name(block), data, size)
-        elif kind != b"5":
-            found = KINDS.get(kind, f"of unknown kind {kind!r}")
-            raise SourceError(f"{where}: {name or _plain_name(block)} is {found}; only regular files are read")
+        found = name or _plain_name(block)
+        if kind in FILES and (size or not found.endswith("/")):  # very old tars write a folder with a slash
+            yield TarMember(found, data, size)
+        elif kind not in NO_FILES:
+            raise SourceError(
+                f"{where}: only regular files are read, and {found} is {KINDS.get(kind, f'of unknown kind {kind!r}')}"
+            )
         name, size_override = None, None
+    _refuse_compressed(read(start, min(BLOCK, end - start)), where)
     raise SourceError(f"{where}: truncated: it ends without its end blocks")
 
 
+def _check_rest(read: Read, offset: int, end: int, where: str) -> None:
+    """Refuses what stands behind the end of a tar: tar programs ignore it in silence, so would lose a second tar."""
+    for start in range(offset, end, REST_BYTES):
+        rest = read(start, min(REST_BYTES, end - start))
+        if rest.strip(b"\0"):
+            first = start + len(rest) - len(rest.lstrip(b"\0"))
+            raise SourceError(
+                f"{where}: more data behind the end of the tar, at byte {first:,}: two tars in one file? Make them two"
+            )
+
+
+def _refuse_compressed(head: bytes, where: str) -> None:
+    for magic, (name, program) in COMPRESSED.items():
+        if head.startswith(magic):
+            raise SourceError(f"{where}: compressed by {name}, so it has no byte ranges to read in place: {program} it")
+
+
+def plain_name(name: str) -> str:
+    """A member's name without ``./`` and doubled slashes: ``./a.jpg`` and ``a.jpg`` are one file."""
+    if "//" not in name and "./" not in name and not name.startswith("/"):
+        return name
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def is_hidden(name: str) -> bool:
+    """Tells what a Mac or a hidden folder left in a tar: ``._NAME``, ``.DS_Store``, all below ``__MACOSX``."""
+    if not name.startswith(".") and "/." not in name and "__MACOSX/" not in name:
+        return False
+    parts = name.split("/")
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or "__MACOSX" in parts[:-1]
+
+
 def group_samples(members: Iterable[TarMember], passed_over: list[TarMember] | None = None) -> Iterator[TarSample]:
-    """Groups members that follow each other into samples, as DALI and webdataset do.
+    """Groups members that follow each other into samples, as DALI and webdataset do (which tell ``./a`` from ``a``).
 
     Hidden files and names without an extension belong to no sample, for those two neither.
 
@@ -115,7 +184,7 @@ def group_samples(members: Iterable[TarMember], passed_over: list[TarMember] | N
             if passed_over is not None:
                 passed_over.append(member)
             continue
-        found = member.name[: len(member.name) - len(member.base) + len(stem)]
+        found = plain_name(member.name[: len(member.name) - len(member.base) + len(stem)])
         if group and found != key:
             yield TarSample(key, tuple(group))
             group = []
@@ -123,6 +192,20 @@ def group_samples(members: Iterable[TarMember], passed_over: list[TarMember] | N
         group.append(member)
     if group:
         yield TarSample(key, tuple(group))
+
+
+def refuse_two(where: object, first: TarMember, second: TarMember) -> None:
+    """Refuses two members that would be one: most readers, DALI and webdataset among them, take one without a word.
+
+    Raises:
+        SourceError: they are not the same.
+    """
+    if first is not second:
+        names = [one_line(f"{member.name} at byte {member.offset:,}") for member in (first, second)]
+        raise SourceError(
+            f"{where}: two samples under one name: {' and '.join(names)}: "
+            "name each apart, in more than case and Unicode form"
+        )
 
 
 def range_reader(path: AnyPath) -> Read:
@@ -175,8 +258,12 @@ def _plain_name(block: bytes) -> str:
     return joined.decode("utf-8", "surrogateescape")
 
 
-def _extended(kind: bytes, data: bytes, name: str | None) -> tuple[str | None, int | None]:
-    """The name and size that a PAX (``x``) or GNU (``L``) record gives to the next member."""
+def _extended(kind: bytes, data: bytes, name: str | None, where: str) -> tuple[str | None, int | None]:
+    """The name and size that a PAX (``x``) or GNU (``L``) record gives to the next member.
+
+    Raises:
+        SourceError: the member is sparse: its bytes in the tar are not those of the file.
+    """
     if kind == b"L":
         return data.rstrip(b"\0").decode("utf-8", "surrogateescape"), None
     size = None
@@ -189,5 +276,7 @@ def _extended(kind: bytes, data: bytes, name: str | None) -> tuple[str | None, i
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size" and value.isdigit():
             size = int(value)
+        elif key.startswith(b"GNU.sparse."):
+            raise SourceError(f"{where}: {name or 'a member'} is {KINDS[b'S']}")
         data = data[int(length) :]
     return name, size

@@ -58,7 +58,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(local, "_environment", lambda options: original(options) | {"PYTHONPATH": str(ROOT)})
     local.ensure_token()
     gcs_port, client_port, port = local._free_ports(3)
-    gcs = f"{local._node_ip()}:{gcs_port}"
+    gcs = f"127.0.0.1:{gcs_port}"
     (folder / "config.json").write_text(json.dumps(autoscaling_config(gcs)))
     arguments = ["--head", f"--port={gcs_port}", f"--ray-client-server-port={client_port}", "--num-cpus=0"]
     arguments += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--temp-dir={options.folder / 'ray'}"]

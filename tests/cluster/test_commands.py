@@ -12,7 +12,6 @@ import sys
 import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,8 @@ from cluster.doctor import check_cluster
 from cluster.errors import ClusterError, last_line
 from cluster.host_checks import check_token
 from cluster.jobs import client, submission
-from cluster.jobs.client import Client, dashboard_address, ensure_token, mode_too_wide, read_token
+from cluster.jobs.auth_token import ensure_token, mode_too_wide, read_token
+from cluster.jobs.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -58,7 +58,7 @@ REFUSED = (
     ["submit"],
     ["submit", "--replicas", "3:2", "--", "true"],
     ["submit", "--every-node", "--towers", "2", "--", "true"],
-    ["submit", "--address", "http://10.0.0.7:1", "--", "prepare", "--output", "x"],
+    ["submit", "--address", "http://10.0.0.7:1", "--", "python", "-m", "pipeline", "prepare", "--output", "x"],
     ["submit", "--address", NOBODY, "--", "true"],
     ["status", "--address", "ray://host:10001"],
 )
@@ -103,6 +103,24 @@ def test_errors_are_one_line_and_exit_2(arguments, words, capsys):
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("submit", "--", "true"), ("status",), ("logs", "x"), ("stop", "x"), ("doctor",), ("up", "--local")],
+    ids=lambda words: words[0],
+)
+def test_without_a_home_folder_it_names_the_variable(words, monkeypatch, tmp_path, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    options = ("--folder", str(tmp_path / "c")) if words[0] == "up" else ("--address", NOBODY)
+    assert main([words[0], *options, *words[1:]]) == 2
+    output = capsys.readouterr()
+    assert "no home folder" in output.out + output.err and "RAY_AUTH_TOKEN_PATH" in output.out + output.err
+    assert not (tmp_path / "c").exists()
+
+
 def test_token_is_made_once_and_for_its_owner_only(token_folder):
     old = os.umask(0o022)
     try:
@@ -130,12 +148,6 @@ def test_empty_token_file_is_named():
     path.write_text("\n")
     with pytest.raises(ClusterError, match="is empty"):
         Client(NOBODY)
-
-
-def test_addresses():
-    assert dashboard_address(None) == "http://127.0.0.1:8265"
-    assert dashboard_address("head:8265") == "http://head:8265"
-    assert dashboard_address("https://head:443/") == "https://head:443"
 
 
 @pytest.mark.parametrize(
@@ -197,32 +209,6 @@ def test_submit_refuses_another_ray(open_dashboard, capsys, theirs, words):
     assert main(["submit", "--address", open_dashboard.address, "--", "true"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
-
-
-def test_a_job_goes_to_the_given_address_and_nowhere_else(monkeypatch, capsys):
-    """Ray's client would prefer both variables to the address that it is given, and obey the proxy."""
-    asked = []
-
-    def answer(handler):
-        asked.append((handler.server.server_port, handler.command, handler.headers["Authorization"]))
-        if handler.command == "POST":
-            return json.dumps({"job_id": "x", "submission_id": "x"}).encode()
-        if "/nodes" in handler.path:
-            return json.dumps({"data": {"summary": []}}).encode()
-        return json.dumps({"ray_version": version("ray")}).encode()
-
-    ensure_token()
-    with serving(answer) as ours, serving(answer) as other:
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
-            monkeypatch.setenv(name, other.address)
-        before = dict(os.environ)
-        assert main(["submit", "--no-wait", "--id", "x", "--address", ours.address, "--", "true"]) == 0
-    assert capsys.readouterr().out == "x\n"
-    assert dict(os.environ).items() - before.items() <= {("RAY_CLIENT_MODE", "0")}  # which importing Ray sets
-    assert before.keys() <= os.environ.keys()
-    assert {port for port, _, _ in asked} == {int(ours.address.rpartition(":")[2])}
-    assert {token for _, _, token in asked} == {f"Bearer {read_token()}"}
-    assert "POST" in {method for _, method, _ in asked}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The checks of doctor: each fault is found and comes with something to do."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -101,20 +102,24 @@ def test_token_in_the_environment_is_worth_a_note(monkeypatch):
     assert finding.level == "note" and "secret-of-this-test" not in str(finding)
 
 
-def test_ports_that_listen_on_all_interfaces():
-    with socket.socket() as everywhere, socket.socket() as loopback:
-        everywhere.bind(("0.0.0.0", 0))
-        loopback.bind(("127.0.0.1", 0))
-        everywhere.listen()
-        loopback.listen()
-        ports = host_checks.listening({os.getpid()})
-        assert everywhere.getsockname()[1] in ports
-        assert loopback.getsockname()[1] not in ports
-        assert everywhere.getsockname()[1] not in host_checks.listening({1})
+def _socket_at(stack, host: str) -> int:
+    found = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    found.bind((host, 0))
+    found.listen()
+    return found.getsockname()[1]
 
 
-@pytest.mark.parametrize(("host", "wanted"), [("0.0.0.0", ["bad", "note"]), ("127.0.0.1", ["ok"])])
-def test_dashboard_that_listens_on_all_interfaces(tmp_path, host, wanted):
+def test_ports_that_listen_on_more_than_loopback():
+    with contextlib.ExitStack() as stack:
+        wide = {_socket_at(stack, host) for host in ("0.0.0.0", "::", "::ffff:0.0.0.0")}
+        narrow = {_socket_at(stack, host) for host in ("127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1")}
+        found = host_checks.open_ports({os.getpid()})
+        assert wide <= found and not narrow & found
+        assert not wide & host_checks.open_ports({1})
+
+
+@pytest.mark.parametrize(("host", "wanted"), [("0.0.0.0", ["bad"]), ("127.0.0.1", ["ok"])])
+def test_a_local_cluster_that_listens_on_all_interfaces(tmp_path, host, wanted):
     """A process in a session of its own stands for a node; the socket is real."""
     code = f"import socket, time\ns = socket.create_server(({host!r}, 0))\n"
     code += "print(s.getsockname()[1], flush=True); time.sleep(600)"

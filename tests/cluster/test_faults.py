@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
 
 from cluster import local
+from cluster.jobs import loopback_node
 from cluster.training.pair import latest_step
 from tests.helpers.digits_jobs import (
     PREPARE,
@@ -21,6 +24,7 @@ from tests.helpers.digits_jobs import (
     train_command,
     train_directly,
 )
+from tests.helpers.frozen import has_pending, hold, release
 from tests.helpers.local_cluster import Machine, started, wait_until
 from tests.helpers.small_disk import remount, small_disk
 
@@ -86,6 +90,29 @@ def has_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob("step-*"))
 
 
+def hold_towers(run: Path, count: int, *, but: Collection[int] = ()) -> dict[int, int]:
+    """Stops the towers of a run that has a checkpoint, once all are there and none is among ``but``: it cannot end."""
+
+    def find() -> list[int]:
+        towers = towers_of(run) if has_checkpoint(run) else {}
+        return list(towers.values()) if len(towers) == count and not set(towers.values()) & set(but) else []
+
+    hold(find, f"{count} towers and a checkpoint")
+    return towers_of(run)
+
+
+def workers_in_a_task(node: local.LocalNode, task: str) -> list[int]:
+    """The Ray workers of a node that are inside this task; Ray writes its name into their command line."""
+    found = []
+    for pid in local.session_members(node.pid):
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"ray::{task}".encode()):
+                found.append(pid)
+        except OSError:  # it ended while we looked
+            continue
+    return found
+
+
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -116,10 +143,12 @@ def test_prepare_survives_a_killed_node(machine, tmp_path):
     prepare_directly(tmp_path / "direct", *options)
     output = tmp_path / "d"
     job = machine.submit("python", *PREPARE, *options, "--output", str(output), "--address", "auto")
+    node = living(machine.cluster)[-1]
+    hold(lambda: workers_in_a_task(node, "build_shard"), "shards in work on the last node")  # the run waits for them
     wait_until(lambda: len(list(output.glob("train/*.tar"))) >= 20, "a few shards")
     wait_until(lambda: f'run="{output.name}",stage="prepare"' in metrics(machine), "the run's gauges")
     assert not (output / "manifest.json").exists(), "the node must be killed in the middle"
-    local.stop_node(living(machine.cluster)[-1], kill=True)
+    local.stop_node(node, kill=True)
     assert machine.run("logs", "--follow", job).returncode == 0
     assert manifest(output) == manifest(tmp_path / "direct")
     add_node(machine)
@@ -128,15 +157,16 @@ def test_prepare_survives_a_killed_node(machine, tmp_path):
 def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights, tmp_path):
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2"))
-    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
-    os.kill(towers_of(run)[0], signal.SIGKILL)
-    wait_until(lambda: "restart: " in machine.run("logs", job).stdout and len(towers_of(run)) == 2, "the restart")
-    worker = parent_of(towers_of(run)[1])
+    first = hold_towers(run, 2)
+    os.kill(first[0], signal.SIGKILL)
+    release(first.values())
+    second = hold_towers(run, 2, but=first.values())
+    wait_until(lambda: "restart: " in machine.run("logs", job).stdout, "the restart")
+    worker = parent_of(second[1])
     os.kill(worker, signal.SIGKILL)
-    wait_until(
-        lambda: len(towers_of(run)) == 2 and worker not in map(parent_of, towers_of(run).values()), "the next restart"
-    )
-    host = os.getsid(towers_of(run)[0])
+    third = hold_towers(run, 2, but=second.values())
+    assert worker not in map(parent_of, third.values())
+    host = os.getsid(third[0])
     nodes = [node for node in living(machine.cluster) if node.pid == host]
     assert nodes and not nodes[0].head, "towers must not fit on the head"
     local.stop_node(nodes[0], kill=True)
@@ -151,11 +181,11 @@ def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_pa
     """Each pair in one bundle, the pairs on different nodes; a killed tower of the second pair brings all four back."""
     run, direct = tmp_path / "run", train_directly(data, tmp_path / "direct", "--replicas", "2")
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "2"))
-    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint")
-    towers = towers_of(run)
+    towers = hold_towers(run, 4)
     nodes = [os.getsid(towers[rank]) for rank in range(4)]
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     os.kill(towers[3], signal.SIGKILL)
+    release(towers.values())
     done = machine.run("logs", "--follow", job)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("restart: going on from the last checkpoint") == 1
@@ -167,9 +197,10 @@ def test_an_elastic_run_goes_on_with_fewer_replicas(machine, data, tmp_path):
     """Two pairs; a node is killed and not replaced: one pair goes on from the checkpoint, with the same batches."""
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--replicas", "1:2"))
-    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
-    host = os.getsid(towers_of(run)[3])
+    towers = hold_towers(run, 4)
+    host = os.getsid(towers[3])
     local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    release(towers.values())
     done = machine.run("logs", "--follow", job)
     add_node(machine)
     assert done.returncode == 0, done.stdout
@@ -185,21 +216,22 @@ def test_an_elastic_run_grows_back(machine, data, tmp_path):
     run = tmp_path / "run"
     options = ("--towers", "2", "--replicas", "1:2", "--resize-every", "1", "--max-failures", "1")
     job = machine.submit(*train_command(data, run), options=options)
-    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 4, "a checkpoint of two pairs")
-    restarts = machine.run("logs", job).stdout.count("restart: ")  # it may have begun with one pair, and grown
-    host = os.getsid(towers_of(run)[3])
-    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
-    wait_until(lambda: machine.run("logs", job).stdout.count("restart: ") > restarts, "the restart")
+    pairs = hold_towers(run, 4)
     step = last_step(run)
-    wait_until(lambda: last_step(run) > step, "a step of one pair")
-    alone = towers_of(run)
-    assert sorted(alone) == [0, 1]
-    for pid in alone.values():
-        os.kill(pid, signal.SIGSTOP)  # so that the run is not over before the node has come
+    host = os.getsid(pairs[3])
+    local.stop_node(next(node for node in living(machine.cluster) if node.pid == host), kill=True)
+    release(pairs.values())
+
+    def one_pair_at_work() -> list[int]:
+        """Its own steps: the killed pairs may have finished one or two more when they were released."""
+        towers = towers_of(run)
+        new = sorted(towers) == [0, 1] and not set(towers.values()) & set(pairs.values())
+        return list(towers.values()) if new and last_step(run) > step + 2 else []
+
+    alone = hold(one_pair_at_work, "a step of one pair")
     add_node(machine)
     wait_until(lambda: list(tmp_path.glob(".run.ray/*/resize")), "Ray Train's look for room")
-    for pid in alone.values():
-        os.kill(pid, signal.SIGCONT)
+    release(alone)
     wait_until(lambda: len(towers_of(run)) == 4, "two pairs again")
     done = machine.run("logs", "--follow", job)
     assert done.returncode == 0, done.stdout
@@ -237,22 +269,18 @@ def metrics(machine: Machine) -> str:
 def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_path):
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2", "--max-failures", "0"))
-    wait_until(lambda: has_checkpoint(run) and len(towers_of(run)) == 2, "a checkpoint")
-    towers = towers_of(run).values()
-    host = os.getsid(towers_of(run)[0])
-    for tower in towers:  # gauges take ten seconds to be exported; the run would be over
-        os.kill(tower, signal.SIGSTOP)
+    towers = hold_towers(run, 2)  # gauges take ten seconds to be exported; the run would be over
+    host = os.getsid(towers[0])
     wait_until(lambda: f'run="{run.name}"' in metrics(machine), "the run's gauges")
     assert "ray_twotower_images_per_s{" in metrics(machine)
     node = next(node for node in living(machine.cluster) if node.pid == host)
     drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", machine.cluster.gcs]
     drain += ["--node-id", node_id_of(node), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     drain += ["--reason-message", "a test", "--deadline-remaining-seconds", "120"]
-    environment = {**machine.environment, "RAY_AUTH_MODE": "token"}
+    environment = {**machine.environment, "RAY_AUTH_MODE": "token", loopback_node.STAY_ON_LOOPBACK: "0"}
     subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=120)
     wait_until(lambda: "this node is going away: saving" in machine.run("logs", job).stdout, "the notice")
-    for tower in towers:
-        os.kill(tower, signal.SIGCONT)
+    release(towers.values())
     done = machine.run("logs", "--follow", job)
     assert done.returncode == 0, done.stdout
     saved = int(done.stdout.partition("stopped at step ")[2].split(":")[0])
@@ -265,8 +293,12 @@ def test_preemption_notice_leads_to_a_checkpoint(machine, data, weights, tmp_pat
 def test_stop_saves_and_resume_goes_on(machine, data, weights, tmp_path):
     run = tmp_path / "run"
     job = machine.submit(*train_command(data, run), options=("--towers", "2"))
-    wait_until(lambda: has_checkpoint(run), "a checkpoint")
-    machine.run("stop", job, expect=0)
+    towers = hold_towers(run, 2).values()
+    with ThreadPoolExecutor() as pool:
+        stopping = pool.submit(machine.run, "stop", job, expect=0)
+        wait_until(lambda: all(has_pending(tower, signal.SIGTERM) for tower in towers), "the request at the towers")
+        release(towers)
+        stopping.result()
     assert machine.status(job)["state"] == "stopped"
     result = json.loads((run / "result.json").read_text())
     assert result["exit_reason"] == "stopped" and 0 < result["step"] < STEPS

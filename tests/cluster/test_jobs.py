@@ -9,7 +9,6 @@ import pytest
 import requests
 
 from cluster.__main__ import main
-from cluster.errors import ClusterError
 from cluster.jobs import every_node, submission
 from cluster.jobs.progress import BarStream, latest, parse
 
@@ -24,17 +23,6 @@ def test_print_shows_the_equal_ray_command(monkeypatch, capsys):
     words = shlex.split(line)
     variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
     assert variables["A"] == "1" and set(variables) <= {"A", "TWOTOWER_COMMIT"}
-
-
-def test_relative_paths_become_absolute_here_and_are_refused_elsewhere(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    command = ["python", "-m", "trainer", "train", "--config", "configs/digits.toml", "--data=d", "--run", "r"]
-    here = submission.absolute_paths(command, "http://127.0.0.1:8265")
-    assert here[5:] == ("configs/digits.toml", f"--data={tmp_path}/d", "--run", f"{tmp_path}/r")
-    with pytest.raises(ClusterError, match="absolute path"):
-        submission.absolute_paths(command, "http://10.0.0.7:8265")
-    away = ["prepare", "--output", "s3://bucket/x", "--input", "/data"]
-    assert list(submission.absolute_paths(away, "http://10.0.0.7:8265")) == away
 
 
 def test_job_ids_say_what_they_do_and_differ():
@@ -72,22 +60,59 @@ def test_log_is_shown_once_and_whole_though_the_connection_breaks(monkeypatch):
     assert stream.getvalue() == log
 
 
+OURS, PLAIN = "exec python -m cluster.jobs.entry -- python -m pipeline prepare", "echo a -- b"
+
+
 @pytest.mark.parametrize(
-    ("job", "outcome", "code"),
+    ("entrypoint", "job", "end"),
     [
-        ({"status": "STOPPED"}, "stopped", 137),
-        ({"status": "FAILED", "driver_exit_code": -9, "message": "x"}, "killed", 137),
-        ({"status": "FAILED", "driver_exit_code": 3, "message": "x"}, "failed", 3),
-        ({"status": "FAILED", "driver_exit_code": None, "message": "The node died"}, "lost", 70),
+        (OURS, {"status": "STOPPED"}, "stopped by force: it did not end in time after SIGTERM: exit code 137"),
+        (OURS, {"status": "FAILED", "driver_exit_code": -9}, "killed together with its wrapper: exit code 137"),
+        (OURS, {"status": "FAILED", "driver_exit_code": 3, "message": "x"}, "failed x: exit code 3"),
+        (OURS, {"status": "FAILED", "message": "The node\x1b[2J died"}, r"lost The node\x1b[2J died: exit code 70"),
+        (PLAIN, {"status": "SUCCEEDED", "driver_exit_code": 0}, "succeeded: exit code 0"),
+        (PLAIN, {"status": "SUCCEEDED", "driver_exit_code": None}, "succeeded: exit code 0"),
+        (PLAIN, {"status": "STOPPED"}, "stopped by Ray: exit code 137"),
+        (PLAIN, {"status": "FAILED", "driver_exit_code": 137}, "killed: exit code 137"),
+        (PLAIN, {"status": "FAILED", "driver_exit_code": 7, "message": "why\nmore"}, "failed: exit code 7"),
     ],
 )
-def test_ending_without_a_result_file(job, outcome, code):
+def test_ending_without_a_result_file(entrypoint, job, end):
+    """A job whose node died with it, or one that plain `ray job submit` has sent."""
+
     class NoResult:
         def result(self, job):
             return None
 
-    end = submission.ending(NoResult(), job)
-    assert (end.outcome, end.exit_code) == (outcome, code)
+    assert str(submission.ending(NoResult(), {"entrypoint": entrypoint, **job})) == end
+
+
+def test_a_job_is_shown_without_our_wrapper_and_only_ours():
+    assert submission.command_line({"entrypoint": OURS}) == "python -m pipeline prepare"
+    assert submission.command_line({"entrypoint": PLAIN}) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "job_id", ["", "a/b", "a b", "..", ".x", "-x", "a\nb", "a\x1b[2J", "é", "x" * 101, "a?b", "a\n"]
+)
+def test_an_id_that_is_no_name_is_refused(job_id, capsys):
+    assert main(["submit", "--print", f"--id={job_id}", "--", "true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --id ") and "expected up to 100 letters" in line
+
+
+@pytest.mark.parametrize("pair", ["A", "=1", "A B=1", "1A=2", "A=\0", "A\n=1"])
+def test_a_variable_that_is_none_is_refused(pair, capsys):
+    assert main(["submit", "--print", "--env", pair, "--", "true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected NAME=VALUE" in line
+
+
+def test_words_with_blanks_stay_words(capsys):
+    words = ["submit", "--print", "--python", "/opt/my python", "--env", "A=x y;z", "--", "echo", "a'b", "$HOME"]
+    assert main(words) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.endswith("""-- exec '/opt/my python' -m cluster.jobs.entry -- echo 'a'"'"'b' '$HOME'""")
 
 
 @pytest.mark.parametrize(
@@ -172,14 +197,3 @@ def test_a_node_reports_the_exit_code_and_tells_the_command_its_name(code, expec
         == expected
     )
     assert capfd.readouterr().out == "n-2\n"
-
-
-def test_json_and_html_are_paths_only_where_a_value_follows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["python", "-m", "trainer", "bench", "--json", "x/{node}.json", "--html=y.html"]
-    assert submission.absolute_paths(words, "http://127.0.0.1:1")[-2:] == (
-        f"{tmp_path}/x/{{node}}.json",
-        f"--html={tmp_path}/y.html",
-    )
-    flag = ["python", "-m", "trainer", "evaluate", "--json", "--run", "/runs/one"]
-    assert submission.absolute_paths(flag, "http://127.0.0.1:1") == tuple(flag)

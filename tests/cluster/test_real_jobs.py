@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import requests
 
+from cluster.host_checks import open_ports
 from tests.helpers.cutting_proxy import cutting_proxy
 from tests.helpers.local_cluster import ROOT, Machine, started, wait_until
 
@@ -62,6 +65,82 @@ def test_log_is_shown_byte_for_byte(machine):
         command = [sys.executable, "-m", "cluster", "logs", *options, "bytes"]
         done = subprocess.run(command, cwd=ROOT, env=machine.environment, capture_output=True, timeout=120)
         assert done.returncode == 0 and b"caf\xe9 \xff\n" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_all_ports_listen_on_loopback_only(machine):
+    """Also those of workers and of a job, which inherit what the nodes were told."""
+    code = "import ray, time; ray.init(address='auto'); f = ray.remote(lambda: time.sleep(600)).remote()\n"
+    code += "ray.get(ray.remote(lambda: 1).remote()); print('ready', flush=True); ray.get(f)"
+    job = machine.submit("python", "-c", code)
+    wait_until(lambda: "ready\n" in machine.run("logs", job).stdout, "workers run")
+    family = descendants(machine.cluster.nodes[0].pid)
+    names = {Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].split(b" ")[0] for pid in family}
+    assert {b"ray::DashboardAgent", b"ray::RuntimeEnvAgent", b"ray::JobSupervisor"} <= names
+    assert open_ports(family) == set()
+    assert "all of the local cluster's listen on loopback only" in machine.run("doctor", *machine.place).stdout
+    machine.run("stop", job, expect=0)
+
+
+def descendants(pid: int) -> set[int]:
+    """A process and all below it; a job's leads a session of its own."""
+    found, fresh = {pid}, {pid}
+    while fresh:
+        children = [Path(f"/proc/{one}/task/{one}/children") for one in fresh]
+        fresh = {int(word) for path in children if path.exists() for word in path.read_text().split()} - found
+        found |= fresh
+    return found
+
+
+def test_a_job_of_plain_ray_is_shown_as_ray_knows_it(machine):
+    line = "prepared 239 / 1,797 images, 48 images/s, 33 s left"
+    jobs = (("good", 0, "succeeded"), ("b d?", 7, "failed"), ("killed by 9", 137, "killed"))
+    headers = {"Authorization": f"Bearer {(machine.folder / 'token').read_text()}"}
+    entrypoint = f"echo -e '{line} \\xff' -- x; exit "
+    for job_id, code, _ in jobs:
+        job = {"submission_id": job_id, "entrypoint": f"{entrypoint}{code}"}
+        requests.post(f"{machine.cluster.address}/api/jobs/", json=job, headers=headers, timeout=60).raise_for_status()
+    for job_id, code, state in jobs:
+        done = machine.run("logs", "--follow", job_id)
+        assert (done.returncode, line in done.stdout) == (code, True), done.stderr
+        row = machine.status(job_id)
+        assert (row["state"], row["exit_code"]) == (state, code)
+        assert (row["done"], row["total"], row["images_per_s"]) == (239, 1797, 48.0)
+        assert row["entrypoint"] == f"{entrypoint}{code}"
+
+
+@pytest.mark.slow
+def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_job(machine):
+    code = "import time\nprint('first', flush=True)\nwhile True: print('more', flush=True); time.sleep(0.05)"
+    command = [sys.executable, "-m", "cluster", "submit", "--id", "head", "--", "python", "-c", code]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": machine.environment}
+    with subprocess.Popen(command, **streams) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode().splitlines()
+        assert process.wait(120) == 141
+    assert said[1:] == ["job head goes on; end it with `python -m cluster stop head`"]
+    assert machine.status("head")["state"] == "running"
+    assert "stopped by SIGTERM: exit code 143" in machine.run("stop", "head", expect=0).stderr
+
+
+def test_a_relative_result_of_a_job_is_where_the_same_command_would_write_it(machine):
+    drawing = os.path.relpath(machine.folder / "net.svg", ROOT)
+    words = ["trainer", "describe", "--config", "configs/digits.toml", f"--svg={drawing}"]
+    done = machine.run("submit", "--", "python", "-m", *words, expect=0)
+    assert (machine.folder / "net.svg").read_text().startswith("<svg") and f"{ROOT}/{drawing}" in done.stdout
+
+
+@pytest.mark.parametrize(("output", "code"), [("/dev/full", 2), (None, 0)])
+def test_output_that_takes_nothing(machine, output, code):
+    """A full disk is one line; a closed stream (`>&-`) is for nobody."""
+    words = [sys.executable, "-m", "cluster", "status"]
+    place = f">{output}" if output else ">&-"
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {place}', "-", *words], cwd=ROOT, env=machine.environment, capture_output=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stderr == (b"error: stdout: No space left on device\n" if output else b"")
 
 
 def test_killed_is_told_apart_from_failed(machine):

@@ -98,6 +98,26 @@ def test_restart_resumes_and_overwrites_nothing():
     assert command[-3] == "--overwrite", "the first start keeps what the user said"
 
 
+@pytest.mark.parametrize(
+    ("words", "run", "again"),
+    [
+        (["--run", "/r"], "/r", ["--resume", "auto"]),
+        (["--run=/r", "--resume=auto"], "/r", ["--resume", "auto"]),
+        (["--resume", "/r"], "/r", []),
+        (["--resume=/r", "--set", "train.epochs=9"], "/r", []),
+        (["--resume", "auto", "--resume", "/r"], "/r", []),
+        (["--run", "/q", "--run", "/r"], "/r", ["--resume", "auto"]),
+        (["--data", "/d"], "", ["--resume", "auto"]),
+        (["--resume", "auto"], "", ["--resume", "auto"]),
+    ],
+)
+def test_the_run_of_a_command_and_how_it_goes_on(words, run, again):
+    """``--resume RUN`` names the run by itself, and is said again after a loss; as argparse reads it."""
+    command = ["python", "-m", "trainer", "train", *words]
+    assert pair.run_of(command) == run
+    assert pair.resume_command(command) == [*command, *again]
+
+
 @pytest.mark.parametrize(("statuses", "status"), [([0, 0], 0), ([3, 3], 3), ([0, 3], 3), ([2, 0], 2), ([2, 2], 2)])
 def test_foreseen_ends_are_final(statuses, status):
     assert pair.exit_status(statuses) == status

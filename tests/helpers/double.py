@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.__main__ import main
+from trainer.__main__ import run
 from trainer.model.alexnet import AlexNet
 from trainer.parallel import launch
 
@@ -33,4 +33,4 @@ def use_float64() -> None:
 
 if __name__ == "__main__":
     use_float64()
-    sys.exit(main())
+    sys.exit(run())

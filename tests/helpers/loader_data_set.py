@@ -85,7 +85,7 @@ def make_data_set(
         }
     }
     classes = tuple(ClassRecord(str(number), str(number)) for number in range(NUM_CLASSES))
-    manifest = Manifest(FORMAT, "test", {}, image, classes, "source", splits, files)
+    manifest = Manifest(FORMAT, "test", {}, image, classes, "source", splits, files, train + val)
     write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
     return folder
 

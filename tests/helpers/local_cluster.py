@@ -33,6 +33,11 @@ class Machine:
         return cluster
 
     @property
+    def place(self) -> tuple[str, str]:
+        """The options that name its folder."""
+        return "--folder", str(self.options.folder)
+
+    @property
     def logs(self) -> Path:
         """Where Ray writes on this machine."""
         return self.folder / "c" / "ray" / "session_latest" / "logs"
@@ -76,14 +81,22 @@ def started(cpus: int, nodes: int = 1) -> Iterator[Machine]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
     machine = Machine(folder, local.LocalOptions(folder / "c", 0, cpus, nodes), environment)
-    place = ("--folder", str(folder / "c"))
     try:
         machine.run(
-            "up", "--local", *place, "--dashboard-port", "0", "--cpus", str(cpus), "--nodes", str(nodes), expect=0
+            "up",
+            "--local",
+            *machine.place,
+            "--dashboard-port",
+            "0",
+            "--cpus",
+            str(cpus),
+            "--nodes",
+            str(nodes),
+            expect=0,
         )
         environment["RAY_API_SERVER_ADDRESS"] = machine.cluster.address
         yield machine
-        machine.run("down", *place, expect=0)
+        machine.run("down", *machine.place, expect=0)
         assert local.load(folder / "c") is None
     finally:
         local.down(folder / "c")

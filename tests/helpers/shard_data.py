@@ -69,7 +69,9 @@ def make_dataset(folder: Path, count: int = 10, shard_size: int = 4, source: Mem
     for other in totals[1:]:
         merged = merged.merge(other)
     classes = tuple(ClassRecord(name, name) for name in job.class_names)
-    draft = Manifest(FORMAT, "memory", {"seed": 0}, ImageFormat("png", 3, None, None), classes, "source", {}, {})
+    draft = Manifest(
+        FORMAT, "memory", {"seed": 0}, ImageFormat("png", 3, None, None), classes, "source", {}, {}, 2 * count
+    )
     manifest = output.finish(folder, draft, results, merged)
     output.clear_work(folder)
     return manifest

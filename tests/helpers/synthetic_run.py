@@ -54,21 +54,21 @@ def make_run(folder: Path, config: Config, *, steps: int = 440, ended: bool = Tr
     environment = {"command": "python -m trainer train", "commit": "0123456789ab", "processor": "A CPU", "cores": 2}
     (folder / "environment.json").write_text(json.dumps(environment | {"torch": "2.15.0", "gpus": []}))
     generator = np.random.default_rng(0)
-    log = MetricsLog(folder, 0)
+    log = MetricsLog(folder, config, 0)
     for step in range(1, steps + 1):
         log.write(step_row(step, generator))
         if step % 44 == 0:
             top1 = 1 - float(np.exp(-step / 100)) - 0.02
             row = {"kind": "evaluation", "step": step, "epoch": step / 22, "split": "val", "views": "center"}
             log.write(row | {"top1": top1, "top5": 0.995, "loss": 0.1 + 2 * (1 - top1), "num_samples": 360})
-    log.close()
+    log.close("finished")
     if not ended:
         return folder
     net = AlexNet(config.model, seed=1)
     checkpoint.save_towers(
         checkpoint.unfinished(folder, steps), net, PaperSGD(net.named_parameters(), config.optimizer)
     )
-    checkpoint.commit(folder, steps, config=config.fingerprint, loader={}, towers=net.towers)
+    checkpoint.commit(folder, steps, config=to_toml(config), loader={}, towers=net.towers)
     ending = Result(
         exit_reason="finished",
         reason="",

@@ -13,6 +13,13 @@ SPLIT = "tests/pipeline/loader/test_split.py"
 STATISTICS = "tests/pipeline/preparation/test_statistics.py"
 IMAGENET = "tests/pipeline/sources/test_imagenet.py"
 FOLDER = "tests/pipeline/sources/test_folder_and_webdataset.py"
+LAYOUT = "tests/pipeline/sources/test_layout.py"
+LABELS = "tests/pipeline/sources/test_labels.py"
+WALK = "tests/pipeline/sources/test_walk.py"
+COUNTS = "tests/pipeline/preparation/test_counts.py"
+DECODE = "tests/pipeline/preparation/test_decode.py"
+IMAGE = "tests/pipeline/preparation/test_image.py"
+ORIENTATION = "tests/pipeline/preparation/test_orientation.py"
 
 
 def of_augmentation() -> Iterator[Change]:
@@ -195,16 +202,94 @@ def of_imagenet() -> Iterator[Change]:
 def of_folder() -> Iterator[Change]:
     """pipeline/sources/folder.py."""
     yield "labels: folders in reverse order", "key=os.fsencode)\n", "key=os.fsencode, reverse=True)\n"
+    yield "labels: folders in two Unicode forms are two classes", "nfc(printable(entry))", "printable(entry)"
+    yield "counts: pictures without a label are forgotten", "walker.tally.add(reasons.NO_LABEL, path", "print(path"
+
+
+def of_labels() -> Iterator[Change]:
+    """pipeline/sources/labels.py."""
+    yield "labels: the column after the names", "1 if name_column == 0 else 0", "name_column + 1"
+    yield "labels: any of several columns", "numbers == others[1:]", "True"
+    yield "labels: the last line wins", "if before != label:", "if False:"
+    yield "labels: no header", "return words or all(", "return words and all("
+
+
+def of_walk() -> Iterator[Change]:
+    """pipeline/sources/walk.py."""
+    yield "counts: hidden files are forgotten", "self.pass_over(folder, [entry], reasons.HIDDEN, split)", "pass"
+    yield "pictures: by their names only", "if found and has_picture_head(found):", "if False:"
+    yield "walk: links before the folders themselves", "linked if entry.linked else waiting", "waiting"
+
+
+def of_plan() -> Iterator[Change]:
+    """pipeline/preparation/plan.py."""
+    yield "counts: what --limit leaves out is forgotten", "if num_left:", "if False:"
+    yield (
+        "counts: splits that were not chosen are forgotten",
+        "tally.add(reasons.NOT_CHOSEN",
+        "print(reasons.NOT_CHOSEN",
+    )
+
+
+def of_orientation() -> Iterator[Change]:
+    """pipeline/preparation/orientation.py: which way up."""
+    rows = {2: "FFT", 3: "FTT", 4: "FTF", 5: "TFF", 6: "TFT", 7: "TTT", 8: "TTF"}
+    words = {"T": "True", "F": "False"}
+    for number, row in rows.items():
+        right = ", ".join(words[letter] for letter in row)
+        for place, what in enumerate(("transposed", "rows", "columns")):
+            wrong = [words[letter] for letter in row]
+            wrong[place] = "False" if row[place] == "T" else "True"
+            yield f"orientation {number}: {what}", f"{number}: ({right})", f"{number}: ({', '.join(wrong)})"
+    yield "orientation: XMP wins", "if stated is not None:", "if stated is not None and not xmp:"
+    yield "orientation: 8 is none", "1 <= stated <= 8", "1 <= stated < 8"
+
+
+def of_decode() -> Iterator[Change]:
+    """pipeline/preparation/decode.py: levels, and how small a JPEG may be decoded."""
+    yield "decode: 16 bits by 7", "np.uint32) >> 8)", "np.uint32) >> 7)"
+    yield "decode: a JPEG at once at its size", "2 * settings.resize_px if", "settings.resize_px if"
+    yield "decode: a TIFF turned twice", 'already=kind == "TIFF" and', "already=False and"
+
+
+def of_image() -> Iterator[Change]:
+    """pipeline/preparation/image.py: when the source's bytes are kept."""
+    yield "kept: another by 4 levels is converted", "<= SAME_LEVELS", "< SAME_LEVELS"
+    yield "kept: another by 5 levels is kept", "SAME_LEVELS = 4", "SAME_LEVELS = 200"
 
 
 def of_loader_config() -> Iterator[Change]:
     """pipeline/loader/config.py: values that recipes leave alone."""
-    yield "default: crops shared", "crop_shared_by: int = 1", "crop_shared_by: int = 2"
-    yield "default: normalize", 'normalize: str = "none"', 'normalize: str = "per_channel"'
-    yield "default: color ends", "color_off_epoch: int = -1", "color_off_epoch: int = 5"
-    yield "default: divisor", "color_divisor: float = 1.0", "color_divisor: float = 1.1"
-    yield "default: order of images", 'shuffle: str = "epoch"', 'shuffle: str = "once"'
-    yield "default: last batch", 'last_batch: str = "drop"', 'last_batch: str = "partial"'
+    yield (
+        "default: crops shared",
+        'crop_shared_by: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 1',
+        'crop_shared_by: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 2',
+    )
+    yield (
+        "default: normalize",
+        'normalize: Literal["none", "per_channel", "per_image"] = "none"',
+        'normalize: Literal["none", "per_channel", "per_image"] = "per_channel"',
+    )
+    yield (
+        "default: color ends",
+        'color_off_epoch: Annotated[int, Limits(-1, 1 << 30, unit="epochs")] = -1',
+        'color_off_epoch: Annotated[int, Limits(-1, 1 << 30, unit="epochs")] = 5',
+    )
+    yield (
+        "default: divisor",
+        "color_divisor: Annotated[float, Limits(above=0)] = 1.0",
+        "color_divisor: Annotated[float, Limits(above=0)] = 1.1",
+    )
+    yield (
+        "default: order of images",
+        'shuffle: Literal["epoch", "once"] = "epoch"',
+        'shuffle: Literal["epoch", "once"] = "once"',
+    )
+    yield (
+        "default: last batch",
+        'last_batch: Literal["drop", "partial"] = "drop"',
+        'last_batch: Literal["drop", "partial"] = "partial"',
+    )
 
 
 GROUPS = (
@@ -215,6 +300,12 @@ GROUPS = (
     ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
     ("pipeline/loader/batch.py", (SHARE,), of_batch),
     ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
+    ("pipeline/preparation/orientation.py", (ORIENTATION,), of_orientation),
+    ("pipeline/preparation/decode.py", (DECODE, ORIENTATION, IMAGE), of_decode),
+    ("pipeline/preparation/image.py", (IMAGE, DECODE), of_image),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
-    ("pipeline/sources/folder.py", (FOLDER,), of_folder),
+    ("pipeline/sources/folder.py", (FOLDER, LAYOUT, LABELS), of_folder),
+    ("pipeline/sources/labels.py", (LABELS,), of_labels),
+    ("pipeline/sources/walk.py", (WALK, LAYOUT), of_walk),
+    ("pipeline/preparation/plan.py", (COUNTS,), of_plan),
 )

@@ -220,8 +220,16 @@ def of_comm_dtype() -> Iterator[Change]:
 
 def of_config() -> Iterator[Change]:
     """trainer/config.py: values that most recipes leave alone, and map sizes."""
-    yield "default: pool 2 px", "pool_px: int = 3", "pool_px: int = 2"
-    yield "default: pool stride 1", "pool_stride: int = 2", "pool_stride: int = 1"
+    yield (
+        "default: pool 2 px",
+        'pool_px: Annotated[int, Limits(1, unit="px")] = 3',
+        'pool_px: Annotated[int, Limits(1, unit="px")] = 2',
+    )
+    yield (
+        "default: pool stride 1",
+        'pool_stride: Annotated[int, Limits(1, unit="px")] = 2',
+        'pool_stride: Annotated[int, Limits(1, unit="px")] = 1',
+    )
     yield "default: pools round up", "pool_ceil: bool = False", "pool_ceil: bool = True"
     for layer in ("conv3", "fc6", "fc7"):
         crossings = '("conv3", "fc6", "fc7", "fc8")'
@@ -233,10 +241,18 @@ def of_config() -> Iterator[Change]:
         'activation: Literal["relu", "tanh"] = "tanh"',
     )
     yield "default: biases have a schedule of their own", '"steps"] = "same"', '"steps"] = "constant"'
-    yield "default: warm-up", "warmup_epochs: float = 0.0", "warmup_epochs: float = 1.0"
+    yield (
+        "default: warm-up",
+        'warmup_epochs: Annotated[float, Limits(0, unit="epochs")] = 0.0',
+        'warmup_epochs: Annotated[float, Limits(0, unit="epochs")] = 1.0',
+    )
     yield "default: comm_dtype", '"bf16"] = "same"', '"bf16"] = "fp16"'
     yield "default: precision", '"bf16"] = "fp32"', '"bf16"] = "bf16"'
-    yield "default: batches in pieces", "accumulate: int = 1", "accumulate: int = 2"
+    yield (
+        "default: batches in pieces",
+        'accumulate: Annotated[int, Limits(1, unit="pieces")] = 1',
+        'accumulate: Annotated[int, Limits(1, unit="pieces")] = 2',
+    )
     yield "map sizes: no stride", "// self.strides[i] + 1", "+ 1"
     yield "pooled side: never rounded up", "over = self.pool_stride - 1 if self.pool_ceil else 0", "over = 0"
 

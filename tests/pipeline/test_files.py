@@ -1,6 +1,7 @@
 """Paths and URLs under one set of names; what is in a folder, and of which kind."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,40 @@ def test_a_url_is_told_from_a_path_and_both_give_what_is_below() -> None:
         assert relative_to(parse_path(root) / "b" / "c.tar", parse_path(root)).parts == ("b", "c.tar")
 
 
-def test_every_kind_of_entry_is_told(tmp_path: Path) -> None:
+def test_every_kind_of_entry_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"123")
     (tmp_path / "folder").mkdir()
     (tmp_path / ".hidden").touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, target in (("to file", "file"), ("to folder", "folder"), ("to pipe", "pipe"), ("to nothing", "x")):
+    for name, target in (
+        ("to file", "file"),
+        ("to folder", "folder"),
+        ("to pipe", "pipe"),
+        ("to nothing", "x"),
+        ("to itself", "to itself"),
+        ("through a file", "file/x"),
+        ("to a long name", "x" * 300),
+        ("to null", "/dev/null"),
+    ):
         (tmp_path / name).symlink_to(tmp_path / target)
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path)  # a socket's path is short
+        listener.bind("socket")
     assert set(scan(tmp_path)) == {
+        Entry(".hidden", "file", 0),
         Entry("file", "file", 3),
         Entry("to file", "file", 3),
         Entry("folder", "directory", 0),
-        Entry("to folder", "directory", 0),
-        Entry("pipe", "other", 0),
-        Entry("to pipe", "link", 0),
-        Entry("to nothing", "link", 0),
+        Entry("to folder", "directory", 0, linked=True),
+        Entry("pipe", "pipe", 0),
+        Entry("to pipe", "pipe", 0),
+        Entry("socket", "socket", 0),
+        Entry("to null", "device", 0),
+        *(Entry(name, "link", 0) for name in ("to nothing", "to itself", "through a file", "to a long name")),
     }
+    assert set(scan(UrlPath(f"file://{tmp_path}"))) == set(scan(tmp_path))
     with pytest.raises(SourceError, match="cannot be listed: No such file"):
-        scan(tmp_path / "none")
+        list(scan(tmp_path / "none"))
 
 
 def test_a_range_is_whole_or_an_error(tmp_path: Path) -> None:

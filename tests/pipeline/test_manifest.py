@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_missing_torn_and_foreign_manifests_are_told_apart(tmp_path: Path) -> No
         from_json(text[:100])
     with pytest.raises(DatasetError, match="format 99 is not supported"):
         from_json(json.dumps({"format": 99}))
+
+
+def test_a_manifest_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / MANIFEST_NAME
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(DatasetError, match=r"manifest\.json is no file: remove it"):
+            read_manifest(tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_write_atomic_replaces_or_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """Fixtures of the trainer's rooms: a tiny data set and a finished run on it, for tests that change neither."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.tiny_run import make_tiny_data, make_tiny_run
+from tests.helpers.training_commands import call
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,15 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     gc.collect()
     gc.freeze()  # each loader that is closed collects, which is slow with all of torch on the heap
     return make_tiny_run(tmp_path_factory.mktemp("tiny-run") / "run", tiny_data)
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``python -m trainer``, in this process: exit code, stdout, stderr."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return (call(monkeypatch, *words), *capsys.readouterr())
+
+    return run

@@ -154,6 +154,17 @@ def moved_away(place: Place) -> Path:
     return place.copy
 
 
+def edited(place: Place, *edits: tuple[str, str]) -> Path:
+    """The run, with lines of its recipe changed by hand; by default one that steers the steps to come."""
+    path = place.copy / "config.toml"
+    lines = path.read_text().splitlines()
+    for name, value in edits or (("dropout", "0.25"),):
+        at = next(number for number, line in enumerate(lines) if line.startswith(f"{name} = "))
+        lines[at] = f"{name} = {value}"
+    path.write_text("\n".join(lines))
+    return place.copy
+
+
 AUTO = ("--resume", "auto")
 Words = Callable[[Place], list[object]]
 # mistake, command, words of the line. All of these also with --dry-run.
@@ -177,6 +188,11 @@ TRAIN: list[tuple[str, Words, str]] = [
     ("full disk", lambda p: train(p, full(p)), "are free there"),
     ("not writable", lambda p: train(p, not_writable(p)), "cannot be written"),
     ("inside the data set", lambda p: train(p, p.data / "run"), "lies in the data set"),
+    ("the data set", lambda p: train(p, p.data), "is a data set"),
+    ("among a run's files", lambda p: train(p, p.run / "checkpoints" / "new"), "is the run's own"),
+    ("where a run keeps its data", lambda p: train(p, p.run / "trained_on", "--overwrite"), "is a data set"),
+    ("a name too long", lambda p: train(p, p.tmp / ("x" * 300)), "File name too long"),
+    ("data: a name too long", lambda p: train(p, p.new, data=p.tmp / ("x" * 300)), "File name too long"),
     ("a file", lambda p: train(p, holding(p, "x") / "x"), "is not a folder"),
     ("below a file", lambda p: train(p, holding(p, "x") / "x" / "run"), "is not a folder"),
     ("a link to nothing", lambda p: train(p, dangling(p)), "where nothing is"),
@@ -199,6 +215,13 @@ TRAIN: list[tuple[str, Words, str]] = [
     ("other skip list", lambda p: train(p, p.run, *AUTO, "--skip-list", skip(p)), "--skip-list: it leaves 1"),
     ("damaged", lambda p: train(p, damaged_everywhere(p), *AUTO), "no complete checkpoint"),
     ("unreadable", lambda p: train(p, unreadable(p), *AUTO), "cannot be read: Input/output error"),
+    ("edited recipe", lambda p: ["train", "--resume", edited(p)], "config.toml was edited: model.dropout = 0.25"),
+    (
+        "edited recipe, longer",
+        lambda p: ["train", "--resume", edited(p, ("weight_decay", "0.5"), ("epochs", "9"))],
+        "optimizer.weight_decay = 0.5 instead of",
+    ),
+    ("edited to nonsense", lambda p: ["train", "--resume", edited(p, ("epochs", "'x'"))], "config.toml: train.epochs"),
     ("two folders", lambda p: train(p, p.new, "--resume", p.run), "are two folders"),
     ("no such run", lambda p: ["train", "--resume", p.new], "no run at"),
     ("data gone", lambda p: ["train", "--resume", moved_away(p)], "which is gone: say with --data DIR"),
@@ -245,6 +268,13 @@ OTHERS: list[tuple[str, Words, str]] = [
     ("evaluate: into the data set", lambda p: evaluate(p, "--confusion", p.data / "c.png"), "lies in the data set"),
     ("evaluate: suffix", lambda p: evaluate(p, "--confusion", p.tmp / "c.txt"), "--confusion"),
     ("evaluate: data gone", lambda p: ["evaluate", "--run", moved_away(p)], "which is gone"),
+    ("evaluate: edited", lambda p: evaluate(p, run=edited(p)), "config.toml was edited: model.dropout = 0.25"),
+    (
+        "predict: edited",
+        lambda p: predict(p, run=edited(p, ("alpha", "0.5"))),
+        "was edited: model.lrn.alpha",
+    ),
+    ("export: edited", lambda p: export(p, p.tmp / "x.onnx", run=edited(p)), "config.toml was edited"),
     ("predict: no run", lambda p: predict(p, run=p.new), "no run at"),
     ("predict: classes", lambda p: predict(p, "--data", other_classes(p.data, p.tmp / "o")), "class 3 is 'other'"),
     ("predict: kept data damaged", lambda p: predict(p, run=no_kept_manifest(p)), "manifest.json is damaged: copy"),
@@ -252,12 +282,15 @@ OTHERS: list[tuple[str, Words, str]] = [
     ("predict: page is a folder", lambda p: predict(p, "--html", p.tmp), "is a folder"),
     ("predict: empty folder", lambda p: ["predict", holding(p, "f/.hidden"), "--run", p.run], "has no files in it"),
     ("export: no run", lambda p: export(p, p.tmp / "x.onnx", run=p.new), "no run at"),
+    ("export: a name too long", lambda p: export(p, p.tmp / ("x" * 300 + ".onnx")), "File name too long"),
     ("export: suffix", lambda p: export(p, p.tmp / "x.bin"), "ends in .safetensors or .onnx"),
     ("export: a checkpoint", lambda p: export(p, newest_tower(p)), "is the run's own"),
     ("export: into the data set", lambda p: export(p, p.data / "x.onnx"), "lies in the data set"),
     ("export: classes", lambda p: export(p, p.tmp / "x.onnx", "--data", other_classes(p.data, p.tmp / "o")), "class 3"),
     ("export: unreadable", lambda p: export(p, p.tmp / "x.onnx", run=unreadable(p)), "Input/output error"),
     ("import: a run", lambda p: import_(p, p.run), "holds a run"),
+    ("import: inside the data set", lambda p: import_(p, p.data / "run"), "lies in the data set"),
+    ("import: among a run's files", lambda p: import_(p, p.run / "profile" / "new"), "is the run's own"),
     ("import: something else", lambda p: import_(p, holding(p, "a")), "not a run"),
     ("import: no weights", lambda p: import_(p, p.new, weights=p.tmp / "none"), "no weights at"),
     ("import: no safetensors", lambda p: import_(p, p.new, weights=CONFIG), "cannot be read as safetensors"),
@@ -312,4 +345,27 @@ def test_a_device_that_is_not_there(place: Place, capsys: pytest.CaptureFixture[
     before = tree(place.tmp)
     assert call(place.patch, *train(place, place.new, "--device", "cuda")) == 2
     assert "no GPU" in capsys.readouterr().err
+    assert tree(place.tmp) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:9", "cuda:-1", "cuda:", "cuda:x", "cpu:0", "tpu", "CUDA", ""])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "bench"])
+def test_a_device_with_a_name_or_number_that_there_is_not(
+    place: Place, command: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two GPUs there is no third; and what is no device never becomes one."""
+    place.patch.setattr(torch.cuda, "is_available", lambda: True)
+    place.patch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = {
+        "train": train(place, place.new),
+        "evaluate": evaluate(place),
+        "predict": predict(place),
+        "bench": ["bench", *RECIPE, "--data", place.data],
+    }[command]
+    before = tree(place.tmp)
+    with contextlib.suppress(SystemExit):
+        assert call(place.patch, *words, f"--device={device}") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "--device" in errors[0] and device in errors[0], errors
+    assert "expected cpu, cuda or cuda:N" in errors[0] or "torch sees 2 GPUs here, cuda:0 to cuda:1" in errors[0]
     assert tree(place.tmp) == before

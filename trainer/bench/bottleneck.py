@@ -1,14 +1,22 @@
-"""Which stage is the limit, by how much, and what would lift it: in words, each with a figure. Pure functions."""
+"""Which stage is the limit, by how much, and what would lift it: in words, each with a figure. Pure functions.
+
+A suggestion never contradicts what the same result measured: where a change was measured, that figure counts, and a
+result that contradicts itself gives no advice at all.
+"""
 
 import dataclasses
 from collections.abc import Iterator
 
 from trainer.bench.prediction import Costs, Links, costs_of, project, rate, without
-from trainer.bench.record import BenchRecord, Stage
+from trainer.bench.record import BenchRecord, Figure, Stage, Throughput, differ
+from twotower.words import pluralize
 
 WORTH = 1.03  # a suggestion must promise at least this factor
 MOST = 4  # suggestions
+IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explains no more
+RESTLESS = 1.5  # upper quartile over lower
 COMPUTATION = ("forward", "backward")
+PROCESSES = {1: "--processes 1: both towers in one process", 2: "--processes 2: one process per tower"}
 WORDS = {
     "read": "reading the shards",
     "decode": "decoding",
@@ -43,6 +51,8 @@ class Bottleneck:
     side: str  # data, net, or processor where both together fill the cores
     sentence: str  # for people
     suggestions: tuple[Suggestion, ...]  # the best first
+    doubt: str = ""  # what makes the result doubtful; then there are no suggestions
+    otherwise: str = ""  # where there are no suggestions: why, and what would help
 
     def is_at(self, stage: str) -> bool:
         """Whether a stage is the limit, or part of it."""
@@ -59,17 +69,59 @@ def judge(record: BenchRecord) -> Bottleneck:
         gain = f"If it cost nothing, training would be {costs.step_ms / lifted.step_ms:.2f} times as fast"
     whose = {"data": "the loader's time", "net": "the step", "processor": "the processor time of a step"}[side]
     sentence = f"The limit is {WORDS[limit]}: {share:.0%} of {whose}. {gain}. {_compare_sides(record, costs)}"
+    if doubt := find_doubt(record):
+        return Bottleneck(limit, side, sentence, (), doubt, "No advice is drawn from figures that do not hold.")
     found = [
         Suggestion(change, rate(after.step_ms, batch), costs.step_ms / after.step_ms if after.step_ms else 1.0, basis)
         for change, after, basis in (*_change_loader(record, costs), *_change_net(record, costs, limit))
     ]
     best = max(record.sweep, key=lambda size: record.sweep[size].median, default=batch)
-    if best != batch:
+    if best != batch and differ(record.sweep[best], _rates(record.training, batch)):
         images_per_s = record.sweep[best].median
         factor = images_per_s / record.training.images_per_s
         found.append(Suggestion(f"train.batch_size = {best}", images_per_s, factor, "measured"))
     found.sort(key=lambda suggestion: -suggestion.factor)
-    return Bottleneck(limit, side, sentence, tuple(row for row in found if row.factor >= WORTH)[:MOST])
+    worth = tuple(row for row in found if row.factor >= WORTH)[:MOST]
+    return Bottleneck(limit, side, sentence, worth, otherwise="" if worth else _what_else(record, side))
+
+
+def find_doubt(record: BenchRecord) -> str:
+    """What makes a result doubtful: a rate that cannot be, or rounds that differ by much; empty where nothing does."""
+    again = "Something else probably used this machine: measure again when it is idle, or with a larger --seconds"
+    if record.end_to_end and record.loader and (ratio := share_of_slower(record)) > IMPOSSIBLE:
+        return (
+            "These figures contradict each other: end to end cannot be faster than the loader alone or training "
+            f"alone, and was {ratio:.2f} times as fast as the slower of them. {again}."
+        )
+    for name, throughput in record.throughputs().items():
+        low, high = throughput.ms.low, throughput.ms.high
+        if high > RESTLESS * low:
+            return f"The rounds differ by much: {name} took {low:.3g}–{high:.3g} ms per batch. {again}."
+    return ""
+
+
+def share_of_slower(record: BenchRecord) -> float:
+    """End to end as a share of the slower of the loader alone and training alone."""
+    assert record.end_to_end is not None and record.loader is not None
+    return record.end_to_end.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
+
+
+def _rates(throughput: Throughput, batch: int) -> Figure:
+    """A throughput's times as images/s."""
+    ms = throughput.ms
+    return Figure(rate(ms.median, batch), rate(ms.high, batch), rate(ms.low, batch), ms.n)
+
+
+def _what_else(record: BenchRecord, side: str) -> str:
+    """What would help where no change that can be computed does."""
+    on_gpu = record.workload.device.startswith("cuda")
+    if side == "data":
+        what = "more processor cores for the loader, or smaller stored images (prepare --resize)"
+    elif on_gpu:
+        what = "more GPUs (--replicas), or a smaller net (fewer channels, model.image_px)"
+    else:
+        what = "a GPU, more cores, or a smaller net (fewer channels, model.image_px)"
+    return f"No change that this benchmark can compute or has measured promises 3 % or more. What would: {what}."
 
 
 def _stages_of(limit: str) -> tuple[str, ...]:
@@ -83,7 +135,9 @@ def _compare_sides(record: BenchRecord, costs: Costs) -> str:
     loader, net = record.loader.images_per_s, record.synthetic.images_per_s
     text = f"Alone, the loader gives {loader:,.0f} images/s and the net takes {net:,.0f}"
     if costs.limit == "processor":
-        return f"{text}; together they need more processor time than {record.workload.cores} cores have."
+        return (
+            f"{text}; together they need more processor time than {pluralize(record.workload.cores, 'core')} can give."
+        )
     if net > loader:
         return f"{text}: the net could take {net / loader:.2f} times what the loader gives."
     return f"{text}: the loader could give {loader / net:.2f} times what the net takes."
@@ -152,18 +206,19 @@ def _change_net(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Chang
     workload = record.workload
     for threads in record.by_threads:
         basis = f"training alone measured with {threads}; the loader then takes fewer cores from under it"
-        yield f"train.threads = {threads}", costs_of(record, threads), basis
-    wide, narrow = record.ceiling("matrix tf32") or record.ceiling("matrix fp32"), record.ceiling("matrix bf16")
-    if workload.precision == "fp32" and wide and narrow and narrow.figure.median > wide.figure.median:
-        factor = narrow.figure.median / wide.figure.median
-        basis = f"computed, at most: matrices are {factor:.2f} times as fast in bf16 here"
-        yield "train.precision = 'bf16'", without(record, COMPUTATION, 1 - 1 / factor), basis
+        yield f"train.threads = {threads}", costs_of(record, record.by_threads[threads], threads), basis
+    for precision, measured in record.by_precision.items():
+        if not differ(measured.ms, record.synthetic.ms):
+            continue
+        basis = f"training alone measured with it: {measured.images_per_s:,.0f} images/s"
+        yield f"train.precision = '{precision}'", costs_of(record, measured), basis
     larger = "twice the batch size, for "
-    if record.stage("optimizer"):
+    measured_larger = any(size > workload.batch_size for size in record.sweep)  # then that figure counts
+    if record.stage("optimizer") and not measured_larger:
         changed = without(record, ("optimizer",), 0.5)
         yield larger + WORDS["optimizer"], changed, "computed: its cost per step does not grow with the batch"
     exchange, latency = record.stage("exchange"), record.ceiling("exchange latency")
-    if limit == "exchange" and exchange and latency:
+    if limit == "exchange" and exchange and latency and not measured_larger:
         fixed_ms = len(record.group("crossing")) * latency.figure.median / 1e3
         changed = without(record, ("exchange",), min(1.0, fixed_ms / exchange.ms.median) / 2)
         yield larger + WORDS["exchange"], changed, "computed: its latency per image halves"
@@ -172,7 +227,13 @@ def _change_net(record: BenchRecord, costs: Costs, limit: str) -> Iterator[Chang
         changed = dataclasses.replace(costs, net_ms=pair.compute_ms + pair.crossing_ms + pair.control_ms)
         basis = "computed: half the computation each, crossings at 50 GB/s"
         yield "--processes 2, a GPU for each tower", changed, basis
-    if workload.processes == 2 and limit in ("exchange", "waiting"):
+    own, other = record.scaling.get(workload.processes), record.scaling.get(3 - workload.processes)
+    if own and other:  # measured: both in the same way, one after the other
+        if differ(own, other):
+            changed = dataclasses.replace(costs, net_ms=costs.net_ms * own.median / other.median)
+            basis = f"training alone measured so: {other.median:,.0f} images/s instead of {own.median:,.0f}"
+            yield PROCESSES[3 - workload.processes], changed, basis
+    elif workload.processes == 2 and limit in ("exchange", "waiting"):
         changed = without(record, ("exchange", "waiting"))
         basis = "computed: no exchange, no waiting, the same computation on the same cores"
-        yield "--processes 1: both towers in one process", changed, basis
+        yield PROCESSES[1], changed, basis

@@ -102,7 +102,6 @@ def _conclude(record: BenchRecord, arguments: argparse.Namespace) -> None:
         from trainer.bench.page import render
 
         write_record(_named_for_node(arguments.html), render(record, found, projections))
-        print(_named_for_node(arguments.html))
 
 
 def _named_for_node(path: Path) -> Path:

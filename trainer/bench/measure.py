@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ PINGS = 100
 CHECKPOINTS = 3
 MOST_REFILL_S = 1.0
 BY_THREADS = "synthetic, threads: "  # what synthetic training with fewer threads is called, before their number
+BY_PRECISION = "synthetic, precision: "  # and in another precision, before its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def measure(
         part.threads = torch.get_num_threads()
         if attach:
             attach(trainer)
-        _take_turns(list(_make_cases(config, settings, trainer)), settings, trainer, part, say)
+        cases = list(_make_cases(config, settings, trainer, faster_in_bf16=_is_faster_in_bf16(part.ceilings)))
+        _take_turns(cases, settings, trainer, part, say)
         if settings.stages:
             say("checkpoints")
             part.checkpoints = [trainer.save() for _ in range(CHECKPOINTS)]
@@ -135,7 +137,15 @@ class Case:
     refill_s: float = 0.0  # how long its loader fills its queue after an interval: the next case waits for that
 
 
-def _make_cases(config: Config, settings: BenchSettings, trainer: TimedTrainer) -> Iterator[Case]:
+def _is_faster_in_bf16(ceilings: list[Ceiling]) -> bool:
+    """Whether matrix products are; where they are not, a step in bf16 may take a hundred times as long."""
+    rates = {row.name: row.figure.median for row in ceilings}
+    return rates.get("matrix bf16", 0.0) > max(rates.get("matrix tf32", 0.0), rates.get("matrix fp32", 0.0))
+
+
+def _make_cases(
+    config: Config, settings: BenchSettings, trainer: TimedTrainer, *, faster_in_bf16: bool
+) -> Iterator[Case]:
     """All that takes turns."""
     data, device, train, ahead = settings.data, trainer.device, config.train, config.data.prefetch + 2
     on_cpu, threads = device == "cpu", torch.get_num_threads()
@@ -152,6 +162,8 @@ def _make_cases(config: Config, settings: BenchSettings, trainer: TimedTrainer) 
                 yield Case(name, _taking(stage.__next__), ahead)
         yield Case("loader", _taking(trainer.sources["data"].next), ahead)
     yield Case("synthetic", lambda count: trainer.run_steps("synthetic", count), 1)
+    if train.precision == "fp32" and _agree_on(trainer, int(faster_in_bf16)):
+        yield Case(f"{BY_PRECISION}bf16", lambda count: _run_in_precision(trainer, count, "bf16"), 1)
     if data is not None:
         if settings.stages and on_cpu and threads > 1:
             yield Case(f"{BY_THREADS}{threads // 2}", lambda count: _run_with_threads(trainer, count, threads // 2), 1)
@@ -175,6 +187,15 @@ def _run_with_threads(trainer: TimedTrainer, count: int, threads: int) -> Spans:
         return trainer.run_steps("synthetic", count)
     finally:
         torch.set_num_threads(usual)
+
+
+def _run_in_precision(trainer: TimedTrainer, count: int, precision: Literal["fp32", "bf16"]) -> Spans:
+    """Synthetic steps in another precision."""
+    usual, trainer.gradients.precision = trainer.gradients.precision, precision
+    try:
+        return trainer.run_steps("synthetic", count)
+    finally:
+        trainer.gradients.precision = usual
 
 
 def _take_turns(

@@ -40,7 +40,7 @@ def render(record: BenchRecord, found: Bottleneck, projections: Sequence[Project
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters["number"] = number
     workload, predicted, costs = record.workload, predict_rate(record), costs_of(record)
-    figures = [(name, f"{rate.images_per_s:,.0f}", "images/s") for name, rate in reversed(text.throughputs(record))]
+    figures = [(name, f"{rate.images_per_s:,.0f}", "images/s") for name, rate in reversed(record.throughputs().items())]
     if record.end_to_end:
         small = f"images/s; measured {record.end_to_end.images_per_s / predicted:.2f} of it"
         figures.append(("predicted from the stages", f"{predicted:,.0f}", small))
@@ -59,9 +59,10 @@ def render(record: BenchRecord, found: Bottleneck, projections: Sequence[Project
         title=title,
         about=text.about(record),
         figures=figures,
-        doubt=text.doubt_sentence(record),
+        doubt=found.doubt,
         found=found,
-        advice=text.advice_sentence(record) if found.suggestions else text.NO_ADVICE,
+        tried=text.tried_sentence(record),
+        advice=text.advice_sentence(record, found),
         lanes=[(head, alone, _bars(record, found, side, css, longest_ms)) for side, head, alone, css in sides],
         step_ms=record.training.ms.median,
         longest_ms=longest_ms,
@@ -126,8 +127,8 @@ def _charts(record: BenchRecord, projections: Sequence[Projection]) -> list[tupl
         lines.append(Line("model", [p.processes for p in projections], [p.images_per_s for p in projections], "soft"))
         caption = (
             "Gray is a model, no measurement: computation, crossings and the averaging of gradients, added up from the "
-            f"measured parts ({projections[0].basis}); --tower-link and --replica-link give every process a GPU of its "
-            "own. Its formula is in docs/bench.md. "
+            f"measured parts. It assumes that {text.MODEL}; {projections[0].basis}. --tower-link and --replica-link "
+            "give every process a GPU of its own. Its formula is in docs/bench.md. "
         )
     if record.scaling:
         lines.append(Line("measured", list(record.scaling), [rate.median for rate in record.scaling.values()], "a"))

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from trainer.bench.record import BenchRecord
+from trainer.bench.record import BenchRecord, Throughput
 
 FLOAT_BYTES = 4
 MESSAGES = 7  # that a tower waits for per step: conv3, fc6, fc7, fc8 forward, then fc7, fc6, conv3 backward
@@ -64,10 +64,15 @@ def stall_share(net_threads: int, loader_threads: int, cores: int) -> float:
     return crowded / loader_threads * sum(1 / k for k in range(1, crowded + 1)) / crowded
 
 
-def costs_of(record: BenchRecord, net_threads: int | None = None) -> Costs:
-    """The costs that a result measured; ``net_threads``: with fewer, one of :attr:`BenchRecord.by_threads`."""
-    loader, workload = record.loader, record.workload
-    net = record.synthetic if net_threads is None else record.by_threads[net_threads]
+def costs_of(record: BenchRecord, net: Throughput | None = None, net_threads: int | None = None) -> Costs:
+    """The costs that a result measured.
+
+    Args:
+        record: the result.
+        net: training alone as measured with another setting, instead of :attr:`BenchRecord.synthetic`.
+        net_threads: of a process's computation there, where it is another number.
+    """
+    loader, workload, net = record.loader, record.workload, net or record.synthetic
     count = workload.processes
     stall = 0.0
     if loader and workload.device == "cpu":
@@ -142,7 +147,7 @@ def links_of(
     basis = (
         f"towers exchange {tower:.3g} GB/s ({'given' if tower_gb_per_s else found}), {latency_us:.3g} us per message "
         f"({found}); pairs {replica:.3g} GB/s{' (given)' if replica_gb_per_s else ''}; "
-        + ("a device for each process" if own else "all processes share this machine")
+        + ("a device for each process, which halves the computation" if own else "all processes share this machine")
     )
     return Links(tower, replica, latency_us, own, basis)
 

@@ -10,8 +10,10 @@ from typing import Any, Self
 
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
+from twotower.verbosity import say_written
 
-FORMAT = 2  # 1 had other names for the same figures
+DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
+FORMAT = 3  # 1 had other names for the same figures, 2 no measured precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Figure:
     def scaled(self, factor: float) -> Self:
         """In another unit."""
         return dataclasses.replace(self, median=self.median * factor, low=self.low * factor, high=self.high * factor)
+
+
+def differ(a: Figure, b: Figure) -> bool:
+    """Whether two medians differ by more than their noise and more than machines drift.
+
+    Noise: the notches around them (McGill, Tukey and Larsen 1978: median +- 1.57 IQR / sqrt(n)) do not overlap.
+    """
+    gap = abs(a.median - b.median)
+    return gap > a.noise + b.noise and gap > DRIFT * min(abs(a.median), abs(b.median))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +139,7 @@ class BenchRecord:
     synthetic: Throughput  # training alone, on a batch that is always ready
     end_to_end: Throughput | None  # both together; None where the data were synthetic
     by_threads: dict[int, Throughput] = dataclasses.field(default_factory=dict)  # synthetic, fewer threads per process
+    by_precision: dict[str, Throughput] = dataclasses.field(default_factory=dict)  # synthetic, in another precision
     timeline: tuple[Span, ...] = ()  # one step
     sweep: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by batch size, if asked for
     scaling: dict[int, Figure] = dataclasses.field(default_factory=dict)  # images/s by processes, if asked for
@@ -136,6 +148,11 @@ class BenchRecord:
     def training(self) -> Throughput:
         """End to end where that was measured, else synthetic training."""
         return self.end_to_end or self.synthetic
+
+    def throughputs(self) -> dict[str, Throughput]:
+        """The rates that were measured, by name."""
+        rates = {"loader alone": self.loader, "synthetic training": self.synthetic, "end to end": self.end_to_end}
+        return {name: rate for name, rate in rates.items() if rate}
 
     def stage(self, name: str) -> Stage | None:
         """A stage by name."""
@@ -160,6 +177,7 @@ def write_record(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
+        say_written(path)
     except OSError as error:
         raise BenchError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -202,6 +220,7 @@ def from_dict(table: dict[str, Any]) -> BenchRecord:
         synthetic=throughput("synthetic", table["synthetic"]),
         end_to_end=throughput("end_to_end", table["end_to_end"]) if table["end_to_end"] else None,
         by_threads={int(count): throughput("by_threads", row) for count, row in table["by_threads"].items()},
+        by_precision={name: throughput("by_precision", row) for name, row in table["by_precision"].items()},
         timeline=tuple(Span(**row) for row in table["timeline"]),
         sweep={int(size): figure(row) for size, row in table["sweep"].items()},
         scaling={int(count): figure(row) for count, row in table["scaling"].items()},

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.loader.stages import describe_images
-from trainer.bench.measure import BY_THREADS, BenchSettings, Part, measure
+from trainer.bench.measure import BY_PRECISION, BY_THREADS, BenchSettings, Part, measure
 from trainer.bench.prediction import FLOAT_BYTES
 from trainer.bench.record import BenchRecord, Figure, Span, Stage, Throughput, Workload
 from trainer.bench.timing import Interval, seconds_by_stage, steps_of
 from trainer.config import Config, ModelConfig
 from trainer.errors import BenchError
 from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers
+from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
+from twotower import verbosity
 
 OPTIMIZER_PASSES = 5  # weights, gradients and velocities read, weights and velocities written
 Say = Callable[[str], None]
@@ -88,8 +90,10 @@ def run_tower(job: Path) -> None:
     """One of several measuring processes, as :func:`measure_parts` starts them."""
     die_with_parent()
     config, settings, requested = pickle.loads(job.read_bytes())
-    device = choose_device(requested, int(os.environ.get("LOCAL_RANK", "0")))
-    mesh = join_mesh(device, config.train.peer_timeout_s)
+    world = read_world(None)
+    assert world is not None
+    device = choose_device(requested, world.local_rank)
+    mesh = join_mesh(world, device, config.train.peer_timeout_s)
     quiet = mesh.coord.rank or not settings.stages
     say = (lambda _: None) if quiet else print_line
     part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)
@@ -100,7 +104,7 @@ def run_tower(job: Path) -> None:
 
 def print_line(text: str) -> None:
     """Progress, on stderr: stdout is for the result."""
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    verbosity.remark(f"bench: {text}")
 
 
 def describe_workload(
@@ -153,6 +157,10 @@ def make_record(
     environment["host"] = os.environ.get("TWOTOWER_NODE") or os.uname().nodename
     environment["seconds_taken"] = round(time.monotonic() - _STARTED, 1)
     throughput = {name: _throughput(parts, name, batch) for name in first.intervals}
+
+    def cases(prefix: str) -> dict[str, Throughput]:
+        return {n.removeprefix(prefix): rate for n, rate in throughput.items() if n.startswith(prefix)}
+
     stages = [*_loader_stages(first, workload), *_net_stages(parts, workload), *_checkpoint_stages(first, batch)]
     bounds = _bounds(first, workload, count_work(config.model, batch, workload.processes))
     return BenchRecord(
@@ -163,7 +171,8 @@ def make_record(
         loader=throughput.get("loader"),
         synthetic=throughput["synthetic"],
         end_to_end=throughput.get("end to end"),
-        by_threads={int(n.removeprefix(BY_THREADS)): t for n, t in throughput.items() if n.startswith(BY_THREADS)},
+        by_threads={int(count): rate for count, rate in cases(BY_THREADS).items()},
+        by_precision=cases(BY_PRECISION),
         timeline=_timeline(parts),
         sweep={size: _rate(times, size) for size, times in first.sweep.items()},
         scaling=scaling or {},

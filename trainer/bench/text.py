@@ -1,21 +1,21 @@
 """A benchmark's result on the terminal; two results side by side, and those of several nodes."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from trainer.bench.bottleneck import Bottleneck, judge
+from trainer.bench.bottleneck import Bottleneck, find_doubt, judge, share_of_slower
 from trainer.bench.prediction import Projection, costs_of, predict_rate
-from trainer.bench.record import BenchRecord, Figure, Stage, Throughput
+from trainer.bench.record import BenchRecord, Figure, Stage, differ
+from twotower.words import pluralize
 
-IMPOSSIBLE = 1.1  # times the slower of loader and training alone: noise explains no more
-RESTLESS = 1.5  # upper quartile over lower
-DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
 CEILING_HEAD = ("ceiling", "median", "half within", "", "n", "how")
+MODEL = "each pair takes the recipe's batch, and nothing else uses the wire"
+SETTING = re.compile(r"\w+\.\w+ = \S+")  # of a recipe
 STAGE_HEAD = ("stage", "ms per batch", "half within", "n", "cpu ms", "images/s", "of ceiling", "")
-NO_ADVICE = "No change that this benchmark can compute promises 3 % or more."
 
 
 def number(value: float) -> str:
@@ -58,20 +58,13 @@ def ceiling_cells(record: BenchRecord) -> list[list[str]]:
     ]
 
 
-def throughputs(record: BenchRecord) -> list[tuple[str, Throughput]]:
-    """The rates that were measured, named."""
-    rates = (record.loader, record.synthetic, record.end_to_end)
-    names = ("loader alone", "synthetic training", "end to end")
-    return [(name, rate) for name, rate in zip(names, rates, strict=True) if rate]
-
-
 def about(record: BenchRecord) -> str:
     """What was measured, and on what."""
     workload, processor = record.workload, record.environment.get("processor", "an unnamed processor")
     count = "one process" if workload.processes == 1 else f"{workload.processes} processes, one per tower"
     return (
         f"{workload.images}, batch {workload.batch_size}, {workload.precision}, {workload.device}, {count}, "
-        f"{workload.cores} cores of {processor}"
+        f"{pluralize(workload.cores, 'core')} of {processor}"
     )
 
 
@@ -90,43 +83,33 @@ def prediction_sentence(record: BenchRecord) -> str:
     )
 
 
-def _share_of_slower(record: BenchRecord) -> float:
-    assert record.end_to_end is not None and record.loader is not None
-    return record.end_to_end.images_per_s / min(record.loader.images_per_s, record.synthetic.images_per_s)
-
-
 def share_sentence(record: BenchRecord) -> str:
     """End to end as a share of the slower of loader and synthetic training."""
     on_gpu = record.workload.device.startswith("cuda")
     shared = "" if on_gpu else "; on a CPU both share the cores, so less than 1 is normal"
-    return f"End to end is {_share_of_slower(record):.2f} of the slower of loader and training alone{shared}."
+    return f"End to end is {share_of_slower(record):.2f} of the slower of loader and training alone{shared}."
 
 
-def doubt_sentence(record: BenchRecord) -> str:
-    """What makes a result doubtful: a rate that cannot be, or rounds that differ by much; empty where nothing does."""
-    again = "Something else probably used this machine: measure again when it is idle, or with a larger --seconds"
-    if record.end_to_end and record.loader and (ratio := _share_of_slower(record)) > IMPOSSIBLE:
-        return (
-            "These figures contradict each other: end to end cannot be faster than the loader alone or training "
-            f"alone, and was {ratio:.2f} times as fast as the slower of them. {again}."
-        )
-    for name, rate in throughputs(record):
-        if rate.ms.high > RESTLESS * rate.ms.low:
-            return f"The rounds differ by much: {name} took {half_within(rate.ms)} ms per batch. {again}."
-    return ""
-
-
-def advice_sentence(record: BenchRecord) -> str:
-    """What the factors of the suggestions are of, and how a suggestion is tried."""
+def advice_sentence(record: BenchRecord, found: Bottleneck) -> str:
+    """What the factors of the suggestions are of, and how one is tried; what else would help where there are none."""
+    if not found.suggestions:
+        return found.otherwise
     rate = record.training.images_per_s
     of = f"the {rate:,.0f} images/s measured"
     if record.end_to_end:
         of = f"the {predict_rate(record):,.0f} images/s predicted"
         of += f" (another batch size: of the {rate:,.0f} measured)" if record.sweep else ""
-    return (
-        f"What would help, each alone, in times of {of}; try a field of the recipe with --set, such as "
-        "--set train.precision=bf16:"
-    )
+    fields = [row.change.replace(" ", "") for row in found.suggestions if SETTING.fullmatch(row.change)]
+    tried = f"; try a field of the recipe with --set, such as --set {fields[0]}" if fields else ""
+    return f"What would help, each alone, in times of {of}{tried}:"
+
+
+def tried_sentence(record: BenchRecord) -> str:
+    """What training alone did with other settings in the same run; empty where none was tried."""
+    tried = {f"train.threads = {count}": row for count, row in record.by_threads.items()}
+    tried |= {f"train.precision = '{name}'": row for name, row in record.by_precision.items()}
+    rates = [f"{name} {row.images_per_s:,.0f} images/s" for name, row in tried.items()]
+    return f"Tried in the same run, training alone: {'; '.join(rates)}." if rates else ""
 
 
 def _console() -> Console:
@@ -147,11 +130,11 @@ def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[P
     """Prints everything that was measured, and what follows from it."""
     console = _console()
     console.print(f"{record.workload.recipe}, {about(record)}")
-    if doubt := doubt_sentence(record):
-        console.print(f"[bold red]{doubt}[/bold red]")
+    if found.doubt:
+        console.print(f"[bold red]{found.doubt}[/bold red]")
     console.print(_table(CEILING_HEAD, ceiling_cells(record), left=(0, 3, 5)), "")
     console.print(_table(STAGE_HEAD, [stage_cells(stage) for stage in record.stages], left=(0, 7)), "")
-    for name, rate in throughputs(record):
+    for name, rate in record.throughputs().items():
         console.print(
             f"{name:20} {rate.images_per_s:9,.1f} images/s  {number(rate.ms.median)} ms per batch "
             f"({half_within(rate.ms)}, n {rate.ms.n}), {number(rate.cpu_ms)} ms of processor time"
@@ -162,11 +145,13 @@ def print_record(record: BenchRecord, found: Bottleneck, projections: Sequence[P
     for size, figure in record.sweep.items():
         console.print(f"batch size {size}: {figure.median:,.0f} images/s ({half_within(figure)})")
     console.print(f"\n[bold]{found.sentence}[/bold]")
-    console.print(advice_sentence(record) if found.suggestions else NO_ADVICE)
+    if tried := tried_sentence(record):
+        console.print(tried)
+    console.print(advice_sentence(record, found))
     for row in found.suggestions:
         console.print(f"- {row.change}: {row.factor:.2f} times, {row.images_per_s:,.0f} images/s ({row.basis})")
     if projections:
-        console.print(f"model: {projections[0].basis}; measured: training on synthetic images")
+        console.print(f"model, no measurement; it assumes that {MODEL}; {projections[0].basis}")
     measured = {count: f", measured here {figure.median:,.1f}" for count, figure in record.scaling.items()}
     for model in projections:
         name = "1 process" if model.processes == 1 else f"{model.processes} processes"
@@ -227,8 +212,19 @@ class Difference:
     unit: str
     a: Figure | None  # None where this result lacks it
     b: Figure | None
-    better: str = ""  # a, b, none (no difference), or empty where only one has it
+    better: str = ""  # a, b, none (no difference), once (no spread is known), or empty where only one has it
     factor: float = 1.0  # the better one over the other, >= 1
+
+    def words(self) -> str:
+        """The outcome for people."""
+        if not self.better:
+            return "only in a" if self.a else "only in b"
+        if self.better == "none":
+            return "no difference"
+        if self.better == "once":
+            return "measured once: no outcome"
+        kind = "as fast" if self.unit.startswith("us") else "as high"
+        return f"{self.better} is {self.factor:.2f} times {kind}"
 
 
 def compare(a: BenchRecord, b: BenchRecord) -> list[Difference]:
@@ -239,8 +235,8 @@ def compare(a: BenchRecord, b: BenchRecord) -> list[Difference]:
         one, two = left.get((name, unit)), right.get((name, unit))
         better, factor = "", 1.0
         if one and two:
-            better = "none"
-            if differ(one, two):
+            better = "none" if min(one.n, two.n) > 1 else "once"
+            if better == "none" and differ(one, two):
                 a_wins = (one.median < two.median) == unit.startswith("us")  # a time, or the latency of the wire
                 low, high = sorted((one.median, two.median))
                 better, factor = "a" if a_wins else "b", high / low if low > 0 else float("inf")
@@ -248,22 +244,19 @@ def compare(a: BenchRecord, b: BenchRecord) -> list[Difference]:
     return rows
 
 
+def comparison_sentence(a: BenchRecord, b: BenchRecord) -> str:
+    """The rates of two results against each other, in one sentence."""
+    rates = [row for row in compare(a, b) if row.name in a.throughputs() or row.name in b.throughputs()]
+    return "; ".join(f"{row.name}: {row.words()}" for row in reversed(rates)) + "."
+
+
 def _figures_of(record: BenchRecord) -> dict[tuple[str, str], Figure]:
     """Every figure by name and unit; times are per image, so that batches of other sizes can stand side by side."""
-    times = [(name, rate.ms) for name, rate in throughputs(record)] + [
+    times = [(name, rate.ms) for name, rate in record.throughputs().items()] + [
         (stage.name, stage.ms) for stage in record.stages
     ]
     found = {(name, "us per image"): ms.scaled(1e3 / record.workload.batch_size) for name, ms in times}
     return found | {(row.name, row.unit): row.figure for row in record.ceilings}
-
-
-def differ(a: Figure, b: Figure) -> bool:
-    """Whether two medians differ by more than their noise and more than machines drift.
-
-    Noise: the notches around them (McGill, Tukey and Larsen 1978: median +- 1.57 IQR / sqrt(n)) do not overlap.
-    """
-    gap = abs(a.median - b.median)
-    return gap > a.noise + b.noise and gap > DRIFT * min(abs(a.median), abs(b.median))
 
 
 def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, str]]:
@@ -276,6 +269,10 @@ def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, s
     return [(key, str(left[key]), str(right[key])) for key in left if left[key] != right[key]]
 
 
+def _with_noise(figure: Figure) -> str:
+    return f"{number(figure.median)} ±{number(figure.noise)}" if figure.n > 1 else number(figure.median)
+
+
 def print_comparison(a: BenchRecord, b: BenchRecord) -> None:
     """Prints two results side by side."""
     console = _console()
@@ -283,12 +280,13 @@ def print_comparison(a: BenchRecord, b: BenchRecord) -> None:
         console.print(f"{setting}: {left} | {right}")
     cells = []
     for row in compare(a, b):
-        sides = [f"{number(side.median)} ±{number(side.noise)}" if side else "" for side in (row.a, row.b)]
-        outcome = f"{row.better} is {row.factor:.2f} times better"
-        if row.better in ("", "none"):
-            outcome = "no difference" if row.better else "only in a" if row.a else "only in b"
-        cells.append([row.name, *sides, row.unit, outcome])
+        sides = [_with_noise(side) if side else "" for side in (row.a, row.b)]
+        cells.append([row.name, *sides, row.unit, row.words()])
     console.print("", _table(("", "a", "b", "", "outcome"), cells, left=(0, 3, 4)))
+    console.print(f"\n[bold]{comparison_sentence(a, b)}[/bold]")
+    for name, record in (("a", a), ("b", b)):
+        if doubt := find_doubt(record):
+            console.print(f"[bold red]{name}: {doubt}[/bold red]")
     console.print(
         "\nMedians; less time, or a higher ceiling, wins. Less than 3 % apart, or their ± (1.57 IQR / sqrt(n)) "
         "overlapping, is no difference."

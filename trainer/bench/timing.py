@@ -180,11 +180,12 @@ class TimedTrainer(Trainer):
         replicas = mesh.coord.replicas if mesh else 1
         self.sources: dict[str, Any] = {"synthetic": SyntheticLoader(config, device, replicas)}
         rates = {f: getattr(config.optimizer, f) * RATE_FACTOR for f in ("learning_rate", "bias_learning_rate")}
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **rates))
+        train = dataclasses.replace(config.train, loggers=("tensorboard",))  # nothing of a benchmark is sent anywhere
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **rates), train=train)
         super().__init__(config, data or run, run, mesh=mesh, device=device, timed=self.clock.span)
         if self.link:
             self.link.timed = self.clock.span
-        self.log = MetricsLog(run, 0) if metrics and self.leads else None
+        self.log = MetricsLog(run, config, 0) if metrics and self.leads else None
         self.progress = TrainingProgress(1, done=0, quiet=True)
 
     def _open_loader(self, state: dict[str, Any] | None) -> TrainingLoader:
@@ -221,4 +222,4 @@ class TimedTrainer(Trainer):
         for loader in self.sources.values():
             loader.close()
         if self.log:
-            self.log.close()
+            self.log.close("finished")

@@ -12,6 +12,7 @@ from trainer.inference.features import check_features_file, write_features
 from trainer.inference.import_weights import import_weights
 from trainer.inference.trained_net import FeatureRow, TrainedNet
 from trainer.parallel.launch import choose_device
+from twotower import terminal, verbosity
 
 LEFT_OUT = 3  # exit status where some images could not be used
 
@@ -38,10 +39,13 @@ def predict(arguments: argparse.Namespace) -> int:
         predict_.print_error(result)
         if arguments.json:
             predict_.print_json(result)
+            if arguments.html is None and terminal.lost_output():
+                break  # nobody reads the rest
     if not arguments.json:
         predict_.print_table(results)
     if arguments.html:
         predict_.write_html(arguments.html, results, arguments.run)
+        verbosity.say_written(arguments.html)
     return LEFT_OUT if any(result.error for result in results) else 0
 
 
@@ -73,6 +77,7 @@ def neighbours(arguments: argparse.Namespace) -> int:
     if arguments.html:
         refused = [row for row in rows.values() if row.error]
         neighbours_.write_html(arguments.html, found, refused, arguments.run, arguments.layer)
+        verbosity.say_written(arguments.html)
     return LEFT_OUT if len(usable) < len(rows) else 0
 
 

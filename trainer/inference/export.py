@@ -108,7 +108,7 @@ def _facts(
         "input": f"{shape} " + ("uint8 pixels of 0..255; what the net needs is done inside" if rule else ready),
         "step": str(step),
         "config": to_toml(config),
-        "recipe_fingerprint": config.fingerprint,
+        "recipe_fingerprint": hashlib.sha256(to_toml(config).encode()).hexdigest(),
         "fingerprint": _fingerprint(merged),
     }
     if rule is not None:

@@ -18,7 +18,7 @@ from trainer.training.fit import check_fits, check_resolved
 from trainer.training.init_from import write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
-from trainer.training.run_folder import CONFIG_NAME, DATA_SET_NAME, ENVIRONMENT_NAME, empty, is_begun
+from trainer.training.run_folder import CONFIG_NAME, DATA_SET_NAME, ENVIRONMENT_NAME, empty, is_begun, refuse_nested
 from trainer.training.run_lock import hold_run, refuse_held
 from trainer.training.start import check_writable
 
@@ -47,6 +47,7 @@ def import_weights(
         ExportError: the weights do not fit the recipe's net, or there is no recipe.
         RunError: the folder is not empty.
     """
+    refuse_nested(run)
     if is_begun(run):
         raise RunError(f"{run} holds a run: give another --run folder")
     refuse_held(run)

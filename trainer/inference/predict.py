@@ -21,7 +21,7 @@ SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and in place of a folder every file in it that is not hidden, at any depth, by name.
 
-    What a file is, its content tells later, not its name: as in preparing a folder.
+    What a file is, its content tells later, not its name.
 
     Raises:
         RunError: a folder has no files.

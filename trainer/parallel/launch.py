@@ -3,22 +3,28 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from trainer import stopping
 from trainer.config import TOWERS
 from trainer.errors import RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
+from trainer.parallel.world import World, has_interface
+from twotower.verbosity import log
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
+LAUNCHER = "TWOTOWER_LAUNCHER"  # its process id, for the towers that it starts
 
 
 def choose_device(requested: str | None, rank: int = 0) -> str:
@@ -27,23 +33,35 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     Args:
         requested: ``cpu``, ``cuda``, ``cuda:N`` or None.
         rank: rank on this machine; rank r takes GPU r, or shares the only one.
+
+    Raises:
+        RunError: there is no such GPU here.
     """
+    kernels.check_switch()
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():
-        raise RunError(f"--device {requested}: torch sees no GPU here; leave --device out or say --device cpu")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if hidden is None else f" with CUDA_VISIBLE_DEVICES={hidden}"
+        raise RunError(f"--device {requested}: torch sees no GPU here{why}; leave --device out or say --device cpu")
+    count = torch.cuda.device_count()
     if requested and ":" in requested:
+        number = requested.partition(":")[2]
+        if not number.isdigit() or int(number) >= count:
+            raise RunError(f"--device {requested}: torch sees {count} GPUs here, cuda:0 to cuda:{count - 1}")
         return requested
-    return f"cuda:{rank % torch.cuda.device_count()}"
+    return f"cuda:{rank % count}"
 
 
-def join_mesh(device: str, timeout_s: float) -> Mesh:
-    """Connects this process to the others as the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says.
+def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
+    """Connects this process to the others of its world.
 
     NCCL needs a GPU a rank; towers on CPUs, or on one GPU together, talk through gloo.
+
+    Raises:
+        PeerError: they cannot find each other.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
-    own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= here
+    own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return connect(timeout_s, "nccl" if own_gpu else "gloo")
@@ -51,9 +69,11 @@ def join_mesh(device: str, timeout_s: float) -> Mesh:
 
 def tower_environment(rank: int, port: int, world: int = 2) -> dict[str, str]:
     """As torchrun would set it for one of ``world`` towers, all here; the store listens on ``port`` of this machine."""
+    given = {name: os.environ.get(name, "") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    stale = [name for name, value in given.items() if not value or not has_interface(value)]
     return (
         {"GLOO_SOCKET_IFNAME": "lo"}
-        | os.environ
+        | {name: value for name, value in os.environ.items() if name not in stale}
         | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -87,73 +107,81 @@ def start_towers(
 def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held: Sequence[int] = ()) -> int:
     """Runs a command as ``world`` towers on this machine, each with its share of the cores, to the end of all.
 
-    SIGTERM and SIGINT are passed on; in training each tower then finishes its step and saves. If one tower ends badly,
-    the others get ``GRACE_S`` to notice it. They inherit the handles ``held``: a lock is theirs, too, so that it lasts
-    while they save although this process was killed.
+    SIGTERM, SIGINT and SIGHUP are passed on; in training each tower then finishes its step and saves. If one tower ends
+    badly, the others get ``GRACE_S`` to notice it. They inherit the handles ``held``: a lock is theirs, too, so that it
+    lasts while they save although this process was killed.
 
     Returns:
         Exit status: 0, or that of the first tower that failed (128 + number where a signal ended it).
+
+    Raises:
+        Stopped: a signal came, and the towers ended before they had anything to finish.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, len(os.sched_getaffinity(0)) // world)
-    children = []
-    for rank in range(world):
-        environment = tower_environment(rank, store.port, world) | kernels.environment(device)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        children.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=held))
-    with _passing_signals(children):
-        return _wait(children)
+    children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
-
-@contextlib.contextmanager
-def _passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Sends SIGTERM and SIGINT on to the children."""
-
-    def pass_on(number: int, _frame: object) -> None:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stopping.handled_by(pass_on):
+        with stopping.held_back():  # each tower takes it when it is ready to
+            for rank in range(world):
+                environment = tower_environment(rank, store.port, world) | kernels.environment(device)
+                if not _is_number_of_threads(environment.get("OMP_NUM_THREADS", "")):
+                    environment["OMP_NUM_THREADS"] = str(threads)
+                environment[LAUNCHER] = str(os.getpid())
+                child = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=held)
+                children.append(child)
+                log.debug("rank %d is process %d: %s", rank, child.pid, " ".join(command))
+        status = _wait(children, asked)
+    if asked and status == 128 + asked[0]:
+        raise stopping.Stopped(asked[0])
+    return status
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def _is_number_of_threads(text: str) -> bool:
+    """Whether OpenMP takes a value of OMP_NUM_THREADS: numbers from 1, one a level."""
+    return bool(re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text))
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:
     """Waits for all towers; the first bad end starts the grace of the others."""
     first_failure: int | None = None
     deadline = float("inf")
     while any(child.poll() is None for child in children):
         for rank, child in enumerate(children):
             if first_failure is None and child.poll():
-                first_failure = _status(rank, child.returncode)
-                deadline = time.monotonic() + GRACE_S
+                first_failure = _status(rank, child.returncode, asked)
+                stopped = first_failure - 128 in asked  # before it knew the others: they have done nothing either
+                deadline = time.monotonic() + (0 if stopped else GRACE_S)
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(0.05)
     for rank, child in enumerate(children):
         if first_failure is None and child.returncode:
-            first_failure = _status(rank, child.returncode)
+            first_failure = _status(rank, child.returncode, asked)
     return first_failure or 0
 
 
-def _status(rank: int, code: int) -> int:
-    """Exit status of a tower that failed; says so where the tower could not say it itself."""
-    if code < 0:
-        print(
-            f"error: tower {TOWERS[rank % 2]} (rank {rank}) was ended by {signal.Signals(-code).name}", file=sys.stderr
-        )
-        return 128 - code
-    return code
+def _status(rank: int, code: int, asked: Sequence[int]) -> int:
+    """Exit status of a tower that failed; says so where neither the tower nor :func:`run_towers` says it."""
+    if code >= 0:
+        return code
+    if -code not in asked:
+        name = signal.Signals(-code).name
+        print(f"error: tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}", file=sys.stderr)
+    return 128 - code
 
 
 def die_with_parent() -> None:
     """Asks Linux to end this process when its launcher dies, so that no tower is left behind."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
+    if os.getppid() != int(os.environ.get(LAUNCHER, os.getppid())):  # it had died before
         sys.exit(1)

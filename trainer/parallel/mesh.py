@@ -8,6 +8,7 @@ crossings), to the same tower in all other replicas (:class:`Replicas`: gradient
 import contextlib
 import dataclasses
 import datetime
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch import Tensor
 from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
 from trainer.parallel.link import Ledger, Link
+from trainer.parallel.world import NEEDED
 
 ENDED = " ended: "
 REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
@@ -198,9 +200,13 @@ def connect(timeout_s: float, backend: str) -> Mesh:
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         check_world(world)
+        # torchrun's store outlives its --max-restarts: what the start before wrote there is not for this one.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise PeerError(f"the processes cannot find each other: {str(error).splitlines()[0]}") from None
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
+        reason = str(error).splitlines()[0]
+        raise PeerError(f"the processes cannot find each other ({where}): {reason}") from None
     return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
 
 

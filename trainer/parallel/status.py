@@ -1,6 +1,7 @@
 """What the processes of a run must agree on: where they start, every step before its update, every checkpoint."""
 
 import dataclasses
+import itertools
 import math
 import platform
 import struct
@@ -115,7 +116,29 @@ def _both(mine: int, theirs: int) -> int:
     return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
 
 
-def check_consistency(mesh: Mesh | None, fingerprints: Mapping[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What must be equal in all processes.
+
+    Attributes:
+        value: what is compared; a tuple of lines where the first that differs is to be shown.
+        shown: what a message says instead of it.
+    """
+
+    value: Any
+    shown: str = ""
+
+    def beside(self, other: "Fact") -> tuple[Any, Any]:
+        """What a message says of this one and another that differs."""
+        if self.shown:
+            return self.shown, other.shown
+        if isinstance(self.value, tuple):
+            pairs = itertools.zip_longest(self.value, other.value, fillvalue="nothing")
+            return next((mine, theirs) for mine, theirs in pairs if mine != theirs)
+        return self.value, other.value
+
+
+def check_consistency(mesh: Mesh | None, facts: Mapping[str, Fact]) -> None:
     """Refuses to start where the processes would not do the same work; warns where a pair is spread over two nodes.
 
     Raises:
@@ -124,13 +147,12 @@ def check_consistency(mesh: Mesh | None, fingerprints: Mapping[str, Any]) -> Non
     if mesh is None:
         return
     everyone: list[Any] = [None] * mesh.coord.world
-    dist.all_gather_object(everyone, (fingerprints, platform.node()), group=mesh.control)
+    dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
     for name, expected in everyone[0][0].items():
         for rank, (found, _) in enumerate(everyone):
-            if found[name] != expected:
-                raise PeerError(
-                    f"the processes have different values of {name}: rank 0 {expected}, rank {rank} {found[name]}"
-                )
+            if found[name].value != expected.value:
+                first, other = expected.beside(found[name])
+                raise PeerError(f"the processes have different values of {name}: rank 0 {first}, rank {rank} {other}")
     for a, b in zip(everyone[::2], everyone[1::2], strict=True):
         if a[1] != b[1] and mesh.coord.rank == 0:
             print(

@@ -11,11 +11,6 @@ from trainer.config import LAYERS, ModelConfig
 BYTES = 4  # a float32
 
 
-def pluralize(number: int, noun: str) -> str:
-    """``1 step``, ``1,437 steps``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 @dataclasses.dataclass(frozen=True)
 class LayerCount:
     """One layer of the net.

@@ -24,9 +24,9 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.parallel.link import CONTROL_WORDS, Link
-from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.optimizer import PaperSGD
+from twotower.words import pluralize
 
 MEASURE_S = 3.0  # steps are repeated for about this long, after a first one that warms up
 MOST_STEPS = 20
@@ -307,7 +307,7 @@ def _measure(plan: RunPlan) -> RunPlan:
     while len(times) < 2 or (sum(times[1:]) < MEASURE_S and len(times) <= MOST_STEPS):
         times.append(_time_step(config, net, optimizer, (images, labels), device))
     holder = "tower a alone" if alone else "both towers in this process" if config.model.towers == 2 else "the tower"
-    steps = "one step" if len(times) == 2 else f"median of {len(times) - 1} steps"
+    steps = "one step" if len(times) == 2 else f"median of {pluralize(len(times) - 1, 'step')}"
     share = f", {pluralize(plan.images, 'image')} of one of {plan.replicas} replicas" if plan.replicas > 1 else ""
     words = f"{steps} of {holder}{share} on made-up images, without loading and crossing{busy}"
     return dataclasses.replace(plan, step_s=statistics.median(times[1:]), measured=words)
@@ -316,7 +316,11 @@ def _measure(plan: RunPlan) -> RunPlan:
 def _busy() -> str:
     """A warning where other processes have work for all cores: the steps are then slower than they could be."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    return f"; the machine is busy (load {load:.1f} on {cores} cores), so this is too long" if load > cores else ""
+    return (
+        f"; the machine is busy (load {load:.1f} on {pluralize(cores, 'core')}), so this is too long"
+        if load > cores
+        else ""
+    )
 
 
 def _time_step(config: Config, net: AlexNet, optimizer: PaperSGD, batch: tuple[Tensor, Tensor], device: str) -> float:

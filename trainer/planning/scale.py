@@ -22,8 +22,9 @@ from trainer.parallel.crossing import TowerLayers
 from trainer.parallel.link import CONTROL_WORDS
 from trainer.parallel.mesh import Mesh, MeshCoord, make_mesh
 from trainer.parallel.status import REPLICA_WORDS
-from trainer.planning.describe import count_layers, pluralize
+from trainer.planning.describe import count_layers
 from trainer.training.step import ForwardBackward
+from twotower.words import pluralize
 
 WORLDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMEOUT = datetime.timedelta(seconds=60)

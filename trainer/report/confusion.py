@@ -15,6 +15,7 @@ from rich.table import Table
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.report.charts import COLORS, drawing, inline_svg
+from twotower.words import pluralize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def to_dict(result: "Evaluation", titles: Sequence[str]) -> dict[str, Any]:
 def print_classes(result: "Evaluation", titles: Sequence[str], console: Console | None = None) -> None:
     """Prints the classes, the worst first; those without images last."""
     scores = sorted(score_classes(result, titles), key=lambda score: (score.top1 is None, score.top1 or 0, score.label))
-    table = Table(title=f"{len(titles)} classes, the worst first", title_justify="left")
+    table = Table(title=f"{pluralize(len(titles), 'class')}, the worst first", title_justify="left")
     for heading in ("class", "taken most often for"):
         table.add_column(heading)
     for heading in ("images", "top-1", "top-5")[: 2 if result.top5 is None else 3]:
@@ -134,7 +135,7 @@ def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
         RunError: the file cannot be written.
     """
     views = "ten views" if result.views == "ten" else "center crop"
-    heading = f"top-1 {result.top1:.4f}, {result.num_samples:,} images, {views}"
+    heading = f"top-1 {result.top1:.4f}, {pluralize(result.num_samples, 'image')}, {views}"
     buffer = io.BytesIO()
     with drawing(1, 1) as figure:
         _draw_matrix(figure, count_pairs(result, len(titles)), titles, heading)

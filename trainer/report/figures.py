@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from trainer.planning.describe import CrossingCount, count_crossings, pluralize
+from trainer.planning.describe import CrossingCount, count_crossings
 from trainer.report.charts import Axis, Line, line_chart
 from trainer.report.net_drawing import draw_towers, layer_rows
 from trainer.report.run_data import RunRecord
+from twotower.words import pluralize
 
 
 @dataclasses.dataclass(frozen=True)

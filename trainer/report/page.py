@@ -12,7 +12,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.planning.describe import pluralize
+from twotower.words import pluralize
 
 SMALL_PX = 96  # images up to this side stay exact (PNG) and are enlarged as squares; larger ones become JPEG
 

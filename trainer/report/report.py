@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.manifest import Manifest, read_manifest, write_atomic
-from trainer.planning.describe import pluralize
 from trainer.report import figures
 from trainer.report.confusion import confusion_svg, count_pairs
 from trainer.report.net_drawing import format_bytes
 from trainer.report.page import ENVIRONMENT, render
 from trainer.report.run_data import RunRecord, facts, headline, read_run
 from trainer.training.checkpoint import latest_checkpoint
+from twotower.words import pluralize
 
 if TYPE_CHECKING:
     from pipeline.loader.batch import Batch
@@ -38,6 +38,7 @@ FILES = {
     "epochs.csv": "a line per epoch, for spreadsheets",
     "result.json": "final figures and how the run ended",
     "tensorboard": "the same curves: tensorboard --logdir RUN/tensorboard",
+    "loggers": "what Weights & Biases or MLflow keep of the run",
     "checkpoints": "weights and velocities, one safetensors file per tower",
 }
 ENVIRONMENT.filters |= {
@@ -237,5 +238,5 @@ def _describe_data(data: Path, manifest: Manifest) -> str:
     image = manifest.image
     sizes = f"{image.width_px} \u00d7 {image.height_px} px" if image.height_px else "of many sizes"
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in sorted(manifest.splits.items()))
-    classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes):,} classes"
+    classes = pluralize(len(manifest.classes), "class")
     return f"{manifest.source}: {splits}; {classes}; {image.encoding}, {sizes} ({data})"

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from trainer.config import Config, load_config
 from trainer.errors import RunError
-from trainer.planning.describe import pluralize
 from trainer.training.checkpoint import choose
 from trainer.training.metrics import read_metrics
+from twotower.words import pluralize
+
+KINDS = ("step", "evaluation")  # of rows of metrics.jsonl
+OF_A_PART = ("commit", "python", "torch", "system", "processor", "cores", "gpus", "kernels", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RunRecord:
     Attributes:
         folder: the run folder.
         steps: rows of kind ``step``, ascending, one per step.
-        evaluations: rows of kind ``evaluation``, ascending; center crop only, as ten views score higher.
+        evaluations: rows of kind ``evaluation``, ascending, one a step; center crop only, as ten views score higher.
         result: result.json, or {} while the run has not ended.
         environment: environment.json, or {}.
         config: the resolved recipe, or None.
@@ -90,15 +93,14 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _read(folder: Path) -> RunRecord:
-    rows = read_metrics(folder)
-    steps = {row["step"]: row for row in rows if row.get("kind") == "step"}
-    evaluations = [row for row in rows if row.get("kind") == "evaluation" and row.get("views", "center") == "center"]
+    rows = [row for row in read_metrics(folder) if row.get("views", "center") == "center"]
+    steps, evaluations = ({row["step"]: row for row in rows if row.get("kind") == kind} for kind in KINDS)
     recipe = folder / "config.toml"
     kernels_step, kernels = _read_kernels(folder)
     return RunRecord(
         folder=folder,
         steps=[steps[step] for step in sorted(steps)],
-        evaluations=sorted(evaluations, key=lambda row: row["step"]),
+        evaluations=[evaluations[step] for step in sorted(evaluations)],
         result=_read_json(folder / "result.json"),
         environment=_read_json(folder / "environment.json"),
         config=load_config(recipe) if recipe.is_file() else None,
@@ -158,14 +160,12 @@ def headline(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Minutes of the process that ended the run; of the steps alone where the run was resumed, as only they add up."""
-    rates, batch = run.column("images_per_s"), run.result.get("batch_size")
-    steps_s = float((batch / rates[rates > 0]).sum()) if batch else 0.0
-    whole_s = run.result.get("elapsed_s") or 0.0
-    if not max(whole_s, steps_s):
+    """Minutes of all parts of the run: as its result says, or its last row."""
+    elapsed_s = max([run.result.get("elapsed_s") or 0.0, *(row.get("elapsed_s", 0.0) for row in run.steps[-1:])])
+    if not elapsed_s:
         return []
-    minutes = max(whole_s, steps_s) / 60
-    small = "minutes, evaluation included" if whole_s > steps_s else "minutes in steps, over several starts"
+    minutes, starts = elapsed_s / 60, 1 + len(run.environment.get("resumed", ()))
+    small = "minutes, evaluation included" + (f"; {starts} starts" if starts > 1 else "")
     return [("wall time", f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}", small)]
 
 
@@ -197,17 +197,17 @@ def facts(run: RunRecord, data: str) -> list[tuple[str, str]]:
         ("Started", str(found.get("started", ""))),
         ("Command", str(found.get("command", ""))),
     ]
-    known = {
-        "command",
-        "commit",
-        "python",
-        "torch",
-        "system",
-        "processor",
-        "cores",
-        "gpus",
-        "started",
-        "data",
-        "resumed",
-    }
-    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in found.items() if key not in known]
+    rows += [(f"Resumed at step {part.get('step', 0):,}", text) for part, text in _later_parts(found)]
+    known = {"command", "started", "resumed", *OF_A_PART} - {"kernels"}
+    others = {key: value for key, value in found.items() if key not in known and value is not None}
+    return rows + [(key.replace("_", " ").capitalize(), str(value)) for key, value in others.items()]
+
+
+def _later_parts(environment: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every later start of a run, with its time, its command, and what is other than before it."""
+    before = environment
+    for part in environment.get("resumed", ()):
+        new = [f"{name} {part.get(name)}" for name in OF_A_PART if part.get(name) != before.get(name)]
+        new += [f"{name} {old} \u2192 {now}" for name, (old, now) in part.get("changed", {}).items()]
+        yield part, "; ".join([f"{part.get('started', '')}  {part.get('command', '')}", *new])
+        before = part

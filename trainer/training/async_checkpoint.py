@@ -22,6 +22,7 @@ from trainer.parallel.status import GlobalStatus, all_could
 from trainer.training import checkpoint
 from trainer.training.optimizer import PaperSGD
 from trainer.training.run_lock import read_holder
+from twotower.verbosity import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class AsyncCheckpointer:
         facts: dict[str, Any] = {"config": draft.config, "loader": draft.loader, "top1": draft.top1}
         self._check_holder()
         written = checkpoint.commit(self._run, draft.step, towers=towers, **facts)
+        log.debug("checkpoint %s is complete", written)
         checkpoint.rotate(self._run, written, self._keep)
 
     def _check_holder(self) -> None:
@@ -147,7 +149,9 @@ class AsyncCheckpointer:
         self._draft = None
         self._wait()
         shutil.rmtree(checkpoint.unfinished(self._run, step), ignore_errors=True)
+        full = any(words in str(self._problem) for words in ("No space left", "quota exceeded"))
+        todo = f"make room in {self._run}" if full else f"see to it that {self._run} can be written"
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be saved ({self._problem or 'another process could not'}); "
-            f"the one before is complete: make room in {self._run} and go on with --resume auto"
+            f"the one before is complete: {todo}, and go on with --resume auto"
         )

@@ -12,6 +12,7 @@ those the newest :data:`KEPT_DAMAGED` stay to be looked at. One that cannot be r
 not damaged: everybody says so and stops.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -44,7 +45,7 @@ class CheckpointRecord:
 
     Attributes:
         step: finished updates.
-        config: fingerprint of the recipe's model table is not kept here but in config.toml; this is the whole recipe's.
+        config: the recipe that its steps were made with, as TOML text: RUN/config.toml may have been edited since.
         loader: state of the training loader after the last batch of that step; None before the first.
         files: ``{name: {"size_bytes": int, "sha256": hex}}`` of the tower files.
         top1: share of held-out images right with these very weights, 0..1; None where they were not evaluated.
@@ -145,6 +146,12 @@ def commit(
     return final
 
 
+def rate(folder: Path, top1: float) -> None:
+    """Notes the accuracy of a checkpoint that was saved before it was evaluated."""
+    record = dataclasses.replace(read_record(folder), top1=top1)
+    write_atomic(folder / RECORD, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Folders of the checkpoints of a run, oldest first; unchecked, and a damaged one is among them.
 
@@ -190,16 +197,23 @@ def rotate(run: Path, written: Path, count: int) -> None:
 def set_aside(run: Path, names: Sequence[str]) -> None:
     """Moves damaged checkpoints to names that nobody reads, and keeps the newest :data:`KEPT_DAMAGED` of such."""
     for name in names:
-        if (run / CHECKPOINTS_NAME / name).exists():
+        if os.path.lexists(run / CHECKPOINTS_NAME / name):
             _move_aside(run / CHECKPOINTS_NAME / name)
     damaged = sorted((run / CHECKPOINTS_NAME).glob(".damaged-step-*"))
     for path in damaged[: max(0, len(damaged) - KEPT_DAMAGED)]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, as far as that is possible; of one that is no folder, the file or link."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _move_aside(folder: Path) -> None:
     aside = folder.with_name(f".damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     folder.replace(aside)
 
 
@@ -252,7 +266,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
         try:
             return Choice(folder, read_record(folder), tuple(damaged))
         except DamagedError as error:
-            if not folder.exists():  # a training that goes on has removed it meanwhile
+            if not os.path.lexists(folder):  # a training that goes on has removed it meanwhile
                 return choose(run, which, quiet=quiet)
             damaged.append(folder)
             if not quiet:
@@ -280,6 +294,7 @@ def read_record(folder: Path) -> CheckpointRecord:
     """
     try:
         record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
+        _check_record(record, folder)
         for name, expected in record.files.items():
             found = _facts(folder / name)
             if found != expected:
@@ -294,6 +309,16 @@ def read_record(folder: Path) -> CheckpointRecord:
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder / RECORD} is damaged ({type(error).__name__}: {error})") from None
     return record
+
+
+def _check_record(record: CheckpointRecord, folder: Path) -> None:
+    """Raises ValueError where a record is of another checkpoint, or says nothing of its files."""
+    if folder.name != f"step-{record.step:08d}":
+        raise ValueError(f"it is of step {record.step}")
+    if not (record.files and all(re.fullmatch(r"tower-[ab]\.safetensors", name) for name in record.files)):
+        raise ValueError(f"its files are {', '.join(record.files) or 'none'}")
+    if not isinstance(record.loader, dict | None):
+        raise ValueError(f"its loader is {record.loader!r}")
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from trainer.training.init_from import Initial, initial_weights
 from trainer.training.resume import resume_command
 from trainer.training.run_folder import is_begun
 from trainer.training.start import Start
+from twotower import verbosity
 
 
 def take_from_run(arguments: argparse.Namespace) -> None:
@@ -30,13 +31,10 @@ def take_from_run(arguments: argparse.Namespace) -> None:
         if arguments.run is not None and arguments.run.resolve() != run.resolve():
             raise RunError(f"--resume {run} and --run {arguments.run} are two folders: leave --run out")
         arguments.run = run
-        run_folder.read_run_config(run)
-        arguments.config = arguments.config or run / run_folder.CONFIG_NAME
-        noted = resume.newest_start(run)
-        for name in resume.OPTIONS:
-            if getattr(arguments, name) is None and noted.get(name) is not None:
-                value = noted[name]
-                setattr(arguments, name, Path(value) if name == "skip_list" else value)
+        use_recipe_of_run(arguments)
+        for name, value in resume.noted_options(run).items():
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, value)
         arguments.data = arguments.data or resume.noted_data(run)
     for name in ("data", "run"):
         if getattr(arguments, name) is None:
@@ -56,14 +54,28 @@ def learned_weights(arguments: argparse.Namespace, start: Start) -> Initial | No
     manifest = read_manifest(start.data)
     std = read_statistics(start.data, manifest).std
     initial = initial_weights(start.config, arguments.init_from, manifest, std, new_head=arguments.new_head)
-    print("\n".join(initial.lines()), flush=True)
+    for line in initial.lines():
+        verbosity.remark(line, stdout=True)
     return initial
 
 
 def print_notes(start: Start) -> None:
     """Says what is worth knowing, once nothing speaks against the start: a refusal is one line."""
     for note in start.notes:
-        print(f"note: {note}", file=sys.stderr)
+        verbosity.remark(f"note: {note}")
+
+
+def use_recipe_of_run(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the recipe that ``--resume RUN`` has.
+
+    Raises:
+        RunError: there is no run.
+    """
+    if arguments.resume not in ("auto", "never"):
+        run = Path(arguments.resume)
+        run_folder.read_run_config(run)
+        arguments.config = arguments.config or run / run_folder.CONFIG_NAME
+    return arguments
 
 
 def finished_line(start: Start) -> str:

@@ -49,6 +49,8 @@ class EpochTable:
             line = self._lines.setdefault(math.ceil(row["epoch"]) - 1, {})
             line |= {"top1": row["top1"], "top5": row["top5"], "held_out_loss": row["loss"]}
             return
+        if row["kind"] != "step":
+            return
         if row["epoch"] != self._epoch:
             self._reduce()
             self._epoch, self._steps = row["epoch"], []

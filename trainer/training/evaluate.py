@@ -20,6 +20,7 @@ from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
 from trainer.training.fit import TOP5_CLASSES, check_fits
 from trainer.training.kept_data import compare_data
+from trainer.training.resume import check_edited
 from trainer.training.run_folder import read_run_config
 
 
@@ -144,13 +145,14 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
         which: see :func:`trainer.training.checkpoint.choose`.
 
     Raises:
-        RunError: no run, or no checkpoint in it.
+        RunError: no run, or no checkpoint in it, or its recipe was edited.
         CheckpointError: there is none such, or it is damaged.
     """
     config = read_run_config(run)
     found = choose(run, which)
     if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
+    check_edited(run, config, found)
     net = make_net(config, None, device=device)
     load_towers(found.folder, net)
     return LoadedNet(net.eval(), config, found.record.step)

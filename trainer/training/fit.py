@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.manifest import Manifest
 from trainer.config import Config
 from trainer.errors import RecipeError
+from twotower.words import pluralize
 
 SMALL_CROP = 0.5  # of the stored side: a crop below sees so little of an image that training is on details
 TOP5_CLASSES = 6  # with fewer classes the five likeliest are all of them
@@ -94,7 +95,7 @@ def misfits(config: Config, manifest: Manifest, splits: Sequence[str] | None = N
         text = f"model.in_channels = {model.in_channels}, and its images have {image.channels}"
         found.append(Misfit(text, f"model.in_channels={image.channels}"))
     if model.classes not in (0, len(manifest.classes)):
-        text = f"model.classes = {model.classes}, and it has {len(manifest.classes)} classes"
+        text = f"model.classes = {model.classes}, and it has {pluralize(len(manifest.classes), 'class')}"
         found.append(Misfit(text, f"model.classes={len(manifest.classes)}"))
     found += _of_sizes(config, manifest)
     if splits is None:
@@ -124,7 +125,7 @@ def _of_training(config: Config, manifest: Manifest) -> list[Misfit]:
     elif splits["train"].num_samples < train.batch_size and config.data.last_batch == "drop":
         count = splits["train"].num_samples
         fitting = count - count % train.accumulate
-        text = f"train.batch_size = {train.batch_size}, and it has only {count} training images"
+        text = f"train.batch_size = {train.batch_size}, and it has only {pluralize(count, 'training image')}"
         found.append(Misfit(text, f"train.batch_size={fitting}" if fitting else ""))
     if train.evaluate_split not in splits:
         others = [name for name in splits if name != "train"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.manifest import Manifest
-from trainer.config import LAYERS, TOWERS, Config, LayerOverride
+from trainer.config import LAYERS, TOWERS, Config, LayerOverride, to_toml
 from trainer.errors import RecipeError, RunError
 from trainer.training.fit import resolve
 from trainer.training.kept_data import kept_manifest
@@ -227,4 +227,4 @@ def write_step_zero(folder: Path, config: Config, net: "AlexNet") -> Path:
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     checkpoint.save_towers(checkpoint.unfinished(folder, 0), net, optimizer)
     towers = TOWERS[: config.model.towers]
-    return checkpoint.commit(folder, 0, config=config.fingerprint, loader=None, towers=towers)
+    return checkpoint.commit(folder, 0, config=to_toml(config), loader=None, towers=towers)

@@ -11,6 +11,7 @@ from pipeline.errors import DatasetError
 from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, file_sha256, read_manifest, write_atomic
 from trainer.errors import RunError
 from trainer.training.run_folder import DATA_SET_NAME, read_environment
+from twotower.words import pluralize
 
 
 def keep_data_set(data: Path, folder: Path) -> None:
@@ -77,7 +78,7 @@ def compare_data(run: Path, data: Path, manifest: Manifest) -> Path:
                 "trained on; expected the same classes in the same order"
             )
     if len(ours) != len(theirs):
-        raise RunError(f"--data {data} has {len(theirs)} classes, and {run} was trained on {len(ours)}")
+        raise RunError(f"--data {data} has {pluralize(len(theirs), 'class')}, and {run} was trained on {len(ours)}")
     same_size = (kept.image.height_px, kept.image.width_px) == (manifest.image.height_px, manifest.image.width_px)
     subtracted = "the run's" if same_size else "its own, as its images have another size"
     print(

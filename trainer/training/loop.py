@@ -2,11 +2,11 @@
 
 import contextlib
 import math
-import signal
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,30 @@ import torch
 from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.manifest import read_manifest
-from trainer.config import Config
+from trainer.config import Config, to_toml
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
 from trainer.model.layers import freeze_statistics
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
-from trainer.parallel.status import GlobalStatus, LocalStatus, all_reduce_status, check_consistency
+from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
+from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
-from trainer.training.evaluate import Evaluation, evaluate_net
+from trainer.training.evaluate import evaluate_net
+from trainer.training.history import read_past
 from trainer.training.init_from import frozen_layers
-from trainer.training.metrics import MetricsLog, TrainingProgress, read_metrics
+from trainer.training.metrics import MetricsLog, TrainingProgress
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
-from trainer.training.run_folder import START_NAME, Result, write_result
+from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
+from twotower.words import pluralize
+
+
+class StoppedEvaluation(Exception):
+    """An evaluation was given up because a process was asked to stop; resumed, the run makes it first."""
 
 
 class Trainer:
@@ -45,6 +52,7 @@ class Trainer:
         device: ``cpu`` or ``cuda:N``.
         skip_list: file with keys of samples to leave out, one a line.
         profile_steps: steps to record, see :class:`trainer.training.profiling.StepProfiler`.
+        stop: looked at in every step: when it is asked for, the run saves and ends.
         timed: opened around every phase of a step, with its name: ``wait`` (for the batch), ``transfer``, ``forward``,
             ``backward``, ``check``, ``optimizer``. The benchmark's clock; the default does nothing and takes 0.2 us.
         is_new: begin with the prepared start's weights, or new ones, whatever checkpoints are there: the run may
@@ -61,6 +69,7 @@ class Trainer:
         device: str = "cpu",
         skip_list: Path | None = None,
         profile_steps: int = 0,
+        stop: StopRequest | None = None,
         timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         is_new: bool = False,
     ) -> None:
@@ -70,7 +79,7 @@ class Trainer:
         self.coord = mesh.coord if mesh else MeshCoord(0, 2)
         self.skip_list, self.profile_steps = skip_list, profile_steps
         self.started = time.perf_counter()
-        self.stop_signal: str | None = None
+        self.stop = stop or StopRequest()
         self.leads = self.coord.rank == 0
         train = config.train
         if train.threads:
@@ -81,15 +90,17 @@ class Trainer:
         self.saver = AsyncCheckpointer(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
         self.gradients = ForwardBackward(self.net, train, mesh=mesh, device=device, timed=timed)
         self.step = 0
+        self.log: MetricsLog | None = None
         state = self._resume()
         self.loader = self._open_loader(state)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
-        self.last_evaluation: Evaluation | None = None
-        self.evaluated_step = -1
-        self.held_out_errors = self._read_errors()
-        self.images_per_s: list[float] = []
-        self.ledger: list[dict[str, Any]] = []
+        past = read_past(self.run, self.step if self.leads else 0)  # only rank 0 writes about the run
+        self.last_evaluation: dict[str, Any] = past.evaluations[-1] if past.evaluations else {}
+        self.held_out_errors = [1 - row["top1"] for row in past.evaluations]
+        self.images_per_s = list(past.images_per_s)
+        self.elapsed_before_s = past.elapsed_s
+        self.ledger = list(past.ledger)
         self.ledger_rows = 0
         self._check_consistency()
 
@@ -122,25 +133,16 @@ class Trainer:
         self.step = found.record.step
         return found.record.loader
 
-    def _read_errors(self) -> list[float]:
-        """Top-1 errors of the evaluations up to the step to go on from; only tower a knows them."""
-        rows = read_metrics(self.run) if self.leads and self.step else []
-        return [1 - row["top1"] for row in rows if row["kind"] == "evaluation" and row["step"] <= self.step]
-
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
-        fingerprints = {
-            "recipe": self.config.fingerprint,
-            "data set": read_manifest(self.data).fingerprint,
-            "torch version": torch.__version__,
-            "step to start from": self.step,
-            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": kernels.describe(self.device),
+        facts = {
+            "the recipe": Fact(tuple(to_toml(self.config).splitlines())),
+            "the data set": Fact(read_manifest(self.data).fingerprint, shown=f"{self.data} on {platform.node()}"),
+            "torch version": Fact(torch.__version__),
+            "step to start from": Fact(self.step),
+            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
-        check_consistency(self.mesh, fingerprints)
-
-    def request_stop(self, number: int, _frame: object = None) -> None:
-        """Signal handler: finish the step, save, end."""
-        self.stop_signal = signal.Signals(number).name
+        check_consistency(self.mesh, facts)
 
     def train(self) -> Result:
         """Trains to the end, to a signal, or to an error; writes result.json in every case.
@@ -151,39 +153,41 @@ class Trainer:
         """
         if self.leads:
             commit_start(self.run)
-        self.log = MetricsLog(self.run, self.step) if self.leads else None
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
-        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         reason, sentence = "failed", ""
         try:
+            self.log = MetricsLog(self.run, self.config, self.step) if self.leads else None
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
-        except OSError as error:
-            sentence = f"{self.run} cannot be written: {error.strerror or error}"
-            raise RunError(sentence) from None
         except Exception as error:
-            sentence = f"{type(error).__name__}: {error}"
+            known = RunError(blame(error, self.run)) if isinstance(error, OSError) else error
+            sentence = str(known) if known is not error else f"{type(error).__name__}: {error}"
             if self.mesh and not isinstance(error, LostError):
-                self.mesh.failures.ended(self.coord.rank, error)
-            raise
+                self.mesh.failures.ended(self.coord.rank, known)
+            raise known from None
         finally:
             result = self._result(reason, sentence)
             self._close(result)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return result
 
     def _close(self, result: Result) -> None:
-        """Writes the result and closes what is open; a full disk does not hide why the run ended."""
+        """Writes the result and closes what is open; a full disk does not hide why the run failed.
+
+        Raises:
+            RunError: a run that did not fail cannot say so.
+        """
         try:
             if self.leads:
                 write_result(self.run, result)
             if self.log:
-                self.log.close()
+                self.log.close(result.exit_reason)
         except OSError as error:
-            print(f"warning: {self.run} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
-        self.loader.close()
+            if result.exit_reason != "failed":
+                raise RunError(blame(error, self.run)) from None
+            print(f"warning: {blame(error, self.run)}", file=sys.stderr, flush=True)
+        finally:
+            self.loader.close()
 
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""
@@ -191,21 +195,36 @@ class Trainer:
         name = "".join(self.net.towers) + (str(self.coord.replica) if self.coord.replicas > 1 else "")
         profiler = StepProfiler(self.run, name, steps=self.profile_steps, device=self.device)
         stop = False
-        if self.step == self.total_steps:  # resumed after the last step; both towers must agree on whether to evaluate
-            self._evaluate()
-        while self.step < self.total_steps and not stop:
+        complete = self._make_up_evaluation()
+        while self.step < self.total_steps and complete and not stop:
             stop = self._one_step().stop
             profiler.step()
-            ended_epochs = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
-            last = self.step == self.total_steps
-            every = self.config.train.evaluate_every_epochs
-            if last or (ended_epochs and every and ended_epochs % every == 0):
-                self._evaluate()
-            if last or stop or self._checkpoint_is_due(ended_epochs):
+            complete = not self._evaluation_is_due() or self._evaluate()
+            if stop or not complete or self._checkpoint_is_due():
                 self._save()
         self.saver.finish()
         profiler.close()
-        return (self.stop_signal or "another process") if stop and self.step < self.total_steps else None
+        return (self.stop.name or "another process") if not complete or self.step < self.total_steps else None
+
+    def _ended_epochs(self) -> int:
+        """Epochs that end with the step just made; 0 within an epoch."""
+        return self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else 0
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether the recipe asks for an evaluation after this step."""
+        ended, every = self._ended_epochs(), self.config.train.evaluate_every_epochs
+        return self.step == self.total_steps or bool(ended and every and ended % every == 0)
+
+    def _make_up_evaluation(self) -> bool:
+        """Evaluates the step to go on from where that was given up, or its row was lost; False where a stop came."""
+        known = not self.leads or self.last_evaluation.get("step") == self.step
+        if not self.step or not self._evaluation_is_due() or all_could(known, self.mesh):
+            return True
+        if not self._evaluate():
+            return False
+        if self.leads:
+            checkpoint.rate(checkpoint.folder_of(self.run, self.step), self.last_evaluation["top1"])
+        return True
 
     def _opening_line(self) -> str:
         """What the run is about to do."""
@@ -213,15 +232,16 @@ class Trainer:
         towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (
-            f"{self.config.train.epochs} epochs of {self.steps_per_epoch} steps, batch {self.config.train.batch_size}, "
-            f"{towers}, {self.device}, {begin}"
+            f"{pluralize(self.config.train.epochs, 'epoch')} of {pluralize(self.steps_per_epoch, 'step')}, "
+            f"batch {self.config.train.batch_size}, {towers}, {self.device}, {begin}"
         )
 
-    def _checkpoint_is_due(self, ended_epochs: int) -> bool:
-        """Whether the recipe asks for a checkpoint after this step."""
-        train = self.config.train
+    def _checkpoint_is_due(self) -> bool:
+        """Whether the recipe asks for a checkpoint after this step; there is always one at the end."""
+        train, ended = self.config.train, self._ended_epochs()
         by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
-        return bool(by_step or (ended_epochs and ended_epochs % train.checkpoint_every_epochs == 0))
+        by_epoch = ended and ended % train.checkpoint_every_epochs == 0
+        return bool(self.step == self.total_steps or by_step or by_epoch)
 
     def _one_step(self) -> GlobalStatus:
         """One update; logs a row."""
@@ -244,7 +264,7 @@ class Trainer:
         self.step += 1
         rows = len(batch.keys)
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
-            self.ledger, self.ledger_rows = [row.to_dict() for row in self.link.ledger.rows()], rows
+            self._note_ledger([row.to_dict() for row in self.link.ledger.rows()], rows)
         elapsed_s = time.perf_counter() - begin
         self.images_per_s.append(rows * self.coord.replicas / elapsed_s)
         if self.log:
@@ -258,10 +278,17 @@ class Trainer:
                 "data_wait_share": waited_s / elapsed_s,  # of the step's wall time, 0..1
                 "queue_ready_share": self.loader.queue_fill.ready_share,  # batches ready over the queue's depth, 0..1
                 "gradient_norm": verdict.norms,  # Euclidean, {tower: norm}
+                "elapsed_s": self._elapsed_s(),  # wall time since the run began, of all its parts
             }
             self.log.write(row)
             self.progress.step(row)
         return verdict
+
+    def _note_ledger(self, ledger: list[dict[str, Any]], rows: int) -> None:
+        """Keeps what crossed in the largest step so far; also for a later part of the run that makes no step."""
+        if self.log and ledger != self.ledger:
+            self.log.write({"kind": "ledger", "step": self.step, "rows": ledger})
+        self.ledger, self.ledger_rows = ledger, rows
 
     def _agree(self, batch: Batch, loss: float) -> GlobalStatus:
         """Compares notes with the other processes before the update.
@@ -274,7 +301,7 @@ class Trainer:
         notes = LocalStatus(
             fingerprint=batch.fingerprint,
             finite=finite,
-            stop=self.stop_signal is not None,
+            stop=self.stop.name is not None,
             plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
             norms=norms,
             loss=loss,
@@ -302,8 +329,8 @@ class Trainer:
             for name, parts in towers
         }
 
-    def _evaluate(self) -> None:
-        """Top-1 and top-5 on the held-out split."""
+    def _evaluate(self) -> bool:
+        """Top-1 and top-5 on the held-out split; False where a stop came before all of it was seen."""
         train = self.config.train
         loader = EvaluationLoader(
             self.data,
@@ -313,21 +340,37 @@ class Trainer:
             device=self.device,
             skip_list=self.skip_list,
         )
-        evaluation = evaluate_net(self.net, loader)
+        try:
+            evaluation = evaluate_net(self.net, self._until_stopped(loader))
+        except StoppedEvaluation:
+            return False
         if evaluation is None or self.log is None:
-            return
-        self.last_evaluation, self.evaluated_step = evaluation, self.step
+            return True
         self.held_out_errors.append(1 - evaluation.top1)
         epoch = self.step / self.steps_per_epoch
         row = {"kind": "evaluation", "step": self.step, "epoch": epoch, "split": train.evaluate_split}
-        row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5}
-        self.log.write(row | {"loss": evaluation.loss, "num_samples": evaluation.num_samples})
+        row |= {"views": evaluation.views, "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss}
+        self.last_evaluation = row | {"num_samples": evaluation.num_samples, "elapsed_s": self._elapsed_s()}
+        self.log.write(self.last_evaluation)
         self.log.flush()
         top5 = "" if evaluation.top5 is None else f", top-5 {evaluation.top5:.4f}"
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}{top5} "
-            f"on {evaluation.num_samples} held-out images, {statistics.median(self.images_per_s or [0.0]):.0f} images/s"
+            f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
+            f"{statistics.median(self.images_per_s or [0.0]):.0f} images/s"
         )
+        return True
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an evaluation, as long as no process is asked to stop; both towers see the same of them.
+
+        Raises:
+            StoppedEvaluation: one is.
+        """
+        for batch in batches:
+            if not all_could(self.stop.name is None, self.mesh):
+                raise StoppedEvaluation
+            yield batch
 
     def _save(self) -> None:
         """Begins a checkpoint; it is written beside the steps that follow.
@@ -336,14 +379,14 @@ class Trainer:
             CheckpointError: the one before could not be written (a full disk, for example).
         """
         self.saver.finish()
-        evaluation = self.last_evaluation if self.evaluated_step == self.step else None
-        self.saver.begin(
-            PendingCheckpoint(
-                self.step, self.config.fingerprint, self.loader.state(), evaluation.top1 if evaluation else None
-            )
-        )
+        top1 = self.last_evaluation["top1"] if self.last_evaluation.get("step") == self.step else None
+        self.saver.begin(PendingCheckpoint(self.step, to_toml(self.config), self.loader.state(), top1))
         if self.log:
             self.log.flush()
+
+    def _elapsed_s(self) -> float:
+        """Wall time of the run, all its parts together, s."""
+        return self.elapsed_before_s + time.perf_counter() - self.started
 
     def _result(self, reason: str, sentence: str) -> Result:
         """The run so far."""
@@ -353,10 +396,10 @@ class Trainer:
             reason=sentence,
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
-            top1=evaluation.top1 if evaluation else None,
-            top5=evaluation.top5 if evaluation else None,
-            num_samples=evaluation.num_samples if evaluation else 0,
-            elapsed_s=time.perf_counter() - self.started,
+            top1=evaluation.get("top1"),
+            top5=evaluation.get("top5"),
+            num_samples=evaluation.get("num_samples", 0),
+            elapsed_s=self._elapsed_s(),
             images_per_s=statistics.median(self.images_per_s or [0.0]),
             processes=self.coord.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,

@@ -1,9 +1,8 @@
-"""What a run writes about itself: environment.json, metrics.jsonl, epochs.csv, TensorBoard, and progress for people."""
+"""What a run writes about itself: environment.json, metrics.jsonl, epochs.csv, loggers, and progress for people."""
 
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.manifest import write_atomic
+from trainer.config import Config
 from trainer.training.epochs import EpochTable
+from trainer.training.loggers import Loggers
+from twotower import verbosity, version
 
 PLAIN_LINE_EVERY_S = 5.0
 WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
@@ -27,7 +29,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
 
     return {
         "command": " ".join(argv),
-        "commit": _commit(),
+        "commit": version.find_commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.release()}",
@@ -37,18 +39,6 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _commit() -> str:
-    """Commit of the working tree, with ``+changes`` if it is not clean; ``unknown`` outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        read = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **read).stdout.strip()  # type: ignore[call-overload]
-        changes = subprocess.run(["git", "status", "--porcelain"], **read).stdout.strip()  # type: ignore[call-overload]
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TWOTOWER_COMMIT", "unknown")  # a job runs in a copy without history
-    return commit + ("+changes" if changes else "")
 
 
 def _processor() -> str:
@@ -61,27 +51,26 @@ def _processor() -> str:
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``, TensorBoard and ``epochs.csv``; a resumed run drops the lines it will repeat.
+    """Appends to ``metrics.jsonl``, ``epochs.csv`` and the loggers; a resumed run drops the lines it will repeat.
 
     Args:
         run: run folder.
+        config: its recipe.
         from_step: finished steps at the start; later lines are dropped.
     """
 
-    def __init__(self, run: Path, from_step: int) -> None:
-        from trainer.training.tensorboard import TensorBoardWriter
-
+    def __init__(self, run: Path, config: Config, from_step: int) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._epochs = EpochTable(run, read_metrics(run))
-        self._tensorboard = TensorBoardWriter(run / "tensorboard", from_step + 1)
+        self._loggers = Loggers(run, config, from_step + 1)
         self._rows: list[tuple[float, dict[str, Any]]] = []
 
     def write(self, row: dict[str, Any]) -> None:
-        """Takes one row; ``row["kind"]`` is ``step`` or ``evaluation``. Readers see it a second later, or two.
+        """Takes one row; its ``kind`` is ``step``, ``evaluation`` or ``ledger``. Readers see it a second later, or two.
 
         Many rows one after the other cost a fifth of as many rows between steps that have emptied the caches.
         """
@@ -95,22 +84,22 @@ class MetricsLog:
         for at_s, row in self._rows:
             self._file.write(json.dumps(row) + "\n")
             self._epochs.add(row)
-            self._tensorboard.add(row, at_s)
+            self._loggers.add(row, at_s)
         self._rows.clear()
         self._file.flush()
-        self._tensorboard.flush()
+        self._loggers.flush()
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
         self._write_out()
         self._epochs.write()
 
-    def close(self) -> None:
-        """Flushes and closes."""
+    def close(self, exit_reason: str) -> None:
+        """Flushes and closes; the loggers are told how the run ended."""
         self._write_out()
         self._file.close()
-        self._tensorboard.close()
         self._epochs.write()
+        self._loggers.close(exit_reason)
 
 
 def _step_of(line: bytes) -> float:
@@ -134,6 +123,7 @@ class TrainingProgress:
 
     def __init__(self, total_steps: int, *, done: int, quiet: bool) -> None:
         console = Console(file=sys.stdout)
+        quiet = quiet or verbosity.is_quiet()
         self._quiet, self._total, self._last = quiet, total_steps, time.monotonic()
         self._done_before, self._begin = done, self._last
         self._bar: Progress | None = None

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import profiler
 
+from twotower.verbosity import say_written
+
 SKIPPED, WARM_UP = 3, 2  # steps: the first ones pay for allocations and kernel choices
 ROWS = 40
 FOLDER = "profile"
@@ -55,7 +57,8 @@ class StepProfiler:
         recorded.export_chrome_trace(str(self._folder / f"trace-{self._name}.json"))
         by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
         table = recorded.key_averages().table(sort_by=by, row_limit=ROWS)
-        (self._folder / f"operators-{self._name}.txt").write_text(table + "\n")
+        (self._folder / f"operators-{self._name}.txt").write_text(table + "\n", encoding="utf-8")
+        say_written(f"{self._folder}/trace-{self._name}.json and operators-{self._name}.txt")
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory-{self._name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)

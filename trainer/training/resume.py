@@ -8,11 +8,13 @@ from typing import Any
 from pipeline.loader.open_split import OpenSplit
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest
-from trainer.config import MAY_CHANGE, Config
-from trainer.errors import RunError
+from trainer.config import Config, from_toml
+from trainer.errors import RecipeError, RunError
 from trainer.training import run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.kept_data import kept_manifest
+from twotower.fields import MAY_CHANGE
+from twotower.words import pluralize
 
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
 
@@ -78,6 +80,29 @@ def allowed_changes(run: Path, before: Config, after: Config) -> tuple[Change, .
     return changes
 
 
+def check_edited(run: Path, config: Config, choice: Choice) -> None:
+    """Checks that RUN/config.toml is still the recipe of a checkpoint, in the fields that may not change.
+
+    Args:
+        run: run folder.
+        config: what its config.toml says.
+        choice: the checkpoint.
+
+    Raises:
+        RunError: it was edited; names the field, and both values.
+    """
+    try:
+        made_with = from_toml(choice.record.config)
+    except RecipeError:  # another version's: nothing to compare
+        return
+    for change in changes_of(made_with, config):
+        if not change.may:
+            raise RunError(
+                f"{run / run_folder.CONFIG_NAME} was edited: {change}, which {choice.folder.name} was trained with; "
+                "put that back"
+            )
+
+
 def depends_on_epochs(config: Config) -> str:
     """The setting that places its drops by the number of epochs; empty where none does."""
     if config.optimizer.schedule == "log_thirds":
@@ -114,7 +139,8 @@ def check_data_set(
         )
     if loader.get("skipped keys", list(opened.skipped)) != list(opened.skipped):
         raise RunError(
-            f"--skip-list: it leaves {len(opened.skipped)} training samples out, and {run} was trained without "
+            f"--skip-list: it leaves {pluralize(len(opened.skipped), 'training sample')} out, and {run} was "
+            f"trained without "
             f"{len(loader['skipped keys'])}, or others: go on with the same list"
         )
     return (f"{run}: its data set has moved from {noted} to {data}",) if noted not in (None, data) else ()
@@ -125,6 +151,19 @@ def newest_start(run: Path) -> dict[str, Any]:
     environment = run_folder.read_environment(run)
     later = environment.get("resumed")
     return environment | (later[-1] if isinstance(later, list) and later and isinstance(later[-1], dict) else {})
+
+
+def noted_options(run: Path) -> dict[str, Any]:
+    """The options that the newest start noted, by name; without those that are none (the file was edited by hand)."""
+    noted = newest_start(run)
+    valid = {
+        "processes": noted.get("processes") in (1, 2),
+        "replicas": isinstance(noted.get("replicas"), int) and noted["replicas"] > 0,
+        "device": isinstance(noted.get("device"), str),
+        "skip_list": isinstance(noted.get("skip_list"), str),
+    }
+    found = {name: noted[name] for name in OPTIONS if valid[name]}
+    return found | ({"skip_list": Path(found["skip_list"])} if "skip_list" in found else {})
 
 
 def resume_command(run: Path, *more: str) -> str:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pipeline.manifest import MANIFEST_NAME, write_atomic
 from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
+from trainer.training.history import read_past
 from trainer.training.metrics import read_metrics
 from trainer.training.run_lock import LOCK_NAME
 
@@ -30,6 +33,7 @@ OURS = {  # all that a run writes
     "metrics.jsonl",
     "epochs.csv",
     "tensorboard",
+    "loggers",
     "profile",
     "report.html",
 }
@@ -47,8 +51,8 @@ class Result:
         top1: share of right images in the last evaluation, 0..1; None without one.
         top5: share with the label among the five likeliest; None without an evaluation.
         num_samples: images evaluated.
-        elapsed_s: wall time of this process, s.
-        images_per_s: median over the steps.
+        elapsed_s: wall time of all parts of the run, s.
+        images_per_s: median over the steps, of all parts.
         processes: processes that held the towers.
         batch_size: images per step.
         ledger: what crossed between the towers in one training step.
@@ -71,6 +75,14 @@ class Result:
 def write_result(run: Path, result: Result) -> None:
     """Writes ``result.json``."""
     write_atomic(run / RESULT_NAME, (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
+
+
+def blame(error: OSError, run: Path) -> str:
+    """What could not be done: a file that is named, and is not the run's, is to blame itself."""
+    named = Path(str(error.filename)) if error.filename else run
+    if run.absolute() in (named.absolute(), *named.absolute().parents):
+        return f"{run} cannot be written: {error.strerror or error}"
+    return f"{named}: {error.strerror or error}"
 
 
 def is_begun(run: Path) -> bool:
@@ -184,14 +196,31 @@ def check_output(option: str, path: Path) -> None:
     where = path.absolute().parent.resolve() / path.name
     if where.is_dir():
         raise RunError(f"{option} {path}: is a folder; expected the name of a file")
+    _refuse_inside(option, path, where)
+    if why := why_not_writable(where.parent):
+        raise RunError(f"{option} {path} cannot be written: {why}")
+
+
+def refuse_nested(run: Path) -> None:
+    """Refuses a run folder inside a data set, which nobody changes but prepare, or among the files of another run.
+
+    Raises:
+        RunError: it lies there.
+    """
+    where = run.resolve()
+    if is_file(where / MANIFEST_NAME):
+        raise RunError(f"--run {run}: is a data set; give a folder outside of it")
+    _refuse_inside("--run", run, where)
+
+
+def _refuse_inside(option: str, path: Path, where: Path) -> None:
+    """Refuses a place that belongs to a run, or lies in a data set."""
     for folder in where.parents:
         top = where.relative_to(folder).parts[0]
         if is_folder(folder / CHECKPOINTS_NAME) and is_file(folder / CONFIG_NAME) and top in OURS:
             raise RunError(f"{option} {path}: is the run's own ({folder}); give another name")
         if is_file(folder / MANIFEST_NAME):
-            raise RunError(f"{option} {path}: lies in the data set {folder}; give a file outside of it")
-    if why := why_not_writable(where.parent):
-        raise RunError(f"{option} {path} cannot be written: {why}")
+            raise RunError(f"{option} {path}: lies in the data set {folder}; give a place outside of it")
 
 
 def why_not_writable(folder: Path) -> str:
@@ -203,6 +232,13 @@ def why_not_writable(folder: Path) -> str:
         return ""
     read_only = os.statvfs(there).f_flag & os.ST_RDONLY
     return f"{there} is read-only" if read_only else f"this user may not write in {there}"
+
+
+def why_gone(run: Path) -> str:
+    """Why a run that was trained cannot be gone on with: somebody took its folder away; empty where it can."""
+    if is_file(run / CONFIG_NAME):
+        return ""
+    return f"{run} was moved or removed while it was trained: what it saved since is in {run / CHECKPOINTS_NAME}"
 
 
 def is_folder(path: Path) -> bool:
@@ -263,24 +299,32 @@ def check_replicas(config: Config, replicas: int) -> None:
 
 def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
     """Writes a ``failed`` result where the towers ended without writing one (killed, for example)."""
-    if status and not (run / RESULT_NAME).exists():
-        rows = [row for row in read_metrics(run) if row["kind"] == "step"]
-        reason = f"the towers ended with status {status}"
-        last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0, "images_per_s": 0.0}
-        write_result(
-            run,
-            Result(
-                "failed",
-                reason,
-                last["step"],
-                last["epoch"],
-                None,
-                None,
-                0,
-                0.0,
-                last["images_per_s"],
-                processes,
-                0,
-                [],
-            ),
-        )
+    if not status or not is_file(run / CONFIG_NAME) or is_file(run / RESULT_NAME):
+        return  # without its recipe the folder was moved or removed meanwhile
+    try:
+        write_result(run, _failed(run, status, processes))
+    except (OSError, RecipeError) as error:  # a full disk does not hide why the towers ended
+        why = blame(error, run) if isinstance(error, OSError) else error
+        print(f"warning: {why}", file=sys.stderr, flush=True)
+
+
+def _failed(run: Path, status: int, processes: int) -> Result:
+    """What is known of a run whose towers could not say it themselves."""
+    rows = [row for row in read_metrics(run) if row["kind"] == "step"]
+    last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0}
+    past = read_past(run, last["step"])
+    evaluation = past.evaluations[-1] if past.evaluations else {}
+    return Result(
+        exit_reason="failed",
+        reason=f"the towers ended with status {status}",
+        step=last["step"],
+        epoch=last["epoch"],
+        top1=evaluation.get("top1"),
+        top5=evaluation.get("top5"),
+        num_samples=evaluation.get("num_samples", 0),
+        elapsed_s=past.elapsed_s,
+        images_per_s=statistics.median(past.images_per_s or (0.0,)),
+        processes=processes,
+        batch_size=read_run_config(run).train.batch_size,
+        ledger=list(past.ledger),
+    )

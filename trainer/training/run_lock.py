@@ -1,6 +1,6 @@
 """One writer of a run folder: ``RUN/.lock``, held by the process that the user started, and by the towers it starts.
 
-Two things keep it. The kernel's lock (``pipeline.locks``) ends with its last holder, however that ends, also where an
+Two things keep it. The kernel's lock (``twotower.locks``) ends with its last holder, however that ends, also where an
 NFS server keeps it. Where a file system has no locks, or keeps them on each host for itself, the record in the file
 decides: its holder touches the file every ``BEAT_S``, and whoever finds a record of another host watches whether it is
 still touched. No clock is compared with another one. Readers of a run never lock.
@@ -11,14 +11,14 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import locks
 from trainer.errors import RunError
+from twotower import locks
+from twotower.verbosity import remark
 
 LOCK_NAME = ".lock"
 BEAT_S = 5.0
@@ -71,16 +71,18 @@ def read_holder(run: Path) -> Holder | None:
         return None
 
 
-def refuse_held(run: Path) -> None:
+def refuse_held(run: Path, *, patience_s: float = 0) -> None:
     """Refuses a run folder that another process writes; looks only, and leaves nothing behind.
 
-    A process that torchrun or Ray has started waits a little: it may follow one that was killed on another node, whose
-    lock an NFS server has yet to give up.
+    Args:
+        run: the run folder, or where it will be.
+        patience_s: how long to wait, s. A process that torchrun or Ray has started waits a little: it may follow one
+            that was killed on another node, whose lock an NFS server has yet to give up.
 
     Raises:
         RunError: it is held; says by whom.
     """
-    end = time.monotonic() + (PATIENCE_S if "RANK" in os.environ else 0)
+    end = time.monotonic() + patience_s
     while locks.is_held(run / LOCK_NAME):
         if time.monotonic() >= end:
             raise _held(run)
@@ -142,7 +144,7 @@ def _take(run: Path) -> int:
         os.close(handle)
         raise _held(run)
     if before is not None:
-        print(f"note: {run} was left by {before}, which no longer runs; going on", file=sys.stderr, flush=True)
+        remark(f"note: {run} was left by {before}, which no longer runs; going on")
     text = json.dumps(dataclasses.asdict(_myself())).encode()
     os.ftruncate(handle, 0)
     os.pwrite(handle, text, 0)
@@ -152,9 +154,7 @@ def _take(run: Path) -> int:
 
 def _is_touched(path: Path, holder: Holder) -> bool:
     """Watches for ``WATCH_S`` whether a holder whose kernel we cannot ask is alive."""
-    print(
-        f"note: {path.parent} was left by {holder}; watching for {WATCH_S:g} s whether it still runs", file=sys.stderr
-    )
+    remark(f"note: {path.parent} was left by {holder}; watching for {WATCH_S:g} s whether it still runs")
     first, end = _touched(path), time.monotonic() + WATCH_S
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCH_S / 10))

@@ -14,17 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader.open_split import open_split, read_statistics
+from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
 from pipeline.loader.staging import is_url
-from pipeline.manifest import read_manifest, write_atomic
+from pipeline.manifest import Manifest, read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
 from trainer.training import checkpoint, fit, run_folder
 from trainer.training.checkpoint import Choice
+from trainer.training.history import read_elapsed_s
 from trainer.training.init_from import Initial, write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
-from trainer.training.resume import Change, allowed_changes, check_data_set, depends_on_epochs
+from trainer.training.resume import Change, allowed_changes, check_data_set, check_edited, depends_on_epochs
+from twotower.words import pluralize
 
 RECORD = "start.json"
 
@@ -91,35 +93,55 @@ def check_start(
     """
     manifest = read_manifest(data)
     config = fit.check_fits(config, manifest, data, extend=not resume)
-    opened = [open_split(data, "train", skip_list=skip_list)]
-    opened += [open_split(data, split) for split in {config.train.evaluate_split} - {"train"}]
-    read_statistics(data, manifest)
-    _refuse_nested(run, data)
+    opened = _open_data(config, manifest, data, skip_list)
+    run_folder.refuse_nested(run)
     noted = str(source) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
-    told = fit.notes(config, manifest, opened[0].num_samples)
+    told = fit.notes(config, manifest, opened.num_samples)
     if not begun or overwrite:
         return Start(run, config, data, noted, begun, begun, None, (), finished=False, notes=tuple(told))
     if not resume:
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
-    changes = allowed_changes(run, run_folder.read_run_config(run), config)
+    before = run_folder.read_run_config(run)
+    changes = allowed_changes(run, before, config)
     choice = checkpoint.choose(run, quiet=quiet)
+    if choice:
+        check_edited(run, before, choice)
     notes = [
         *told,
         *(f"{run}: {change}" for change in changes),
-        *check_data_set(run, noted, manifest, opened[0], choice),
+        *check_data_set(run, noted, manifest, opened, choice),
     ]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
-    steps = config.train.epochs * steps_per_epoch(config, opened[0].num_samples)
+    finished = _is_finished(run, config, opened, choice)
+    return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
+
+
+def _open_data(config: Config, manifest: Manifest, data: Path, skip_list: Path | None) -> OpenSplit:
+    """The training split of a data set of which nothing is damaged."""
+    opened = open_split(data, "train", skip_list=skip_list)
+    if config.train.evaluate_split != "train":
+        open_split(data, config.train.evaluate_split)
+    read_statistics(data, manifest)
+    return opened
+
+
+def _is_finished(run: Path, config: Config, opened: OpenSplit, choice: Choice | None) -> bool:
+    """Whether a run has come to the end that the recipe says.
+
+    Raises:
+        RunError: it is beyond that.
+    """
+    steps = config.train.epochs * steps_per_epoch(config, opened.num_samples)
     step = choice.record.step if choice else 0
     if step > steps:
         raise RunError(
-            f"train.epochs = {config.train.epochs} is {steps} steps, and {run} has done {step}: expected more epochs"
+            f"train.epochs = {config.train.epochs} is {pluralize(steps, 'step')}, and {run} has done {step}: "
+            f"expected more epochs"
         )
-    finished = step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
-    return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
+    return step == steps and run_folder.read_result(run).get("exit_reason") == "finished"
 
 
 def steps_per_epoch(config: Config, num_samples: int) -> int:
@@ -133,13 +155,6 @@ def checkpoints_at_once(start: Start) -> int:
     train = start.config.train
     only_one = not train.checkpoint_every_steps and train.epochs <= train.checkpoint_every_epochs
     return 1 if start.choice or only_one else 2
-
-
-def _refuse_nested(run: Path, data: Path) -> None:
-    """Refuses a run folder inside the data set, which nobody changes but prepare."""
-    here, there = run.resolve(), data.resolve()
-    if here == there or there in here.parents:
-        raise RunError(f"--run {run} lies in the data set {data}: give a folder outside of it")
 
 
 def check_writable(run: Path, needed_bytes: int, *, replaces: bool = False) -> None:
@@ -208,7 +223,9 @@ def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
     if not before:
         return now
     changed = {change.name: [change.before, change.after] for change in start.changes}
-    return before | {"resumed": [*before.get("resumed", []), now | {"step": start.step, "changed": changed}]}
+    now |= {"step": start.step, "elapsed_s": read_elapsed_s(start.run), "changed": changed}
+    parts = before.get("resumed")
+    return before | {"resumed": [*(parts if isinstance(parts, list) else ()), now]}
 
 
 def pending_config(run: Path) -> Config | None:
@@ -257,6 +274,6 @@ def commit_start(run: Path) -> None:
 def discard_start(run: Path) -> bool:
     """Removes a start that was not committed; tells whether there was one."""
     folder = run / run_folder.START_NAME
-    found = folder.exists()
+    found = run_folder.is_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -36,6 +36,7 @@ class ForwardBackward:
         timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._net, self._config, self._device, self._timed = net, config, device, timed
+        self.precision = config.precision  # the benchmark measures another one on the same net
         self._coord = mesh.coord if mesh else MeshCoord(0, 2)
         several = mesh.replicas if mesh else None
         self._sum = GradientSum(list(net.parameters()), several) if several else None
@@ -75,6 +76,6 @@ class ForwardBackward:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 matrix products where the recipe asks for them."""
-        if self._config.precision == "fp32":
+        if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self._device.split(":")[0], torch.bfloat16)

@@ -12,7 +12,18 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.errors import DatasetError, SourceError
-from pipeline.inspection.inspect import contact_sheet, find_sample, read_contents, spread_samples
+from pipeline.inspection.inspect import (
+    MARGIN_PX,
+    ROW_LABEL_PX,
+    STATISTICS_PX,
+    TITLE_PX,
+    contact_sheet,
+    draw_statistics,
+    find_sample,
+    read_contents,
+    read_statistics,
+    spread_samples,
+)
 from pipeline.inspection.status import read_status
 from pipeline.preparation import output
 from pipeline.preparation.shard import build_shard
@@ -65,14 +76,54 @@ def test_commands_print_and_write(
         run(monkeypatch, "inspect", tmp_path / "data", "--sample", "train-00000001", "--image", tmp_path / "1.png") == 0
     )
     assert Image.open(tmp_path / "1.png").size == (12, 12)
-    capsys.readouterr()
+    assert f"wrote {tmp_path / '1.png'}\n" in capsys.readouterr().err
+    assert run(monkeypatch, "statistics", tmp_path / "data") == 0
+    assert "10 images, 1,440 pixels" in capsys.readouterr().out
     assert run(monkeypatch, "statistics", tmp_path / "data", "--json", "--image", tmp_path / "s.png") == 0
-    numbers = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == f"wrote {tmp_path / 's.png'}\n"
+    numbers = json.loads(said.out)
+    assert numbers["num_images"] == 10
     pixels = np.stack([image(number) for number in range(10)]).reshape(-1, 3)
     np.testing.assert_allclose(numbers["mean"], pixels.mean(0))
-    assert np.asarray(Image.open(tmp_path / "s.png")).shape == (256, 512, 3)
     assert run(monkeypatch, "inspect", tmp_path / "data", "--split", "test") == 2
     assert run(monkeypatch, "statistics", tmp_path / "none") == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_picture_of_the_statistics_is_labelled(channels: int) -> None:
+    """The colors stand where they stood, with words around them; without labels the margins would be white."""
+    arrays = {
+        "mean": np.full(channels, 120.0),
+        "eigenvalues": np.linspace(900, 100, channels),
+        "eigenvectors": np.eye(channels),
+        "mean_image": np.full((4, 4, channels), 50.0),
+        "num_images": np.int64(1),
+    }
+    pixels = np.asarray(draw_statistics(arrays)).astype(int)
+    top, left = MARGIN_PX + TITLE_PX, 2 * MARGIN_PX + STATISTICS_PX + ROW_LABEL_PX
+    assert pixels.shape == (top + STATISTICS_PX + MARGIN_PX, left + STATISTICS_PX + MARGIN_PX, 3)
+    assert (pixels[top : top + STATISTICS_PX, MARGIN_PX : MARGIN_PX + STATISTICS_PX] == 50).all()
+    first = pixels[top + 2, left : left + STATISTICS_PX, 0]
+    assert (first[2], first[STATISTICS_PX // 2], first[-3]) == (30, 120, 210)  # -3, 0 and +3 deviations of 30
+    column, row = STATISTICS_PX // 7, STATISTICS_PX // channels
+    for label in range(7):
+        assert pixels[top - 14 : top - 2, left + label * column : left + (label + 1) * column].min() < 128
+    for label in range(channels):
+        beside = pixels[top + label * row : top + (label + 1) * row, left - ROW_LABEL_PX : left - 4]
+        assert beside.min() < 128
+    assert pixels[:top, : MARGIN_PX + STATISTICS_PX].min() < 128  # the titles
+    assert pixels[MARGIN_PX : MARGIN_PX + 14, left:].min() < 128
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"PK\x03\x04 text", b"\x93NUMPY"])
+def test_damaged_statistics_are_said_to_be_in_our_own_words(tmp_path: Path, data: bytes) -> None:
+    manifest = make_dataset(tmp_path / "data")
+    path = tmp_path / "data/statistics.npz"
+    path.write_bytes(data)
+    with pytest.raises(DatasetError) as caught:
+        read_statistics(tmp_path / "data", manifest)
+    assert str(caught.value) == f"{path}: is damaged: run prepare again"
 
 
 def test_reindex_equals_dalis_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

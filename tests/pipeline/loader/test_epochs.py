@@ -188,7 +188,7 @@ def test_a_state_of_another_run_is_refused_by_name(data: Path, changed: dict[str
 
 def test_a_state_of_another_data_set_is_refused(data: Path, tmp_path: Path) -> None:
     other = make_data_set(tmp_path, encoding="png", size=(16, 16), train=NUM_TRAIN - 1, val=7)
-    with pytest.raises(DatasetError, match="saved with data set "):
+    with pytest.raises(DatasetError, match="saved with another data set than "):
         open_training(data, state=open_training(other).state())
 
 

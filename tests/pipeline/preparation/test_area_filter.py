@@ -12,7 +12,8 @@ from pipeline.config import ImageSettings, byte_settings
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.image_reader import ImageReader, settings_of
 from pipeline.manifest import read_manifest
-from pipeline.preparation.image import decode, encode, make_image, resize
+from pipeline.preparation.decode import decode
+from pipeline.preparation.image import encode, make_image, resize
 from tests.helpers.loader_data_set import load_reference
 from tests.helpers.preparing import run
 

@@ -23,7 +23,7 @@ def store() -> Iterator[fsspec.AbstractFileSystem]:
     store = fsspec.filesystem("memory")
     store.store.clear()
     yield store
-    store.store.clear()
+    store.rm("/", recursive=True)  # the folders too, of which one would change where another test's files are put
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """How many shards are given to Ray at once, the memory they declare, and the gauges, with a Ray that only counts."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,15 +26,14 @@ class CountingRay:
         self.given: list[ShardTask] = []
         self.most = self.done = 0
         self.options_seen: dict[str, Any] = {}
+        self.functions: list[str] = []
 
-    def remote(self, function: object) -> "CountingRay":
-        self._call = self._give
-        return self
+    def remote(self, function: Callable[..., object]) -> SimpleNamespace:
+        def with_options(**options: Any) -> SimpleNamespace:
+            self.options_seen = options
+            return SimpleNamespace(remote=functools.partial(self._give, function))
 
-    def options(self, **options: Any) -> "CountingRay":
-        self.options_seen = options
-        self.remote = self._give  # type: ignore[method-assign]
-        return self
+        return SimpleNamespace(options=with_options)
 
     def put(self, job: object) -> object:
         return job
@@ -53,7 +54,8 @@ class CountingRay:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"memory": float(self.memory)}}, {"Alive": False, "Resources": {}}]
 
-    def _give(self, job: object, task: ShardTask) -> int:
+    def _give(self, function: Callable[..., object], job: object, task: ShardTask, *parts: int) -> int:
+        self.functions.append(function.__name__)
         self.given.append(task)
         return len(self.given) - 1
 
@@ -61,7 +63,7 @@ class CountingRay:
 def run_counting(ray: CountingRay, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(ray_run, "ray", ray)
     tasks: Iterator[ShardTask] = iter(make_tasks(40, 2))
-    return [str(name) for name in run_shards(make_job(folder), tasks, workers=lambda: ray.cpus, tick=lambda: None)]
+    return [str(name) for name in run_shards(make_job(folder), tasks, 20, workers=lambda: ray.cpus, tick=lambda: None)]
 
 
 def test_the_bound_follows_nodes_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,16 @@ def test_the_bound_follows_nodes_that_join(tmp_path: Path, monkeypatch: pytest.M
     assert run_counting(ray, tmp_path, monkeypatch) == [task.name for task in make_tasks(40, 2)]
     assert ray.most == 3 * ray_run.TASKS_PER_WORKER
     assert ray.options_seen["memory"] == WORKER_BYTES
+
+
+def test_the_last_shard_goes_out_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = CountingRay(cpus=2, memory=2**40)
+    monkeypatch.setattr(ray_run, "ray", ray)
+    monkeypatch.setattr(ray_run.pieces, "MIN_IMAGES", 1)
+    tasks = make_tasks(15, 5)
+    assert list(run_shards(make_job(tmp_path), iter(tasks), 3, workers=lambda: 2, tick=lambda: None))
+    assert ray.functions == (["build_piece"] * 3 + ["join_pieces"]) * 3
+    assert [item for task in ray.given[:3] for item in task.items] == tasks[0].items
 
 
 def test_a_small_node_is_not_asked_for_more_than_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.errors import ImageError, OutputError
+from pipeline.errors import OutputError, SourceError
 from pipeline.preparation import faults, statistics
 from pipeline.preparation.shard import build_shard, read_result, seal_holds, sealed_json
 from pipeline.preparation.tar_writer import header
+from tests.helpers.odd_images import KINDS_EXPECTED
 from tests.helpers.shard_data import MemorySource, image, make_job, make_tasks
 
 WORKER_POINTS = faults.POINTS[: faults.POINTS.index("driver-shard-done")]
@@ -112,7 +113,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
     assert result.num_left_out == 1
     line = {"split": "train", "source": "images/0003.png", "class": "ant", "action": "left_out"}
     assert [dict(row) for row in result.quarantine] == [
-        line | {"reason": "not an image: neither JPEG nor PNG by its content"}
+        line | {"reason": f"not an image by its content: {KINDS_EXPECTED}"}
     ]
     keys = [sample["__key__"] for sample in webdataset.WebDataset(str(tmp_path / tasks[0].name), shardshuffle=False)]
     missing = next(position for position, item in enumerate(tasks[0].items) if item.offset == 3)
@@ -121,7 +122,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
 
 def test_asked_to_fail_it_fails_and_leaves_nothing(tmp_path: Path) -> None:
     job = dataclasses.replace(make_job(tmp_path, MemorySource(bad=3)), fail_on_error=True)
-    with pytest.raises(ImageError, match=r"images/0003\.png: not an image"):
+    with pytest.raises(SourceError, match=r"images/0003\.png: not an image"):
         build_shard(job, make_tasks(10, 10)[0])
     assert tree(tmp_path) == {}
 

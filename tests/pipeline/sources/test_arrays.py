@@ -13,15 +13,15 @@ import webdataset
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
 from pipeline.manifest import read_manifest
-from pipeline.sources import open_source
+from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Source
-from tests.helpers.ilsvrc import jpeg
+from tests.helpers.ilsvrc import jpeg, tar_of
 from tests.helpers.shard_data import make_dataset
 
 RNG = np.random.default_rng(0)
 
 
-def source_of(name: str, folder: Path, **values: object) -> Source:
+def source_of(name: str, folder: Path | None, **values: object) -> Source:
     return open_source(PrepareOptions(source=name, output=Path("out"), input=folder, **values))
 
 
@@ -165,9 +165,9 @@ def test_our_own_data_set_can_be_sharded_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "words"),
     [
-        ({"__key__": "a", "jpg": b"x"}, "expected an image and cls"),
-        ({"__key__": "a", "cls": 1}, "expected an image and cls"),
-        ({"__key__": "a", "jpg": b"x", "cls": b"dog"}, "instead of a label number"),
+        ({"__key__": "a", "jpg": b"x"}, "sample a has jpg only: expected KEY.jpg .* and KEY.cls"),
+        ({"__key__": "a", "cls": 1}, "sample a has cls only: expected KEY.jpg .* and KEY.cls"),
+        ({"__key__": "a", "jpg": b"x", "cls": b"dog"}, "its cls is b'dog': expected a label number"),
     ],
 )
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path, sample: dict[str, object], words: str) -> None:
@@ -193,3 +193,38 @@ def test_no_input_is_one_clear_error(tmp_path: Path, name: str) -> None:
         open_source(PrepareOptions(source=name, output=tmp_path))
     with pytest.raises(SourceError, match="no such folder"):
         source_of(name, tmp_path / "none").listing()
+
+
+def counted(source: Source) -> dict[tuple[str, str], int]:
+    return {(row.split, row.reason): row.count for row in source.listing().passed_over}
+
+
+def test_files_beside_arrays_are_counted(tmp_path: Path) -> None:
+    write_idx(tmp_path, compress=True)
+    write_idx(tmp_path, compress=False)
+    for name in ("readme.txt", ".DS_Store", "more/a", "more/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = source_of("mnist", tmp_path)
+    assert counted(source) == {("", reasons.NOT_READ): 4 + 3, ("", reasons.HIDDEN): 1}
+    assert source.listing().num_found == 40 + 8
+    assert counted(source_of("digits", None)) == {}
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_files_of_cifar_that_nobody_reads_are_counted(tmp_path: Path, archive: bool) -> None:
+    write_cifar(tmp_path, archive)
+    extra = {"batches.meta.txt": b"airplane\n", "readme.html": b"x", "._x": b""}
+    if archive:
+        path = tmp_path / "cifar-10-binary.tar.gz"
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        files |= {f"cifar-10-batches-bin/{name}": data for name, data in extra.items()}
+        path.write_bytes(gzip.compress(tar_of(files)))
+    else:
+        for name, data in extra.items():
+            (tmp_path / "cifar-10-batches-bin" / name).write_bytes(data)
+    (tmp_path / "notes").write_bytes(b"x")
+    source = source_of("cifar10", tmp_path)
+    assert counted(source) == {("", reasons.NOT_READ): 3, ("", reasons.HIDDEN): 1}
+    assert source.listing().num_found == 24 + 4

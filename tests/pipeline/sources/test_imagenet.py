@@ -10,10 +10,11 @@ import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import open_source
+from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Listing, Source
 from pipeline.sources.tar_reader import range_reader, walk_tar
 from tests.helpers import ilsvrc
+from tests.helpers.tars import write_tar
 
 
 def source_of(folder: Path, order: str = "default") -> Source:
@@ -170,3 +171,151 @@ def test_the_walk_equals_the_standard_librarys(tmp_path: Path, form: int) -> Non
         for entry in walk_tar(range_reader(path), 0, size, "x")
     }
     assert found == files
+
+
+def write_train(folder: Path, inner: list[tuple[str, bytes]]) -> None:
+    """The outer train archive, with these members in their order."""
+    write_tar(folder / "ILSVRC2012_img_train.tar", inner)
+
+
+def test_one_name_twice_in_an_archive_is_refused_and_both_named(tmp_path: Path) -> None:
+    images = write_tar(tmp_path / "inner.tar", [("n_1.JPEG", ilsvrc.jpeg(0)), ("x/n_1.jpeg", ilsvrc.jpeg(1))])
+    once = write_tar(tmp_path / "once.tar", [("n_1.JPEG", ilsvrc.jpeg(0))]).read_bytes()
+    write_train(tmp_path, [("n02119789.tar", images.read_bytes())])
+    with pytest.raises(SourceError, match=r"two samples under one name: n_1\.JPEG at byte .* and x/n_1\.jpeg at byte"):
+        source_of(tmp_path).listing()
+    write_train(tmp_path, [("n02119789.tar", once), ("./n02119789.tar", once)])
+    with pytest.raises(SourceError, match=r"two samples under one name: n02119789\.tar at byte"):
+        source_of(tmp_path).listing()
+
+
+def test_what_a_mac_leaves_in_archives_is_counted(tmp_path: Path) -> None:
+    odd = [("._n_1.JPEG", b"Mac"), ("__MACOSX/n_1.JPEG", b"Mac"), (".git/n_2.JPEG", b"x"), ("n_1.JPEG", ilsvrc.jpeg(0))]
+    inner = write_tar(tmp_path / "inner" / "x.tar", odd).read_bytes()
+    write_train(tmp_path, [("._n02119789.tar", b"Mac"), ("n02119789.tar", inner)])
+    listing = source_of(tmp_path).listing()
+    assert list(listing.splits["train"].names) == ["n02119789/n_1.JPEG"]
+    assert {(row.split, row.reason): row.count for row in listing.passed_over}["train", reasons.HIDDEN] == 4
+
+
+@pytest.mark.parametrize("name", [f"ILSVRC2012_img_{end}" for end in ("train.tar.gz", "val.tar.zst", "val.tgz")])
+def test_a_compressed_archive_is_refused_beside_the_other(tmp_path: Path, name: str) -> None:
+    other = "val" if "train" in name else "train"
+    ilsvrc.write_archives(tmp_path / "all")
+    for kept in (f"ILSVRC2012_img_{other}.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        (tmp_path / "all" / kept).rename(tmp_path / kept)
+    (tmp_path / name).write_bytes(b"whatever")
+    with pytest.raises(SourceError, match=f"{name}: is compressed"):
+        source_of(tmp_path).listing()
+
+
+def counted(listing: Listing) -> dict[tuple[str, str], int]:
+    return {(row.split, row.reason): row.count for row in listing.passed_over}
+
+
+def test_members_of_archives_that_are_no_pictures_are_counted(tmp_path: Path) -> None:
+    ilsvrc.write_archives(tmp_path)
+    inner = {
+        f"{name}.tar": ilsvrc.tar_of(files | {"._x.JPEG": b"", ".DS_Store": b"", "readme.txt": b"text"})
+        for name, files in ilsvrc.train_images().items()
+    }
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(ilsvrc.tar_of(inner | {"._n02119789.tar": b"x"}))
+    extra = {"._a.JPEG": b"", "notes": b"text"}
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(ilsvrc.tar_of(ilsvrc.val_images() | extra))
+    ilsvrc.write_train_folders(tmp_path / "train")  # extracted too: the archive is read
+    (tmp_path / "ILSVRC2012_bbox.tar.gz").write_bytes(b"x")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/HEAD").write_bytes(b"x")
+    source = source_of(tmp_path)
+    listing = source.listing()
+    assert contents(source, listing) == EXPECTED
+    assert counted(listing) == {
+        ("train", reasons.HIDDEN): 7,
+        ("train", reasons.NO_PICTURE): 3,
+        ("val", reasons.HIDDEN): 1,
+        ("val", reasons.NO_PICTURE): 1,
+        ("", reasons.UNKNOWN_SPLIT): 15,
+        ("", reasons.NOT_READ): 1,
+        ("", reasons.HIDDEN): 1,
+    }
+
+
+def test_a_picture_of_an_archive_is_known_by_its_content_too(tmp_path: Path) -> None:
+    inner = ilsvrc.tar_of({"x.JPEG": ilsvrc.jpeg(0), "y": ilsvrc.jpeg(1), "z.txt": b""})
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(ilsvrc.tar_of({"n02119789.tar": inner}))
+    listing = source_of(tmp_path).listing()
+    assert list(listing.splits["train"].names) == ["n02119789/x.JPEG", "n02119789/y"]
+    assert counted(listing) == {("train", reasons.NO_PICTURE): 1}
+
+
+def test_the_rest_of_kaggle_s_layout_is_counted(tmp_path: Path) -> None:
+    ilsvrc.write_kaggle(tmp_path)
+    base = tmp_path / "ILSVRC"
+    for name in ("Annotations/CLS-LOC/train/n02119789/a.xml", "ImageSets/CLS-LOC/val.txt", "Data/CLS-LOC/test/t.JPEG"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(b"x")
+    (tmp_path / "LOC_sample_submission.csv").write_text("x")
+    with (tmp_path / "LOC_val_solution.csv").open("a") as file:
+        file.write("ILSVRC2012_val_99999999,n02119789 1 2 3 4\n")
+    source = source_of(tmp_path)
+    listing = source.listing()
+    assert contents(source, listing) == EXPECTED
+    assert counted(listing) == {
+        ("", reasons.NOT_READ): 3,
+        ("", reasons.UNKNOWN_SPLIT): 1,
+        ("val", reasons.NO_IMAGE): 1,
+    }
+
+
+@pytest.mark.parametrize("text", ["", "ImageId\nx\n", "ImageId,PredictionString\nILSVRC2012_val_00000001,\n"])
+def test_a_damaged_table_of_kaggle_is_one_line(tmp_path: Path, text: str) -> None:
+    ilsvrc.write_kaggle(tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text(text)
+    with pytest.raises(SourceError, match=r"LOC_val_solution\.csv.*(names a picture|has no label)") as caught:
+        source_of(tmp_path).listing()
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_of_any_case_with_levels_and_strangers(tmp_path: Path) -> None:
+    ilsvrc.write_extracted(tmp_path, flat_val=False)
+    (tmp_path / "train").rename(tmp_path / "Training")
+    (tmp_path / "val").rename(tmp_path / "Validation")
+    folder = tmp_path / "Training/n02119789"
+    (folder / "images").mkdir()
+    for path in sorted(folder.glob("*.JPEG"))[:3]:
+        path.rename(folder / "images" / path.name)
+    (folder / "self").symlink_to(".")
+    (folder / "boxes.txt").write_text("text")
+    (tmp_path / "Training/other").mkdir()
+    (tmp_path / "Training/other/x.JPEG").write_bytes(b"x")
+    (tmp_path / "Training/stray.JPEG").write_bytes(b"x")
+    source = source_of(tmp_path)
+    listing = source.listing()
+    assert contents(source, listing) == EXPECTED
+    assert counted(listing) == {
+        ("train", reasons.LOOP): 1,
+        ("train", reasons.NO_PICTURE): 1,
+        ("train", reasons.IGNORED_FOLDER): 1,
+        ("train", reasons.BESIDE): 1,
+    }
+
+
+def test_a_split_that_is_there_and_empty_is_an_error_and_one_that_is_not_wanted_is_none(tmp_path: Path) -> None:
+    ilsvrc.write_extracted(tmp_path, flat_val=True)
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    asked = PrepareOptions(source="imagenet", output=Path("out"), input=tmp_path, splits=("train",))
+    listing = open_source(asked).listing()  # its flat val has no labels
+    assert counted(listing) == {("val", reasons.NOT_CHOSEN): 6}
+    for path in (tmp_path / "val").iterdir():
+        path.unlink()
+    with pytest.raises(SourceError, match=r"val: holds no picture of val; expected WNID/\*\.JPEG or \*\.JPEG"):
+        source_of(tmp_path).listing()
+    assert set(open_source(asked).listing().splits) == {"train"}
+
+
+def test_a_wrapper_folder_is_named(tmp_path: Path) -> None:
+    ilsvrc.write_extracted(tmp_path / "ilsvrc", flat_val=False)
+    with pytest.raises(SourceError, match=r"ilsvrc/ looks like it: --input .*/ilsvrc$"):
+        source_of(tmp_path).listing()
+    with pytest.raises(SourceError, match=r"class folders lie directly in it: .* the folder above train/"):
+        source_of(tmp_path / "ilsvrc/train").listing()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources.tar_reader import TarMember, group_samples, read_compressed, walk_file
+from pipeline.sources.tar_reader import TarMember, group_samples, is_hidden, plain_name, read_compressed, walk_file
 from tests.helpers.ilsvrc import devkit, tar_of
+from tests.helpers.tars import write_tar
 
 
 def test_members_are_those_of_the_standard_library(tmp_path: Path) -> None:
@@ -68,3 +69,47 @@ def test_what_a_compressed_archive_lacks_is_named(tmp_path: Path) -> None:
     path.write_bytes(tar_of({"data/meta.mat": b""}))
     with pytest.raises(SourceError, match="damaged"):
         read_compressed(path, ["data/meta.mat"])
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "hidden"),
+    [
+        ("a.jpg", "a.jpg", False),
+        ("./a.jpg", "a.jpg", False),
+        (".//./x//a.jpg", "x/a.jpg", False),
+        ("/a.jpg", "a.jpg", False),
+        ("a./b.jpg", "a./b.jpg", False),
+        ("../a.jpg", "../a.jpg", False),
+        ("x/../a.jpg", "x/../a.jpg", False),
+        ("._a.jpg", "._a.jpg", True),
+        ("./._a.jpg", "._a.jpg", True),
+        ("x/.DS_Store", "x/.DS_Store", True),
+        (".git/a.jpg", ".git/a.jpg", True),
+        ("__MACOSX/a.jpg", "__MACOSX/a.jpg", True),
+        ("x/__MACOSX/y/a.jpg", "x/__MACOSX/y/a.jpg", True),
+        ("__MACOSX.jpg", "__MACOSX.jpg", False),
+        ("x__MACOSX/a.jpg", "x__MACOSX/a.jpg", False),
+    ],
+)
+def test_plain_and_hidden_names(name: str, plain: str, hidden: bool) -> None:
+    assert plain_name(name) == plain
+    assert is_hidden(name) == is_hidden(plain) == hidden
+
+
+@pytest.mark.parametrize("kind", [tarfile.AREGTYPE, tarfile.DIRTYPE, b"D", b"V"])
+def test_folders_and_labels_are_no_files(tmp_path: Path, kind: bytes) -> None:
+    info = tarfile.TarInfo("folder/")
+    info.type = kind  # the first as in very old tars
+    path = write_tar(tmp_path / "a.tar", [info, ("folder/a.jpg", b"x")])
+    assert [member.name for member in walk_file(path)] == ["folder/a.jpg"]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 20, 5000])
+def test_zeros_behind_the_end_are_part_of_it(tmp_path: Path, blocks: int) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", b"x")])
+    content = path.read_bytes()[:1024]
+    path.write_bytes(content + bytes(512 * (1 + blocks)))
+    assert [member.name for member in walk_file(path)] == ["a.jpg"]
+    path.write_bytes(content + bytes(512 * (1 + blocks)) + b"x")
+    with pytest.raises(SourceError, match=f"more data behind the end of the tar, at byte {1536 + 512 * blocks:,}"):
+        list(walk_file(path))

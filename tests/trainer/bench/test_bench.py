@@ -39,7 +39,7 @@ def test_one_decoding_thread_is_found(photos, tmp_path):
     assert read and decode and decode.ms.median > 3 * read.ms.median
     cores = record.workload.cores
     threads = [s for s in found.suggestions if s.change == f"data.threads = {cores} instead of 1"]
-    assert len(threads) == (cores > 1)
+    assert len(threads) == (cores > 1 and not found.doubt)  # a busy machine makes figures of which nothing follows
 
 
 def test_a_recipe_that_gives_the_net_fewer_threads_is_measured_with_them(raw, tmp_path):
@@ -52,6 +52,7 @@ def test_a_recipe_that_gives_the_net_fewer_threads_is_measured_with_them(raw, tm
     assert record.workload.net_threads == 3 and list(record.by_threads) == [1]
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_found(tmp_path):
     data = make_data_set(tmp_path, encoding="raw", train=64, size=(64, 64), shard_size=64)
     (tar,) = (data / "train").glob("*.tar")
@@ -78,6 +79,7 @@ def test_slow_computation_is_found(raw, tmp_path):
     assert record.end_to_end and predict_rate(record) > 0
 
 
+@pytest.mark.slow
 def test_a_delayed_exchange_is_found(tmp_path):
     parts = run_mesh(bench_pair, str(tmp_path / "slow"), replicas=1)
     record = record_of(recipe(), None, parts)

@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.commands.prepare import add_parser
 from tests.helpers.kept_run import make_kept_run
 from tests.helpers.loader_data_set import photo_crop
+from trainer.__main__ import HANDLERS
 from trainer.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,10 +42,6 @@ def test_the_readmes_commands_for_own_photos_are_complete():
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     made = parser.parse_args(prepare[3:])
-    handlers = dict.fromkeys(
-        ("train", "tower", "evaluate", "predict", "features", "neighbours", "describe", "report", "export", "import"),
-        lambda _: 0,
-    ) | {"bench": lambda _: 0, "bench-tower": lambda _: 0}
-    trained, said = (make_parser(handlers).parse_args(words[3:]) for words in (train, predict))
+    trained, said = (make_parser(HANDLERS).parse_args(words[3:]) for words in (train, predict))
     assert str(made.output) == str(trained.data) and trained.run == said.run
     assert trained.set == [] and (ROOT / trained.config).is_file()

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.synthetic_run import ROOT, digits_config, make_run
 from trainer.__main__ import main
-from trainer.config import load_config
+from trainer.config import load_config, to_toml
 from trainer.errors import ExportError, RunError
 from trainer.inference.export import export_run
 from trainer.inference.import_weights import import_weights
@@ -99,7 +99,7 @@ def a_run(folder, *changes: str):
     for buffer in net.buffers():
         buffer.uniform_(1, 9, generator=generator)
     checkpoint.save_towers(checkpoint.unfinished(run, 3), net, PaperSGD(net.named_parameters(), config.optimizer))
-    checkpoint.commit(run, 3, config=config.fingerprint, loader={}, towers=net.towers)
+    checkpoint.commit(run, 3, config=to_toml(config), loader={}, towers=net.towers)
     return run
 
 

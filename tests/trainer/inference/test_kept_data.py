@@ -14,23 +14,11 @@ from safetensors import safe_open
 
 from pipeline.manifest import STATISTICS_NAME, read_manifest
 from tests.helpers.tiny_run import RECIPE, change_manifest, flip, other_classes, other_images
-from tests.helpers.training_commands import call
 from tests.helpers.trees import tree
 from trainer.training import kept_data, run_folder
 from trainer.training.checkpoint import latest_checkpoint
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """``python -m trainer``: exit code, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return (call(monkeypatch, *words), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Predictions of files: the same as of a data set's samples, whatever the recipe; bad files; the three outputs."""
 
+import dataclasses
 import json
 import tarfile
 from pathlib import Path
@@ -97,10 +98,14 @@ def test_reader_resizes_and_turns_as_prepare_does(tmp_path):
 def test_reader_names_what_is_wrong_with_a_file(tmp_path):
     reader = ImageReader(make_data_set(tmp_path / "data", encoding="raw"), LoaderConfig(crop_px=32))
     (tmp_path / "note.jpg").write_text("no image")
-    with pytest.raises(ImageError, match="neither JPEG nor PNG"):
+    with pytest.raises(ImageError, match="not an image by its content: expected JPEG, PNG"):
         reader.read(tmp_path / "note.jpg")
     with pytest.raises(ImageError, match="No such file"):
         reader.read(tmp_path / "gone.jpg")
+    reader.settings = dataclasses.replace(reader.settings, max_bytes=1000)
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with pytest.raises(ImageError, match="more than 1,000 bytes, the data set's --max-bytes"):
+        reader.read(tmp_path / "endless.jpg")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +173,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_predicted(run_and_data, im
     errors = output.err.splitlines()
     assert len(errors) == 3
     assert errors[0] == f"error: {images / 'empty.png'}: empty file"
-    assert errors[1].startswith(f"error: {images / 'truncated.png'}: damaged PNG")
+    assert errors[1].startswith(f"error: {images / 'truncated.png'}: truncated PNG")
 
 
 def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
@@ -176,7 +181,7 @@ def test_table_and_page(run_and_data, images, tmp_path, monkeypatch, capsys):
     good = [images / "photo-1000.png", images / "more"]
     assert predict(monkeypatch, *good, "--run", run_and_data[0], "--html", html) == 0
     output = capsys.readouterr()
-    assert output.err == ""
+    assert output.err == f"wrote {html}\n"
     assert "photo-1002.png" in output.out
     page = html.read_text()
     assert page.count("data:image/png") == 2

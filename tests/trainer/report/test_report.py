@@ -168,13 +168,18 @@ def test_names_from_outside_are_escaped(run: Path) -> None:
     parse(page)
 
 
-def test_wall_time_of_a_resumed_run_is_not_that_of_its_last_process(run: Path) -> None:
+def test_wall_time_is_that_of_all_parts(run: Path) -> None:
+    """The result's, or that of the last row while there is none; and in how many starts."""
     record = read_run(run)
-    resumed = dataclasses.replace(record, result=record.result | {"elapsed_s": 3.0})
-    seconds = float((64 / record.column("images_per_s")).sum())
-    text = parse(render_report(Report(resumed))).text
-    assert f"{seconds / 60:.1f}minutes in steps, over several starts" in text
     assert "1.6minutes, evaluation included" in parse(render_report(Report(record))).text  # 93 s
+    later = {"step": 40, "command": "python -m trainer train --resume run", "changed": {"train.epochs": [2, 3]}}
+    steps = [*record.steps[:-1], record.steps[-1] | {"elapsed_s": 240.0}]
+    killed = dataclasses.replace(record, result={}, steps=steps, environment=record.environment | {"resumed": [later]})
+    text = parse(render_report(Report(killed))).text
+    assert "4.0minutes, evaluation included; 2 starts" in text
+    assert "Resumed at step 40" in text
+    assert "python -m trainer train --resume run" in text
+    assert "train.epochs 2 \u2192 3" in text
 
 
 @pytest.fixture(scope="module")

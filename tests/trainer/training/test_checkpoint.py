@@ -1,6 +1,7 @@
 """Checkpoints: complete or invisible, exact, readable by one process or two, and never trusted unseen."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -260,3 +261,50 @@ def test_removed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checkpoint, "read_record", rotated)
     found = checkpoint.choose(tmp_path)
     assert found is not None and found.record.step == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1},
+        {"step": -3},
+        {"step": "3"},
+        {"files": {}},
+        {"files": {"../../config.toml": {}}},
+        {"files": []},
+        {"loader": 5},
+    ],
+)
+def test_a_record_that_was_edited(tmp_path: Path, change: dict[str, object]) -> None:
+    """Of another step, or silent about its files: damaged as any other, and the one before is used."""
+    for step in (2, 3):
+        folder = write_rated(tmp_path, step, None)
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    (folder / checkpoint.RECORD).write_text(json.dumps(record | change))
+    with pytest.raises(DamagedError, match=r"checkpoint\.json is damaged"):
+        checkpoint.read_record(folder)
+    found = checkpoint.choose(tmp_path)
+    assert found is not None and found.record.step == 2 and found.passed_over == (folder,)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file", "link to a folder"])
+def test_what_is_no_checkpoint_by_the_name_of_one(tmp_path: Path, kind: str) -> None:
+    """Passed over, set aside, and in the end removed; what a link points to stays."""
+    write_rated(tmp_path, 2, None)
+    other = tmp_path / "other"
+    for step in (3, 4, 5):
+        path = checkpoint.folder_of(tmp_path, step)
+        if kind == "file":
+            path.touch()
+        elif kind != "link to nothing":
+            other.mkdir(exist_ok=True)
+            (other / "x").touch()
+            path.symlink_to(other / "x" if kind == "link to a file" else other)
+        else:
+            path.symlink_to(tmp_path / "gone")
+    found = checkpoint.choose(tmp_path)
+    assert found is not None and found.record.step == 2
+    checkpoint.set_aside(tmp_path, [path.name for path in found.passed_over])
+    left = {".damaged-step-00000004", ".damaged-step-00000005", "step-00000002"}
+    assert {path.name for path in (tmp_path / checkpoint.CHECKPOINTS_NAME).iterdir()} == left
+    assert not other.exists() or (other / "x").exists()

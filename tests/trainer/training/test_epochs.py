@@ -33,10 +33,10 @@ def test_a_resumed_run_writes_the_same_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", digits_config(), steps=60)
     expected = (run / NAME).read_bytes()
     later = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["step"] > 50]
-    log = MetricsLog(run, 50)
+    log = MetricsLog(run, digits_config(), 50)
     log.flush()
     assert read(run)[2]["steps"] == "6"
     for row in later:
         log.write(row)
-    log.close()
+    log.close("finished")
     assert (run / NAME).read_bytes() == expected

@@ -27,6 +27,7 @@ def manifest(*, classes: int = 3, channels: int = 3, side: int | None = 144, **s
         label_order="alphabetical",
         splits={name: SplitRecord(count, 0, ()) for name, count in (splits or {"train": 50, "val": 10}).items()},
         files={},
+        num_found=sum((splits or {"train": 50, "val": 10}).values()),
     )
 
 

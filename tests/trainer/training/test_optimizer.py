@@ -176,7 +176,7 @@ def test_late_rates_by_hand() -> None:
         ("optimizer.bias_schedule=steps", "for biases that never drop: constant"),
         (
             'optimizer.layer_overrides=[{layer="conv1", epoch=1, learning_rate=0, bias_learning_rate=-1}]',
-            "zero or more",
+            "0 or more",
         ),
         ("optimizer.milestones=[3, 2]", "rising epochs"),
         ("optimizer.patience=0", "1 or more"),

@@ -56,12 +56,14 @@ def cut(folder: Path, new: Path, step: int) -> Path:
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_two_pairs_equal_one_process(exact_serial: Path, exact_four: Path) -> None:
     """float64: losses, gradient norms, weights and velocities of a whole run."""
     assert_equal_runs(exact_four, exact_serial)
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_a_run_of_two_pairs(serial: Path, four: Path) -> None:
     """fp32: the first loss, see test_training; one set of metrics; the sums are in the ledger."""
     first, expected = (rows(folder, "step")[0]["loss"] for folder in (four, serial))

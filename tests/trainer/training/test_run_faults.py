@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_run import RECIPE, flip
+from tests.helpers import held
+from tests.helpers.tiny_run import LAST, RECIPE, flip
 from tests.helpers.training_commands import ROOT, call, command, environment, run
 from tests.helpers.trees import tree
 from trainer.training import checkpoint, run_folder
+from trainer.training.loop import Trainer
 from trainer.training.run_lock import LOCK_NAME, read_holder
 
 LONG = ("--set", "train.epochs=100000", "--set", "train.checkpoint_every_epochs=1000")  # until it is stopped
@@ -115,10 +117,10 @@ def test_towers_that_die_in_start_up(tiny_data: Path, tiny_run: Path, tmp_path: 
     old, new = Path(shutil.copytree(tiny_run, tmp_path / "old")), tmp_path / "new"
     before = tree(old)
     for folder, more in ((old, ("--overwrite",)), (new, ())):
-        words = command("trainer", "train", *RECIPE, "--data", tiny_data, "--run", folder, "--processes", 2, *more)
-        wrong = environment() | {"GLOO_SOCKET_IFNAME": "no-such-interface"}
-        done = subprocess.run(words, env=wrong, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode != 0
+        words = ("train", *RECIPE, "--data", tiny_data, "--run", folder, "--processes", 2, *more)
+        process = subprocess.Popen(command("tests.helpers.held", "start", *words), env=environment(), cwd=ROOT)
+        os.kill(held.stopped_one(process), signal.SIGKILL)
+        assert process.wait(timeout=200) != 0
         assert tree(old) == before
         assert not new.exists()
     run("trainer", "train", *RECIPE, "--data", tiny_data, "--run", old, "--processes", 2, "--overwrite")
@@ -135,7 +137,7 @@ def test_torchrun_that_starts_again_overwrites_nothing(
         seen.append(is_new)
         return 0
 
-    monkeypatch.setattr("trainer.__main__._join_and_train", train)
+    monkeypatch.setattr("trainer.train_command.join_and_train", train)
     at = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     for name, value in (at | {"MASTER_PORT": 29500}).items():
         monkeypatch.setenv(name, str(value))
@@ -189,3 +191,46 @@ def as_nobody(*words: object) -> tuple[int, str]:
     with os.fdopen(reading) as file:
         said = file.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+EDITED: list[dict[str, object]] = [
+    {"processes": "two", "replicas": -1, "device": 5, "skip_list": 5},
+    {"processes": 7, "replicas": "x", "device": [], "skip_list": {}},
+    {"resumed": 3, "elapsed_s": "long"},
+    {"resumed": [{"elapsed_s": "long"}, 5]},
+    {"resumed": {"a": 1}},
+]
+
+
+@pytest.mark.parametrize("changes", EDITED)
+def test_an_edited_environment_decides_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    """What is no option is as if it were not there, and no time of a part is no time."""
+    monkeypatch.delenv("RANK", raising=False)
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    path = folder / run_folder.ENVIRONMENT_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert call(monkeypatch, "train", "--resume", folder, "--set", "train.epochs=3") == 0
+    assert json.loads((folder / "result.json").read_text())["exit_reason"] == "finished"
+    assert json.loads(path.read_text())["resumed"][-1]["step"] == LAST
+
+
+def test_a_run_that_is_moved_away_meanwhile(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left at its old place is no run: nobody is told to go on with it, and the exit code is not 0 or 3."""
+    monkeypatch.delenv("RANK", raising=False)
+    train = Trainer.train
+
+    def moved(self: Trainer) -> object:
+        result = train(self)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return result
+
+    monkeypatch.setattr(Trainer, "train", moved)
+    assert call(monkeypatch, "train", *RECIPE, "--data", tiny_data, "--run", tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert "was moved or removed while it was trained" in said.err
+    assert "finished at" not in said.out and "go on with" not in said.out
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import locks
 from trainer.config import load_config
 from trainer.errors import CheckpointError, RunError
 from trainer.model.alexnet import AlexNet
@@ -21,6 +20,7 @@ from trainer.training import checkpoint, run_lock
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.optimizer import PaperSGD
 from trainer.training.run_lock import Holder, hold_run, read_holder, refuse_held
+from twotower import locks
 
 ELSEWHERE = Holder("node7", "another boot", 4711, "2026-01-02T03:04:05Z")
 CONFIG = load_config(Path(__file__).resolve().parents[3] / "configs" / "digits.toml")
@@ -89,9 +89,8 @@ def test_a_rank_that_is_started_again_waits(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(locks, "is_held", is_held)
     with pytest.raises(RunError, match="in use by another process"):
         refuse_held(tmp_path)
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: None)
-    refuse_held(tmp_path)
+    refuse_held(tmp_path, patience_s=run_lock.PATIENCE_S)
     assert asked == [True, True, True, False]
 
 

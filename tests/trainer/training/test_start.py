@@ -16,12 +16,13 @@ from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_run import LAST, RECIPE, change_manifest, flip, make_tiny_run
 from tests.helpers.training_commands import call
 from tests.helpers.trees import tree
-from trainer.config import MAY_CHANGE, Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
+from trainer.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from trainer.errors import RunError
 from trainer.parallel import launch
 from trainer.training import checkpoint, run_folder, start
 from trainer.training.loop import Trainer
 from trainer.training.resume import changes_of
+from twotower.fields import MAY_CHANGE
 
 MAY = {  # what a run may change on its way
     "data": {"threads", "prefetch", "mmap"},
@@ -34,23 +35,12 @@ MAY = {  # what a run may change on its way
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "keep_checkpoints",
+        "loggers",
         "threads",
         "peer_timeout_s",
     },
 }
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """``python -m trainer``: exit code, stdout, stderr."""
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return (call(monkeypatch, *words), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -241,6 +231,7 @@ def killed_at(point: int, run: Path, words: list[object], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "overwrite"])
+@pytest.mark.slow
 def test_a_start_killed_at_any_file_blocks_nothing(
     tiny_data: Path, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
 ) -> None:

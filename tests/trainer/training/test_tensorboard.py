@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.training.tensorboard import TensorBoardWriter
+from trainer.training.loggers.tensorboard import TensorBoardWriter
 
 ROW = {"kind": "step", "epoch": 0, "loss": 1.5, "learning_rate": 0.01, "gradient_norm": {"a": 3.0, "b": 4.0}}
 

@@ -6,15 +6,27 @@ one line says so. The first tensor that asks has them built; :func:`of` and :fun
 
 import functools
 import os
-import sys
 
 import torch
 from torch import Tensor
 
+from trainer.errors import RunError
 from trainer.model.kernels.cpp import CppKernels, KernelError, open_library
 from trainer.model.kernels.interface import DTYPES, Kernels
+from twotower.verbosity import remark
 
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only
+
+
+def check_switch() -> None:
+    """Refuses a value of ``TWOTOWER_KERNELS`` that says nothing.
+
+    Raises:
+        RunError: it is neither ``off`` nor ``on`` (as if it were not set).
+    """
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "on", "off"):
+        raise RunError(f"{SWITCH}={value}: expected off, for torch operations only, or on, or unset it")
 
 
 def of(x: Tensor) -> Kernels | None:
@@ -68,4 +80,4 @@ def environment(device: str) -> dict[str, str]:
 def _say(why: str) -> None:
     """One line: what is missing costs time and changes nothing else."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: torch operations instead of compiled kernels, slower: {why}", file=sys.stderr, flush=True)
+        remark(f"note: torch operations instead of compiled kernels, slower: {why}")

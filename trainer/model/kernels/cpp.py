@@ -183,7 +183,7 @@ def _publish(built: Path, cached: Path) -> None:
 def openmp_runtimes() -> set[str]:
     """Files of the OpenMP runtimes in this process; two of them would fight over the cores."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:  # not Linux
         return set()
     return {path for line in lines if OPENMP.search(path := line.split(maxsplit=5)[-1])}

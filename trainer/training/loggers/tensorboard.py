@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run, written row by row.
+"""TensorBoard: ``train.loggers = ["tensorboard"]``, the default. Event files in ``RUN/tensorboard``, row by row.
 
 torch's ``SummaryWriter`` takes a queue, a second thread and an event for every single value, 0.4 ms of processor time a
 step; here all values of a row are one event, written where they arise.
@@ -13,6 +13,16 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from trainer.config import Config
+from trainer.training.loggers import scalars_of
+
+IN_BACKGROUND = False  # it writes a local file, which costs less than a queue
+
+
+def open_logger(run: Path, config: Config, from_step: int) -> "TensorBoardWriter":
+    """Begins a new event file of the run."""
+    return TensorBoardWriter(run / "tensorboard", from_step)
 
 
 class TensorBoardWriter:
@@ -39,20 +49,16 @@ class TensorBoardWriter:
             row: of one step.
             at_s: when it was, in seconds of ``time.time``; None for now.
         """
-        kind, values = row["kind"], []
-        for key, value in row.items():
-            if isinstance(value, float):
-                values.append(Summary.Value(tag=f"{kind}/{key}", simple_value=value))
-            elif isinstance(value, dict):
-                values += [Summary.Value(tag=f"{kind}/{key}_{name}", simple_value=each) for name, each in value.items()]
-        self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars_of(row).items()]
+        if values:
+            self._write(Event(step=row["step"], summary=Summary(value=values)), at_s)
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
         self._file.flush()
 
-    def close(self) -> None:
-        """Flushes and closes."""
+    def close(self, exit_reason: str = "finished") -> None:
+        """Flushes and closes, however the run ended."""
         self._file.close()
 
     def _write(self, event: Any, at_s: float | None = None) -> None:

@@ -1,8 +1,8 @@
 """The lock of a folder that one process writes: a data set while it is prepared, a run while it is trained.
 
 flock itself and not filelock, which opens the file for writing only: who merely asks (:func:`is_held`) may not be able
-to write the folder. The kernel lets go of
-a lock when the last process that holds its handle ends, however it ends; an NFS server does so too.
+to write the folder. The kernel lets go of a lock when the last process that holds its handle ends, however it ends; an
+NFS server does so too.
 """
 
 import errno

@@ -1,0 +1,29 @@
+"""Words for people."""
+
+IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "process": "processes", "this": "these"}
+
+
+def pluralize(number: int, noun: str) -> str:
+    """``1 step``, ``1,437 steps``, ``2 damaged indexes``."""
+    return f"{number:,} {noun if number == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun, whatever stands before it."""
+    before, space, last = noun.rpartition(" ")
+    return before + space + IRREGULAR.get(last, f"{last}s")
+
+
+def one_line(text: str) -> str:
+    """Text with every character that is not printed escaped: a file's name may hold newlines and terminal codes."""
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(sign: str) -> str:
+    if sign.isprintable():
+        return sign
+    if "\udc80" <= sign <= "\udcff":  # a byte of a path that is no UTF-8
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape", "surrogatepass").decode()
