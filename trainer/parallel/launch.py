@@ -22,6 +22,7 @@ from trainer.parallel.mesh import Mesh, connect
 from trainer.parallel.world import INTERFACES, PLACES, World, has_interface
 from twotower.meeting import meeting_place
 from twotower.private import NotPrivateError
+from twotower.terminal import print_error
 from twotower.verbosity import log
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
@@ -194,7 +195,7 @@ def _status(rank: int, code: int, asked: Sequence[int]) -> int:
         return code
     if -code not in asked:
         name = signal.Signals(-code).name
-        print(f"error: tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}", file=sys.stderr)
+        print_error(f"tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}")
     return 128 - code
 
 

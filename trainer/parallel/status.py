@@ -5,7 +5,6 @@ import itertools
 import math
 import platform
 import struct
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from trainer.config import TOWERS
 from trainer.errors import PeerError
 from trainer.parallel.mesh import Mesh, Replicas
 from trainer.parallel.proof import all_gather_json
+from twotower.terminal import warn
 from twotower.words import one_line
 
 FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
@@ -157,11 +157,9 @@ def check_consistency(mesh: Mesh | None, facts: Mapping[str, Fact]) -> None:
     hosts = [one_line(host) for host, _ in everyone]
     for a, b in zip(hosts[::2], hosts[1::2], strict=True):
         if a != b and mesh.coord.rank == 0:
-            print(
-                f"warning: a pair of towers is spread over {a} and {b}, and every crossing leaves the node: "
-                "start an even number of processes on each",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"a pair of towers is spread over {a} and {b}, and every crossing leaves the node: "
+                "start an even number of processes on each"
             )
 
 

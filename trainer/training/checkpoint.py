@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +28,10 @@ from pipeline.manifest import sync_folder, write_atomic
 from trainer.config import Config
 from trainer.errors import CheckpointError, DamagedError
 from trainer.training.run_files import is_count, is_share, parse_object
+from twotower.terminal import warn
 from twotower.typed import build
 from twotower.untrusted import open_regular
-from twotower.words import one_line, shortened
+from twotower.words import shortened
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
     from torch import Tensor
@@ -280,9 +280,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
                 return choose(run, which, quiet=quiet)
             damaged.append(folder)
             if not quiet:
-                print(
-                    f"warning: {one_line(str(error))}; going back to the checkpoint before", file=sys.stderr, flush=True
-                )
+                warn(f"{error}; going back to the checkpoint before")
     if found:
         raise CheckpointError(
             f"no complete checkpoint in {run}: all of {', '.join(path.name for path in found)} are damaged; put back a "

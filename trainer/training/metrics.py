@@ -20,6 +20,7 @@ from trainer.training.run_files import is_row
 from twotower import verbosity, version
 from twotower.addresses import masked_words
 from twotower.untrusted import parse_json, read_regular
+from twotower.words import one_line
 
 NAME = "metrics.jsonl"
 MOST_BYTES = 1 << 30  # 90 epochs of ImageNet in batches of 128 are 0.3 GB
@@ -177,6 +178,6 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Prints a line of its own."""
         if self._bar:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(one_line(text), highlight=False, markup=False, emoji=False)
         elif not self._quiet:
-            print(text, flush=True)
+            print(one_line(text), flush=True)
