@@ -287,10 +287,10 @@ class TrainConfig:
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
 
-    epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(90)
-    batch_size: Annotated[int, Limits(1, unit="images")] = 128
+    epochs: Annotated[int, Limits(1, 1 << 30, unit="epochs")] = may_change(90)
+    batch_size: Annotated[int, Limits(1, 1 << 20, unit="images")] = 128
     accumulate: Annotated[int, Limits(1, unit="pieces")] = 1
-    seed: Annotated[int, Limits(0)] = 0
+    seed: Annotated[int, Limits(0, 1 << 53)] = 0
     evaluate_every_epochs: Annotated[int, Limits(0, unit="epochs")] = may_change(1)
     evaluate_split: str = may_change("val")
     checkpoint_every_epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(1)
@@ -298,9 +298,9 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Limits(1, unit="checkpoints")] = may_change(2)
     precision: Literal["fp32", "bf16"] = "fp32"
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
-    threads: Annotated[int, Limits(0, unit="threads")] = may_change(0)
+    threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))
-    peer_timeout_s: Annotated[float, Limits(above=0, unit="s")] = may_change(60.0)
+    peer_timeout_s: Annotated[float, Limits(above=0, high=1e6, unit="s")] = may_change(60.0)
 
     def __post_init__(self) -> None:
         """Checks limits, and what two fields must have in common."""

@@ -1,10 +1,11 @@
 """What a benchmark found: figures with their spread, and the file that holds them. No torch: pure data."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,6 +169,21 @@ class BenchRecord:
     def ceiling(self, name: str) -> Ceiling | None:
         """A ceiling by name."""
         return next((ceiling for ceiling in self.ceilings if ceiling.name == name), None)
+
+
+@contextlib.contextmanager
+def coherent() -> Iterator[None]:
+    """Around what is concluded from a record: one of anybody's making may have figures that contradict each other.
+
+    Raises:
+        BenchError: they do.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise BenchError(
+            f"the figures of this result do not belong together ({type(error).__name__}: {error})"
+        ) from None
 
 
 def to_json(record: BenchRecord, **more: Any) -> str:

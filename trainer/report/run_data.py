@@ -89,6 +89,7 @@ def read_run(folder: Path) -> RunRecord:
     try:
         if not folder.is_dir():
             raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+        check_inside(folder, OURS)
         if not (folder / "metrics.jsonl").is_file():
             raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
         return _read(folder)
@@ -99,7 +100,6 @@ def read_run(folder: Path) -> RunRecord:
 def _read(folder: Path) -> RunRecord:
     rows = [row for row in read_metrics(folder) if row.get("views", "center") == "center"]
     steps, evaluations = ({row["step"]: row for row in rows if row.get("kind") == kind} for kind in KINDS)
-    check_inside(folder, OURS)
     recipe = folder / "config.toml"
     kernels_step, kernels = _read_kernels(folder)
     return RunRecord(
@@ -131,7 +131,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     if wrong := wrong_field(found, RESULT):
         what = f"{wrong} is {shortened(found[wrong])}"
         raise RunError(f"{path} is damaged ({what}): remove it to have the report without it")
-    return found
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:

@@ -168,6 +168,7 @@ def sound_environment(found: Mapping[str, Any]) -> dict[str, Any]:
     """environment.json without fields that are not what they are to be; of unknown ones, those that can be shown."""
     sound = _sound_part(found)
     parts = found.get("resumed")
+    sound.pop("resumed", None)
     if isinstance(parts, list):
         sound["resumed"] = [_sound_part(part) for part in parts if isinstance(part, dict)]
     return sound

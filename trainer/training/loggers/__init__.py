@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import json
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
