@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add(commands.doctor, "check a cluster and this machine, and say what to do", "python -m cluster doctor")
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
-    doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
     verbosity.add_common_options(parser, subparsers)
     return parser
 
@@ -70,6 +69,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 here); RAY_ADDRESS is not asked"
     )
     parser.add_argument("--address", metavar="URL", help=where)
+    place = "of the local cluster, whose token is there (default: %(default)s)"
+    parser.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help=place)
 
 
 def _add_cluster_commands(add: Add) -> None:

@@ -19,7 +19,7 @@ from cluster.doctor import OLDEST_SAFE_RAY, examine, release
 from cluster.errors import ClusterError, last_line
 from cluster.jobs import submission
 from cluster.jobs.addresses import dashboard_address, is_loopback
-from cluster.jobs.auth_token import ensure_token
+from cluster.jobs.auth_token import ensure_token, token_path
 from cluster.jobs.client import TERMINAL, Client, ServerError
 from cluster.jobs.entry import command_of
 from cluster.jobs.paths import absolute_paths, shared_paths
@@ -40,12 +40,11 @@ def up(arguments: argparse.Namespace) -> int:
     options = local.LocalOptions(
         arguments.folder, arguments.dashboard_port, arguments.cpus, arguments.nodes, arguments.stop_wait
     )
-    path, done = ensure_token()
-    if done:
-        _say(f"{done}: {path}")
     cluster = local.up(options)
     nodes = pluralize(len(cluster.nodes), "node")
-    _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
+    path = options.folder.resolve() / local.TOKEN_NAME
+    _say(f"cluster of {nodes} at {cluster.address}; Ray address {cluster.gcs}; end it with `down`")
+    _say(f"its token, for Ray's own commands: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path}")
     return 0
 
 
@@ -70,6 +69,12 @@ def _ray(verb: str, arguments: argparse.Namespace) -> int:
     return subprocess.run(words, check=False).returncode
 
 
+def _client(arguments: argparse.Namespace) -> Client:
+    """The cluster that was named, with the token of the local cluster if it is that one."""
+    address = dashboard_address(arguments.address)
+    return Client(address, local.token_file(arguments.folder, address))
+
+
 def submit(arguments: argparse.Namespace) -> int:
     """Run a command as a job."""
     words = command_of(arguments.entrypoint)
@@ -84,7 +89,7 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.print:
         print(request.ray_command(address))
         return 0
-    client = Client(address)
+    client = _client(arguments)
     _check_version(client)
     nodes = client.nodes()
     _check_disks(client, nodes)
@@ -149,7 +154,7 @@ def _follow(client: Client, job_id: str, started: float | None = None) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show jobs."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     records = [client.job(arguments.id)] if arguments.id else client.jobs()
     rows = [_row(client, record) for record in records]
     if arguments.json:
@@ -217,7 +222,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Show a job's log."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     job = client.job(arguments.id)
     job_id = job["submission_id"]
     if arguments.follow:
@@ -234,7 +239,7 @@ def logs(arguments: argparse.Namespace) -> int:
 
 def stop(arguments: argparse.Namespace) -> int:
     """Stop a job and wait until it has ended."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     job = client.job(arguments.id)
     job_id = job["submission_id"]
     if job["status"] not in TERMINAL:
