@@ -63,8 +63,8 @@ def plain_session() -> requests.Session:
 class Client:
     """Calls to one cluster. Every failure is one line.
 
-    The token goes to a server only once it has refused a request without it in Ray's own words, and on this machine only
-    to a program of this user or of root.
+    The token goes to a server only once it has refused a request without it in Ray's own words, and on this machine
+    only to a program of this user or of root.
 
     Args:
         address: the dashboard, see `addresses.dashboard_address`.

@@ -26,7 +26,9 @@ CONNECT_S = 5.0
 LOOPBACK = "127.0.0.1"
 SOCKET_BYTES = 107  # the longest path of a Unix socket
 PREFIX = "tt"  # of the folder of one session, to which tempfile adds 8 characters
-LONGEST_NAME = f"/{PREFIX}12345678/r/session_2026-11-27_10-24-00_123456_4194304/sockets/plasma_store"  # what Ray appends
+LONGEST_NAME = (
+    f"/{PREFIX}12345678/r/session_2026-11-27_10-24-00_123456_4194304/sockets/plasma_store"  # what Ray appends
+)
 FOLDER_FIX = "set RAY_TMPDIR to a local folder with a short path, for example RAY_TMPDIR=/tmp"
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.util.metrics import Gauge
 
 from pipeline import signals
@@ -68,7 +68,9 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
         if address == LOCAL:
             given = "Ray does not start on this machine"
             session = stack.enter_context(private_session())
-            os.environ |= environment  # inherited; a runtime_env would throw away the workers that Ray starts beforehand
+            os.environ |= (
+                environment  # inherited; a runtime_env would throw away the workers that Ray starts beforehand
+            )
             arguments |= _local_arguments(options, session)
         else:
             arguments["address"] = _resolved(address, given)

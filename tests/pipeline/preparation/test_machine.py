@@ -214,11 +214,15 @@ def test_a_cluster_of_another_user_of_this_machine_is_refused(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
 def test_nobody_else_on_the_machine_gets_into_a_running_prepare(tmp_path: Path) -> None:
-    """Its Ray listens on loopback only, asks for a token, and its folder is shut; all of it is gone when it is stopped."""
+    """Its Ray listens on loopback only, asks for a token, and its folder is shut; nothing is left behind."""
     marker, base = tmp_path / "reached", Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
     base.chmod(0o777)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"TWOTOWER_FAULT": f"hold-driver-shard-done:{marker}", "RAY_TMPDIR": str(base), "HOME": str(tmp_path)}
+    environment |= {
+        "TWOTOWER_FAULT": f"hold-driver-shard-done:{marker}",
+        "RAY_TMPDIR": str(base),
+        "HOME": str(tmp_path),
+    }
     environment |= {"RAY_AUTH_MODE": "disabled"}
     words = ("prepare", "--source", "digits", "--limit", "40", "--shard-size", "8", "--workers", "1")
     command = [sys.executable, "-m", "pipeline", *words, "--output", str(tmp_path / "d")]
