@@ -42,8 +42,18 @@ FLOORS = {
         "train_command",
         "cli",
     ),
-    "twotower": ("linux_only", "words", "terminal", "command_line", "locks", "version", "verbosity", "fields"),
-    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
+    "twotower": (
+        "linux_only",
+        "words",
+        "terminal",
+        "command_line",
+        "locks",
+        "version",
+        "verbosity",
+        "fields",
+        "listeners",
+    ),
+    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "ray_up", "commands", "deploy"),
 }
 SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
 # Who may know of what, as prefixes of modules.

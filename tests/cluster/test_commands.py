@@ -269,6 +269,31 @@ def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path
     assert local.down(tmp_path) is None
 
 
+def test_the_port_of_the_local_cluster_must_be_one_of_its_processes(tmp_path, capsys):
+    """A process in a session of its own stands for the head; then another program has the port."""
+    code = "import socket, time\ns = socket.create_server(('127.0.0.1', 0))\n"
+    code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as head,
+        serving(lambda handler: b"{}") as other,
+    ):
+        try:
+            node = local.LocalNode(head.pid, local._start_time(head.pid), head=True)
+            ours = f"http://127.0.0.1:{int(head.stdout.readline())}"
+            local.save(tmp_path, local.LocalCluster(ours, "127.0.0.1:1", (node,)))
+            for address in (ours, ours.replace("127.0.0.1", "localhost")):
+                assert local.token_file(tmp_path, address) == tmp_path / local.TOKEN_NAME
+            for address in (other.address, "http://10.0.0.7:8265"):
+                assert local.token_file(tmp_path, address) is None, "another cluster's"
+            local.save(tmp_path, local.LocalCluster(other.address, "127.0.0.1:1", (node,)))
+            assert main(["status", "--folder", str(tmp_path), "--address", other.address]) == 2
+            assert "held by another program: the token was not sent" in capsys.readouterr().err
+        finally:
+            head.kill()
+    assert local.token_file(tmp_path, other.address) is None, "its head has ended"
+
+
 def test_full_disks_of_living_nodes():
     def node(ip, percent, state="ALIVE", head=False):
         return {"ip": ip, "disk": {"/": {"percent": percent}}, "raylet": {"state": state, "isHeadNode": head}}
