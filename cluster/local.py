@@ -17,13 +17,15 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs import loopback_node
-from cluster.jobs.auth_token import ensure_token, token_path
+from cluster.jobs.addresses import is_loopback
+from cluster.jobs.auth_token import new_token
 from cluster.jobs.client import Client, ServerError, Unreachable
 from cluster.jobs.entry import write_json
-from twotower import private, typed
+from twotower import listeners, private, typed
 from twotower.untrusted import parse_json
 
 RECORD = "cluster.json"
@@ -32,6 +34,7 @@ START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 EXTRA_NODE_STORE_BYTES = 1 << 30
 NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
+TOKEN_NAME = "token"  # of this one cluster: `up` makes it, `down` deletes it
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ def up(options: LocalOptions) -> LocalCluster:
     _prepare_folder(options.folder)
     if running := load(options.folder):
         raise ClusterError(f"a local cluster is running at {running.address}; end it with `python -m cluster down`")
-    ensure_token()
     port = options.dashboard_port or _free_ports(1)[0]
     if not _is_free(port):
         raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
+    new_token(options.folder / TOKEN_NAME)
     address = f"http://127.0.0.1:{port}"
     gcs_port, client_port = _free_ports(2)
     gcs = f"{loopback_node.LOOPBACK}:{gcs_port}"
@@ -124,6 +127,7 @@ def up(options: LocalOptions) -> LocalCluster:
         wait_for_nodes(options, cluster, options.num_nodes)
     except BaseException:
         down(options.folder)
+        (options.folder / TOKEN_NAME).unlink(missing_ok=True)  # also if the head is dead, which `down` passes over
         raise
     return cluster
 
@@ -150,7 +154,30 @@ def down(folder: Path) -> LocalCluster | None:
     for node in reversed(cluster.nodes):
         stop_node(node)
     (folder / RECORD).unlink(missing_ok=True)
+    (folder / TOKEN_NAME).unlink(missing_ok=True)
     return cluster
+
+
+def token_file(folder: Path, address: str) -> Path | None:
+    """The token of a folder's cluster, if that is the one at an address; None if it is another cluster's address.
+
+    Raises:
+        ClusterError: the cluster runs, and the port of its dashboard is another program's.
+    """
+    cluster = load(folder)
+    if cluster is None or not is_loopback(address):
+        return None
+    port = urlsplit(cluster.address).port
+    if port is None or urlsplit(address).port != port:
+        return None
+    ours = {inode for node in cluster.nodes for pid in session_members(node.pid) for inode in listeners.inodes_of(pid)}
+    found = listeners.listeners_at(listeners.addresses_here(listeners.LOOPBACK), port)
+    if any(one.inode not in ours for one in found):
+        raise ClusterError(
+            f"port {port} of the local cluster is held by another program: the token was not sent; "
+            "`python -m cluster down`, then `up --local`"
+        )
+    return folder / TOKEN_NAME
 
 
 def stop_node(node: LocalNode, kill: bool = False) -> None:
@@ -241,10 +268,10 @@ def _start_node(options: LocalOptions, arguments: list[str], number: int) -> Loc
 
 
 def _environment(options: LocalOptions) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    left_out = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["RAY_AUTH_MODE"] = "token"
-    if not os.environ.get("RAY_AUTH_TOKEN"):
-        environment["RAY_AUTH_TOKEN_PATH"] = str(token_path().resolve())
+    environment["RAY_AUTH_TOKEN_PATH"] = str((options.folder / TOKEN_NAME).resolve())
     # Read by the job's supervisor on the cluster's side; the default of 3 s is too short to save a checkpoint.
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(options.stop_wait_s)
     # A job's `python` is looked up in the head's PATH: make it the interpreter that has the project's packages.
@@ -258,7 +285,7 @@ def wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) ->
     Raises:
         ClusterError: the newest node has ended, or the nodes do not come in time.
     """
-    client = Client(cluster.address)
+    client = Client(cluster.address, options.folder / TOKEN_NAME)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if not is_alive(cluster.nodes[-1]):

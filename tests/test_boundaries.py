@@ -56,8 +56,9 @@ FLOORS = {
         "version",
         "verbosity",
         "fields",
+        "listeners",
     ),
-    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
+    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "ray_up", "commands", "deploy"),
 }
 SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
 # Who may know of what, as prefixes of modules.

@@ -157,7 +157,14 @@ def main(arguments: list[str]) -> int:
     if wanted := os.environ.get("TWOTOWER_PID"):  # who wants to stop us from outside Ray signals this process
         with contextlib.suppress(OSError):  # a full disk must not keep the command from running
             Path(wanted).write_text(str(os.getpid()))
+    with_secrets = "TWOTOWER_SECRETS" in os.environ  # see job_secrets.py
+    if with_secrets:
+        from cluster.jobs import job_secrets
+
+        job_secrets.load()
     record = run(command)
+    if with_secrets:
+        job_secrets.forget()
     if path := result_path(record["submission_id"]):
         try:
             write_json(path, record)
