@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeVar
 
+from pipeline.addresses import is_address as is_url
+from pipeline.addresses import open_store
 from pipeline.errors import ImageError, SourceError, first_line
 
 ATTEMPTS = 3
@@ -27,11 +29,6 @@ MAX_OPEN = 64  # files kept open by a process; some data sets have thousands of 
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-
-
-def is_url(text: str) -> bool:
-    """Tells a URL from a path."""
-    return "://" in text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +148,7 @@ class Entry(NamedTuple):
 
 
 def parse_path(text: str) -> AnyPath:
-    """A path, or a URL if ``text`` has ``://``."""
+    """A path, or a URL if ``text`` is an address."""
     return UrlPath(text.rstrip("/")) if is_url(text) else Path(text)
 
 
@@ -306,10 +303,7 @@ def _open_store(url: str) -> tuple[Any, str]:
     Raises:
         SourceError: fsspec does not know the kind of URL, or lacks its package.
     """
-    import fsspec  # only where a URL is given
-
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        return open_store(url)
     except (ValueError, ImportError) as error:
         raise SourceError(f"--input {url}: {error}") from None
-    return filesystem, str(path).rstrip("/")

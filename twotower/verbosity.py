@@ -67,10 +67,10 @@ def remark(text: str, *, stdout: bool = False) -> None:
 class _Lines(logging.Formatter):
     """A message in one line; an error's trace below it, indented, so that no line of it can pass for one of ours."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802  the library's name
+    def formatException(self, ei: Any) -> str:
         return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --seed 1 --count 5000``: runs the targets, prints what must not happen, ends with 1 if it does."""
+"""``python -m tests.fuzz --seed 1``: runs the targets, prints what must not happen, and ends with 1 if it does."""
 
 import argparse
 import importlib

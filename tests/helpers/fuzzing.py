@@ -6,6 +6,7 @@ so is a file that appears or changes beside the input's own folder. ``python -m 
 """
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -26,7 +27,7 @@ MEMORY_BYTES = 3 * 2**30  # more than the process has at its start
 BATCH = 200
 NUMBERS = ("-1", "0", "1", "-0", "99999999", "2147483648", "4294967295", "9223372036854775807", "18446744073709551615")
 ODD_NUMBERS = (*NUMBERS, "1e999", "NaN", "-Infinity", "9" * 5000, "00000000000000001", "0.5", "true", "null", '"x"')
-NAMES = ("", ".", "..", "../outside/new", "/dev/zero", "/dev/stdin", "a\nerror: b", "\x1b[2J", "\u202egpj.exe", "x" * 5000)
+NAMES = ("", ".", "..", "../outside/new", "/dev/zero", "/dev/stdin", "a\nb", "\x1b[2J", "\u202egpj.exe", "x" * 5000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _confine(outside: Path) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(null, "w"))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process also where C code loops
