@@ -242,3 +242,15 @@ def test_rows_that_are_none_are_left_out(run: Path, trainer: Call) -> None:
     from trainer.training.metrics import read_metrics
 
     assert [json.dumps(row) for row in read_metrics(run)] == whole.splitlines()
+
+
+def test_names_of_classes_stay_text_in_a_drawing() -> None:
+    """No formula, no markup, no link, no line of its own."""
+    import numpy as np
+
+    from trainer.report.confusion import confusion_svg
+
+    names = [r"$\frac{$", "<script>1</script>", "a\nb\x1b[2J", '"onload=x']
+    drawn = str(confusion_svg(np.eye(4, dtype=np.int64), names))
+    assert r"$\frac{$" in drawn and "&lt;script&gt;" in drawn and r"a\nb\x1b[2J" in drawn
+    assert "<script" not in drawn and "href" not in drawn

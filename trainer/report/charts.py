@@ -213,6 +213,7 @@ def drawing(width: float, height: float) -> "Iterator[Figure]":
     from matplotlib.figure import Figure
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLORS["ink"]}
+    settings["text.parse_math"] = False  # a class may be named $x$
     with matplotlib.style.context(settings, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72), dpi=72)
 
