@@ -270,7 +270,7 @@ def _start_node(options: LocalOptions, arguments: list[str], number: int) -> Loc
 def _environment(options: LocalOptions) -> dict[str, str]:
     left_out = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment["RAY_AUTH_MODE"] = "token"
+    environment |= listeners.no_proxy_here(environment) | {"RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN_PATH"] = str((options.folder / TOKEN_NAME).resolve())
     # Read by the job's supervisor on the cluster's side; the default of 3 s is too short to save a checkpoint.
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(options.stop_wait_s)

@@ -1,4 +1,4 @@
-"""Who listens on a port of this machine, from /proc/net/tcp: whom a secret would reach that is sent there.
+"""Whom a secret would reach that is sent to a port of this machine: who listens there, from /proc/net/tcp, or a proxy.
 
 /proc is read by hand, for it takes a few lines: psutil, which comes inside Ray only, does not tell whose a socket is.
 """
@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LOOPBACK = "127.0.0.1"
+NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
 LISTENS = "0A"  # the kernel's TCP_LISTEN
 
 
@@ -78,6 +79,13 @@ def stranger_at(addresses: set[Address], port: int) -> int | None:
     """The user, neither this one nor root, who may answer at a port of this machine; None if there is none."""
     trusted = {0, os.getuid()}
     return next((one.uid for one in listeners_at(addresses, port) if one.uid not in trusted), None)
+
+
+def no_proxy_here(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep connections to this machine from a proxy, for Ray's processes: their token would go to it."""
+    before = [environment[name] for name in NO_PROXY if environment.get(name)]
+    words = dict.fromkeys(word for text in (*before, "127.0.0.1,localhost,::1") for word in text.split(","))
+    return dict.fromkeys(NO_PROXY, ",".join(words))
 
 
 def inodes_of(pid: int) -> set[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline import signals
 from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError
-from twotower.listeners import addresses_here, stranger_at
+from twotower.listeners import NO_PROXY, addresses_here, no_proxy_here, stranger_at
 
 LOCAL = "local"
 # Read when Ray is imported: its own handler would print a stack trace on SIGTERM.
@@ -134,8 +134,11 @@ def private_session() -> Iterator[Session]:
     Raises:
         PipelineError: see `ray_folder`.
     """
-    before = {name: os.environ.pop(name, None) for name in TOKEN_VARIABLES}
+    before = {name: os.environ.get(name) for name in (*TOKEN_VARIABLES, *NO_PROXY)}
     try:
+        for name in TOKEN_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ |= no_proxy_here(os.environ)
         private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder()))  # 0700
         signals.temporary.add(private)
         session = Session(private / "r")

@@ -120,7 +120,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_job(machine):
         process.stdout.close()
         said = process.stderr.read().decode().splitlines()
         assert process.wait(120) == 141
-    assert said[1:] == ["job head goes on; end it with `python -m cluster stop head`"]
+    assert said[-1:] == ["job head goes on; end it with `python -m cluster stop head`"]
     assert machine.status("head")["state"] == "running"
     assert "stopped by SIGTERM: exit code 143" in machine.run("stop", "head", expect=0).stderr
 

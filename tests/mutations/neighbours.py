@@ -54,8 +54,8 @@ def of_the_session() -> Iterator[Change]:
     yield "session: stays", "shutil.rmtree(private, ignore_errors=True)", "pass"
     yield (
         "session: no authentication",
-        "os.environ.pop(name, None) for name in TOKEN",
-        "os.environ.get(name) for name in TOKEN",
+        "os.environ.pop(name, None)\n        os.environ |=",
+        "pass\n        os.environ |=",
     )
     yield "session: another user's cluster", "if stranger is not None:", "if False:"
 

@@ -176,12 +176,15 @@ def test_a_session_has_a_token_and_a_folder_for_itself(monkeypatch: pytest.Monke
     monkeypatch.delenv("HOME", raising=False)
     for name, value in zip(machine.TOKEN_VARIABLES, ("disabled", "theirs", "/given"), strict=True):
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "example.org")
     before, tokens = dict(os.environ), set()
     old = os.umask(0)
     try:
         for _ in range(2):
             with private_session() as session:
                 assert "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ
+                assert os.environ["no_proxy"].split(",") == ["example.org", "127.0.0.1", "localhost", "::1"]
                 token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
                 assert stat.S_IMODE(token.stat().st_mode) == 0o600
                 assert stat.S_IMODE(session.folder.parent.stat().st_mode) == 0o700, "Ray makes its own folders 0777"
