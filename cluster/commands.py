@@ -93,6 +93,7 @@ def submit(arguments: argparse.Namespace) -> int:
         if secrets:
             raise ClusterError("--print: `ray job submit` has no --secret: leave one of the two out")
         print(request.ray_command(address))
+        _say("warning: unlike `submit`, Ray's own command sends all that .gitignore does not name, also keys")
         return 0
     client = _client(arguments)
     _check_version(client)

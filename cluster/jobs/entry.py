@@ -161,7 +161,11 @@ def main(arguments: list[str]) -> int:
     if with_secrets:
         from cluster.jobs import job_secrets
 
-        job_secrets.load()
+        try:
+            job_secrets.load()
+        except Exception as error:  # of Ray's, of whatever class: the command must not run without them
+            print(f"error: the job's secrets cannot be read ({type(error).__name__})", file=sys.stderr, flush=True)
+            return 2
     record = run(command)
     if with_secrets:
         job_secrets.forget()

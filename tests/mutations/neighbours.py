@@ -57,7 +57,6 @@ def of_the_session() -> Iterator[Change]:
         "os.environ.pop(name, None)\n        os.environ |=",
         "pass\n        os.environ |=",
     )
-    yield "session: another user's cluster", "if stranger is not None:", "if False:"
 
 
 GROUPS: tuple[Group, ...] = (
