@@ -79,6 +79,7 @@ def fuzz(target: Target, work: Path, *, seed: int, count: int, first: int = 0) -
     for folder in (outside / "home", outside / "tmp"):
         folder.mkdir(parents=True, exist_ok=True)
     (outside / "precious").write_bytes(b"as it was")
+    make_input(target, seed, first, outside)  # what inputs are made of is made here, once, and not in every child
     number, end = first, first + count
     while number < end:
         before = tree(outside)

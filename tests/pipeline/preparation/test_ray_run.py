@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.preparation import ray_run
-from pipeline.preparation.ray_run import run_shards
+from pipeline.preparation.ray_run import run_shards, worker_bytes
 from pipeline.preparation.shard import ShardTask
 from pipeline.progress import ProgressLine
 from tests.helpers.shard_data import make_job, make_tasks
