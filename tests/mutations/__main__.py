@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutations import Mutation, images, inference, neighbours, net, of_groups, recipes, training
+from tests.mutations import Mutation, images, inference, neighbours, net, of_groups, recipes, training, trust
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tests/trainer", "tests/pipeline")
@@ -64,6 +64,7 @@ def mutations() -> list[Mutation]:
         *of_groups(images.GROUPS),
         *of_groups(inference.GROUPS),
         *of_groups(neighbours.GROUPS),
+        *of_groups(trust.GROUPS),
         *recipes.of_recipes(),
     ]
     names = [mutation.name for mutation in listed]
