@@ -51,14 +51,19 @@ FLOORS = {
         "linux_only",
         "words",
         "untrusted",
+        "addresses",
+        "typed",
+        "private",
+        "meeting",
         "terminal",
         "command_line",
         "locks",
         "version",
         "verbosity",
         "fields",
+        "listeners",
     ),
-    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "commands", "deploy"),
+    "cluster": ("errors", "jobs", "local", "training", "host_checks", "doctor", "ray_up", "commands", "deploy"),
 }
 SEEN_OF_PIPELINE = ("loader", "manifest", "config", "errors")  # by the trainer
 # Who may know of what, as prefixes of modules.

@@ -19,13 +19,23 @@ _JSON_WORDS = "no number is infinite or NaN in JSON"
 
 
 @contextlib.contextmanager
-def open_regular(path: str | os.PathLike[str]) -> Iterator[int]:
+def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[int]:
     """A descriptor of a regular file, opened for reading; nothing is waited for should it be a pipe by now.
+
+    Args:
+        path: the file.
+        follow: it may be a link to one.
 
     Raises:
         OSError: it cannot be opened, or is no regular file (``EINVAL``, and ``strerror`` says so).
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        if follow or error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "is a link, which may lead anywhere", os.fspath(path)) from None
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
@@ -34,13 +44,13 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[int]:
         os.close(handle)
 
 
-def read_regular(path: str | os.PathLike[str], most_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a regular file of at most so many bytes.
+def read_regular(path: str | os.PathLike[str], most_bytes: int = MAX_JSON_BYTES, *, follow: bool = True) -> bytes:
+    """The content of a regular file of at most so many bytes; ``follow``: it may be a link to one.
 
     Raises:
         OSError: it cannot be read, is no regular file, or is larger (``EFBIG``, and ``strerror`` says so).
     """
-    with open_regular(path) as handle:
+    with open_regular(path, follow=follow) as handle:
         size = os.fstat(handle).st_size
         pieces, left = [], most_bytes + 1
         if size <= most_bytes:

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from twotower.addresses import masked
 from twotower.version import ShowVersion
 from twotower.words import one_line
 
@@ -61,17 +62,17 @@ def is_quiet() -> bool:
 def remark(text: str, *, stdout: bool = False) -> None:
     """Prints a line that a quiet command leaves out."""
     if not is_quiet():
-        print(one_line(text), file=sys.stdout if stdout else sys.stderr, flush=True)
+        print(one_line(masked(text)), file=sys.stdout if stdout else sys.stderr, flush=True)
 
 
 class _Lines(logging.Formatter):
     """A message in one line; an error's trace below it, indented, so that no line of it can pass for one of ours."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
+        return one_line(masked(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:
-        return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).split("\n"))
+        return "\n".join(f"    {one_line(masked(line))}" for line in super().formatException(ei).split("\n"))
 
 
 def say_written(path: object) -> None:

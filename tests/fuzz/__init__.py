@@ -3,4 +3,4 @@
 Each module here has ``TARGETS``, and a line in :data:`MODULES`.
 """
 
-MODULES = ("tests.fuzz.data_sets", "tests.fuzz.images")
+MODULES = ("tests.fuzz.data_sets", "tests.fuzz.images", "tests.fuzz.runs")
