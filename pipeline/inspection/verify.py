@@ -21,7 +21,6 @@ from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_sampl
 from twotower.verbosity import log
 from twotower.words import pluralize
 
-
 DEFAULT = ImageSettings()
 
 
