@@ -111,7 +111,7 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(self.coord.rank, self.coord.world, link.exchange_pixels) if link else None,
+            split_feed=SplitFeed(self.coord.rank % 2, 2, link.exchange_pixels) if link else None,
             share=BatchShare(self.coord.replica, self.coord.replicas),
         )
 
@@ -295,6 +295,7 @@ class Trainer:
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
         notes = LocalStatus(
             fingerprint=batch.fingerprint,
+            order_fingerprint=batch.order_fingerprint,
             finite=finite,
             stop=self.stop.name is not None,
             plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
+from pipeline.loader.open_split import OpenSplit, check_files, open_split, read_statistics
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest, read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
@@ -116,8 +116,9 @@ def _check_data(config: Config, manifest: Manifest, data: Path, skip_list: Path 
     """The training split of a data set that a recipe fits and of which nothing is damaged."""
     run_folder.check_fits(config, manifest, data)
     opened = open_split(data, "train", skip_list=skip_list)
+    check_files(opened)
     if config.train.evaluate_split != "train":
-        open_split(data, config.train.evaluate_split)
+        check_files(open_split(data, config.train.evaluate_split))
     read_statistics(data, manifest)
     return opened
 

@@ -13,7 +13,7 @@ from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from tests.helpers.loader_data_set import make_encodings
 
-CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, color="deviation")
+CONFIG = LoaderConfig(crop_px=12, threads=1, color="deviation")
 BATCH = 6
 
 
@@ -27,7 +27,8 @@ def assert_rows(whole: Batch, parts: list[Batch]) -> None:
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
     assert sum((part.keys for part in parts), ()) == whole.keys
     assert np.array_equal(np.concatenate([part.draws for part in parts]), whole.draws)
-    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    assert {part.order_fingerprint for part in parts} == {whole.order_fingerprint}
+    assert len({part.fingerprint for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "raw"])
@@ -74,7 +75,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
             crops[tower] = own
             return torch.cat([own] * 3)
 
-        feed = SplitFeed(3 + tower, 6, keep)
+        feed = SplitFeed(tower, 3, keep)
         config = dataclasses.replace(CONFIG, decode="sharded")
         share = BatchShare(1, 2)
         loader = TrainingLoader(folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=share)
@@ -84,7 +85,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
         read_part(tower)
     union = torch.cat([crops[tower] for tower in range(3)])
     config = dataclasses.replace(CONFIG, decode="sharded")
-    feed = SplitFeed(0, 1, lambda own: union)  # decodes all, and gets the replica's rows from elsewhere
+    feed = SplitFeed(0, 1, lambda own: union)  # decodes all rows, and gets them from elsewhere
     found = TrainingLoader(
         folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=BatchShare(1, 2)
     ).next()
