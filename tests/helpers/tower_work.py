@@ -136,7 +136,7 @@ def train_rows(
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = dict.fromkeys(net.towers, 1.0)
-        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
+        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, 1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
             record["gradients"] = gradients_of(net)
         optimizer.step()
