@@ -6,7 +6,7 @@ import io
 import logging
 import resource
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,13 @@ def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
         )
     except (KeyError, EOFError, ValueError, zipfile.BadZipFile):  # numpy's own words advise to unpickle it
         raise DatasetError(f"{path} is damaged: {REPAIR}") from None
+
+
+def describe_keys(keys: Sequence[str]) -> str:
+    """Number and hash of keys, in order: what is kept of a skip list, which may have a million of them."""
+    if not keys:
+        return "none"
+    return f"{len(keys)} of sha256 {hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
 
 
 def read_skip_list(path: Path) -> frozenset[str]:

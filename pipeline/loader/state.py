@@ -1,12 +1,10 @@
 """What a run keeps of its loader: which batch is next, and what must be equal for it to mean the same samples."""
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.open_split import OpenSplit
+from pipeline.loader.open_split import OpenSplit, describe_keys
 from pipeline.loader.order import Order
 
 _FORMAT = 3
@@ -17,19 +15,12 @@ def identity(split: OpenSplit, config: LoaderConfig, order: Order) -> dict[str, 
     return {
         "format": _FORMAT,
         "data set": split.manifest.fingerprint,
-        "skipped keys": _describe_keys(split.skipped),
+        "skipped keys": describe_keys(split.skipped),
         "batch size": order.batch_size,
         "seed": order.seed,
         "shuffle": config.shuffle,
         "last_batch": config.last_batch,
     }
-
-
-def _describe_keys(keys: Sequence[str]) -> str:
-    """Number and hash of skipped keys: a list of a million of them stays a line."""
-    if not keys:
-        return "none"
-    return f"{len(keys)} of sha256 {hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
 
 
 def restore(expected: dict[str, Any], split: OpenSplit, steps: int, state: dict[str, Any]) -> tuple[int, int]:

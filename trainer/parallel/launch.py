@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainer import stopping
-from trainer.config import TOWERS
+from trainer.config import TOWERS, TrainConfig
 from trainer.errors import RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
@@ -53,8 +53,8 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     return f"cuda:{rank % count}"
 
 
-def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
-    """Connects this process to the others of its world.
+def join_mesh(world: World, device: str, train: TrainConfig) -> Mesh:
+    """Connects this process to the others of its world; they are waited for as long as the recipe says.
 
     NCCL needs a GPU a rank; towers on CPUs, or on one GPU together, talk through gloo.
 
@@ -64,7 +64,8 @@ def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
     own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    return connect(timeout_s, "nccl" if own_gpu else "gloo")
+    backend = "nccl" if own_gpu else "gloo"
+    return connect(train.start_timeout_s, backend, peer_timeout_s=train.peer_timeout_s)
 
 
 def tower_environment(rank: int, port: int, world: int = 2) -> dict[str, str]:

@@ -128,6 +128,7 @@ class Replicas:
         ledger: Ledger,
     ) -> None:
         self.coord, self._group, self._control, self._failures, self._ledger = coord, group, control, failures, ledger
+        self.groups = (group, control)
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._way = f"{coord.tower}->{coord.tower}"
 
@@ -177,6 +178,7 @@ class Mesh:
         replicas: the same tower elsewhere; None with one pair.
         control: gloo group of all processes, for what is compared at the start.
         failures: where failures are reported.
+        peer_timeout: after which a silent process counts as lost, once all are about to do their first step.
     """
 
     coord: MeshCoord
@@ -184,19 +186,34 @@ class Mesh:
     replicas: Replicas | None
     control: dist.ProcessGroup
     failures: FailureStore
+    peer_timeout: datetime.timedelta
+
+    def begin_steps(self) -> None:
+        """From now on a silent process is lost after ``peer_timeout``; called where all have just compared notes."""
+        groups = [
+            self.control,
+            self.link.group,
+            self.link.control_group,
+            *(self.replicas.groups if self.replicas else ()),
+        ]
+        for group in {id(group): group for group in groups}.values():
+            dist.set_timeout(self.peer_timeout, group)
 
 
-def connect(timeout_s: float, backend: str) -> Mesh:
+def connect(timeout_s: float, backend: str, *, peer_timeout_s: float | None = None) -> Mesh:
     """Joins the processes that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Args:
-        timeout_s: seconds after which a silent peer counts as lost.
+        timeout_s: seconds after which a silent peer counts as lost, until all are about to do their first step.
         backend: ``nccl`` or ``gloo``.
+        peer_timeout_s: the same from then on; None: as long.
 
     Raises:
         PeerError: the world is not pairs of processes, or one does not come.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
+    # Gloo then connects two processes when they first talk: neighbors in a ring, not each with all others.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         check_world(world)
@@ -207,10 +224,18 @@ def connect(timeout_s: float, backend: str) -> Mesh:
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
         reason = str(error).splitlines()[0]
         raise PeerError(f"the processes cannot find each other ({where}): {reason}") from None
-    return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
+    later = timeout if peer_timeout_s is None else datetime.timedelta(seconds=peer_timeout_s)
+    return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout, peer_timeout=later)
 
 
-def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
+def make_mesh(
+    coord: MeshCoord,
+    store: Any,
+    *,
+    backend: str,
+    timeout: datetime.timedelta,
+    peer_timeout: datetime.timedelta | None = None,
+) -> Mesh:
     """The mesh over the default process group, which must be there; called by all ranks.
 
     Args:
@@ -218,7 +243,9 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
         store: the store of the default group.
         backend: of the tensors: ``nccl``, ``gloo``, or ``fake`` to count what would be sent.
         timeout: of the groups that are made.
+        peer_timeout: theirs from the first step on; None: the same.
     """
+    later = timeout if peer_timeout is None else peer_timeout
     world = cast(dist.ProcessGroup, dist.group.WORLD)
     failures = FailureStore(store)
     needs_control = backend == "nccl"  # gloo's own group serves both
@@ -230,10 +257,11 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if needs_control else world
     if coord.replicas == 1:
         link = Link(coord.tower, 1 - coord.rank, world, control, failures)
-        return Mesh(coord, link, None, control, failures)
+        return Mesh(coord, link, None, control, failures, later)
     pair = join(coord.pair, backend)
     pair_control = join(coord.pair, "gloo") if needs_control else pair
     same = join(coord.same_tower, backend)
     same_control = join(coord.same_tower, "gloo") if needs_control else same
     link = Link(coord.tower, sum(coord.pair) - coord.rank, pair, pair_control, failures)
-    return Mesh(coord, link, Replicas(coord, same, same_control, failures, link.ledger), control, failures)
+    replicas = Replicas(coord, same, same_control, failures, link.ledger)
+    return Mesh(coord, link, replicas, control, failures, later)

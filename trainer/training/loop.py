@@ -143,6 +143,8 @@ class Trainer:
             "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
         check_consistency(self.mesh, facts)
+        if self.mesh:
+            self.mesh.begin_steps()
 
     def train(self) -> Result:
         """Trains to the end, to a signal, or to an error; writes result.json in every case.

@@ -11,8 +11,8 @@ SHAPES = [  # samples of each tar, batch size
     ([5, 5, 5, 5, 4], 4),
     ([7], 3),
     ([300, 0, 1, 299], 6),
-    ([640] * 20, 64),
-    ([1000] * 9 + [37], 8),
+    ([64] * 20, 16),
+    ([100] * 9 + [37], 8),
 ]
 
 
@@ -44,7 +44,7 @@ def test_replicas_have_rows_of_the_same_batches_and_open_what_they_read(
     counts: list[int], batch_size: int, shuffle: bool
 ) -> None:
     whole = Order(np.array(counts), batch_size, 3, shuffle, partial=False)
-    for parts in (size for size in range(1, batch_size + 1) if batch_size % size == 0):
+    for parts in {1, 2, batch_size} if batch_size % 2 == 0 else {1, batch_size}:
         size = batch_size // parts
         orders = [
             Order(np.array(counts), batch_size, 3, shuffle, False, slice(part * size, (part + 1) * size))
