@@ -124,7 +124,7 @@ def resume_s(work: Path, step: int) -> float:
     return time.perf_counter() - begin
 
 
-# The fields of an operation of ``scale.py``: (name, what grows, unit, sizes, function of a folder and a size, the greatest exponent that is meant)
+# The fields of an operation of scale.py: name, what grows, unit, sizes, figure of a folder and a size, most exponent.
 OPERATIONS: list[tuple[str, str, str, tuple[int, ...], Callable[[Path, int], float], float]] = [
     ("loader: a replica's step", "replicas", "ms a step", (1, 8, 64), step_ms, 0.0),
     ("loader: opening a set", "samples", "s", (40_000, 160_000, 640_000), open_s, 1.0),

@@ -62,11 +62,12 @@ class BatchShare:
         Raises:
             ConfigError: it cannot be divided evenly.
         """
-        _check_part(self.part, self.parts)
-        if batch_size % self.parts:
-            raise ConfigError(f"batch size {batch_size} cannot be divided among {self.parts} replicas: use a multiple")
-        size = batch_size // self.parts
-        return slice(self.part * size, (self.part + 1) * size)
+        return _equal_part(
+            batch_size,
+            self.part,
+            self.parts,
+            f"batch size {batch_size} cannot be divided among {self.parts} replicas: use a multiple",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +91,22 @@ class SplitFeed:
         Raises:
             ConfigError: they cannot be split evenly.
         """
-        _check_part(self.part, self.parts)
-        if count % self.parts:
-            raise ConfigError(
-                f"batch size {count} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'"
-            )
-        size = count // self.parts
-        return slice(self.part * size, (self.part + 1) * size)
+        return _equal_part(
+            count,
+            self.part,
+            self.parts,
+            f"batch size {count} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'",
+        )
 
 
-def _check_part(part: int, parts: int) -> None:
+def _equal_part(count: int, part: int, parts: int, refusal: str) -> slice:
+    """One of equal parts of ``count`` rows; raises ConfigError with ``refusal`` where they are not equal."""
     if not 0 <= part < parts:
         raise ConfigError(f"part {part} of {parts}: expected 0..{parts - 1}")
+    if count % parts:
+        raise ConfigError(refusal)
+    size = count // parts
+    return slice(part * size, (part + 1) * size)
 
 
 def read_labels(texts: Sequence[bytes], keys: Sequence[str], num_classes: int) -> torch.Tensor:

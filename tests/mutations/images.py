@@ -159,7 +159,7 @@ def of_batches() -> Iterator[Change]:
 
 def of_batch() -> Iterator[Change]:
     """pipeline/loader/batch.py: rows of a replica."""
-    yield "replicas: all take the first rows", "slice(self.part * size, (self.part + 1) * size)", "slice(0, size)"
+    yield "replicas: all take the first rows", "slice(part * size, (part + 1) * size)", "slice(0, size)"
 
 
 def of_order() -> Iterator[Change]:

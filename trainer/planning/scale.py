@@ -28,7 +28,7 @@ from twotower.words import pluralize
 
 WORLDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMEOUT = datetime.timedelta(seconds=60)
-OPEN_US = 3.0  # of a sample whose index a process reads
+OPEN_US = 1.1  # of a sample whose index a process reads
 FORMULA = (
     "MODEL, not measured: step = max(loading, compute + crossing + max(0, sum - 2/3 compute) + control); "
     "crossing = bytes / pair bandwidth + messages x latency; "

@@ -49,19 +49,25 @@ def test_the_shares_are_the_batch(folders: dict[str, Path], encoding: str, parts
 
 
 def test_a_state_serves_any_number_of_replicas(folders: dict[str, Path]) -> None:
-    """Two replicas go on where one stopped, and three where a replica of two stopped."""
+    """Four replicas of two towers, then two where they stopped, then three, then one: the undisturbed batches."""
+    size = 12
 
-    def opened(part: int, parts: int, state: dict | None) -> TrainingLoader:
+    def opened(part: int, parts: int, state: dict | None, tower: str = "a") -> TrainingLoader:
+        config = CONFIG if tower == "a" else dataclasses.replace(CONFIG, prefetch=4, threads=2, mmap=False)
         share = BatchShare(part, parts)
-        return TrainingLoader(folders["jpeg"], CONFIG, batch_size=BATCH, seed=5, share=share, state=state)
+        return TrainingLoader(folders["raw"], config, batch_size=size, seed=5, share=share, state=state)
 
-    undisturbed = TrainingLoader(folders["jpeg"], CONFIG, batch_size=BATCH, seed=5)
+    undisturbed = opened(0, 1, None)
     state = None
-    for parts in (1, 2, 3):
-        shares = [opened(part, parts, state) for part in range(parts)]
+    for parts in (4, 2, 3, 1):
+        towers = [[opened(part, parts, state, tower) for part in range(parts)] for tower in "ab"]
         for _ in range(2):
-            assert_rows(undisturbed.next(), [loader.next() for loader in shares])
-        states = [loader.state() for loader in shares]
+            expected = undisturbed.next()
+            a, b = ([loader.next() for loader in loaders] for loaders in towers)
+            assert_rows(expected, a)
+            assert_rows(expected, b)
+            assert [batch.fingerprint for batch in a] == [batch.fingerprint for batch in b]
+        states = [loader.state() for loaders in towers for loader in loaders]
         assert all(other == states[0] for other in states)
         state = states[-1]
 
