@@ -153,8 +153,8 @@ class RunningPipeline:
     def close(self) -> None:
         """Stops DALI's threads, frees its buffers, lets go of the inputs; outputs handed out stay valid."""
         self._pipeline = None
-        self._fed = {}
         gc.collect()  # DALI's pipelines hold themselves in a circle, and nothing else ends them
+        self._fed = {}
 
 
 def _accepts(decoding: Decoding, image: np.ndarray) -> bool:

@@ -212,8 +212,6 @@ def connect(timeout_s: float, backend: str, *, peer_timeout_s: float | None = No
         PeerError: the world is not pairs of processes, or one does not come.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    # Gloo then connects two processes when they first talk: neighbors in a ring, not each with all others.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         check_world(world)
