@@ -85,7 +85,7 @@ def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
         )
     )
     if args.image:
-        open_image(sample.image, manifest.image).save(args.image, "PNG")
+        open_image(sample, manifest).save(args.image, "PNG")
         say_written(args.image)
 
 

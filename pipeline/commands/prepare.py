@@ -65,6 +65,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="classes of pictures that lie in no class folders: a CSV or lines NAME LABEL (source folder)",
     )
+    group.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read also what links lead to that lies outside of the input (default: such links are passed over)",
+    )
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
     group.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DatasetError, SourceError
-from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord, SplitRecord
+from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
@@ -46,7 +46,6 @@ def check_dataset(
     problems = [Problem(name, reason) for name, reason in file_damage(folder, manifest).items()]
     problems += found_problems(folder, manifest)
     for split in manifest.splits.values():
-        problems += _count_problems(split)
         for shard in split.shards:
             problems += check_shard(folder, manifest, shard, level=level)
             log.debug("%s checked", shard.name)
@@ -146,15 +145,6 @@ def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tu
         found = tuple(member.extension for member in sample.members)
         if found != extensions:
             yield f"sample {sample.key} has {', '.join(found)} instead of {', '.join(extensions)}"
-
-
-def _count_problems(split: SplitRecord) -> list[Problem]:
-    total = sum(shard.num_samples for shard in split.shards)
-    return (
-        []
-        if total == split.num_samples
-        else [Problem("manifest.json", f"{pluralize(split.num_samples, 'sample')}, shards hold {total}")]
-    )
 
 
 def found_problems(folder: Path, manifest: Manifest) -> list[Problem]:

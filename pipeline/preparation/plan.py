@@ -27,6 +27,7 @@ from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
+from pipeline.sources.walk import FOLLOW, links_out
 from twotower.words import one_line, pluralize
 
 READ_BYTES = 8 * 2**20
@@ -95,13 +96,22 @@ def make_request(options: PrepareOptions) -> Request:
         PipelineError: an option or the input cannot be used.
     """
     source = open_source(options)
-    listing = chosen_splits(source.listing(), options)
+    listing = chosen_splits(_listing(source, options), options)
     image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, image)
     shards = make_plan(listing, options)
     return Request(
         options, source, listing, image, settings, shards, passed_over(listing, shards), tuple(all_warnings(listing))
     )
+
+
+def _listing(source: Source, options: PrepareOptions) -> Listing:
+    """The source's listing; where it refuses an input that leads elsewhere by links, the message names the option."""
+    try:
+        return source.listing()
+    except SourceError as error:
+        hint = "" if options.follow_links or options.input is None or FOLLOW in str(error) else links_out(options.input)
+        raise SourceError(f"{error}{hint}") from None
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
