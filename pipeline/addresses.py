@@ -15,7 +15,8 @@ SCHEMES = (
     *("hf", "hdfs", "webhdfs", "sftp", "ssh"),
 )
 MORE_SCHEMES = "TWOTOWER_SCHEMES"  # further ones, with commas
-_FOLDED = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]+):/+")
+_FOLDED = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+_OF_THIS_MACHINE = ("file", "local")  # a third slash of theirs begins the path
 
 
 def is_address(text: str) -> bool:
@@ -25,7 +26,13 @@ def is_address(text: str) -> bool:
 
 def unfolded(text: str) -> str | None:
     """An address as it was before pathlib made its two slashes one, without any at its end; None for a path."""
-    return _FOLDED.sub(r"\1://", text).rstrip("/") if _FOLDED.match(text) else None
+    if is_address(text):
+        return text.rstrip("/")
+    found = _FOLDED.match(text)
+    if found is None:
+        return None
+    slashes = "///" if found.group(1).rpartition(":")[2] in _OF_THIS_MACHINE else "//"
+    return f"{found.group(1)}:{slashes}{text[found.end() :]}".rstrip("/")
 
 
 def check_address(address: str) -> None:

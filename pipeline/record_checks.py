@@ -212,6 +212,15 @@ def check_result(raw: Any) -> None:
         _refuse("totals.num_pixels", totals["num_pixels"], "one for each image, and no more images than planned")
 
 
+def check_quarantine(row: Any) -> None:
+    """The same for a line of quarantine.jsonl.
+
+    Raises:
+        DatasetError: as :func:`check_manifest`.
+    """
+    _check_rows([row], QUARANTINE, "quarantine")
+
+
 def _check_rows(rows: list[Any], fields: dict[str, Check], where: str) -> None:
     for number, row in enumerate(rows):
         if type(row) is not dict:

@@ -24,6 +24,7 @@ FLOORS = {
         "index_checks",
         "manifest",
         "statistics_file",
+        "quarantine",
         "sources",
         "preparation",
         "inspection",

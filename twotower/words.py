@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "process": "processes", "this": "these"}
 # Printed by Python's own measure, and yet nothing is seen: fillers of Hangul, an empty Braille cell, what joins letters
@@ -35,6 +36,17 @@ def one_line(text: str) -> str:
 def lines_of(text: str) -> str:
     """Text of several lines that are ours, each of them shown as :func:`one_line` does."""
     return "\n".join(map(one_line, text.split("\n")))
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, whatever names are in it."""
+    print(one_line(text), file=file, flush=True)
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Prints lines, each as :func:`say` does."""
+    for line in lines:
+        say(line)
 
 
 def shortened(value: object, most: int = 60) -> str:

@@ -17,13 +17,14 @@ from pipeline.preparation.decode import decode
 from pipeline.preparation.tar_writer import read_index
 from pipeline.sources.tar_reader import TarMember, TarSample
 from pipeline.statistics_file import read_statistics_file
-from twotower.words import pluralize, shortened
+from twotower.words import one_line, pluralize, shortened
 
 MAX_PIXELS = 2**29  # of one image that is shown
 CELL_PX = 112
 CAPTION_PX = 14
 COLUMNS = 8
 STATISTICS_PX = 256
+MOST_TITLE = 200  # characters that are measured for a caption
 MARGIN_PX, TITLE_PX, ROW_LABEL_PX = 12, 36, 100  # of the picture of the statistics
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations along an eigenvector
 
@@ -126,7 +127,7 @@ def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Imag
         filters = (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
         image = image.resize(size, filters[scale < 1])  # enlarged pixels stay visible as pixels
         sheet.paste(image, (left + (CELL_PX - size[0]) // 2, top + (CELL_PX - size[1]) // 2))
-        title = manifest.classes[sample.label].title
+        title = one_line(manifest.classes[sample.label].title[:MOST_TITLE])
         draw.text((left + 1, top + CELL_PX), _fitting(font, title), fill="black", font=font)
     return sheet
 

@@ -14,9 +14,10 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.util.metrics import Gauge
 
 from pipeline import signals
-from pipeline.config import PrepareOptions
+from pipeline.config import ImageSettings, PrepareOptions
 from pipeline.errors import PipelineError, SourceError, first_line, require
 from pipeline.preparation import faults, pieces
+from pipeline.preparation.decode import decoding_bytes
 from pipeline.preparation.machine import (
     LOCAL,
     LOOPBACK,
@@ -34,7 +35,8 @@ TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while 
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
 OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
 POLL_S = 0.5
-WORKER_BYTES = 512 * 2**20  # of its own (libraries are shared): 400 MiB measured with torch, on 500x375 photos
+# Of a worker's own (libraries are shared), beside one large image: 400 MiB measured with torch, on 500x375 photos.
+WORKER_BYTES = 512 * 2**20
 NO_CPU_S = 300.0  # an autoscaler may take minutes for the first node
 # One thread a worker; the memory of an image is kept for the next one instead of given back to the system: a tenth
 # faster, measured on 500x375 JPEGs.
@@ -248,7 +250,7 @@ class _Sender:
         self._num_shards = num_shards
         self._sent = 0
         self._shared = ray.put(job)
-        memory = _worker_memory()
+        memory = _worker_memory(job.image)
         self._build, self._piece, self._join = (
             ray.remote(function).options(num_cpus=1, memory=memory, max_retries=RETRIES, scheduling_strategy="SPREAD")
             for function in (build_shard, pieces.build_piece, pieces.join_pieces)
@@ -288,10 +290,16 @@ class Gauges:
         self._progress.tick()
 
 
-def _worker_memory() -> int:
+def _worker_memory(settings: ImageSettings) -> int:
     """Bytes that a task declares: at most what the largest node has, since for more it would wait for ever."""
     nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
-    return min(WORKER_BYTES, max(nodes, default=WORKER_BYTES))
+    needed = worker_bytes(settings)
+    return min(needed, max(nodes, default=needed))
+
+
+def worker_bytes(settings: ImageSettings) -> int:
+    """What a worker may take: its own, the largest file that --max-bytes allows, and what decoding that may take."""
+    return WORKER_BYTES + settings.max_bytes + decoding_bytes(settings)
 
 
 def _result(reference: Any, task: ShardTask) -> ShardResult:

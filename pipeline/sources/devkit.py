@@ -1,12 +1,19 @@
 """ILSVRC-2012's development kit: the class table in the order of the challenge, and the labels of the flat val."""
 
+import contextlib
 import dataclasses
+import importlib
 import io
+import json
+import os
+import signal
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, first_line
 from pipeline.files import AnyPath, read_whole
 from pipeline.sources.tar_reader import read_compressed
 from pipeline.sources.walk import join
@@ -16,6 +23,7 @@ META_NAME = "data/meta.mat"
 TRUTH_NAME = "data/ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12", "devkit", "")
 MOST_TABLE_BYTES = 2**26  # of a file of labels or titles, also unpacked: the devkit's has 1 MB
+MOST_SECONDS = 60
 PACKED = 15  # a MATLAB file's element that is packed by zlib
 
 
@@ -81,20 +89,63 @@ def _check_packed(meta: bytes) -> None:
         position += 8 + size
 
 
-def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath, files: tuple[str, ...]) -> Devkit:
-    import scipy.io  # only for this one small file
+def _class_rows(meta: bytes) -> list[tuple[int, str, str]]:
+    """ILSVRC id, WordNet id and words of every class."""
+    synsets = scipy_io().loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    return sorted(
+        (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
+        for row in np.atleast_1d(synsets)
+        if int(row["num_children"]) == 0  # the others are parents in WordNet's tree, not classes
+    )
 
+
+def scipy_io() -> Any:
+    """The package, imported only for this one small file."""
+    return importlib.import_module("scipy.io")
+
+
+def _apart(work: Callable[[bytes], Any], data: bytes) -> Any:
+    """What ``work`` makes of data, in a process of its own: scipy's reader crashes on some damaged files.
+
+    Raises:
+        ValueError: it fails, or its process dies.
+    """
+    scipy_io()  # before the fork, so that nothing is imported behind it
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.close(reading)
+            signal.alarm(MOST_SECONDS)
+            with os.fdopen(writing, "wb") as out:
+                out.write(json.dumps(_attempt(work, data)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answer:
+        told = answer.read()
+    os.waitpid(child, 0)
+    if not told:
+        raise ValueError("the reader of MATLAB files died of it")
+    made, why = json.loads(told)
+    if why:
+        raise ValueError(why)
+    return made
+
+
+def _attempt(work: Callable[[bytes], Any], data: bytes) -> tuple[Any, str]:
+    try:
+        return work(data), ""
+    except Exception as error:  # scipy fails in many ways
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath, files: tuple[str, ...]) -> Devkit:
     try:
         _check_packed(meta)
-        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        rows = sorted(
-            (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
-            for row in np.atleast_1d(synsets)
-            if int(row["num_children"]) == 0  # the others are parents in WordNet's tree, not classes
-        )
+        rows = _apart(_class_rows, meta)
         val_ids = tuple(int(line) for line in truth.split())
-    except Exception as error:  # scipy fails in many ways on damaged files
-        raise SourceError(f"{where}: damaged: {type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise SourceError(f"{where}: damaged: {first_line(error)}") from None
     if [row[0] for row in rows] != list(range(1, len(rows) + 1)):
         raise SourceError(f"{where}: the ids of the classes in {META_NAME} are not 1..{len(rows)}")
     if any(not 1 <= label <= len(rows) for label in val_ids):

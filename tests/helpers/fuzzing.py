@@ -6,6 +6,7 @@ so is a file that appears or changes beside the input's own folder. ``python -m 
 """
 
 import dataclasses
+import faulthandler
 import io
 import json
 import os
@@ -79,6 +80,7 @@ def fuzz(target: Target, work: Path, *, seed: int, count: int, first: int = 0) -
     for folder in (outside / "home", outside / "tmp"):
         folder.mkdir(parents=True, exist_ok=True)
     (outside / "precious").write_bytes(b"as it was")
+    make_input(target, seed, first, outside)  # what inputs are made of is made here, once, and not in every child
     number, end = first, first + count
     while number < end:
         before = tree(outside)
@@ -158,6 +160,7 @@ def _confine(outside: Path) -> None:
     sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(null, "w"))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
+    faulthandler.disable()  # pytest's, which tells of what the parent tells
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process also where C code loops
 
 
