@@ -70,9 +70,10 @@ def check_tar(folder: Path, shard: ShardRecord) -> None:
     tar = path_inside(folder, shard.name)
     try:
         found = tar.stat()
+    except FileNotFoundError:
+        raise DatasetError(f"{tar} is missing: {REPAIR}") from None
     except OSError as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise DatasetError(f"{tar} {why}: {REPAIR}") from None
+        raise DatasetError(f"{tar} cannot be read ({error.strerror}): {REPAIR}") from None
     if not stat.S_ISREG(found.st_mode):
         raise DatasetError(f"{tar} is no regular file: {REPAIR}")
     if found.st_size != shard.size_bytes:
