@@ -355,7 +355,8 @@ def _add_describe(commands: Commands) -> None:
         "--scale",
         action="store_true",
         help="what a step sends on 2, 4 ... 512 GPUs; with the options below, a MODEL of its time: "
-        "compute + crossing + max(0, sum - 2/3 compute) + control, each term's formula printed below the table",
+        "max(loading, compute + crossing + max(0, sum - 2/3 compute) + control), each term's formula printed below the "
+        "table; with epoch, evaluation and start-up",
     )
     describe.add_argument(
         "--per-pair", type=_positive, metavar="N", help="images a pair of towers takes in a step (default: the batch)"
@@ -365,8 +366,15 @@ def _add_describe(commands: Commands) -> None:
         ("--pair-bandwidth-gb-s", "between the towers of a pair (default: the same)"),
         ("--latency-us", "of a message, microseconds"),
         ("--tflops", "what a GPU reaches in training, 1e12 operations/s"),
+        ("--loader-images-s", "what one loader reaches alone, images/s (python -m pipeline bench)"),
     ):
         describe.add_argument(name, type=_positive_number, metavar="X", help=f"for --scale: {text}")
+    for name, size, text in (
+        ("--samples", 1_281_167, "images of an epoch"),
+        ("--evaluated", 50_000, "images evaluated after it"),
+    ):
+        words = f"for --scale: {text} (default: %(default)s, ILSVRC-2012)"
+        describe.add_argument(name, type=_positive, metavar="N", default=size, help=words)
     describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
 
 

@@ -115,7 +115,7 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(self.coord.rank, self.coord.world, link.exchange_pixels) if link else None,
+            split_feed=SplitFeed(self.coord.rank % 2, 2, link.exchange_pixels) if link else None,
             share=BatchShare(self.coord.replica, self.coord.replicas),
         )
 
@@ -143,6 +143,8 @@ class Trainer:
             "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
         check_consistency(self.mesh, facts)
+        if self.mesh:
+            self.mesh.begin_steps()
 
     def train(self) -> Result:
         """Trains to the end, to a signal, or to an error; writes result.json in every case.
@@ -300,6 +302,7 @@ class Trainer:
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
         notes = LocalStatus(
             fingerprint=batch.fingerprint,
+            order_fingerprint=batch.order_fingerprint,
             finite=finite,
             stop=self.stop.name is not None,
             plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
