@@ -45,7 +45,9 @@ def measure_row(operation: Operation, tree: Path) -> dict[str, Any]:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         took = time.perf_counter() - begin
-        print(f"{operation.name}: {size:,} {operation.grows}: {figures[-1]} {operation.unit} ({took:.1f} s)", flush=True)
+        print(
+            f"{operation.name}: {size:,} {operation.grows}: {figures[-1]} {operation.unit} ({took:.1f} s)", flush=True
+        )
     numbers = [figure for figure in figures if isinstance(figure, float)]
     exponent = fit_exponent(operation.sizes, numbers) if len(numbers) == len(figures) else math.nan
     known = not math.isnan(exponent)

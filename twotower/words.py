@@ -1,5 +1,7 @@
 """Words for people."""
 
+from collections.abc import Iterable
+
 IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "process": "processes", "this": "these"}
 
 
@@ -12,6 +14,23 @@ def plural(noun: str) -> str:
     """The plural of a noun, whatever stands before it."""
     before, space, last = noun.rpartition(" ")
     return before + space + IRREGULAR.get(last, f"{last}s")
+
+
+def listed(names: Iterable[object], *, most: int = 8, between: str = ", ") -> str:
+    """``a, b, c``; of more than ``most`` names the first, and how many there are: ``a, b, ... (3,000 in all)``.
+
+    A message stays readable whatever a folder, an archive or a list holds; each name is cut, see :func:`cut`.
+    """
+    words = list(names)
+    shown = between.join(cut(str(word)) for word in words[:most])
+    return shown if len(words) <= most else f"{shown}{between}... ({len(words):,} in all)"
+
+
+def cut(text: str, length: int = 200) -> str:
+    """A text of at most ``length`` characters; of a longer one its beginning and its end."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 2 // 3]}...{text[-(length // 3) :]}"
 
 
 def one_line(text: str) -> str:
