@@ -1,4 +1,4 @@
-"""What grows, and how fast? Every operation that could grow with replicas, classes, steps, samples or jobs, at three sizes.
+"""What grows, and how fast? All that could grow with replicas, classes, steps, samples or jobs, at three sizes each.
 
     python benchmarks/scale.py                                  about 10 minutes on 2 cores, 2 GB of disk
     python benchmarks/scale.py --only status dropout            some of them

@@ -1,8 +1,8 @@
 """The table of jobs: what `status` shows, in as few calls as it takes.
 
 Ray's list of jobs is one call, whatever their number, and says of most jobs all that the table shows. Only some need
-another: a running job its log's last lines (its progress), a stopped one its result file (its exit code). These are asked
-side by side. The dashboard passes such a call on to the job's node, so a node that does not answer costs its own jobs'
+another: a running job its log's last lines (its progress), a stopped one its result file (its exit code). These calls
+go side by side. The dashboard passes them on to the job's node, so a node that does not answer costs its own jobs'
 figures and a few seconds, not the rest of the table.
 """
 
