@@ -63,7 +63,7 @@ class ForwardBackward:
             if self._sum and begin + size == rows:
                 self._sum.prepare_for_backward()
             piece = slice(begin, begin + size)
-            draws = DropoutDraws(self._config.seed, step, first=first + begin, total=total)
+            draws = DropoutDraws(self._config.seed, step, first=first + begin)
             with self._timed("forward"), self._precision():
                 loss = self._net.loss(images[piece], labels[piece], draws)
             with self._timed("backward"):
