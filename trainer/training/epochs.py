@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ COLUMNS = (
     "top5",
     "held_out_loss",  # nats
 )
+MEDIAN, MEANS = "images_per_s", ("loss", "data_wait_share")  # how the steps of an epoch become one figure
 
 
 class EpochTable:
@@ -31,16 +31,13 @@ class EpochTable:
 
     Args:
         run: run folder.
-        rows: what a resumed run has already logged.
     """
 
-    def __init__(self, run: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, run: Path) -> None:
         self._path = run / NAME
         self._lines: dict[int, dict[str, Any]] = {}
-        self._epoch = -1
-        self._steps: list[dict[str, Any]] = []
-        for row in rows:
-            self.add(row)
+        self._epoch, self._steps, self._learning_rate = -1, 0, 0.0
+        self._values: dict[str, list[float]] = {}  # of the steps of the epoch at hand
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes one row of metrics.jsonl."""
@@ -53,8 +50,12 @@ class EpochTable:
             return
         if row["epoch"] != self._epoch:
             self._reduce()
-            self._epoch, self._steps = row["epoch"], []
-        self._steps.append(row)
+            self._epoch, self._steps, self._values = row["epoch"], 0, {}
+        self._steps, self._learning_rate = self._steps + 1, row["learning_rate"]
+        figures = {name: row[name] for name in (MEDIAN, *MEANS)}
+        figures |= {f"gradient_norm_{tower}": norm for tower, norm in row["gradient_norm"].items()}
+        for name, value in figures.items():
+            self._values.setdefault(name, []).append(value)
 
     def write(self) -> None:
         """Replaces ``epochs.csv``."""
@@ -72,10 +73,6 @@ class EpochTable:
         if not self._steps:
             return
         line = self._lines.setdefault(self._epoch, {})
-        line["steps"] = len(self._steps)
-        line["learning_rate"] = self._steps[-1]["learning_rate"]
-        line["images_per_s"] = statistics.median(row["images_per_s"] for row in self._steps)
-        for name in ("loss", "data_wait_share"):
-            line[name] = statistics.fmean(row[name] for row in self._steps)
-        for tower in self._steps[-1]["gradient_norm"]:
-            line[f"gradient_norm_{tower}"] = statistics.fmean(row["gradient_norm"][tower] for row in self._steps)
+        line |= {"steps": self._steps, "learning_rate": self._learning_rate}
+        for name, values in self._values.items():
+            line[name] = statistics.median(values) if name == MEDIAN else statistics.fmean(values)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -91,10 +90,10 @@ class Trainer:
         self.loader = self._open_loader(state)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
-        past = read_past(self.run, self.step if self.leads else 0)  # only rank 0 writes about the run
+        self.past = past = read_past(self.run, self.step if self.leads else 0)  # only rank 0 writes about the run
         self.last_evaluation: dict[str, Any] = past.evaluations[-1] if past.evaluations else {}
         self.held_out_errors = [1 - row["top1"] for row in past.evaluations]
-        self.images_per_s = list(past.images_per_s)
+        self.images_per_s = past.images_per_s
         self.elapsed_before_s = past.elapsed_s
         self.ledger = list(past.ledger)
         self.ledger_rows = 0
@@ -151,7 +150,7 @@ class Trainer:
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
         reason, sentence = "failed", ""
         try:
-            self.log = MetricsLog(self.run, self.config, self.step) if self.leads else None
+            self.log = MetricsLog(self.run, self.config, self.step, self.past) if self.leads else None
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
@@ -261,7 +260,8 @@ class Trainer:
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
             self._note_ledger([row.to_dict() for row in self.link.ledger.rows()], rows)
         elapsed_s = time.perf_counter() - begin
-        self.images_per_s.append(rows * self.coord.replicas / elapsed_s)
+        images_per_s = rows * self.coord.replicas / elapsed_s
+        self.images_per_s.append(images_per_s)
         if self.log:
             row = {
                 "kind": "step",
@@ -269,7 +269,7 @@ class Trainer:
                 "epoch": batch.epoch,  # 0 is the first
                 "loss": verdict.loss,  # mean over the batch before this step's update, nats
                 "learning_rate": learning_rates.weights,
-                "images_per_s": self.images_per_s[-1],  # of all replicas, over the step's wall time
+                "images_per_s": images_per_s,  # of all replicas, over the step's wall time
                 "data_wait_share": waited_s / elapsed_s,  # of the step's wall time, 0..1
                 "queue_ready_share": self.loader.queue_fill.ready_share,  # batches ready over the queue's depth, 0..1
                 "gradient_norm": verdict.norms,  # Euclidean, {tower: norm}
@@ -351,7 +351,7 @@ class Trainer:
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
             f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
-            f"{statistics.median(self.images_per_s or [0.0]):.0f} images/s"
+            f"{self.images_per_s.median():.0f} images/s"
         )
         return True
 
@@ -394,7 +394,7 @@ class Trainer:
             top5=evaluation.get("top5"),
             num_samples=evaluation.get("num_samples", 0),
             elapsed_s=self._elapsed_s(),
-            images_per_s=statistics.median(self.images_per_s or [0.0]),
+            images_per_s=self.images_per_s.median(),
             processes=self.coord.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,

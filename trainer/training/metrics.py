@@ -11,10 +11,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.manifest import write_atomic
 from trainer.config import Config
-from trainer.training.epochs import EpochTable
+from trainer.training.history import Past, read_past
 from trainer.training.loggers import Loggers
+from trainer.training.rows import NAME
 from twotower import verbosity, version
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -57,15 +57,16 @@ class MetricsLog:
         run: run folder.
         config: its recipe.
         from_step: finished steps at the start; later lines are dropped.
+        past: what the run was up to then, if that was read already.
     """
 
-    def __init__(self, run: Path, config: Config, from_step: int) -> None:
-        path = run / "metrics.jsonl"
+    def __init__(self, run: Path, config: Config, from_step: int, past: Past | None = None) -> None:
+        past = past or read_past(run, from_step)
+        path = run / NAME
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
-            write_atomic(path, b"".join(line + b"\n" for line in kept))
+            _cut(path, past.kept_bytes)
         self._file = path.open("a", encoding="utf-8")
-        self._epochs = EpochTable(run, read_metrics(run))
+        self._epochs = past.epochs
         self._loggers = Loggers(run, config, from_step + 1)
         self._rows: list[tuple[float, dict[str, Any]]] = []
 
@@ -102,20 +103,14 @@ class MetricsLog:
         self._loggers.close(exit_reason)
 
 
-def _step_of(line: bytes) -> float:
-    """Step of a line; a truncated last line counts as never."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows of metrics.jsonl; an empty list where there is none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) != float("inf")]
+def _cut(path: Path, size_bytes: int) -> None:
+    """Shortens the file in place; what is kept ends in a whole line."""
+    with path.open("r+b") as file:
+        file.truncate(size_bytes)
+        if size_bytes and file.seek(size_bytes - 1) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class TrainingProgress:
