@@ -9,7 +9,7 @@ one of them, resized, so detail, contrast and compressed size vary as in a colle
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,25 @@ def write_class_folders(
         folder = output / f"class-{number % classes:02d}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{number:06d}.jpg", "JPEG", quality=quality, subsampling="4:2:0")
+
+
+def write_disjoint_crops(output: Path, names: Sequence[str], count: int = 20) -> None:
+    """Writes ``OUTPUT/PHOTO/NN.jpg``: a class a photo, its crops cells of a grid, so that no two share a pixel.
+
+    Args:
+        output: folder to make.
+        names: of the photos, as in scikit-image's and scikit-learn's wheels.
+        count: crops of each, at most 20.
+    """
+    for name in names:
+        photo = Image.open(next(p for p in (SKIMAGE / name, SKLEARN / name) if p.exists())).convert("RGB")
+        columns, rows = (5, 4) if photo.width >= photo.height else (4, 5)
+        width, height = photo.width // columns, photo.height // rows
+        folder = output / Path(name).stem
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            x, y = number % columns * width, number // columns * height
+            photo.crop((x, y, x + width, y + height)).save(folder / f"{number:02d}.jpg", "JPEG", quality=95)
 
 
 def prepare_shards(work: Path, count: int, *, val_fraction: float) -> dict[str, Path]:

@@ -123,34 +123,47 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    """Prints the likeliest classes of images; status 3 where some could not be used."""
+    """Prints the likeliest classes of images."""
     _check_run(arguments)
     _check_output("--html", arguments.html)
-    from trainer.inference import predict
-    from trainer.parallel.launch import choose_device
+    from trainer.inference import commands
 
-    predictor = predict.Predictor(
-        arguments.run,
-        arguments.data,
-        device=choose_device(arguments.device),
-        views=arguments.views,
-        which=arguments.checkpoint,
-    )
-    results = []
-    paths = predict.find_images(arguments.images)
-    for result in predictor.predict(paths, top=arguments.top, images=arguments.html is not None):
-        results.append(result)
-        predict.print_error(result)
-        if arguments.json:
-            predict.print_json(result)
-            if arguments.html is None and terminal.lost_output():
-                break  # nobody reads the rest
-    if not arguments.json:
-        predict.print_table(results)
-    if arguments.html:
-        predict.write_html(arguments.html, results, arguments.run)
-        verbosity.say_written(arguments.html)
-    return 3 if any(result.error for result in results) else 0
+    return commands.predict(arguments)
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    """Writes what a layer says about images."""
+    _check_run(arguments)
+    _check_output("--output", arguments.output)
+    from trainer.inference import commands
+
+    return commands.features(arguments)
+
+
+def _neighbours(arguments: argparse.Namespace) -> int:
+    """Prints which images are most alike to the net."""
+    _check_run(arguments)
+    _check_output("--html", arguments.html)
+    from trainer.inference import commands
+
+    return commands.neighbours(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Writes the net and prints where it is."""
+    _check_run(arguments)
+    from trainer.inference import commands
+
+    return commands.export(arguments)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Makes a run out of weights and prints its checkpoint."""
+    config = None if arguments.config is None else load_recipe(arguments)
+    stage_data(arguments)
+    from trainer.inference import commands
+
+    return commands.import_(arguments, config)
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -170,8 +183,10 @@ def _config(arguments: argparse.Namespace) -> int:
 def _describe(arguments: argparse.Namespace) -> int:
     """Prints the net in numbers."""
     from trainer.planning.describe import print_tables, to_dict
+    from trainer.training.fit import check_resolved
 
     config = load_recipe(arguments)
+    check_resolved(config)
     if arguments.scale:
         return _scale(arguments, config)
     if arguments.svg:
@@ -216,24 +231,6 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    """Writes the weights and prints where they are."""
-    _check_run(arguments)
-    from trainer.inference.export import export_run
-
-    print(export_run(arguments.run, arguments.output, data=arguments.data, which=arguments.checkpoint))
-    return 0
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    """Makes a run out of weights and prints its checkpoint."""
-    stage_data(arguments)
-    from trainer.inference.export import import_weights
-
-    print(import_weights(arguments.weights, load_recipe(arguments), arguments.run, arguments.data))
-    return 0
-
-
 def _bench(arguments: argparse.Namespace) -> int:
     """Measures every stage."""
     _check_output("--json", arguments.json)
@@ -257,6 +254,8 @@ HANDLERS = {
     "tower": tower,
     "evaluate": _evaluate,
     "predict": _predict,
+    "features": _features,
+    "neighbours": _neighbours,
     "config": _config,
     "describe": _describe,
     "report": _report,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from trainer.config import LAYERS
 from trainer.guesses import TrainerParser
 from twotower import verbosity
 
@@ -65,6 +66,8 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_features(commands)
+    _add_neighbours(commands)
     _add_config(commands)
     _add_describe(commands)
     _add_report(commands)
@@ -172,6 +175,16 @@ def _add_train(commands: Commands) -> None:
         help="RUN: go on with that run; recipe, data set and processes are its own, unless given here. auto: go on "
         "with what is in --run, if anything is (default: never)",
     )
+    train.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="FILE|RUN",
+        help="begin with the weights of a run, of export, of torchvision's AlexNet, with CaffeNet's names, or of 2012",
+    )
+    train.add_argument("--new-head", action="store_true", help="of --init-from: fc8 begins new, for other classes")
+    train.add_argument(
+        "--freeze", type=_names, default=(), metavar="conv1,conv2", help="of --init-from: layers that never change"
+    )
     _skip_option(train)
     _profile_option(train)
     train.add_argument(
@@ -234,6 +247,11 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in text.split(","))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Words, separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add(
         "evaluate",
@@ -251,15 +269,17 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--json", action="store_true", help="one line of JSON, classes and confusion included")
 
 
+def _images_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="image files, and folders of them")
+
+
 def _add_predict(commands: Commands) -> None:
     predict = commands.add(
         "predict",
         "the likeliest classes of your own images",
         "predict cat.jpg holiday/ --run demo/run --html demo/predictions.html",
     )
-    predict.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="JPEG and PNG files, and folders of them"
-    )
+    _images_argument(predict)
     _folder(predict, "--run", "run with a checkpoint")
     _checkpoint_option(predict)
     _folder(predict, "--data", "data set whose preparation applies (default: the run's own)", required=False)
@@ -270,6 +290,47 @@ def _add_predict(commands: Commands) -> None:
     _device_option(predict)
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
     predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+
+
+def _net_options(parser: argparse.ArgumentParser) -> None:
+    """Which net looks at the images, and which of its layers is asked."""
+    _images_argument(parser)
+    _folder(parser, "--run", "run with a checkpoint")
+    _checkpoint_option(parser)
+    _folder(parser, "--data", "data set whose preparation applies (default: the run's own)", required=False)
+    parser.add_argument("--layer", choices=LAYERS, default="fc7", help="what it hands to the next layer (default: fc7)")
+    _device_option(parser)
+
+
+def _add_features(commands: Commands) -> None:
+    features = commands.add(
+        "features",
+        "write what a layer says about your own images",
+        "features holiday/ --run demo/run --layer fc7 --output holiday.npz",
+    )
+    _net_options(features)
+    features.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="FILE.npz, or FILE.parquet (needs pyarrow)"
+    )
+
+
+def _add_neighbours(commands: Commands) -> None:
+    neighbours = commands.add(
+        "neighbours",
+        "which images are most alike to the net, as in figure 4 of the paper",
+        "neighbours cat.jpg --among holiday/ --run demo/run --html neighbours.html",
+    )
+    _net_options(neighbours)
+    neighbours.add_argument(
+        "--among",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="where to look for them (default: among the images themselves)",
+    )
+    neighbours.add_argument("--count", type=_positive, default=6, metavar="N", help="shown for each image (default: 6)")
+    neighbours.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
+    neighbours.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
 
 
 def _add_config(commands: Commands) -> None:
@@ -321,9 +382,18 @@ def _add_export(commands: Commands) -> None:
     )
     _folder(export, "--run", "run with a checkpoint")
     _checkpoint_option(export)
-    _folder(export, "--data", "data set, for class names in the file (default: the run's own)", required=False)
+    _folder(export, "--data", "data set whose preparation applies (default: the run's own)", required=False)
     export.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="FILE.safetensors (weights) or FILE.onnx (the net)"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FILE.safetensors (weights, with their use) or FILE.onnx",
+    )
+    export.add_argument(
+        "--no-preprocessing",
+        action="store_true",
+        help="the file takes what the net sees, float32 (N, C, S, S), instead of uint8 crops (N, S, S, C)",
     )
 
 
@@ -331,9 +401,18 @@ def _add_import(commands: Commands) -> None:
     import_ = commands.add(
         "import",
         "make a run out of exported weights",
-        "import --weights net.safetensors --config configs/digits.toml --run demo/imported",
+        "import --weights net.safetensors --run demo/imported",
     )
-    import_.add_argument("--weights", type=Path, required=True, metavar="FILE", help="FILE.safetensors of export")
-    _recipe_options(import_)
+    import_.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FILE.safetensors of export; or torchvision's AlexNet, CaffeNet's names or a file of 2012, with --config",
+    )
+    import_.add_argument("--config", type=Path, metavar="TOML", help="recipe (default: the one in the file)")
+    import_.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field")
     _folder(import_, "--run", "folder to make, with a checkpoint of step 0")
-    _folder(import_, "--data", "data set whose classes and statistics the run keeps, to predict with", required=False)
+    _folder(
+        import_, "--data", "data set whose classes and statistics the run keeps (default: the file's)", required=False
+    )

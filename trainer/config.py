@@ -52,9 +52,9 @@ class ModelConfig:
 
     Attributes:
         towers: 2 as in the paper, or 1 (the paper's one-GPU half net).
-        image_px: side of the square input.
-        in_channels: of the input, 3 (RGB) or 1 (gray).
-        classes: outputs of fc8.
+        image_px: side of the square input, px: of the crops that the loader takes.
+        in_channels: of the input, 3 (RGB) or 1 (gray); 0: as the data set.
+        classes: outputs of fc8; 0: as many as the data set has.
         channels: output channels *per tower* of conv1..conv5.
         kernel_sizes: sides of the kernels of conv1..conv5.
         strides: of conv1..conv5.
@@ -70,6 +70,8 @@ class ModelConfig:
         activation: of fc6 and fc7: relu or tanh.
         dropout: probability that a unit of fc6 or fc7 is dropped in training.
         dropout_kind: original (unscaled mask in training, outputs times 1 - dropout in testing) or inverted.
+        init: of the weights, normal with ``std``: ``init_std``; ``he``: (2 / inputs of a unit)^0.5 in every layer (He
+            et al. 2015), which follows the net's size.
         init_std: standard deviation of the initial weights, eight values (paper section 5: 0.01 everywhere).
         init_bias: initial biases, eight values (paper: 1 in conv2, conv4, conv5, fc6, fc7).
         lrn: response normalization.
@@ -77,8 +79,8 @@ class ModelConfig:
 
     towers: Annotated[int, Limits(choices=(1, 2))] = 2
     image_px: Annotated[int, Limits(1, unit="px")] = 224
-    in_channels: Annotated[int, Limits(choices=(1, 3))] = 3
-    classes: Annotated[int, Limits(2)] = 1000
+    in_channels: Annotated[int, Limits(choices=(1, 3), besides=0, besides_means="as the data set")] = 3
+    classes: Annotated[int, Limits(2, besides=0, besides_means="as the data set")] = 1000
     channels: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS)] = (48, 128, 192, 192, 128)
     kernel_sizes: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS, unit="px")] = (11, 5, 3, 3, 3)
     strides: Annotated[tuple[int, ...], Limits(1, length=5, order=CONVOLUTIONS, unit="px")] = (4, 1, 1, 1, 1)
@@ -104,6 +106,7 @@ class ModelConfig:
     activation: Literal["relu", "tanh"] = "relu"
     dropout: Annotated[float, Limits(0, below=1)] = 0.5
     dropout_kind: Literal["original", "inverted"] = "original"
+    init: Literal["std", "he"] = "std"
     init_std: Annotated[tuple[float, ...], Limits(0, length=8, order="conv1..fc8")] = (0.01,) * 8
     init_bias: Annotated[tuple[float, ...], Limits(length=8, order="conv1..fc8")] = (0.0, 1.0, 0.0, *(1.0,) * 4, 0.0)
     lrn: LrnConfig = dataclasses.field(default_factory=LrnConfig)
@@ -111,6 +114,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks limits, what two fields must have in common, and that every layer keeps a positive size."""
         check(self, "model", require)
+        unused = self.init == "he" and self.init_std != ModelConfig.init_std
+        require(not unused, "model.init_std", self.init_std, "none beside model.init = 'he', which computes it")
         for names in self.post_ops:
             require(names.count("batch_norm") <= 1, "model.post_ops", names, "at most one batch_norm per layer")
         require("fc8" in self.crossings, "model.crossings", self.crossings, "fc8 among them: the loss sees both towers")
@@ -282,13 +287,8 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        """Checks what concerns several tables: the loader's crop, and what a schedule looks at."""
-        require(
-            self.data.crop_px == self.model.image_px,
-            "data.crop_px",
-            self.data.crop_px,
-            f"model.image_px = {self.model.image_px}",
-        )
+        """Gives the loader its crop, and checks what concerns several tables."""
+        object.__setattr__(self, "data", dataclasses.replace(self.data, crop_px=self.model.image_px))
         require(
             self.optimizer.schedule != "plateau" or self.train.evaluate_every_epochs > 0,
             "train.evaluate_every_epochs",
@@ -309,17 +309,18 @@ def check_world(world: int) -> None:
         raise PeerError(f"{world} processes were started: two towers need 2, several pairs of them a multiple of 2")
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | None, overrides: Sequence[str] = (), *, text: str = "") -> Config:
     """Reads a recipe.
 
     Args:
         path: TOML file, or None for the defaults (the paper's net).
+        text: TOML in place of a file.
         overrides: ``section.field=value`` texts, the value in TOML syntax (a bare word is a string).
 
     Raises:
         RecipeError: no such file, not TOML, unknown key (the nearest one is named), wrong type or range.
     """
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = tomllib.loads(text)
     if path is not None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -329,8 +330,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
-    for text in overrides:
-        override(table, text)
+    for words in overrides:
+        override(table, words)
+    given = table.get("data")
+    if isinstance(given, dict) and "crop_px" in given:
+        raise RecipeError("data.crop_px: the loader's crop is model.image_px; set that one, and leave this one out")
     try:
         return build(Config, table, "")
     except (PipelineError, RecipeError) as error:
@@ -352,4 +356,6 @@ def from_toml(text: str) -> Config:
 
 def to_toml(config: Config) -> str:
     """The resolved recipe as TOML text: every field, so a run can be repeated from it alone."""
-    return dump(dataclasses.asdict(config))
+    sections = dataclasses.asdict(config)
+    del sections["data"]["crop_px"]  # model.image_px
+    return dump(sections)

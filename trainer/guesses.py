@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterator
 
 from twotower.command_line import Parser, nearest
+from twotower.fields import DERIVED
 
 # Where the recipe's field has another name.
 FIELDS = {
@@ -20,7 +21,8 @@ FIELDS = {
     "num-classes": "model.classes",
     "image-size": "model.image_px",
     "img-size": "model.image_px",
-    "crop-size": "data.crop_px",
+    "crop-size": "model.image_px",
+    "crop-px": "model.image_px",
     "num-workers": "data.threads",
     "workers": "data.threads",
     "lr-schedule": "optimizer.schedule",
@@ -41,7 +43,8 @@ OPTIONS = {
     "--processes 2, one process per tower and GPU": ("gpus", "num-gpus", "n-gpus", "nproc", "nproc-per-node", "ddp"),
     "--device cuda:0": ("gpu", "cuda"),
     "--device cpu": ("cpu", "no-cuda"),
-    "--resume auto": ("resume-from", "ckpt", "checkpoint", "load", "continue", "pretrained"),
+    "--resume auto": ("resume-from", "ckpt", "checkpoint", "load", "continue"),
+    "--init-from FILE|RUN": ("pretrained", "weights", "finetune", "fine-tune", "init-weights"),
     "--overwrite": ("force", "exist-ok"),
 }
 
@@ -59,6 +62,8 @@ def recipe_fields() -> dict[str, str]:
 def _fields(kind: type, where: str) -> Iterator[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        if field.metadata.get(DERIVED):
+            continue
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _fields(hints[field.name], f"{where}{field.name}.")
         else:

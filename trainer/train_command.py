@@ -45,6 +45,7 @@ def train(arguments: argparse.Namespace) -> int:
     from trainer.errors import RecipeError
     from trainer.parallel.world import read_world
     from trainer.training import command, run_folder
+    from trainer.training.init_from import freeze
 
     if arguments.print_config:
         print_recipe(command.use_recipe_of_run(arguments))
@@ -52,7 +53,7 @@ def train(arguments: argparse.Namespace) -> int:
     world = read_world(arguments.processes)
     go_on_after_restart(arguments, world)
     command.take_from_run(arguments)
-    config = load_recipe(arguments)
+    config = freeze(load_recipe(arguments), arguments.freeze)
     if config.model.towers == 1 and (arguments.processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     if arguments.replicas > 1 and arguments.processes == 1 and not world:
@@ -67,9 +68,11 @@ def train(arguments: argparse.Namespace) -> int:
         print(command.finished_line(start), flush=True)
         return 0
     if arguments.dry_run:
-        return _dry_run(arguments, config, device)
+        command.learned_weights(arguments, start)
+        command.print_notes(start)
+        return _dry_run(arguments, start.config, device)
     if world and world.rank:
-        return join_and_train(arguments, config, world, is_new=start.choice is None)
+        return join_and_train(arguments, start.config, world, is_new=start.choice is None)
     return _hold_and_train(arguments, start, device, world)
 
 
@@ -92,11 +95,9 @@ def _check_start(arguments: argparse.Namespace, config: "Config", world: "World 
         quiet=not leads,
     )
     if leads and not found.finished:
-        size_bytes = 8 * to_dict(config.model)["parameters"]  # weights and velocities in float32
+        size_bytes = 8 * to_dict(found.config.model)["parameters"]  # weights and velocities in float32
         needed_bytes = size_bytes * start.checkpoints_at_once(found)
         start.check_writable(arguments.run, needed_bytes, replaces=found.replaces)
-        for note in found.notes:
-            verbosity.remark(f"note: {note}")
     return found
 
 
@@ -106,6 +107,8 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
     from trainer.training import command, resume, run_folder, run_lock
     from trainer.training.start import discard_start, prepare_start
 
+    initial = command.learned_weights(arguments, start)
+    command.print_notes(start)
     command.confirm(start, yes=arguments.yes)
     with run_lock.hold_run(arguments.run) as handle:
         command.check_again(start)
@@ -113,7 +116,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
         skip_list = arguments.skip_list and str(arguments.skip_list.absolute())
         if world:
             options |= {"processes": 2, "replicas": world.size // 2}
-        prepare_start(start, options | {"skip_list": skip_list})
+        prepare_start(start, options | {"skip_list": skip_list}, initial)
         status, began = 1, False
         try:
             if world:

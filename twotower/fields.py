@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAY_CHANGE = "may_change"  # in a field's metadata: it may while a run is under way; it decides no weight, no pixel
+DERIVED = "derived"  # in a field's metadata: another setting decides it, so it is none itself
 COUNTS = {2: "two", 5: "five", 8: "eight"}
 
 
@@ -49,10 +50,10 @@ class Limits:
 
     def allows(self, value: Any) -> bool:
         """Whether a single number or word is allowed."""
-        if self.choices or isinstance(value, str | bool):
-            return value in (self.choices or (value,))
         if self.besides is not None and value == self.besides:
             return True
+        if self.choices or isinstance(value, str | bool):
+            return value in (self.choices or (value,))
         ends = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
         open_ends = (self.above is None or value > self.above) and (self.below is None or value < self.below)
         return ends and open_ends and not (self.odd and value % 2 == 0)
@@ -65,8 +66,9 @@ class Limits:
         return ", ".join(filter(None, (count, each)))
 
     def _each(self) -> str:
+        besides = f", or {self.besides:g} {self.besides_means}" if self.besides is not None else ""
         if self.choices:
-            return f"one of {', '.join(map(str, self.choices))}"
+            return f"one of {', '.join(map(str, self.choices))}{besides}"
         low = self.low if self.low is not None else self.above
         high = self.high if self.high is not None else self.below
         if low is None:
@@ -77,7 +79,6 @@ class Limits:
             text = f"{low:,} to {high:,}" + (f", without {low:,}" if self.above is not None else "")
             text += f", without {high:,}" if self.below is not None else ""
         odd = "an odd number, " if self.odd else ""
-        besides = f", or {self.besides:g} {self.besides_means}" if self.besides is not None else ""
         return f"{odd}{text}{besides}"
 
 
@@ -109,6 +110,11 @@ def may_change(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={MAY_CHANGE: True})
 
 
+def derived(default: Any) -> Any:
+    """A field that another setting decides: no recipe has it."""
+    return dataclasses.field(default=default, metadata={DERIVED: True})
+
+
 def check(settings: Any, where: str, require: Callable[[bool, str, Any, str], None]) -> None:
     """Checks type and limits of every field of a dataclass.
 
@@ -132,10 +138,12 @@ def check(settings: Any, where: str, require: Callable[[bool, str, Any, str], No
 
 
 def settings_of(cls: Any) -> list[Setting]:
-    """Every field of a dataclass, in order, with all that is declared of it."""
+    """Every field of a dataclass that a recipe may have, in order, with all that is declared of it."""
     meanings = read_attributes(cls)
     found = []
     for field in dataclasses.fields(cls):
+        if field.metadata.get(DERIVED):
+            continue
         kind, limits = _declarations(cls)[field.name]
         default = field.default
         if field.default_factory is not dataclasses.MISSING:

@@ -27,10 +27,13 @@ from cluster.errors import ClusterError
 OPTIONS = {
     "trainer": {
         "train": "--config:recipe --set --data:data --run:path --processes --replicas --device --resume:run "
-        "--skip-list:path --profile?",
+        "--skip-list:path --profile? --init-from:path --freeze",
         "tower": "--data:data --run:path --device --profile? --skip-list:path",
         "evaluate": "--run:path --checkpoint --data:data --split --views --confusion:path --device",
         "predict": "images:path+ --run:path --checkpoint --data:data --views --top --device --html:path",
+        "features": "images:path+ --run:path --checkpoint --data:data --layer --device --output:path",
+        "neighbours": "images:path+ --run:path --checkpoint --data:data --layer --device --among:path+ --count "
+        "--html:path",
         "describe": "--config:recipe --set --per-pair --bandwidth-gb-s --pair-bandwidth-gb-s --latency-us --tflops "
         "--svg:path",
         "report": "--run:path --data:data",

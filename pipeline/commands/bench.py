@@ -67,16 +67,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    """The recipe's [data] table as a LoaderConfig, None for the default."""
+    """The recipe's [data] table as a LoaderConfig, its crop the recipe's ``model.image_px``; None for the default."""
     from pipeline.loader.config import LoaderConfig
+    from twotower.fields import settings_of
 
     if not args.recipe:
         return None
     try:
-        table = tomllib.loads(args.recipe.read_text(encoding="utf-8")).get("data", {})
+        recipe = tomllib.loads(args.recipe.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"recipe {args.recipe} cannot be read: {error}") from None
-    unknown = sorted(set(table) - {field.name for field in dataclasses.fields(LoaderConfig)})
+    table, model = recipe.get("data", {}), recipe.get("model", {})
+    unknown = sorted(set(table) - {field.name for field in settings_of(LoaderConfig)})
     if unknown:
         raise ConfigError(f"recipe {args.recipe}: data.{unknown[0]} is no field of the [data] table")
-    return LoaderConfig(**table)
+    return LoaderConfig(**table | {"crop_px": model["image_px"]} if "image_px" in model else table)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from pipeline.errors import require
-from twotower.fields import Limits, check, may_change
+from twotower.fields import Limits, check, derived, may_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class LoaderConfig:
     color noise it is divided by ``color_divisor`` besides.
 
     Attributes:
-        crop_px: side of the square crop, at most the stored image's side. Paper: 224 of 256.
+        crop_px: side of the square crop, at most the stored image's side: ``model.image_px``. Paper: 224 of 256.
         crop_shared_by: consecutive samples of an epoch that share one crop and mirror draw. 1 is the paper; 32 is the
             original program.
         mirror: probability of a horizontal mirror image in training.
@@ -57,7 +57,7 @@ class LoaderConfig:
         ConfigError: a value outside its range, naming field, value and range.
     """
 
-    crop_px: Annotated[int, Limits(1, 65536, unit="px")] = 224
+    crop_px: Annotated[int, Limits(1, 65536, unit="px")] = derived(224)
     crop_shared_by: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 1
     mirror: Annotated[float, Limits(0, 1)] = 0.5
     mean: Literal["none", "channel", "image", "image_center"] = "image"

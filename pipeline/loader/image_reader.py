@@ -1,7 +1,10 @@
 """Images from anywhere, made into what the network sees, exactly as those of a data set: for predictions.
 
-An image is checked, resized and encoded with the settings that the data set's manifest records, decoded again, so that
-JPEG's loss is the same, and cropped and normalized as :class:`pipeline.loader.batches.EvaluationLoader` does.
+A picture is decoded, turned upright and resized with the settings that the data set's manifest records, and cropped
+and normalized as :class:`pipeline.loader.batches.EvaluationLoader` does. Three things that ``prepare`` does for speed
+and size are left out, so that any program can do the same from an exported file: a large JPEG is decoded whole, not at
+a half or a quarter; bicubic resizing is Pillow's, from which prepare's differs by a gray level in a few pixels of a
+thousand; and no JPEG's loss is added. A data set's own stored image is seen exactly as in an evaluation.
 """
 
 import dataclasses
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from pipeline.config import FILTERS, ImageSettings
 from pipeline.errors import ConfigError, ImageError
@@ -19,6 +23,8 @@ from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import read_statistics
 from pipeline.loader.staging import stage
 from pipeline.manifest import Manifest, read_manifest
+
+Picture = Path | str | bytes | np.ndarray | Image.Image
 
 
 class ImageReader:
@@ -35,6 +41,8 @@ class ImageReader:
 
     Attributes:
         manifest: record of the data set.
+        settings: how its images were made.
+        height_px, width_px: of its images.
 
     Raises:
         ConfigError: the recipe cannot be used with this data set.
@@ -58,45 +66,44 @@ class ImageReader:
         image = self.manifest.image
         if image.height_px is None or image.width_px is None:
             raise ConfigError(f"{data} holds images of different sizes: prepare it with --resize to feed a network")
-        self._height_px, self._width_px = image.height_px, image.width_px
+        self.height_px, self.width_px = image.height_px, image.width_px
         known = self.manifest if statistics is None else read_manifest(statistics)
         subtracted = read_statistics(folder if statistics is None else statistics, known)
-        check_crop(config, self._height_px, self._width_px)
-        size = {"height_px": self._height_px, "width_px": self._width_px, "crop_px": config.crop_px}
+        check_crop(config, self.height_px, self.width_px)
+        size = {"height_px": self.height_px, "width_px": self.width_px, "crop_px": config.crop_px}
         self._center = center_geometry(1, **size)
         self._views = ten_views(**size) if views == "ten" else self._center
         self._crop_px = config.crop_px
         self._normalize = Normalizer(config, subtracted, device=device)
         self._device = device
 
-    def read(self, path: Path) -> np.ndarray:
-        """One file as the data set would store it: uint8 (H, W, C).
+    def read(self, picture: Picture) -> np.ndarray:
+        """One picture as the data set would store it, before a JPEG's loss: uint8 (H, W, C).
+
+        Args:
+            picture: a file's path or its bytes, a Pillow image, or uint8 pixels (H, W), (H, W, 1) or (H, W, 3).
 
         Raises:
             ImageError: it cannot be used; says why, without the file's name.
         """
         from pipeline.preparation.decode import decode  # image codecs, which nothing else here needs
-        from pipeline.preparation.image import make_image
 
-        limit = self.settings.max_bytes
-        try:
-            with path.open("rb") as file:
-                data = file.read(limit + 1)  # not to the end: a device has none
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror}") from None
-        if len(data) > limit:
-            raise ImageError(f"more than {limit:,} bytes, the data set's --max-bytes")
-        if self.settings.encoding == "original":  # stored are bytes that decode to these pixels, or the pixels as PNG
-            pixels = decode(data, self.settings).pixels
+        settings = self.settings
+        if isinstance(picture, np.ndarray | Image.Image):
+            pixels = _pixels_of(picture, settings.channels)
         else:
-            image = make_image(data, self.settings)
-            pixels = image.pixels
-            if self.settings.encoding == "jpeg":
-                pixels = decode(image.data, dataclasses.replace(self.settings, resize_px=None)).pixels
-        if pixels.shape[:2] != (self._height_px, self._width_px):
+            data = picture if isinstance(picture, bytes) else _read(Path(picture), settings.max_bytes)
+            pixels = decode(data, dataclasses.replace(settings, resize_px=None)).pixels
+        if settings.resize_px:
+            pixels = _resized(pixels, settings)
+        if pixels.shape[:2] != (self.height_px, self.width_px):
             found = f"{pixels.shape[1]}x{pixels.shape[0]} px"
-            raise ImageError(f"{found}, and the data set's images are {self._width_px}x{self._height_px} px")
+            raise ImageError(f"{found}, and the data set's images are {self.width_px}x{self.height_px} px")
         return pixels
+
+    def at_center(self) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`pipeline.loader.normalize.Normalizer.at_center`."""
+        return self._normalize.at_center(self.height_px, self.width_px)
 
     def images(self, stored: Sequence[np.ndarray]) -> torch.Tensor:
         """Stored images, uint8 (H, W, C), as the net sees them: float32 (N, C, S, S), or (N, 10, C, S, S)."""
@@ -130,6 +137,50 @@ def settings_of(manifest: Manifest) -> ImageSettings:
         max_bytes=recorded.get("max_bytes") or standard.max_bytes,
         filter=next((name for name, words in FILTERS.items() if words == recorded.get("filter")), standard.filter),
     )
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)  # not to the end: a device has none
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise ImageError(f"more than {limit:,} bytes, the data set's --max-bytes")
+    return data
+
+
+def _pixels_of(picture: np.ndarray | Image.Image, channels: int) -> np.ndarray:
+    """Upright 8-bit pixels (H, W, channels) of an array or a Pillow image; transparency is dropped.
+
+    Raises:
+        ImageError: they are none.
+    """
+    if isinstance(picture, np.ndarray):
+        fits = picture.dtype == np.uint8 and picture.size and picture.shape[2:] in ((), (1,), (3,))
+        if picture.ndim not in (2, 3) or not fits:
+            found = f"an array of {picture.dtype}, shape {picture.shape}"
+            raise ImageError(f"{found}: expected uint8, shape (H, W), (H, W, 1) or (H, W, 3), values of 0..255")
+        picture = Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
+    elif picture.mode[0] in "IF":
+        raise ImageError(f"a Pillow image of mode {picture.mode}: expected 8 bits a channel, or the file itself")
+    picture = ImageOps.exif_transpose(picture)
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _resized(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """The center square at ``settings.resize_px``, uint8 (H, W, C)."""
+    from pipeline.preparation.image import resize
+
+    side, square = settings.resize_px, min(pixels.shape[:2])
+    assert side is not None
+    if settings.filter != "bicubic" or square == side:
+        return resize(pixels, side, settings.filter)
+    top, left = (pixels.shape[0] - square) // 2, (pixels.shape[1] - square) // 2
+    cut = pixels[top : top + square, left : left + square]
+    whole = Image.fromarray(np.ascontiguousarray(cut[..., 0] if cut.shape[2] == 1 else cut))
+    return np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC)).reshape(side, side, -1)
 
 
 def _cut(image: np.ndarray, view: np.ndarray, side_px: int) -> np.ndarray:

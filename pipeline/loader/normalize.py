@@ -108,6 +108,24 @@ class Normalizer:
         """
         return self._mean - shift, np.tile(self._std * np.float32(divisor), (len(shift), 1))
 
+    def at_center(self, height_px: int, width_px: int) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`__call__` does to a center crop, in two arrays: ``(crop - first) / second``, then ``per_image``.
+
+        Args:
+            height_px: of the image that the crop is the center of.
+            width_px: the same.
+
+        Returns:
+            (C, S, S) or (C, 1, 1) float32, gray levels; (C, 1, 1) float32.
+        """
+        mean = self._mean[:, None, None]
+        if self._image is not None:
+            side = self._config.crop_px
+            x, y, _ = center_geometry(1, height_px=height_px, width_px=width_px, crop_px=side)[0].tolist()
+            crop = self._image[y : y + side, x : x + side]
+            mean = mean + crop.transpose(2, 0, 1).astype(np.float32)
+        return np.ascontiguousarray(mean), self._std[:, None, None].copy()
+
     def finish(self, images: torch.Tensor, geometry: np.ndarray, divisor: float = 1.0) -> torch.Tensor:
         """The mean image and ``standardize``, in place.
 

@@ -10,7 +10,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The recipe's structure at a size for tests: 67 px give maps of 15, 7, 3 and 1 px; louder weights, no decay.
 SMALL = (
     "model.image_px=67",
-    "data.crop_px=67",
     "model.classes=10",
     "model.channels=[6, 8, 8, 8, 8]",
     "model.hidden=[16, 16]",

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutations import Mutation, images, net, of_groups, recipes, training
+from tests.mutations import Mutation, images, inference, net, of_groups, recipes, training
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tests/trainer", "tests/pipeline")
@@ -58,7 +58,13 @@ NOTHING = Mutation("nothing wrong", "Makefile", "\n", "\n", (), nth=1)
 
 def mutations() -> list[Mutation]:
     """All of them."""
-    listed = [*of_groups(net.GROUPS), *of_groups(training.GROUPS), *of_groups(images.GROUPS), *recipes.of_recipes()]
+    listed = [
+        *of_groups(net.GROUPS),
+        *of_groups(training.GROUPS),
+        *of_groups(images.GROUPS),
+        *of_groups(inference.GROUPS),
+        *recipes.of_recipes(),
+    ]
     names = [mutation.name for mutation in listed]
     doubled = {name for name in names if names.count(name) > 1}
     assert not doubled, f"several mutations are called {doubled}"

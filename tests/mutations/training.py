@@ -118,6 +118,6 @@ GROUPS = (
     ("trainer/training/step.py", (PIECES, REPLICAS), of_step),
     ("trainer/training/loop.py", (f"{PARTIAL}::test_a_run_by_hand",), of_loop),
     ("trainer/training/evaluate.py", (EVALUATE,), of_evaluate),
-    ("trainer/inference/predict.py", (PREDICT,), of_predict),
+    ("trainer/inference/trained_net.py", (PREDICT,), of_predict),
     ("trainer/parallel/mesh.py", (REPLICAS,), of_mesh),
 )

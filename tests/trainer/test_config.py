@@ -39,7 +39,10 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
         ("model.image_px=20", "nothing is left of it after"),
         ("optimizer.learning_rate=nan", "expected a finite number"),
         ("epochs=3", "section.field=value"),
-        ("data.crop_px=200", "data.crop_px is 200: expected model.image_px = 224"),
+        ("data.crop_px=224", "data.crop_px: the loader's crop is model.image_px"),
+        ("model.classes=1", "model.classes is 1: expected 2 or more, or 0 as the data set"),
+        ("model.in_channels=2", "model.in_channels is 2: expected one of 1, 3, or 0 as the data set"),
+        ("model.init=xavier", "model.init is 'xavier': expected one of std, he"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

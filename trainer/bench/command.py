@@ -57,12 +57,13 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
     """Runs the benchmark."""
     from trainer.bench.run import BenchSettings, print_line, run_bench
+    from trainer.training.fit import check_fits, check_resolved
 
     if arguments.data:
         from pipeline.manifest import read_manifest
-        from trainer.training.run_folder import check_fits
 
-        check_fits(config, read_manifest(arguments.data), arguments.data)
+        config = check_fits(config, read_manifest(arguments.data), arguments.data, extend=True)
+    check_resolved(config)
     if config.model.towers == 1 and arguments.processes == 2:
         raise BenchError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     recipe = (arguments.config or Path("paper.toml")).name

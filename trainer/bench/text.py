@@ -212,7 +212,7 @@ class Difference:
     unit: str
     a: Figure | None  # None where this result lacks it
     b: Figure | None
-    better: str = ""  # a, b, none (no difference), or empty where only one has it
+    better: str = ""  # a, b, none (no difference), once (no spread is known), or empty where only one has it
     factor: float = 1.0  # the better one over the other, >= 1
 
     def words(self) -> str:
@@ -221,6 +221,8 @@ class Difference:
             return "only in a" if self.a else "only in b"
         if self.better == "none":
             return "no difference"
+        if self.better == "once":
+            return "measured once: no outcome"
         kind = "as fast" if self.unit.startswith("us") else "as high"
         return f"{self.better} is {self.factor:.2f} times {kind}"
 
@@ -233,8 +235,8 @@ def compare(a: BenchRecord, b: BenchRecord) -> list[Difference]:
         one, two = left.get((name, unit)), right.get((name, unit))
         better, factor = "", 1.0
         if one and two:
-            better = "none"
-            if differ(one, two):
+            better = "none" if min(one.n, two.n) > 1 else "once"
+            if better == "none" and differ(one, two):
                 a_wins = (one.median < two.median) == unit.startswith("us")  # a time, or the latency of the wire
                 low, high = sorted((one.median, two.median))
                 better, factor = "a" if a_wins else "b", high / low if low > 0 else float("inf")
@@ -267,6 +269,10 @@ def differing_settings(a: BenchRecord, b: BenchRecord) -> list[tuple[str, str, s
     return [(key, str(left[key]), str(right[key])) for key in left if left[key] != right[key]]
 
 
+def _with_noise(figure: Figure) -> str:
+    return f"{number(figure.median)} ±{number(figure.noise)}" if figure.n > 1 else number(figure.median)
+
+
 def print_comparison(a: BenchRecord, b: BenchRecord) -> None:
     """Prints two results side by side."""
     console = _console()
@@ -274,7 +280,7 @@ def print_comparison(a: BenchRecord, b: BenchRecord) -> None:
         console.print(f"{setting}: {left} | {right}")
     cells = []
     for row in compare(a, b):
-        sides = [f"{number(side.median)} ±{number(side.noise)}" if side else "" for side in (row.a, row.b)]
+        sides = [_with_noise(side) if side else "" for side in (row.a, row.b)]
         cells.append([row.name, *sides, row.unit, row.words()])
     console.print("", _table(("", "a", "b", "", "outcome"), cells, left=(0, 3, 4)))
     console.print(f"\n[bold]{comparison_sentence(a, b)}[/bold]")

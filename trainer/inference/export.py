@@ -1,38 +1,26 @@
-"""Weights out of a run and into one: merged safetensors, ONNX, and the import of such a safetensors file."""
+"""A run's net as one file that stands alone: safetensors or ONNX, with its input, its classes and its recipe inside."""
 
+import hashlib
 import json
-import os
-import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import numpy as np
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.manifest import Manifest, read_manifest, write_atomic
-from trainer.config import LAYERS, TOWERS, Config, to_toml
+from pipeline.manifest import STATISTICS_NAME, Manifest, read_manifest, write_atomic
+from trainer.config import LAYERS, Config, to_toml
 from trainer.errors import ExportError, RunError
-from trainer.inference.weights import fill_towers, groups_of, merge_towers, testing_factor
-from trainer.model.alexnet import AlexNet
-from trainer.training import checkpoint
+from trainer.inference.input_rule import InputRule, input_rule
+from trainer.inference.program import net_program
+from trainer.model.weights import groups_of, merge_towers, testing_factor
 from trainer.training.evaluate import load_network
-from trainer.training.kept_data import compare_data, keep_data_set, kept_manifest
-from trainer.training.metrics import describe_environment
-from trainer.training.optimizer import PaperSGD
-from trainer.training.run_folder import (
-    CONFIG_NAME,
-    DATA_SET_NAME,
-    check_fits,
-    check_output,
-    empty,
-    is_begun,
-    read_run_config,
-    refuse_nested,
-)
-from trainer.training.run_lock import hold_run, refuse_held
-from trainer.training.start import check_writable
+from trainer.training.fit import check_fits
+from trainer.training.kept_data import compare_data, data_of, kept_manifest
+from trainer.training.run_folder import check_output, read_run_config
 
-FORMAT = "twotower merged weights 1"
+FORMAT = "twotower net 2"
 LAYOUT = (
     "tower a's maps before tower b's; groups=2 where groups says 2: (maps, inputs a tower, k, k); fc6 sees flatten(1) "
     "of the merged maps: a's maps row by row, then b's; normalization within each tower's half of the maps; "
@@ -40,37 +28,37 @@ LAYOUT = (
 )
 
 
-def export_run(run: Path, output: Path, *, data: Path | None = None, which: str = "newest") -> Path:
+def export_run(
+    run: Path, output: Path, *, data: Path | None = None, which: str = "newest", preprocessing: bool = True
+) -> Path:
     """Writes a checkpoint's net.
 
     Args:
         run: run folder.
         output: ``FILE.safetensors`` or ``FILE.onnx``; replaced whole or not at all.
-        data: data set, for class names in the file's metadata; None for the one that the run was trained on.
+        data: data set whose preparation applies; None for the one that the run was trained on.
         which: see :func:`trainer.training.checkpoint.choose`.
+        preprocessing: the file takes uint8 crops, and mean, deviation and layout are inside; without, it takes what the
+            net sees: float32 (N, C, S, S).
 
     Raises:
         ExportError: another suffix, or the net cannot be written in this format.
-        RunError: no run, or no checkpoint in it.
+        RunError: no run, no checkpoint in it, or it does not know what its input needs.
     """
     if output.suffix not in (".safetensors", ".onnx"):
         raise ExportError(f"--output {output}: expected a name that ends in .safetensors or .onnx")
     check_output("--output", output)
     config = read_run_config(run)
-    manifest = kept_manifest(run)
-    if data is not None:
-        manifest = read_manifest(data)
-        check_fits(config, manifest, data, splits=())
-        compare_data(run, data, manifest)
+    folder, manifest, rule = _input_of(run, config, data, preprocessing)
     loaded = load_network(run, which=which)
-    facts = _facts(config, str(loaded.step), manifest)
     merged = merge_towers(loaded.net)
+    facts = _facts(config, loaded.step, merged, manifest, rule)
     if output.suffix == ".onnx":
         from trainer.inference.onnx_graph import onnx_bytes
 
-        content = onnx_bytes(config, merged, facts)
+        content = onnx_bytes(config, merged, facts, rule)
     else:
-        content = save({name: tensor.contiguous() for name, tensor in merged.items()}, facts)
+        content = _safetensors(config, merged, facts, rule, folder)
     try:
         write_atomic(output, content)
     except OSError as error:
@@ -78,88 +66,80 @@ def export_run(run: Path, output: Path, *, data: Path | None = None, which: str 
     return output
 
 
-def _facts(config: Config, step: str, manifest: Manifest | None) -> dict[str, str]:
-    """The metadata of a file; texts only, as safetensors wants them."""
+def _input_of(
+    run: Path, config: Config, data: Path | None, preprocessing: bool
+) -> tuple[Path | None, Manifest | None, InputRule | None]:
+    """Where the statistics are, the record of the classes, and the rule of the input, as far as they are wanted.
+
+    Raises:
+        RunError: the run keeps none of it, and no data set is given.
+    """
+    if data is not None:
+        manifest = read_manifest(data)
+        check_fits(config, manifest, data, splits=())
+        statistics = compare_data(run, data, manifest)
+        return statistics, manifest, input_rule(data, config, statistics) if preprocessing else None
+    if not preprocessing:
+        kept = kept_manifest(run)
+        return data_of(run) if kept else None, kept, None
+    try:
+        folder = data_of(run)
+    except RunError as error:
+        raise RunError(f"{error}, or export without the input's part (--no-preprocessing)") from None
+    return folder, read_manifest(folder), input_rule(folder, config)
+
+
+def _facts(
+    config: Config, step: int, merged: dict[str, Tensor], manifest: Manifest | None, rule: InputRule | None
+) -> dict[str, str]:
+    """The metadata of a file; texts only, as safetensors and ONNX want them."""
     data, model = config.data, config.model
+    shape = f"(N, {model.in_channels}, {model.image_px}, {model.image_px})"
+    if rule is not None:
+        shape = f"(N, {model.image_px}, {model.image_px}, {model.in_channels})"
+    ready = f"float32 pixels of 0..255, mean '{data.mean}' of the training set subtracted, normalize '{data.normalize}'"
     facts = {
         "format": FORMAT,
         "layout": LAYOUT,
         "groups": json.dumps({layer: groups_of(model, layer) for layer in LAYERS}),
         "towers": str(model.towers),
         "test_factor": str(testing_factor(model)),
-        "input": (
-            f"(N, {model.in_channels}, {model.image_px}, {model.image_px}) float32: pixels 0..255, mean '{data.mean}' "
-            f"of the training set subtracted, normalize '{data.normalize}'"
-        ),
-        "step": step,
+        "preprocessing": "inside" if rule else "outside",
+        "input": f"{shape} " + ("uint8 pixels of 0..255; what the net needs is done inside" if rule else ready),
+        "step": str(step),
         "config": to_toml(config),
+        "recipe_fingerprint": hashlib.sha256(to_toml(config).encode()).hexdigest(),
+        "fingerprint": _fingerprint(merged),
     }
+    if rule is not None:
+        facts |= rule.facts()
     if manifest is not None:
-        facts["classes"] = json.dumps([row.title for row in manifest.classes], ensure_ascii=False)
+        facts |= {
+            "classes": json.dumps([row.title for row in manifest.classes], ensure_ascii=False),
+            "class_names": json.dumps([row.name for row in manifest.classes], ensure_ascii=False),
+            "data_set_fingerprint": manifest.fingerprint,
+        }
     return facts
 
 
-def read_merged(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file.
-
-    Raises:
-        ExportError: there is none, or it is damaged.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ExportError(f"no weights at {path}") from None
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
+def _fingerprint(merged: dict[str, Tensor]) -> str:
+    """sha256 of the weights, by name: equal for the same net, whatever file it is in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(merged.items()):
+        digest.update(name.encode() + b"\0" + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def import_weights(weights: Path, config: Config, run: Path, data: Path | None = None) -> Path:
-    """Makes a run folder with a checkpoint of step 0, to evaluate, to predict with, or to train on from.
-
-    Args:
-        weights: merged safetensors file.
-        config: recipe whose net the weights fit.
-        run: folder to make; must be new or empty.
-        data: data set whose classes and statistics the run keeps; None: predicting needs one then.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        ExportError: the weights do not fit the recipe's net.
-        RunError: the folder is not empty.
-    """
-    refuse_nested(run)
-    if is_begun(run):
-        raise RunError(f"{run} holds a run: give another --run folder")
-    if data is not None:
-        check_fits(config, read_manifest(data), data, splits=())
-    refuse_held(run)
-    check_writable(run, 0)
-    net, tensors = AlexNet(config.model, seed=config.train.seed), read_merged(weights)
-    try:
-        fill_towers(net, tensors)
-    except ExportError as error:
-        raise ExportError(f"{weights}: {error}") from None
-    with hold_run(run):
-        empty(run)
-        try:
-            return _write_run(run, config, net, weights, data)
-        except OSError as error:
-            empty(run)
-            raise RunError(f"--run {run} cannot be written: {error.strerror or error}") from None
-
-
-def _write_run(run: Path, config: Config, net: AlexNet, weights: Path, data: Path | None) -> Path:
-    """The run folder, its record last."""
-    if data is not None:
-        keep_data_set(data, run / DATA_SET_NAME)
-    command = ["python", "-m", "trainer", *sys.argv[1:]]
-    environment = describe_environment(command) | {"imported from": os.fspath(weights)}
-    write_atomic(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
-    optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    checkpoint.save_towers(checkpoint.unfinished(run, 0), net, optimizer)
-    towers = TOWERS[: config.model.towers]
-    folder = checkpoint.commit(run, 0, config=to_toml(config), loader=None, towers=towers)
-    write_atomic(run / CONFIG_NAME, to_toml(config).encode())
-    return folder
+def _safetensors(
+    config: Config, merged: dict[str, Tensor], facts: dict[str, str], rule: InputRule | None, folder: Path | None
+) -> bytes:
+    """Weights, what the input needs, and the data set's record, so that ``import`` makes a whole run of the file."""
+    tensors = {name: tensor.contiguous() for name, tensor in merged.items()}
+    facts = facts | {"program": json.dumps(net_program(config.model, rule))}
+    if rule is not None:
+        tensors |= {"input.mean": torch.from_numpy(rule.mean), "input.std": torch.from_numpy(rule.std)}
+    if folder is not None:
+        content = (folder / STATISTICS_NAME).read_bytes()
+        tensors[STATISTICS_NAME] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+        facts["manifest"] = read_manifest(folder).to_json()
+    return save(tensors, facts)

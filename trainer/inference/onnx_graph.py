@@ -1,4 +1,7 @@
-"""The merged net as an ONNX graph, written node by node: input ``images``, output ``logits``, both with a free batch.
+"""The merged net as an ONNX graph, written node by node: ``images`` to ``logits`` and ``probabilities``, a free batch.
+
+With an input rule the images are uint8 (N, S, S, C), as any program decodes them, and mean, deviation and layout are
+nodes; without one they are float32 (N, C, S, S), ready for the net.
 
 Built from the recipe rather than by ``torch.onnx.export``, which would take response normalization apart into a dozen
 nodes and need onnxscript; here every node has its layer's name, and response normalization is ONNX's own ``LRN``, one
@@ -14,8 +17,9 @@ from torch import Tensor
 
 from trainer.config import LAYERS, Config, ModelConfig
 from trainer.errors import ExportError
-from trainer.inference.weights import block_diagonal, groups_of, testing_factor
+from trainer.inference.input_rule import InputRule
 from trainer.model.layers import BATCH_NORM_EPSILON
+from trainer.model.weights import block_diagonal, groups_of, testing_factor
 
 OPSET = 17
 IR_VERSION = 8  # of ONNX 1.12, the first with opset 17: older runtimes can read it
@@ -30,7 +34,7 @@ class _Graph:
         self.constants: list[Any] = []
         self.end = "images"
 
-    def constant(self, name: str, value: Tensor | float) -> str:
+    def constant(self, name: str, value: Tensor | np.ndarray | float) -> str:
         """Adds a named float32 constant."""
         array = value.numpy() if isinstance(value, Tensor) else np.asarray(value, np.float32)
         self.constants.append(self._numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else array, name))
@@ -55,13 +59,16 @@ class _Graph:
         self.end = name
 
 
-def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+def onnx_bytes(
+    config: Config, merged: Mapping[str, Tensor], facts: Mapping[str, str], rule: InputRule | None = None
+) -> bytes:
     """Serializes the net.
 
     Args:
         config: the recipe.
-        merged: weights as :func:`trainer.inference.weights.merge_towers` gives them.
+        merged: weights as :func:`trainer.model.weights.merge_towers` gives them.
         facts: metadata of the file.
+        rule: of the input; None: the graph begins with the net.
 
     Raises:
         ExportError: the package onnx is not installed, or the net has an operation that is not known here.
@@ -72,20 +79,49 @@ def onnx_bytes(config: Config, merged: Mapping[str, Tensor], facts: Mapping[str,
         raise ExportError("ONNX needs the package onnx: pip install onnx onnxruntime -c constraints.txt") from None
     model = config.model
     graph = _Graph(helper, numpy_helper)
+    if rule is not None:
+        _input(graph, rule)
     for index in range(5):
         _convolution(graph, model, index, merged)
     graph.add("Flatten", "flatten", axis=1)
     for layer in LAYERS[5:]:
         _connected(graph, model, layer, merged)
     side = model.image_px
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", model.in_channels, side, side])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", model.classes])
-    whole = helper.make_graph(graph.nodes, "twotower", [images], [logits], graph.constants)
+    graph.add("Softmax", "probabilities", axis=1)
+    shape: list[str | int | None] = (
+        ["N", model.in_channels, side, side] if rule is None else ["N", side, side, model.in_channels]
+    )
+    kind = TensorProto.FLOAT if rule is None else TensorProto.UINT8
+    images = helper.make_tensor_value_info("images", kind, shape)
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", model.classes])
+        for name in ("logits", "probabilities")
+    ]
+    whole = helper.make_graph(graph.nodes, "twotower", [images], outputs, graph.constants)
     opsets = [helper.make_opsetid("", OPSET)]
     proto = helper.make_model(whole, opset_imports=opsets, producer_name="twotower", ir_version=IR_VERSION)
     helper.set_model_props(proto, dict(facts))
     checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
+
+
+def _input(graph: _Graph, rule: InputRule) -> None:
+    """From uint8 (N, S, S, C) to what the net sees."""
+    graph.add("Transpose", "pixels", perm=[0, 3, 1, 2])
+    graph.add("Cast", "levels", to=1)  # float32
+    graph.add("Sub", "centered", graph.constant("input.mean", rule.mean))
+    graph.add("Div", "input", graph.constant("input.std", rule.std))
+    if rule.per_image:
+        whole: dict[str, Any] = {"axes": [1, 2, 3], "keepdims": 1}
+        graph.add("ReduceMean", "level", **whole)
+        graph.end = "input"
+        graph.add("Sub", "leveled", "level")
+        graph.add("Mul", "squares", "leveled")
+        graph.add("ReduceMean", "variance", **whole)
+        graph.add("Add", "variance.safe", graph.constant("input.epsilon", rule.epsilon))
+        graph.add("Sqrt", "deviation")
+        graph.end = "leveled"
+        graph.add("Div", "input.standard", "deviation")
 
 
 def _convolution(graph: _Graph, model: ModelConfig, index: int, merged: Mapping[str, Tensor]) -> None:

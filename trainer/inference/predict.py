@@ -1,62 +1,21 @@
-"""What a run's net says about images that are in no data set: as a table, as lines of JSON, and as a page."""
+"""The outputs of ``predict``: a table, lines of JSON, and a page; and which files are meant."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.nn import functional
 
-from pipeline.errors import ImageError
-from pipeline.loader.image_reader import ImageReader
-from pipeline.manifest import read_manifest, write_atomic
+from pipeline.manifest import write_atomic
 from trainer.errors import RunError
+from trainer.inference.trained_net import FeatureRow, Prediction
 from trainer.report.page import percent, render
-from trainer.training.evaluate import load_network
-from trainer.training.kept_data import compare_data, data_of
-from trainer.training.run_folder import check_fits
 
 SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room for
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassShare:
-    """One class and its probability.
-
-    Attributes:
-        label: the class's label.
-        name: the source's own id of it.
-        title: its name for people.
-        probability: 0..1.
-    """
-
-    label: int
-    name: str
-    title: str
-    probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What was said about one image, or why nothing was.
-
-    Attributes:
-        path: the file.
-        classes: the likeliest classes, likeliest first; empty where the image could not be used.
-        image: the center crop that the net looked at, uint8 (S, S, C), or None.
-        error: why the image could not be used; empty where it could.
-    """
-
-    path: Path
-    classes: tuple[ClassShare, ...] = ()
-    image: np.ndarray | None = None
-    error: str = ""
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -81,89 +40,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-class Predictor:
-    """A checkpoint of a run, ready to look at images.
-
-    Args:
-        run: run folder.
-        data: data set whose preparation applies; None for the one that the run was trained on.
-        device: where the net runs.
-        views: ``center``, or ``ten`` whose softmax outputs are averaged (paper section 4.1).
-        which: see :func:`trainer.training.checkpoint.choose`.
-
-    Raises:
-        TrainerError: no run, no checkpoint, or a data set that does not fit the net.
-        PipelineError: there is no complete data set.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        data: Path | None = None,
-        *,
-        device: str = "cpu",
-        views: str = "center",
-        which: str = "newest",
-    ) -> None:
-        loaded = load_network(run, device, which=which)
-        self._net, self._config = loaded.net, loaded.config
-        data = data or data_of(run)
-        manifest = read_manifest(data)
-        check_fits(self._config, manifest, data, splits=())
-        statistics = compare_data(run, data, manifest)
-        self._reader = ImageReader(data, self._config.data, views=views, device=device, statistics=statistics)
-        self._ten = views == "ten"
-
-    def predict(self, paths: Iterable[Path], *, top: int = 5, images: bool = True) -> Iterator[Prediction]:
-        """Predicts images in batches; a file that cannot be used is a :class:`Prediction` with its error.
-
-        Args:
-            paths: files, in the order in which predictions come.
-            top: classes an image, >= 1.
-            images: whether predictions carry their images; without, a folder of any size takes no more memory.
-        """
-        waiting: list[Prediction] = []
-        for path in paths:
-            try:
-                waiting.append(Prediction(path, image=self._reader.read(path)))
-            except ImageError as error:
-                waiting.append(Prediction(path, error=str(error)))
-            if len(waiting) == self._config.train.batch_size:
-                yield from self._answer(waiting, top, images)
-                waiting = []
-        yield from self._answer(waiting, top, images)
-
-    def _answer(self, waiting: Sequence[Prediction], top: int, images: bool) -> Iterator[Prediction]:
-        """Fills in the classes of the images of one batch; their ``image`` is the stored image until then."""
-        stored = [prediction.image for prediction in waiting if prediction.image is not None]
-        rows = iter(self._shares(stored) if stored else ())
-        for prediction in waiting:
-            if prediction.image is None:
-                yield prediction
-                continue
-            classes = self._likeliest(next(rows), top)
-            image = self._reader.center(prediction.image).copy() if images else None
-            yield dataclasses.replace(prediction, classes=classes, image=image)
-
-    @torch.no_grad()
-    def _shares(self, stored: Sequence[np.ndarray]) -> torch.Tensor:
-        """Probabilities of stored images, (N, classes) on the CPU."""
-        images = self._reader.images(stored)
-        if not self._ten:
-            return functional.softmax(self._net(images).float(), dim=1).cpu()
-        shares = functional.softmax(self._net(images.flatten(0, 1)).float(), dim=1)
-        return shares.unflatten(0, (-1, images.shape[1])).mean(1).cpu()
-
-    def _likeliest(self, shares: torch.Tensor, top: int) -> tuple[ClassShare, ...]:
-        """The ``top`` likeliest classes of one image's (classes,) probabilities."""
-        records = self._reader.manifest.classes
-        values, labels = shares.topk(min(max(1, top), len(records)))
-        return tuple(
-            ClassShare(label, records[label].name, records[label].title, value)
-            for label, value in zip(labels.tolist(), values.tolist(), strict=True)
-        )
 
 
 def print_table(results: Sequence[Prediction]) -> None:
@@ -193,7 +69,7 @@ def print_json(result: Prediction) -> None:
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def print_error(result: Prediction) -> None:
+def print_error(result: Prediction | FeatureRow) -> None:
     """Prints a line on stderr where the image could not be used."""
     if result.error:
         print(f"error: {result.path}: {result.error}", file=sys.stderr)

@@ -121,6 +121,8 @@ class AlexNet(nn.Module):
         for tower, parameters in self.split_towers(dict(self.named_parameters())).items():
             for layer, std, bias in zip(LAYERS, self.config.init_std, self.config.init_bias, strict=True):
                 if f"{layer}.weight" in parameters:
+                    if self.config.init == "he":
+                        std = (2 / parameters[f"{layer}.weight"][0].numel()) ** 0.5
                     generator = torch.Generator().manual_seed(stable_seed(seed, "init", tower, layer))
                     parameters[f"{layer}.weight"].normal_(0.0, std, generator=generator)
                     parameters[f"{layer}.bias"].fill_(bias)

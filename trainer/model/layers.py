@@ -7,6 +7,7 @@ that sees its own tower is grouped: the usual way to write two towers down, and 
 import dataclasses
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,10 +137,28 @@ class BatchNorm2d(nn.BatchNorm2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
         self.num_batches_tracked = None
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """Normalizes by the running statistics from now on, in training too, and leaves them as they are."""
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "BatchNorm2d":
+        """As of any module; a frozen one stays in testing mode."""
+        return super().train(mode and not self.frozen)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *more: Any) -> None:
         """A plain dict says no version, and torch would add the count for one that is older than it."""
         super()._load_from_state_dict(state_dict, prefix, {**metadata, "version": 2}, *more)
+
+
+def freeze_statistics(net: nn.Module, layers: Sequence[str]) -> None:
+    """Freezes the batch normalization after some convolutions, given as conv1 ... conv5."""
+    for layer in layers:
+        for module in getattr(net, layer.replace("conv", "post")).modules():
+            if isinstance(module, BatchNorm2d):
+                module.freeze()
 
 
 @dataclasses.dataclass(frozen=True)

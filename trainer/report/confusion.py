@@ -38,7 +38,7 @@ class ClassScore:
         title: its name.
         num_samples: images of it.
         num_correct_top1: those whose likeliest class it was.
-        num_correct_top5: those with it among the five likeliest.
+        num_correct_top5: those with it among the five likeliest; None with fewer than six classes.
         taken_for: name of the class that it was mistaken for most often; empty where it never was.
         num_taken_for: how often.
     """
@@ -47,7 +47,7 @@ class ClassScore:
     title: str
     num_samples: int
     num_correct_top1: int
-    num_correct_top5: int
+    num_correct_top5: int | None
     taken_for: str
     num_taken_for: int
 
@@ -58,8 +58,10 @@ class ClassScore:
 
     @property
     def top5(self) -> float | None:
-        """Share of its images with it among the five likeliest, 0..1; None without images."""
-        return self.num_correct_top5 / self.num_samples if self.num_samples else None
+        """Share with it among the five likeliest, 0..1; None without images, or with fewer than six classes."""
+        if self.num_correct_top5 is None or not self.num_samples:
+            return None
+        return self.num_correct_top5 / self.num_samples
 
 
 def count_pairs(result: "Evaluation", classes: int) -> NDArray[np.int64]:
@@ -83,7 +85,7 @@ def score_classes(result: "Evaluation", titles: Sequence[str]) -> list[ClassScor
                 title=title,
                 num_samples=int(pairs[label].sum()),
                 num_correct_top1=int(pairs[label, label]),
-                num_correct_top5=int(in_top5[label]),
+                num_correct_top5=None if result.top5 is None else int(in_top5[label]),
                 taken_for=titles[other] if wrong[other] else "",
                 num_taken_for=int(wrong[other]),
             )
@@ -110,11 +112,12 @@ def print_classes(result: "Evaluation", titles: Sequence[str], console: Console 
     table = Table(title=f"{pluralize(len(titles), 'class')}, the worst first", title_justify="left")
     for heading in ("class", "taken most often for"):
         table.add_column(heading)
-    for heading in ("images", "top-1", "top-5"):
+    for heading in ("images", "top-1", "top-5")[: 2 if result.top5 is None else 3]:
         table.add_column(heading, justify="right")
     for score in scores:
         mistaken = f"{score.taken_for} ({score.num_taken_for})" if score.taken_for else ""
-        rates = ("" if rate is None else f"{rate:.4f}" for rate in (score.top1, score.top5))
+        shares = (score.top1,) if result.top5 is None else (score.top1, score.top5)
+        rates = ("" if rate is None else f"{rate:.4f}" for rate in shares)
         table.add_row(score.title, mistaken, str(score.num_samples), *rates)
     (console or Console(width=None if Console().is_terminal else 100)).print(table, markup=False)
 

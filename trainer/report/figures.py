@@ -56,6 +56,7 @@ def _curves_of_learning(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]
     """Loss and accuracy: caption, what to say where there is nothing, axis, lines."""
     evaluations = run.evaluations
     at = [row["step"] for row in evaluations]
+    top5 = [100 * row["top5"] for row in evaluations if row.get("top5") is not None]  # none with fewer than six classes
     split = evaluations[-1].get("split", "held-out") if evaluations else ""
     images = pluralize(evaluations[-1]["num_samples"], "image") if evaluations else ""
     return [
@@ -74,7 +75,7 @@ def _curves_of_learning(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]
             Axis("Held-out accuracy, %", "{:g}".format, "{:.2f}".format, high=100),
             [
                 Line("top-1", at, [100 * row["top1"] for row in evaluations]),
-                Line("top-5", at, [100 * row["top5"] for row in evaluations], "soft"),
+                *([Line("top-5", at, top5, "soft")] if top5 else []),
             ],
         ),
     ]

@@ -182,8 +182,8 @@ def predict_images(run: Path, data: Path, *, device: str = "cpu", limit: int = M
     """
     from pipeline.loader.batches import EvaluationLoader
     from trainer.training.evaluate import evaluate_net, load_network
+    from trainer.training.fit import check_fits
     from trainer.training.kept_data import compare_data
-    from trainer.training.run_folder import check_fits
 
     loaded = load_network(run, device)
     net, config = loaded.net, loaded.config

@@ -133,6 +133,8 @@ def headline(run: RunRecord) -> list[tuple[str, str, str]]:
     if accuracy:
         number = int(accuracy["num_samples"])
         for name, key in (("top-1, held out", "top1"), ("top-5, held out", "top5")):
+            if accuracy.get(key) is None:  # top-5 of fewer than six classes
+                continue
             right = round(accuracy[key] * number)
             small = f"{right:,} of {pluralize(number, 'image')}"
             small += f"; 95 % interval {interval(right, number)}" if key == "top1" else ""

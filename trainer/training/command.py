@@ -4,12 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.loader.open_split import read_statistics
+from pipeline.manifest import read_manifest
 from trainer.errors import RunError
 from trainer.training import resume, run_folder
 from trainer.training.checkpoint import latest_checkpoint
+from trainer.training.init_from import Initial, initial_weights
 from trainer.training.resume import resume_command
 from trainer.training.run_folder import is_begun
 from trainer.training.start import Start
+from twotower import verbosity
 
 
 def take_from_run(arguments: argparse.Namespace) -> None:
@@ -35,7 +39,30 @@ def take_from_run(arguments: argparse.Namespace) -> None:
     for name in ("data", "run"):
         if getattr(arguments, name) is None:
             raise RunError(f"--{name} DIR is missing: train needs a data set and a run folder, or --resume RUN alone")
+    if arguments.init_from is None and (arguments.new_head or arguments.freeze):
+        option = "--new-head" if arguments.new_head else "--freeze"
+        raise RunError(f"{option} goes with --init-from FILE|RUN: it says which weights are not new")
+    if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
+        raise RunError("--init-from and --resume RUN: a run that goes on has weights of its own; leave one out")
     arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
+
+
+def learned_weights(arguments: argparse.Namespace, start: Start) -> Initial | None:
+    """The weights to begin with, where some are named and the run does not go on from a checkpoint; says which."""
+    if arguments.init_from is None or start.choice is not None:
+        return None
+    manifest = read_manifest(start.data)
+    std = read_statistics(start.data, manifest).std
+    initial = initial_weights(start.config, arguments.init_from, manifest, std, new_head=arguments.new_head)
+    for line in initial.lines():
+        verbosity.remark(line, stdout=True)
+    return initial
+
+
+def print_notes(start: Start) -> None:
+    """Says what is worth knowing, once nothing speaks against the start: a refusal is one line."""
+    for note in start.notes:
+        verbosity.remark(f"note: {note}")
 
 
 def use_recipe_of_run(arguments: argparse.Namespace) -> argparse.Namespace:

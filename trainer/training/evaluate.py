@@ -18,9 +18,10 @@ from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.training.checkpoint import choose, load_towers
+from trainer.training.fit import TOP5_CLASSES, check_fits
 from trainer.training.kept_data import compare_data
 from trainer.training.resume import check_edited
-from trainer.training.run_folder import check_fits, read_run_config
+from trainer.training.run_folder import read_run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Evaluation:
     Attributes:
         num_samples: images.
         num_correct_top1: images whose likeliest class is the label.
-        num_correct_top5: images whose label is among the five likeliest (or all, with fewer classes).
+        num_correct_top5: images whose label is among the five likeliest; None with fewer than six classes, where that
+            says nothing.
         loss: mean cross entropy, nats.
         views: ``center`` or ``ten``.
         keys: sample keys, in the order of the data set.
@@ -42,7 +44,7 @@ class Evaluation:
 
     num_samples: int
     num_correct_top1: int
-    num_correct_top5: int
+    num_correct_top5: int | None
     loss: float
     views: str
     keys: tuple[str, ...]
@@ -57,9 +59,9 @@ class Evaluation:
         return self.num_correct_top1 / max(1, self.num_samples)
 
     @property
-    def top5(self) -> float:
-        """Share of images whose label is among the five likeliest, 0..1."""
-        return self.num_correct_top5 / max(1, self.num_samples)
+    def top5(self) -> float | None:
+        """Share of images whose label is among the five likeliest, 0..1; None with fewer than six classes."""
+        return None if self.num_correct_top5 is None else self.num_correct_top5 / max(1, self.num_samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Counts and rates, for JSON."""
@@ -69,10 +71,8 @@ class Evaluation:
     def sentence(self) -> str:
         """Counts and rates, for people."""
         total = self.num_samples
-        return (
-            f"top-1 {self.top1:.4f} ({self.num_correct_top1} of {total}), "
-            f"top-5 {self.top5:.4f} ({self.num_correct_top5} of {total}), {self.views}, loss {self.loss:.4f}"
-        )
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.4f} ({self.num_correct_top5} of {total}), "
+        return f"top-1 {self.top1:.4f} ({self.num_correct_top1} of {total}), {top5}{self.views}, loss {self.loss:.4f}"
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def _summarize(probabilities: Tensor, labels: Tensor, keys: list[str], views: st
     return Evaluation(
         num_samples=len(labels),
         num_correct_top1=int(hits[:, 0].sum()),
-        num_correct_top5=int(hits.any(1).sum()),
+        num_correct_top5=int(hits.any(1).sum()) if probabilities.shape[1] >= TOP5_CLASSES else None,
         loss=float(-likelihood.log().mean()),
         views=views,
         keys=tuple(keys),

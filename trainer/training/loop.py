@@ -17,6 +17,7 @@ from pipeline.manifest import read_manifest
 from trainer.config import Config, to_toml
 from trainer.errors import DivergedError, LostError, RunError
 from trainer.model import kernels
+from trainer.model.layers import freeze_statistics
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
 from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
@@ -25,10 +26,11 @@ from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.evaluate import evaluate_net
 from trainer.training.history import read_past
+from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress
 from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
-from trainer.training.run_folder import Result, blame, write_result
+from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
 from twotower.words import pluralize
@@ -52,7 +54,8 @@ class Trainer:
         stop: looked at in every step: when it is asked for, the run saves and ends.
         timed: opened around every phase of a step, with its name: ``wait`` (for the batch), ``transfer``, ``forward``,
             ``backward``, ``check``, ``optimizer``. The benchmark's clock; the default does nothing and takes 0.2 us.
-        is_new: begin with new weights, whatever checkpoints are there: the run replaces another one.
+        is_new: begin with the prepared start's weights, or new ones, whatever checkpoints are there: the run may
+            replace another one.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         self.net = make_net(config, self.link, device=device)
+        freeze_statistics(self.net, frozen_layers(config))
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.saver = AsyncCheckpointer(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
         self.gradients = ForwardBackward(self.net, train, mesh=mesh, device=device, timed=timed)
@@ -120,7 +124,8 @@ class Trainer:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
-        found = None if self.is_new else checkpoint.choose(self.run, quiet=True)  # who checked the start has said it
+        folder = self.run / START_NAME if self.is_new else self.run  # weights to begin with lie in the prepared start
+        found = checkpoint.choose(folder, quiet=True)  # who checked the start has said what is passed over
         if found is None:
             return None
         checkpoint.load_towers(found.folder, self.net, self.optimizer)
@@ -348,8 +353,9 @@ class Trainer:
         self.last_evaluation = row | {"num_samples": evaluation.num_samples, "elapsed_s": self._elapsed_s()}
         self.log.write(self.last_evaluation)
         self.log.flush()
+        top5 = "" if evaluation.top5 is None else f", top-5 {evaluation.top5:.4f}"
         self.progress.say(
-            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}, top-5 {evaluation.top5:.4f} "
+            f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}{top5} "
             f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
             f"{self.images_per_s.median():.0f} images/s"
         )

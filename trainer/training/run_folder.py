@@ -5,18 +5,16 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import MANIFEST_NAME, Manifest, write_atomic
+from pipeline.manifest import MANIFEST_NAME, write_atomic
 from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
 from trainer.training.history import read_past
 from trainer.training.rows import iterate_rows
 from trainer.training.run_lock import LOCK_NAME
-from twotower.words import pluralize
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
@@ -274,45 +272,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def check_fits(config: Config, manifest: Manifest, data: Path, *, splits: Sequence[str] | None = None) -> None:
-    """Checks that a data set is what a recipe's net can train on, before anything is started.
-
-    Args:
-        config: the recipe.
-        manifest: record of the data set.
-        data: its folder, for the message.
-        splits: those that are read; None for those of training, which need enough images besides.
-
-    Raises:
-        RecipeError: naming the field and the value that would fit.
-    """
-    image, model = manifest.image, config.model
-    if image.channels != model.in_channels:
-        raise RecipeError(f"model.in_channels = {model.in_channels}, and the images in {data} have {image.channels}")
-    if len(manifest.classes) != model.classes:
-        raise RecipeError(
-            f"model.classes = {model.classes}, and {data} has {pluralize(len(manifest.classes), 'class')}"
-        )
-    smallest = min(image.height_px or model.image_px, image.width_px or model.image_px)
-    if smallest < model.image_px:
-        raise RecipeError(
-            f"model.image_px = {model.image_px}, and the images in {data} are {smallest} px: "
-            f"prepare them with --resize {model.image_px} or more"
-        )
-    for split in ("train", config.train.evaluate_split) if splits is None else splits:
-        if split not in manifest.splits:
-            raise RecipeError(f"{data} has no split {split!r}: it has {', '.join(manifest.splits)}")
-    if (
-        splits is None
-        and manifest.splits["train"].num_samples < config.train.batch_size
-        and config.data.last_batch == "drop"
-    ):
-        found = manifest.splits["train"].num_samples
-        raise RecipeError(
-            f"train.batch_size = {config.train.batch_size}, and {data} has only {pluralize(found, 'training image')}"
-        )
 
 
 def check_replicas(config: Config, replicas: int) -> None:

@@ -19,9 +19,10 @@ from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest, read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
-from trainer.training import checkpoint, run_folder
+from trainer.training import checkpoint, fit, run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.history import read_elapsed_s
+from trainer.training.init_from import Initial, write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.resume import Change, allowed_changes, check_data_set, check_edited, depends_on_epochs
@@ -91,12 +92,14 @@ def check_start(
         TrainerError, PipelineError: it cannot; says why.
     """
     manifest = read_manifest(data)
-    opened = _check_data(config, manifest, data, skip_list)
+    config = fit.check_fits(config, manifest, data, extend=not resume)
+    opened = _open_data(config, manifest, data, skip_list)
     run_folder.refuse_nested(run)
     noted = str(source) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
+    told = fit.notes(config, manifest, opened.num_samples)
     if not begun or overwrite:
-        return Start(run, config, data, noted, begun, begun, None, (), finished=False, notes=())
+        return Start(run, config, data, noted, begun, begun, None, (), finished=False, notes=tuple(told))
     if not resume:
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
     before = run_folder.read_run_config(run)
@@ -104,7 +107,11 @@ def check_start(
     choice = checkpoint.choose(run, quiet=quiet)
     if choice:
         check_edited(run, before, choice)
-    notes = [*(f"{run}: {change}" for change in changes), *check_data_set(run, noted, manifest, opened, choice)]
+    notes = [
+        *told,
+        *(f"{run}: {change}" for change in changes),
+        *check_data_set(run, noted, manifest, opened, choice),
+    ]
     drops = depends_on_epochs(config)
     if drops and any(change.name == "train.epochs" for change in changes):
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
@@ -112,9 +119,8 @@ def check_start(
     return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
 
 
-def _check_data(config: Config, manifest: Manifest, data: Path, skip_list: Path | None) -> OpenSplit:
-    """The training split of a data set that a recipe fits and of which nothing is damaged."""
-    run_folder.check_fits(config, manifest, data)
+def _open_data(config: Config, manifest: Manifest, data: Path, skip_list: Path | None) -> OpenSplit:
+    """The training split of a data set of which nothing is damaged."""
     opened = open_split(data, "train", skip_list=skip_list)
     if config.train.evaluate_split != "train":
         open_split(data, config.train.evaluate_split)
@@ -178,12 +184,13 @@ def _size_of(run: Path) -> int:
     return sum(path.stat().st_size for path in (run / checkpoint.CHECKPOINTS_NAME).rglob("*") if path.is_file())
 
 
-def prepare_start(start: Start, options: dict[str, Any]) -> None:
+def prepare_start(start: Start, options: dict[str, Any], initial: Initial | None = None) -> None:
     """Writes what the run will have new into ``RUN/.start``; the caller holds the lock.
 
     Args:
         start: as :func:`check_start` found it.
         options: how the towers are started, recorded in environment.json: processes, replicas, device, skip_list.
+        initial: weights to begin with; None for new ones.
 
     Raises:
         RunError: it cannot be written.
@@ -194,9 +201,13 @@ def prepare_start(start: Start, options: dict[str, Any]) -> None:
     try:
         if is_new or not kept.exists():
             keep_data_set(start.data, folder / run_folder.DATA_SET_NAME)
+        if initial is not None:
+            options = options | {"init_from": initial.lines()}
         environment = _environment(start, options)
         write_atomic(folder / run_folder.ENVIRONMENT_NAME, (json.dumps(environment, indent=1) + "\n").encode())
         write_atomic(folder / run_folder.CONFIG_NAME, to_toml(start.config).encode())
+        if initial is not None:
+            write_step_zero(folder, start.config, initial.net)
         passed_over = [path.name for path in start.choice.passed_over] if start.choice else []
         write_atomic(folder / RECORD, json.dumps({"is_new": is_new, "passed_over": passed_over}).encode())
     except OSError as error:
@@ -251,7 +262,7 @@ def commit_start(run: Path) -> None:
         names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         for name in sorted(names, key=lambda name: name.name == run_folder.CONFIG_NAME):  # the recipe makes it a run
             if name.name != RECORD:
-                (run / name).parent.mkdir(exist_ok=True)
+                (run / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).replace(run / name)
         (run / run_folder.RESULT_NAME).unlink(missing_ok=True)
         run_folder.sweep(run)

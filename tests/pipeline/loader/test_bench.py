@@ -48,6 +48,8 @@ def test_rates_and_megabytes_agree(data: Path) -> None:
 
 def test_user_errors_are_one_line_and_exit_2(data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[data]\ncrop_px = 8\n")  # model.image_px, not a setting of its own
+    assert "data.crop_px is no field" in bench("--data", str(data), "--recipe", str(recipe)).stderr
     recipe.write_text("[data]\ncrop_pix = 8\n")
     done = bench("--data", str(data), "--recipe", str(recipe))
     assert (done.returncode, done.stdout) == (2, "")

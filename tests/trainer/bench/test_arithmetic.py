@@ -287,6 +287,14 @@ def test_nothing_is_called_different_inside_the_noise():
     assert differing_settings(same, a_record(cores=4)) == [("cores", "16", "4")]
 
 
+def test_what_was_measured_once_has_no_outcome():
+    """One measurement has no spread, so any difference of it would look certain."""
+    a = a_record()
+    once = tuple(dataclasses.replace(c, figure=dataclasses.replace(c.figure.scaled(2.0), n=1)) for c in a.ceilings)
+    rows = {row.name: row for row in compare(a, dataclasses.replace(a, ceilings=once))}
+    assert rows["disk read"].words() == "measured once: no outcome"
+
+
 def test_more_is_better_for_ceilings_and_batches_of_other_sizes_are_comparable():
     a, b = a_record(), a_record()
     faster = tuple(dataclasses.replace(c, figure=c.figure.scaled(2.0)) for c in b.ceilings)

@@ -16,7 +16,8 @@ from tests.helpers.synthetic_run import ROOT, digits_config, make_run
 from trainer.__main__ import main
 from trainer.config import load_config, to_toml
 from trainer.errors import ExportError, RunError
-from trainer.inference.export import export_run, import_weights
+from trainer.inference.export import export_run
+from trainer.inference.import_weights import import_weights
 from trainer.training import checkpoint
 from trainer.training.evaluate import load_network
 from trainer.training.optimizer import PaperSGD
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.numeric
 # The paper's layers at a size for tests: every layer keeps its kernel, stride and pad.
 SMALL = [
     "model.image_px=80",
-    "data.crop_px=80",
     "model.channels=[8, 12, 10, 10, 6]",
     "model.hidden=[24, 24]",
     "model.classes=7",
@@ -125,7 +125,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_exported_weights_reproduce_the_run_in_a_plain_module(tmp_path):
     run = a_run(tmp_path / "run")
     net = PlainNet([8, 12, 10, 10, 6], 24, 7)
-    net.load_state_dict(load_file(export_run(run, tmp_path / "net.safetensors")))
+    net.load_state_dict(load_file(export_run(run, tmp_path / "net.safetensors", preprocessing=False)))
     images = real_images().double()
     expected = logits_of(run, images)
     assert float(expected.std(0).min()) > 1e-3  # the images differ in every logit
@@ -135,7 +135,7 @@ def test_exported_weights_reproduce_the_run_in_a_plain_module(tmp_path):
 
 def test_the_plain_module_notices_swapped_towers(tmp_path):
     run = a_run(tmp_path / "run")
-    weights = load_file(export_run(run, tmp_path / "net.safetensors"))
+    weights = load_file(export_run(run, tmp_path / "net.safetensors", preprocessing=False))
     first, second = weights["conv2.weight"].chunk(2)
     net = PlainNet([8, 12, 10, 10, 6], 24, 7)
     net.load_state_dict(weights | {"conv2.weight": torch.cat((second, first))})
@@ -145,8 +145,8 @@ def test_the_plain_module_notices_swapped_towers(tmp_path):
 
 
 def test_the_papers_shapes():
-    from trainer.inference.weights import merge_towers
     from trainer.model.alexnet import AlexNet
+    from trainer.model.weights import merge_towers
 
     config = load_config(None, ["model.hidden=[16, 16]"]).model  # the full fully connected layers take a second to draw
     shapes = {name: tuple(tensor.shape) for name, tensor in merge_towers(AlexNet(config)).items()}
@@ -170,7 +170,7 @@ def test_onnxruntime_gives_the_runs_logits(tmp_path, changes):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra dev)")
     pytest.importorskip("onnx", reason="onnx is not installed (extra dev)")
     run = a_run(tmp_path / "run", *changes)
-    path = export_run(run, tmp_path / "net.onnx")
+    path = export_run(run, tmp_path / "net.onnx", preprocessing=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -182,7 +182,7 @@ def test_onnxruntime_gives_the_runs_logits(tmp_path, changes):
 
 def test_onnx_normalizes_each_tower_alone_and_scales_alpha(tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra dev)")
-    path = export_run(a_run(tmp_path / "run"), tmp_path / "net.onnx")
+    path = export_run(a_run(tmp_path / "run"), tmp_path / "net.onnx", preprocessing=False)
     model = onnx.load(path)
     norms = [node for node in model.graph.node if node.op_type == "LRN"]
     assert len(norms) == 4  # two layers, two towers
@@ -196,21 +196,21 @@ def test_onnx_normalizes_each_tower_alone_and_scales_alpha(tmp_path):
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_export_and_import_are_exact(tmp_path, changes):
     run = a_run(tmp_path / "run", *changes)
-    exported = export_run(run, tmp_path / "net.safetensors")
-    folder = import_weights(exported, recipe(*changes), tmp_path / "again")
+    exported = export_run(run, tmp_path / "net.safetensors", preprocessing=False)
+    folder = import_weights(exported, tmp_path / "again")
     assert checkpoint.read_record(folder).step == 0
     before, after = (load_network(folder).net.state_dict() for folder in (run, tmp_path / "again"))
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
-    again = export_run(tmp_path / "again", tmp_path / "again.safetensors")
+    again = export_run(tmp_path / "again", tmp_path / "again.safetensors", preprocessing=False)
     assert load_file(again).keys() == load_file(exported).keys()
     images = real_images(2)
     assert torch.equal(logits_of(run, images), logits_of(tmp_path / "again", images))
 
 
 def test_metadata_says_how_the_weights_lie(tmp_path):
-    path = export_run(a_run(tmp_path / "run", *ORIGINAL), tmp_path / "net.safetensors")
+    path = export_run(a_run(tmp_path / "run", *ORIGINAL), tmp_path / "net.safetensors", preprocessing=False)
     with safe_open(path, "pt") as file:
         facts = file.metadata()
     assert json.loads(facts["groups"])["conv2"] == 2
@@ -223,37 +223,41 @@ def test_metadata_says_how_the_weights_lie(tmp_path):
 
 
 def test_weights_of_another_net_are_refused_by_name(tmp_path):
-    exported = export_run(a_run(tmp_path / "run"), tmp_path / "net.safetensors")
+    exported = export_run(a_run(tmp_path / "run"), tmp_path / "net.safetensors", preprocessing=False)
     with pytest.raises(ExportError, match=r"fc8.weight is of shape \(7, 48\) in the file, and of shape \(8, 48\)"):
-        import_weights(exported, recipe("model.classes=8"), tmp_path / "again")
+        import_weights(exported, tmp_path / "again", config=recipe("model.classes=8"))
     assert not (tmp_path / "again").exists()
     weights = load_file(exported)
+    with safe_open(exported, "pt") as file:
+        facts = file.metadata()
     for change, message in (
         ({"conv9.weight": torch.zeros(1)}, r"conv9.weight is of shape \(1,\) in the file, and nothing"),
         ({"conv1.bias": weights["conv1.bias"].double()}, "conv1.bias is torch.float64"),
     ):
-        save_file(weights | change, tmp_path / "odd.safetensors")
+        save_file(weights | change, tmp_path / "odd.safetensors", facts)
         with pytest.raises(ExportError, match=message):
-            import_weights(tmp_path / "odd.safetensors", recipe(), tmp_path / "again")
+            import_weights(tmp_path / "odd.safetensors", tmp_path / "again", config=recipe())
 
 
 def test_what_cannot_be_exported_or_imported_is_said(tmp_path):
     run = a_run(tmp_path / "run")
     with pytest.raises(ExportError, match=r"ends in .safetensors or .onnx"):
-        export_run(run, tmp_path / "net.pt")
+        export_run(run, tmp_path / "net.pt", preprocessing=False)
     with pytest.raises(ExportError, match="no weights at"):
-        import_weights(tmp_path / "none.safetensors", recipe(), tmp_path / "again")
+        import_weights(tmp_path / "none.safetensors", tmp_path / "again", config=recipe())
     (tmp_path / "truncated.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ExportError, match="cannot be read as safetensors"):
-        import_weights(tmp_path / "truncated.safetensors", recipe(), tmp_path / "again")
+        import_weights(tmp_path / "truncated.safetensors", tmp_path / "again", config=recipe())
     with pytest.raises(RunError, match="holds a run"):
-        import_weights(export_run(run, tmp_path / "net.safetensors"), recipe(), run)
+        import_weights(export_run(run, tmp_path / "net.safetensors", preprocessing=False), run)
 
 
 def test_training_goes_on_from_imported_weights(tmp_path, monkeypatch, capsys):
     """One step at a rate too small to change a weight ends with the imported ones: it began with them."""
     data = make_data_set(tmp_path / "data", encoding="png", channels=1, size=(32, 32), train=64, val=8)
-    path = export_run(make_run(tmp_path / "run", digits_config(), steps=3), tmp_path / "net.safetensors")
+    path = export_run(
+        make_run(tmp_path / "run", digits_config(), steps=3), tmp_path / "net.safetensors", preprocessing=False
+    )
     changes = ["train.epochs=1", "train.batch_size=64", "optimizer.learning_rate=1e-30"]
     changes += ["optimizer.bias_learning_rate=1e-30", "train.seed=9"]
     recipe_words = ["--config", str(ROOT / "configs" / "digits.toml"), "--run", str(tmp_path / "again")]
@@ -264,7 +268,7 @@ def test_training_goes_on_from_imported_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["trainer", *words])
     assert main() == 0
     assert "finished at step 1" in capsys.readouterr().out
-    ended = load_file(export_run(tmp_path / "again", tmp_path / "again.safetensors"))
+    ended = load_file(export_run(tmp_path / "again", tmp_path / "again.safetensors", preprocessing=False))
     imported = load_file(path)
     for name in imported:
         torch.testing.assert_close(ended[name], imported[name], rtol=0, atol=1e-20)  # biases of 0 move by 1e-30

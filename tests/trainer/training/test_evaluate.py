@@ -73,6 +73,14 @@ def test_the_fifth_counts_and_the_sixth_does_not():
     assert found.in_top5.tolist() == [True, False, True]
 
 
+def test_top5_of_fewer_than_six_classes_is_not_shown():
+    """All of five classes are among the five likeliest: that says nothing."""
+    five = evaluate([[5.0, 4, 3, 2, 1]] * 2, [4, 0])
+    assert (five.top5, five.num_correct_top5, five.to_dict()["top5"]) == (None, None, None)
+    assert five.sentence() == f"top-1 0.5000 (1 of 2), center, loss {five.loss:.4f}"
+    assert evaluate([[6.0, 5, 4, 3, 2, 1]], [5]).top5 == 0
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_net_goes_on_in_the_mode_it_was_in(training):
     """Else all steps after the first evaluation would train without dropout."""

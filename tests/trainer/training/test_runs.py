@@ -383,7 +383,7 @@ def test_what_a_user_gets_wrong(
         (train_words(digits, serial), "--resume auto"),
         (train_words(digits, serial, "--resume", "auto", overrides=("train.seed=3",)), "seed = 0"),
         (train_words(digits, tmp_path / "run", overrides=("model.classes=12",)), "model.classes = 12"),
-        (train_words(digits, tmp_path / "run", overrides=("model.image_px=40", "data.crop_px=40")), "--resize 40"),
+        (train_words(digits, tmp_path / "run", overrides=("model.image_px=40",)), "--resize 40"),
         (train_words(digits, tmp_path / "run", overrides=("train.batch_size=5000",)), "only 1,437 training images"),
         (["trainer", "evaluate", "--run", tmp_path / "none", "--data", digits], "no run at"),
         (
