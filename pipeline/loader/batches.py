@@ -218,9 +218,12 @@ class EvaluationLoader:
         skip_list: text file of sample keys to leave out, one a line.
         statistics: folder whose manifest and statistics.npz say what is subtracted: of the data set that the net was
             trained on, where that is another one. None for ``data``.
+        share: of several replicas: each gets an equal part of the batches, the first replica the first ones.
 
     Attributes:
-        num_samples: images that will be seen.
+        num_samples: images of the split that are seen, by all replicas together.
+        num_batches: batches that come here.
+        most_batches: batches that come to the replica that gets most of them.
         num_classes: rows of the class table.
         channels: of the images.
 
@@ -239,6 +242,7 @@ class EvaluationLoader:
         device: str = "cpu",
         skip_list: Path | None = None,
         statistics: Path | None = None,
+        share: BatchShare | None = None,
     ) -> None:
         if views not in ("center", "ten"):
             raise ConfigError(f"views is {views!r}: expected center or ten")
@@ -251,16 +255,21 @@ class EvaluationLoader:
         self._reader = with_decoder_share(Reader(opened, config, batch_size, device, 0, False))
         self._normalizer = Normalizer(config, subtracted, device=device)
         self.num_samples = opened.num_samples
+        share, batches = share or BatchShare(), self._reader.batches_per_epoch
+        self._positions = range(batches * share.part // share.parts, batches * (share.part + 1) // share.parts)
+        self.num_batches, self.most_batches = len(self._positions), -(-batches // share.parts)
         self.num_classes = len(opened.manifest.classes)
         self.channels = opened.manifest.image.channels
 
     def __iter__(self) -> Iterator[Batch]:
         (mean,), (std,) = self._normalizer.affine(np.zeros((1, self.channels), np.float32))
         running = RunningPipeline(self._reader, lambda: evaluation_graph(self._reader, self._views, mean, std))
-        for position in range(self._reader.batches_per_epoch):
+        for position in range(self._positions.stop):
             begin = position * self._reader.batch_size
             count = min(self.num_samples - begin, self._reader.batch_size)  # the rest of the last batch is padding
-            yield self._batch(running.run(), position, count)
+            outputs = running.run()
+            if position in self._positions:
+                yield self._batch(outputs, position, count)
         running.close()
 
     def _batch(self, outputs: Any, position: int, count: int) -> Batch:

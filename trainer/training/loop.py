@@ -24,7 +24,7 @@ from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, 
 from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
-from trainer.training.evaluate import evaluate_net
+from trainer.training.evaluate import StoppedEvaluation, count_net
 from trainer.training.history import read_past
 from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress
@@ -32,12 +32,8 @@ from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
-from trainer.training.step import ForwardBackward
+from trainer.training.step import ForwardBackward, gradient_norms
 from twotower.words import pluralize
-
-
-class StoppedEvaluation(Exception):
-    """An evaluation was given up because a process was asked to stop; resumed, the run makes it first."""
 
 
 class Trainer:
@@ -296,7 +292,7 @@ class Trainer:
         Raises:
             DivergedError: loss or gradient not finite anywhere.
         """
-        norms = self._gradient_norms()
+        norms = gradient_norms(self.net)
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
         notes = LocalStatus(
             fingerprint=batch.fingerprint,
@@ -320,28 +316,20 @@ class Trainer:
             )
         return verdict
 
-    def _gradient_norms(self) -> dict[str, float]:
-        """Euclidean norm of all gradients, by tower held here."""
-        gradients = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
-        towers = self.net.split_towers(gradients).items()
-        return {
-            name: float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts.values())))))
-            for name, parts in towers
-        }
-
     def _evaluate(self) -> bool:
         """Top-1 and top-5 on the held-out split; False where a stop came before all of it was seen."""
         train = self.config.train
         loader = EvaluationLoader(
             self.data,
             self.config.data,
-            batch_size=train.batch_size,
+            batch_size=max(1, train.batch_size // self.coord.replicas),
             split=train.evaluate_split,
             device=self.device,
             skip_list=self.skip_list,
+            share=BatchShare(self.coord.replica, self.coord.replicas),
         )
         try:
-            evaluation = evaluate_net(self.net, self._until_stopped(loader))
+            evaluation = count_net(self.net, self._until_stopped(loader, loader.most_batches), self.mesh)
         except StoppedEvaluation:
             return False
         if evaluation is None or self.log is None:
@@ -361,16 +349,21 @@ class Trainer:
         )
         return True
 
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an evaluation, as long as no process is asked to stop; both towers see the same of them.
+    def _until_stopped(self, batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+        """This replica's batches of an evaluation, as long as no process is asked to stop.
+
+        All agree on that ``most`` times, the batches of the replica that has most of them.
 
         Raises:
             StoppedEvaluation: one is.
         """
-        for batch in batches:
+        found = iter(batches)
+        for _ in range(most):
+            batch = next(found, None)
             if not all_could(self.stop.name is None, self.mesh):
                 raise StoppedEvaluation
-            yield batch
+            if batch is not None:
+                yield batch
 
     def _save(self) -> None:
         """Begins a checkpoint; it is written beside the steps that follow.

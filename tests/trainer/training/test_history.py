@@ -43,8 +43,8 @@ def parts(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
     folder, copies = tmp_path_factory.mktemp("parts"), []
     inner = Trainer._until_stopped
 
-    def stop_at_the_second(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
-        for number, batch in enumerate(inner(trainer, batches)):
+    def stop_at_the_second(trainer: Trainer, batches: Iterable[Any], most: int) -> Iterator[Any]:
+        for number, batch in enumerate(inner(trainer, batches, most)):
             if number == 1:
                 trainer.stop.note(signal.SIGTERM)
             yield batch
