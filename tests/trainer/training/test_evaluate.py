@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tracemalloc
 import types
 
 import numpy as np
@@ -20,7 +21,7 @@ from trainer.__main__ import main
 from trainer.errors import RunError
 from trainer.report import confusion
 from trainer.training import evaluate as evaluate_module
-from trainer.training.evaluate import count_net, evaluate_net, evaluate_run, load_network
+from trainer.training.evaluate import Evaluation, count_net, evaluate_net, evaluate_run, load_network
 
 pytestmark = pytest.mark.numeric
 
@@ -176,6 +177,43 @@ def test_image_shows_what_was_counted(tmp_path):
     assert np.ptp(changed[:, 1]) > width * 0.4
 
 
+def many(classes: int, images: int) -> Evaluation:
+    """A made-up evaluation: every image of class i is taken for class i or i + 1."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, classes, images)
+    predicted = (labels + random.integers(0, 2, images)) % classes
+    shares = np.ones(images, np.float32)
+    return Evaluation(images, 0, 0, 0.0, "center", ("k",) * images, labels, predicted, shares, labels == predicted)
+
+
+def test_thousands_of_classes_take_memory_of_images_not_of_classes_squared(tmp_path):
+    """A dense matrix of 21,841 classes would be 3.8 GB; the table has the worst, the drawing neighbors together."""
+    found, titles = many(21_841, 1000), [f"class {label}" for label in range(21_841)]
+    tracemalloc.start()
+    table = confusion.to_dict(found, titles)
+    text = io.StringIO()
+    confusion.print_classes(found, titles, Console(file=text, width=100))
+    confusion.draw(tmp_path / "confusion.png", found, titles)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    assert sum(count for _, _, count in table["confusion"]) == 1000 and len(table["per_class"]) == 21_841
+    assert text.getvalue().splitlines()[0].startswith("the worst 100 of 21,841 classes; --json has all")
+    assert len(text.getvalue().splitlines()) == 100 + 5
+
+
+def test_neighbors_that_share_a_cell_are_added_up():
+    found = many(1000, 3000)
+    dense, binned = confusion.count_pairs(found, 1000), confusion._binned(found, 1000, 4)
+    assert np.array_equal(binned, dense.reshape(250, 4, 250, 4).sum((1, 3)))
+    scores = confusion.score_classes(found, [str(label) for label in range(1000)])
+    for score in scores:
+        row = dense[score.label].copy()
+        assert (score.num_samples, score.num_correct_top1) == (row.sum(), row[score.label])
+        row[score.label] = 0
+        assert score.taken_for == (str(row.argmax()) if row.max() else "") and score.num_taken_for == row.max()
+
+
 def test_confusion_wants_a_png(tmp_path):
     with pytest.raises(RunError, match=r"ends in .png"):
         confusion.check_name(tmp_path / "confusion.svg")
@@ -207,19 +245,22 @@ def test_command_prints_table_image_and_json(run_and_data, tmp_path, monkeypatch
     assert f"({found['num_correct_top1']} of 33)" in text
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 12])
-def test_replicas_share_the_batches_of_a_split(run_and_data, parts):
-    """Every image once, in order, also where there are more replicas than batches."""
+def test_replicas_share_the_batches_of_a_split(run_and_data):
+    """Every image once, in order; also where there are more replicas than batches."""
     _, data = run_and_data
-    loaders = [
-        EvaluationLoader(data, digits_config().data, batch_size=4, share=BatchShare(part, parts))
-        for part in range(parts)
-    ]
+
+    def shared(parts):
+        shares = (BatchShare(part, parts) for part in range(parts))
+        return [EvaluationLoader(data, digits_config().data, batch_size=4, share=share) for share in shares]
+
+    loaders = shared(2)
     keys = [[key for batch in loader for key in batch.keys] for loader in loaders]
     whole = EvaluationLoader(data, digits_config().data, batch_size=4)
     assert [key for part in keys for key in part] == [key for batch in whole for key in batch.keys]
-    counts = [loader.num_batches for loader in loaders]
-    assert max(counts) == loaders[0].most_batches == -(-9 // parts) and min(counts) >= 9 // parts
+    for parts in (1, 2, 3, 12):
+        counts = [loader.num_batches for loader in shared(parts)]
+        assert max(counts) == shared(parts)[0].most_batches == -(-9 // parts)
+        assert sum(counts) == 9 and min(counts) == 9 // parts
 
 
 def test_ten_views_of_a_run_by_hand(run_and_data):
