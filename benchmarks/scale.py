@@ -12,6 +12,7 @@ have is said so. The results go to benchmarks/results/DATE_MACHINE_scale.json.
 import argparse
 import json
 import math
+import resource
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 from growth import Operation, fit_exponent, markdown, measure_apart, silenced
 from harness import ROOT, describe_machine, make_parser, write_results
 
+MOST_BYTES = 12 << 30  # of memory, a measurement
 TOLERANCE = 0.15  # of an exponent: what noise and caches make of a straight line
 
 
@@ -77,6 +79,7 @@ def main() -> None:
     sys.path.insert(0, str(arguments.tree.resolve()))
     if arguments.one:
         (operation,) = (each for each in operations() if each.name == arguments.one)
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))  # what explodes fails, and nothing else does
         with silenced():
             figure = operation.measure(Path(arguments.work), int(arguments.size))
         print(json.dumps(figure))

@@ -19,6 +19,7 @@ from trainer.cli import make_parser
 from trainer.errors import TrainerError
 from trainer.train_command import load_recipe, print_recipe, stage_data, tower, train
 from twotower import terminal, verbosity
+from twotower.words import MOST_OF_A_LINE, cut
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -49,7 +50,7 @@ def main() -> int:
         return status if arguments.command in (train, tower) else terminal.delivered(status)
     except (TrainerError, PipelineError) as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cut(str(error), MOST_OF_A_LINE)}", file=sys.stderr)
         return error.status if isinstance(error, TrainerError) else 2
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # a path that nobody can have

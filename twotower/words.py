@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "process": "processes", "this": "these"}
 
+MOST_OF_A_LINE = 4000  # characters of an error: a message that had to name a million things would hide them all
+
 
 def pluralize(number: int, noun: str) -> str:
     """``1 step``, ``1,437 steps``, ``2 damaged indexes``."""
@@ -17,13 +19,13 @@ def plural(noun: str) -> str:
 
 
 def listed(names: Iterable[object], *, most: int = 8, between: str = ", ") -> str:
-    """``a, b, c``; of more than ``most`` names the first, and how many there are: ``a, b, ... (3,000 in all)``.
+    """``a, b, c``; of more than ``most`` names the first, and how many there are: ``a, b, ... (3,000)``.
 
     A message stays readable whatever a folder, an archive or a list holds; each name is cut, see :func:`cut`.
     """
     words = list(names)
     shown = between.join(cut(str(word)) for word in words[:most])
-    return shown if len(words) <= most else f"{shown}{between}... ({len(words):,} in all)"
+    return shown if len(words) <= most else f"{shown}{between}... ({len(words):,})"
 
 
 def cut(text: str, length: int = 200) -> str:

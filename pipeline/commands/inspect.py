@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
 from twotower.verbosity import say_written
-from twotower.words import pluralize
+from twotower.words import listed, pluralize
 
 if TYPE_CHECKING:
     from pipeline.inspection.inspect import Contents
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Inspects."""
     manifest = read_manifest(args.folder)
     if args.split and args.split not in manifest.splits:
-        raise ConfigError(f"--split {args.split}: the data set has {', '.join(manifest.splits)}")
+        raise ConfigError(f"--split {args.split}: the data set has {listed(manifest.splits)}")
     if args.sample:
         _show_sample(args, manifest)
         return 0

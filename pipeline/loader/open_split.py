@@ -7,6 +7,7 @@ import logging
 import resource
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from pipeline.errors import DatasetError
 from pipeline.loader.augmentation import Statistics
 from pipeline.manifest import STATISTICS_NAME, Manifest, ShardRecord, SplitRecord, read_manifest
+from twotower.words import listed
 
 _SPARE_FILES = 256  # descriptors and mappings that Python, torch, CUDA and the trainer hold beside the tars'
 _SPARE_MAPS = 4096
@@ -68,7 +70,7 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
     folder = Path(folder).absolute()
     manifest = read_manifest(folder)
     if split not in manifest.splits:
-        raise DatasetError(f"{folder} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
+        raise DatasetError(f"{folder} has no split {split!r}: it has {listed(sorted(manifest.splits))}")
     record = manifest.splits[split]
     image = manifest.image
     if image.height_px is None or image.width_px is None:
@@ -139,6 +141,13 @@ def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
         )
     except (KeyError, EOFError, ValueError, zipfile.BadZipFile):  # numpy's own words advise to unpickle it
         raise DatasetError(f"{path} is damaged: {_REPAIR}") from None
+
+
+def describe_keys(keys: Sequence[str]) -> str:
+    """Number and hash of keys, in order: what is kept of a skip list, which may have a million of them."""
+    if not keys:
+        return "none"
+    return f"{len(keys)} of sha256 {hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
 
 
 def read_skip_list(path: Path) -> frozenset[str]:

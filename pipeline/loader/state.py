@@ -14,10 +14,11 @@ from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.loader.graph import Reader
+from pipeline.loader.open_split import describe_keys
 
 READER = b"Reader"
 _OPERATOR, _CONTEXT = 0x0A, 0x12  # tags: field 1 and field 2, both length-delimited
-_FORMAT = 2
+_FORMAT = 3
 
 
 def identity(reader: Reader) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def identity(reader: Reader) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "data set": reader.split.manifest.fingerprint,
-        "skipped keys": list(reader.split.skipped),
+        "skipped keys": describe_keys(reader.split.skipped),
         "batch size": reader.batch_size,
         "seed": reader.seed,
         "shuffle": reader.config.shuffle,

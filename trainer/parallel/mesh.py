@@ -21,6 +21,7 @@ from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
 from trainer.parallel.link import Ledger, Link
 from trainer.parallel.world import NEEDED
+from twotower.words import listed
 
 ENDED = " ended: "
 REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
@@ -162,7 +163,7 @@ class Replicas:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""
         others = [rank for rank in self.coord.same_tower if rank != self.coord.rank]
         reason = str(error).splitlines()[0][:160]
-        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
+        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {listed(others)}"
         # The process that is lost here may only have ended because it lost another: that one said so before it ended.
         return self._failures.lost(f"tower {self.coord.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
 

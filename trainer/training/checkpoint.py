@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import sync_folder, write_atomic
 from trainer.errors import CheckpointError, DamagedError
+from twotower.words import listed
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
     from torch import Tensor
@@ -257,7 +258,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
     if which != "newest":
         folder = _best(run) if which == "best" else _of_step(found, which)
         if folder is None:
-            have = ", ".join(str(_step_of(path.name)) for path in found) or "none"
+            have = listed([_step_of(path.name) for path in found]) or "none"
             reason = "no checkpoint has been evaluated" if which == "best" else f"it has checkpoints of steps {have}"
             raise CheckpointError(f"--checkpoint {which}: {reason} in {run}; newest is always there after a save")
         return Choice(folder, read_record(folder))
@@ -273,7 +274,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
                 print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
     if found:
         raise CheckpointError(
-            f"no complete checkpoint in {run}: all of {', '.join(path.name for path in found)} are damaged; put back a "
+            f"no complete checkpoint in {run}: all of {listed([path.name for path in found])} are damaged; put back a "
             "copy of one, or train into another --run folder"
         )
     return None
@@ -316,7 +317,7 @@ def _check_record(record: CheckpointRecord, folder: Path) -> None:
     if folder.name != f"step-{record.step:08d}":
         raise ValueError(f"it is of step {record.step}")
     if not (record.files and all(re.fullmatch(r"tower-[ab]\.safetensors", name) for name in record.files)):
-        raise ValueError(f"its files are {', '.join(record.files) or 'none'}")
+        raise ValueError(f"its files are {listed(record.files) or 'none'}")
     if not isinstance(record.loader, dict | None):
         raise ValueError(f"its loader is {record.loader!r}")
 

@@ -15,6 +15,7 @@ from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
 from trainer.training.history import read_past
 from trainer.training.rows import iterate_rows
 from trainer.training.run_lock import LOCK_NAME
+from twotower.words import listed
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
@@ -96,7 +97,7 @@ def is_begun(run: Path) -> bool:
         left = names & {LOCK_NAME, START_NAME}  # a start was killed, perhaps one that was replacing an old run
         others = sorted(names - OURS if left else names)
         if others:
-            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            shown = listed(others, most=3)
             raise RunError(
                 f"{run} holds something that is not a run ({shown}; no {CONFIG_NAME}): give another --run folder"
             )
