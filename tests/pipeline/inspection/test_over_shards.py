@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import DatasetError
 from pipeline.inspection import over_shards
 from pipeline.inspection.inspect import read_contents
 from pipeline.inspection.verify import check_dataset
@@ -41,5 +42,5 @@ def test_what_goes_wrong_in_a_process_comes_here(tmp_path: Path, monkeypatch: py
     (tmp_path / manifest.splits["train"].shards[1].index_name).unlink()
     monkeypatch.setattr(over_shards, "SMALL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DatasetError, match="no valid index"):
         read_contents(tmp_path, manifest, "train")
