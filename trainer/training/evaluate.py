@@ -103,6 +103,32 @@ class _Scores:
     num_classes: int
 
 
+class _Columns:
+    """What is kept of all images, in one array each: small pieces of every batch would leave holes in the heap."""
+
+    def __init__(self) -> None:
+        self._num = 0
+        self._arrays: dict[str, np.ndarray] = {
+            "labels": np.empty(0, np.int64),
+            "predicted": np.empty(0, np.int64),
+            "confidence": np.empty(0, np.float32),
+            "in_top5": np.empty(0, bool),
+        }
+
+    def add(self, scores: _Scores) -> None:
+        """Takes a batch."""
+        end = self._num + len(scores.labels)
+        for name, array in self._arrays.items():
+            if end > len(array):
+                array = self._arrays[name] = np.concatenate([array, np.empty(max(end, 4096), array.dtype)])
+            array[self._num : end] = getattr(scores, name).numpy()
+        self._num = end
+
+    def arrays(self) -> dict[str, Any]:
+        """Those of :class:`Evaluation`."""
+        return {name: array[: self._num].copy() for name, array in self._arrays.items()}
+
+
 class _Tally:
     """Adds up batches."""
 
@@ -148,15 +174,14 @@ def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") 
     Returns:
         The evaluation where tower a is held, None elsewhere.
     """
-    tally, kept = _Tally(), []
+    tally, kept, keys = _Tally(), _Columns(), list[str]()
     for scores in _score_batches(net, batches, views):
         tally.add(scores)
-        kept.append(scores)
+        kept.add(scores)
+        keys += scores.keys
     if "a" not in net.towers:
         return None
-    names = ("labels", "predicted", "confidence", "in_top5")
-    columns: dict[str, Any] = {name: torch.cat([getattr(scores, name) for scores in kept]).numpy() for name in names}
-    return Evaluation(**tally.fields(views), keys=tuple(key for scores in kept for key in scores.keys), **columns)
+    return Evaluation(**tally.fields(views), keys=tuple(keys), **kept.arrays())
 
 
 def count_net(net: AlexNet, batches: Iterable[Batch], mesh: Mesh | None = None) -> Counts | None:
