@@ -202,10 +202,10 @@ STEPS = (5000, 50_000, 450_000)
 OPERATIONS = [
     Operation("dropout masks, a step", "replicas", "ms", (1, 8, 64), dropout_ms, most=0, before="0.5 s at 64"),
     Operation(
-        "evaluation, memory by classes", "classes", "MiB", (1000, 5000, 21_841), evaluation_by_classes, most=0.5,
-        before="8 bytes x images x classes",
+        "evaluation, memory by classes", "classes", "MiB", (1000, 5000, 21_841), evaluation_by_classes,
+        before="8 bytes x images x classes; now those of a batch of 20",
     ),
-    Operation("evaluation, memory by images", "images", "MiB", (2000, 10_000, 50_000), evaluation_by_images, most=1),
+    Operation("evaluation, memory by images", "images", "MiB", (2000, 10_000, 50_000), evaluation_by_images),
     Operation(
         "confusion, memory", "classes", "MiB", (300, 2000, 21_841), confusion_mib, most=0.5,
         before="41 GB at 21,841 (extrapolated)",
