@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ COLUMNS = (
     "top5",
     "held_out_loss",  # nats
 )
-MEDIAN, MEANS = "images_per_s", ("loss", "data_wait_share")  # how the steps of an epoch become one figure
+FIGURES = ("loss", "learning_rate", "images_per_s", "data_wait_share")  # of a step; means become the epoch's, but for
+REDUCED: Mapping[str, Callable[[list[float]], float]] = {
+    "learning_rate": lambda values: values[-1],
+    "images_per_s": statistics.median,
+}
 
 
 class EpochTable:
@@ -36,7 +41,7 @@ class EpochTable:
     def __init__(self, run: Path) -> None:
         self._path = run / NAME
         self._lines: dict[int, dict[str, Any]] = {}
-        self._epoch, self._steps, self._learning_rate = -1, 0, 0.0
+        self._epoch, self._steps = -1, 0
         self._values: dict[str, list[float]] = {}  # of the steps of the epoch at hand
 
     def add(self, row: dict[str, Any]) -> None:
@@ -44,18 +49,19 @@ class EpochTable:
         if row["kind"] == "evaluation":
             self._reduce()
             line = self._lines.setdefault(math.ceil(row["epoch"]) - 1, {})
-            line |= {"top1": row["top1"], "top5": row["top5"], "held_out_loss": row["loss"]}
+            line |= {"top1": row["top1"], "top5": row.get("top5"), "held_out_loss": row["loss"]}
             return
         if row["kind"] != "step":
             return
         if row["epoch"] != self._epoch:
             self._reduce()
             self._epoch, self._steps, self._values = row["epoch"], 0, {}
-        self._steps, self._learning_rate = self._steps + 1, row["learning_rate"]
-        figures = {name: row[name] for name in (MEDIAN, *MEANS)}
-        figures |= {f"gradient_norm_{tower}": norm for tower, norm in row["gradient_norm"].items()}
-        for name, value in figures.items():
-            self._values.setdefault(name, []).append(value)
+        self._steps += 1
+        norms = row.get("gradient_norm") or {}
+        figures = {name: row.get(name) for name in FIGURES}
+        for name, value in (figures | {f"gradient_norm_{tower}": norm for tower, norm in norms.items()}).items():
+            if value is not None:
+                self._values.setdefault(name, []).append(value)
 
     def write(self) -> None:
         """Replaces ``epochs.csv``."""
@@ -73,6 +79,6 @@ class EpochTable:
         if not self._steps:
             return
         line = self._lines.setdefault(self._epoch, {})
-        line |= {"steps": self._steps, "learning_rate": self._learning_rate}
+        line |= {"steps": self._steps}
         for name, values in self._values.items():
-            line[name] = statistics.median(values) if name == MEDIAN else statistics.fmean(values)
+            line[name] = REDUCED.get(name, statistics.fmean)(values)

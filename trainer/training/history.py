@@ -1,13 +1,13 @@
 """What a run did before this start of it, so that what it says of itself is about all its parts."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from trainer.training.epochs import EpochTable
 from trainer.training.rows import Thinned, iterate_rows, last_rows
+from trainer.training.run_files import is_number, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ def read_past(run: Path, step: float = math.inf) -> Past:
         kept_bytes = end
         past.epochs.add(row)
         if row["kind"] == "step":
-            past.images_per_s.append(row["images_per_s"])
             last = row
+            if row.get("images_per_s"):
+                past.images_per_s.append(row["images_per_s"])
         elif row["kind"] == "evaluation":
             evaluations[row["step"]] = row
         elif row["kind"] == "ledger":
@@ -58,21 +59,12 @@ def read_past(run: Path, step: float = math.inf) -> Past:
 
 def read_elapsed_s(run: Path) -> float:
     """Wall time of a run so far, s: of its last result, its last rows, or the beginning of its last part."""
-    parts = _read(run / "environment.json").get("resumed")
-    rows = [*last_rows(run), *(parts if isinstance(parts, list) else ()), _read(run / "result.json")]
+    parts = read_object(run / "environment.json").get("resumed")
+    rows = [*last_rows(run), *(parts if isinstance(parts, list) else ()), read_object(run / "result.json")]
     return max(map(_seconds, rows))
 
 
 def _seconds(row: object) -> float:
     """Its elapsed_s; 0 where it does not say, or was edited by hand."""
     found = row.get("elapsed_s") if isinstance(row, dict) else None
-    return float(found) if isinstance(found, int | float) else 0.0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none, or it is damaged: the rows say nearly the same."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return float(found) if is_number(found) else 0.0  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from trainer.training.history import Past, read_past
 from trainer.training.loggers import Loggers
 from trainer.training.rows import NAME
 from twotower import verbosity, version
+from twotower.addresses import masked_words
+from twotower.words import one_line
 
 PLAIN_LINE_EVERY_S = 5.0
 WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
@@ -28,7 +30,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
     from trainer.model import kernels
 
     return {
-        "command": " ".join(argv),
+        "command": " ".join(masked_words(argv)),
         "commit": version.find_commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -161,6 +163,6 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Prints a line of its own."""
         if self._bar:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(one_line(text), highlight=False, markup=False, emoji=False)
         elif not self._quiet:
-            print(text, flush=True)
+            print(one_line(text), flush=True)
