@@ -28,7 +28,8 @@ def step_row(step: int, **more: object) -> dict[str, Any]:
 
 
 def evaluation_row(step: int) -> dict[str, Any]:
-    return {"kind": "evaluation", "step": step, "epoch": step / 10, "top1": 0.5, "top5": 0.9, "loss": 1.0}
+    rates = {"top1": 0.5, "top5": None, "loss": 1.0, "num_samples": 10}  # of fewer than six classes
+    return {"kind": "evaluation", "step": step, "epoch": step / 10} | rates
 
 
 def write(run: Path, found: list[dict[str, Any]]) -> None:
@@ -63,13 +64,14 @@ def test_a_long_run_has_no_more_points_and_tells_the_same(tmp_path: Path, monkey
 
 def test_figures_that_a_row_lacks_and_rows_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_series, "MOST_POINTS", 2)
-    bare = {"kind": "step", "step": 1}
-    write(tmp_path, [bare, step_row(2), step_row(3, loss=None), step_row(4, gradient_norm=None)])
+    bare = {"kind": "step", "step": 1, "epoch": 0, "loss": 1.0}
+    write(tmp_path, [bare, step_row(2), step_row(3, images_per_s=None), step_row(4, gradient_norm=None)])
     with (tmp_path / NAME).open("a") as file:
         file.write('[1]\n{"step": "x"}\nnot json\n{"kind": "step", "st')
     steps, _ = read_series(tmp_path)
     assert (steps.num, steps.at.tolist()) == (4, [2, 4])
-    assert steps.column("loss")[:, 0].tolist() == [step_row(2)["loss"], step_row(4)["loss"]]
+    rates = [step_row(2)["images_per_s"], step_row(4)["images_per_s"]]
+    assert steps.column("images_per_s")[:, 0].tolist() == rates
     assert np.isnan(read_series(tmp_path / "no run")[0].column("loss")).all()
 
 
