@@ -1,11 +1,16 @@
 """Checks a data set against its manifest, down to the sample, and names what is wrong."""
 
 import dataclasses
+import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError, SourceError
 from pipeline.inspection.over_shards import over_shards
 from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord
@@ -16,6 +21,8 @@ from pipeline.quarantine import read_quarantine
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 from twotower.verbosity import log
 from twotower.words import listed, pluralize
+
+DEFAULT = ImageSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +89,36 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
 def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
     """The samples whose image DALI's decoder does not take, so that no training run is the first to find them."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    found = over_shards(_undecodable, folder, shards, size_bytes=sum(shard.size_bytes for shard in shards))
+    found = over_shards(_undecodable, (folder, manifest), shards, size_bytes=sum(shard.size_bytes for shard in shards))
     return [problem for in_shard in found for problem in in_shard]
 
 
-def _undecodable(folder: Path, shard: ShardRecord) -> list[Problem]:
+def _undecodable(shared: tuple[Path, Manifest], shard: ShardRecord) -> list[Problem]:
     from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, which only --full needs
 
+    folder, manifest = shared
     problems = []
     with (folder / shard.name).open("rb") as file:
         for sample in read_samples(folder / shard.name):
             image = sample.members[0]
             file.seek(image.offset)
-            if not dali_accepts(file.read(image.size)):
+            data = file.read(image.size)
+            if is_larger(data, manifest):
+                problems.append(Problem(shard.name, f"sample {sample.key} is larger than the manifest says"))
+            elif not dali_accepts(data):
                 problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
     return problems
+
+
+def is_larger(data: bytes, manifest: Manifest) -> bool:
+    """Whether an image says that it has more pixels than its data set's have: its decoding may take all memory."""
+    form = manifest.image
+    limit = (form.height_px or 0) * (form.width_px or 0) or manifest.settings.get("max_pixels") or DEFAULT.max_pixels
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            return bool(image.width * image.height > limit)
+    except Exception:  # it is damaged, which the decoder will say
+        return False
 
 
 def read_samples(tar: Path) -> list[TarSample]:
