@@ -16,6 +16,7 @@ EXIT_CODES = (
     "(train), or some images could not be used (predict), 4 another process of the run was lost (train), "
     "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
+PAGED = "write a page with the images besides; of more than 200 images several, FILE, FILE-2 and so on"
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
 
@@ -289,7 +290,7 @@ def _add_predict(commands: Commands) -> None:
     )
     _device_option(predict)
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
-    predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+    predict.add_argument("--html", type=Path, metavar="FILE", help=PAGED)
 
 
 def _net_options(parser: argparse.ArgumentParser) -> None:
@@ -330,7 +331,7 @@ def _add_neighbours(commands: Commands) -> None:
     )
     neighbours.add_argument("--count", type=_positive, default=6, metavar="N", help="shown for each image (default: 6)")
     neighbours.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
-    neighbours.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+    neighbours.add_argument("--html", type=Path, metavar="FILE", help=PAGED)
 
 
 def _add_config(commands: Commands) -> None:

@@ -14,6 +14,7 @@ from pipeline.loader.augmentation import Statistics
 from pipeline.loader.shards import check_tar, in_threads, read_checked, read_index
 from pipeline.manifest import Manifest, ShardRecord, SplitRecord, read_manifest
 from pipeline.statistics_file import read_statistics_file
+from twotower.words import listed
 
 _SPARE_FILES = 256  # descriptors and mappings that Python, torch, CUDA and the trainer hold beside the tars'
 _SPARE_MAPS = 4096
@@ -73,7 +74,7 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
     folder = Path(folder).absolute()
     manifest = read_manifest(folder)
     if split not in manifest.splits:
-        raise DatasetError(f"{folder} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
+        raise DatasetError(f"{folder} has no split {split!r}: it has {listed(sorted(manifest.splits))}")
     record = manifest.splits[split]
     image = manifest.image
     if image.height_px is None or image.width_px is None:

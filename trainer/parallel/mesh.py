@@ -25,7 +25,7 @@ from trainer.parallel.proof import prove_secret, store_prefix
 from trainer.parallel.world import NEEDED, PLACES
 from twotower.meeting import SECRET, STORE
 from twotower.private import NotPrivateError, check_folder
-from twotower.words import one_line
+from twotower.words import listed, one_line
 
 ENDED = " ended: "
 MOST_FAILURE = 2000  # characters of a failure's text
@@ -175,7 +175,7 @@ class Replicas:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""
         others = [rank for rank in self.coord.same_tower if rank != self.coord.rank]
         reason = str(error).splitlines()[0][:160]
-        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
+        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {listed(others)}"
         # The process that is lost here may only have ended because it lost another: that one said so before it ended.
         return self._failures.lost(f"tower {self.coord.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import platform
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import TOWERS
@@ -190,6 +190,16 @@ def all_could(could: bool, mesh: Mesh | None) -> bool:
         return could
     could = bool(mesh.link.control([int(could), 0, 0])[0]) and could
     return all(row[0] for row in mesh.replicas.gather([int(could)])) if mesh.replicas else could
+
+
+def sum_over_replicas(replicas: Replicas, counts: Sequence[int], figure: float) -> tuple[Any, ...]:
+    """Counts and one figure of this tower, summed over its replicas; the last count is not summed, its greatest counts.
+
+    Added in the order of the replicas, so that all get the same.
+    """
+    *words, greatest = zip(*replicas.gather([*counts[:-1], _bits_of(figure), counts[-1]]), strict=True)
+    sums = [sum(column) for column in words[:-1]]
+    return (*sums, max(greatest), math.fsum(map(_double_of, words[-1])))
 
 
 def _bits_of(number: float) -> int:

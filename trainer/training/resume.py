@@ -16,7 +16,7 @@ from trainer.training.kept_data import kept_manifest
 from trainer.training.run_files import is_count, is_text
 from twotower.addresses import masked
 from twotower.fields import MAY_CHANGE
-from twotower.words import pluralize
+from twotower.words import cut, pluralize
 
 MOST_REPLICAS = 1024
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
@@ -144,7 +144,7 @@ def check_data_set(
     if loader.get("skipped keys", skipped) != skipped:
         raise RunError(
             f"--skip-list: it leaves {pluralize(len(opened.skipped), 'training sample')} out ({skipped}), and {run} "
-            f"was trained with {loader['skipped keys']} left out: go on with the same list"
+            f"was trained with {cut(str(loader['skipped keys']))} left out: go on with the same list"
         )
     return (f"{run}: its data set has moved from {noted} to {data}",) if noted not in (None, data) else ()
 
