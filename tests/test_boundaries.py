@@ -31,6 +31,7 @@ FLOORS = {
         "stopping",
         "config_toml",
         "config",
+        "precision",
         "model",
         "parallel",
         "training",
