@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -32,7 +32,7 @@ def resolve_precision(config: "Config", device: str) -> "Config":
     """
     if config.train.precision != "auto":
         return config
-    precision = "bf16" if is_fast_in_bf16(device) else "fp32"
+    precision: Literal["bf16", "fp32"] = "bf16" if is_fast_in_bf16(device) else "fp32"
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
 
 

@@ -53,6 +53,7 @@ class Conv2d(nn.Conv2d):
         padding = before if before == after else 0  # else by hand, in :meth:`pad`
         super().__init__(inputs, outputs, kernel_px, stride_px, padding, groups=groups)
         self.zeros = zeros
+        self.has_blocks = has_blocks(inputs, stride_px, groups)
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is: :class:`trainer.model.alexnet.AlexNet` fills it."""
@@ -64,15 +65,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H', W')."""
-        return self.on_gpu(x) if x.is_cuda else super().forward(self.pad(x))
+        return self.rearranged(x) if x.is_cuda else super().forward(self.pad(x))
 
-    def on_gpu(self, x: Tensor) -> Tensor:
+    def rearranged(self, x: Tensor) -> Tensor:
         """The same as a GPU computes it (see :mod:`trainer.model.gpu_layers`)."""
         dtype = dtype_of_products(x)
-        assert self.bias is not None
+        assert self.bias is not None and not isinstance(self.padding, str)
         x, weight, bias = x.to(dtype), lowered(self.weight, dtype), lowered(self.bias, dtype)
-        assert not isinstance(self.padding, str)
-        if has_blocks(self.in_channels, self.stride[0], self.groups):
+        if self.has_blocks:
             return block_conv2d(x, weight, bias, self.stride[0], self.zeros)
         return split_conv2d(self.pad(x), weight, bias, self.stride, self.padding, self.groups)
 

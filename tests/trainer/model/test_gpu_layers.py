@@ -13,10 +13,10 @@ from trainer.model.layers import Conv2d, Linear
 pytestmark = pytest.mark.numeric
 
 
-def check_same(module: Conv2d | Linear, x: Tensor) -> None:
+def check_same(module: Conv2d, x: Tensor) -> None:
     """Outputs and all gradients of ``on_gpu`` and of the plain layer, within 1e-12 of the largest."""
     results = []
-    for compute in (module.on_gpu, module.forward):
+    for compute in (module.rearranged, module.forward):
         module.zero_grad(set_to_none=True)
         leaf = x.clone().requires_grad_()
         y = compute(leaf)
@@ -74,7 +74,7 @@ def test_the_whole_net_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for changed in (False, True):
         if changed:
-            monkeypatch.setattr(Conv2d, "forward", Conv2d.on_gpu)
+            monkeypatch.setattr(Conv2d, "forward", Conv2d.rearranged)
         net.zero_grad(set_to_none=True)
         loss = net.loss(x, labels)
         loss.backward()
