@@ -106,7 +106,7 @@ def test_loader_predict_inspect_and_stored_size_agree_without_resizing(
             pixels = simplejpeg.decode_jpeg(encode(pixels, reader.settings))
         predicted = reader.images([pixels]).numpy()[0]
         assert np.abs(seen - predicted).max() <= (0 if encoding == "png" else 4), sources[key]
-        shown = np.asarray(open_image(find_sample(data, manifest, key).image, manifest.image))[:, 10:-10]
+        shown = np.asarray(open_image(find_sample(data, manifest, key), manifest))[:, 10:-10]
         assert np.abs(seen - shown.transpose(2, 0, 1)).max() <= (0 if encoding == "png" else 4), sources[key]
 
 
