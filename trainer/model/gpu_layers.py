@@ -5,7 +5,7 @@ cuDNN has no good grouped bf16 convolution in channels_last: four weight gradien
 convolutions. conv1's three channels would leave the matrix units empty: the image's blocks of 4 x 4 px become 48
 channels, the window of 11 x 11 px one of 3 x 3 blocks. The sums are the same, with 23 zeros among 144 weights.
 
-On a CPU this does not pay: conv1 over blocks had 0.81 times the plain rate in float32 and 1.07 in bfloat16
+On a CPU this does not pay: conv1 over blocks had 0.81 times the plain rate in float32 and 1.11 in bfloat16
 (``benchmarks/gpu_kernels.py --cpu``). So it is for a GPU; it runs on any device, and is tested in float64.
 """
 
