@@ -35,7 +35,7 @@ OPTIONS = {
         "neighbours": "images:path+ --run:path --checkpoint --data:data --layer --device --among:path+ --count "
         "--html:path",
         "describe": "--config:recipe --set --per-pair --bandwidth-gb-s --pair-bandwidth-gb-s --latency-us --tflops "
-        "--svg:path",
+        "--loader-images-s --samples --evaluated --svg:path",
         "report": "--run:path --data:data",
         "config": "--config:recipe --set",
         "export": "--run:path --checkpoint --data:data --output:path",

@@ -170,11 +170,11 @@ def _refuse_secrets(folder: Path, names: Iterable[str]) -> None:
 
 def _inside(folder: Path, text: str) -> str:
     """A path of the command line as a path inside the folder; relative ones are looked for here, then there."""
-    path = next((place for place in (Path.cwd() / text, folder / text) if place.exists()), None)
-    if path is None:
+    places = [Path(os.path.normpath(place)) for place in (Path.cwd() / text, folder / text) if place.exists()]
+    if not places:
         raise ClusterError(f"--include {text}: no such file or folder")
-    path = Path(os.path.normpath(path))
-    if not path.is_relative_to(folder) or path == folder:
+    path = next((place for place in places if place.is_relative_to(folder) and place != folder), None)
+    if path is None:
         raise ClusterError(f"--include {text}: expected a file or folder in {folder}, for only that is sent")
     return path.relative_to(folder).as_posix()
 

@@ -36,8 +36,11 @@ def kept_manifest(run: Path) -> Manifest | None:
         if file_sha256(folder / STATISTICS_NAME) == kept.get("sha256"):
             return manifest
         name, reason = STATISTICS_NAME, "is damaged"
-    except DatasetError:
+    except DatasetError as error:
+        why = error.__context__
         name, reason = MANIFEST_NAME, "is damaged"
+        if isinstance(why, OSError) and why.strerror:
+            reason = f"cannot be read ({why.strerror})"
     except OSError as error:
         name, reason = Path(error.filename or folder).name, f"cannot be read ({error.strerror})"
     raise RunError(f"{folder / name} {reason}: copy {name} there from the data set that the run was trained on")

@@ -311,8 +311,9 @@ def test_conversions_are_counted_one_by_one_and_their_images_once(
 ) -> None:
     kept = "stored as PNG: only bytes of JPEGs and PNGs are kept"
     reasons_of = [f"BMP converted; {kept}", f"GIF converted; palette to RGB; {kept}", f"BMP converted; {kept}"]
-    rows = [{"action": "converted", "reason": reason} for reason in reasons_of]
-    lines = [json.dumps(row) for row in [*rows, {"action": "left_out", "reason": "empty file"}]]
+    about = {"split": "train", "source": "a/1", "class": "a"}
+    rows = [about | {"action": "converted", "reason": reason} for reason in reasons_of]
+    lines = [json.dumps(row) for row in [*rows, about | {"action": "left_out", "reason": "empty file"}]]
     (tmp_path / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
     print_converted(tmp_path)
     assert capsys.readouterr().out == (

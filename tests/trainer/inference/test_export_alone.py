@@ -90,7 +90,7 @@ def test_the_ten_lines_of_the_document_agree_with_predict(tmp_path, monkeypatch,
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra dev)")
     code = re.search(rf"<!-- run: {number} -->\n```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[1]
     rows = [line for line in code.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
-    assert len(rows) <= 11
+    assert len(rows) <= {"onnx": 11, "torch": 14}[number]  # torch's has the names of what it may call besides
     modules = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
     assert modules == {"json", "sys", "numpy", {"onnx": "onnxruntime"}.get(number, number)}  # and PIL, safetensors
     assert set(re.findall(r"^from (\w+)", code, flags=re.MULTILINE)) <= {"PIL", "safetensors"}

@@ -1,5 +1,6 @@
 """A run is complete in itself: what it keeps of its data set serves predict, export and report; others are compared."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from pipeline.manifest import STATISTICS_NAME, read_manifest
+from pipeline.manifest import STATISTICS_NAME, SplitRecord, read_manifest
 from tests.helpers.tiny_run import RECIPE, change_manifest, flip, other_classes, other_images
 from tests.helpers.trees import tree
 from trainer.training import kept_data, run_folder
@@ -87,7 +88,7 @@ def test_the_statistics_are_those_of_training(tiny_run: Path, tiny_data: Path, t
     other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
     with np.load(other / STATISTICS_NAME) as found:
         arrays = {name: found[name] for name in found.files}
-    arrays["mean_image"] = arrays["mean_image"] + 100
+    arrays["mean_image"] = 255 - arrays["mean_image"]
     np.savez(other / STATISTICS_NAME, **arrays)
     content = (other / STATISTICS_NAME).read_bytes()
     record = {"size_bytes": len(content), "sha256": kept_data.file_sha256(other / STATISTICS_NAME)}
@@ -119,8 +120,13 @@ def test_other_classes_are_refused_by_name(
 
 def test_a_split_of_its_own_is_enough(tiny_run: Path, tiny_data: Path, trainer: Call, tmp_path: Path) -> None:
     """Held-out images alone can be evaluated: what training needs of a data set, evaluation does not."""
-    splits = read_manifest(tiny_data).splits
-    held_out = change_manifest(tiny_data, tmp_path / "held-out", splits={"test": splits["val"]}, files={})
+    val = read_manifest(tiny_data).splits["val"]
+    renamed = tuple(dataclasses.replace(shard, name=shard.name.replace("val", "test")) for shard in val.shards)
+    split = SplitRecord(val.num_samples, 0, renamed)
+    held_out = change_manifest(tiny_data, tmp_path / "held-out", splits={"test": split}, files={})
+    (held_out / "val").rename(held_out / "test")
+    for path in (held_out / "test").iterdir():
+        path.rename(path.with_name(path.name.replace("val", "test")))
     (held_out / STATISTICS_NAME).unlink()
     code, said, errors = trainer("evaluate", "--run", tiny_run, "--data", held_out, "--split", "test", "--json")
     assert code == 0, errors
@@ -140,14 +146,14 @@ def test_damage_to_what_is_kept(alone: Path, image: Path, tiny_data: Path, train
 
 def test_what_is_kept_cannot_be_read(alone: Path, image: Path, trainer: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not damaged: the reason."""
-    read = Path.read_bytes
+    open_ = os.open
 
-    def fail(path: Path) -> bytes:
-        if path.parent.name == run_folder.DATA_SET_NAME:
+    def fail(path: Any, *words: Any, **options: Any) -> int:
+        if Path(os.fsdecode(path)).parent.name == run_folder.DATA_SET_NAME:
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return open_(path, *words, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "open", fail)
     _, _, errors = trainer("predict", image, "--run", alone)
     assert "cannot be read (Permission denied)" in errors and "damaged" not in errors
 
