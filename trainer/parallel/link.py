@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -98,6 +99,18 @@ class Transfer:
         return f"{self.layer} {self.phase}"
 
 
+def wait_for(work: Any, timeout: datetime.timedelta | None) -> None:
+    """Waits for a transfer, over gloo at most so long.
+
+    Raises:
+        RuntimeError: it failed, or took longer.
+    """
+    if timeout is None:
+        work.wait()
+    else:
+        work.wait(timeout)
+
+
 class Link:
     """The wire between this tower and its peer.
 
@@ -113,6 +126,8 @@ class Link:
 
     Attributes:
         timed: opened around all that a crossing holds its tower up with, with its name; the benchmark's clock.
+        timeout: of every message over gloo, which keeps the one that its group was made with whatever
+            ``dist.set_timeout`` says; None: that one.
     """
 
     def __init__(
@@ -122,6 +137,7 @@ class Link:
         self._failures = failures
         self.ledger = Ledger()
         self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.timeout: datetime.timedelta | None = None
         self.last_transfer = "none yet"
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
@@ -188,7 +204,8 @@ class Link:
         theirs = torch.empty_like(mine)
         self._finish_sending()
         group = self.control_group
-        self._wait("control", [dist.isend(mine, self.peer, group), dist.irecv(theirs, self.peer, group)])
+        works = [dist.isend(mine, self.peer, group), dist.irecv(theirs, self.peer, group)]
+        self._wait("control", works, on_gloo=True)
         for direction in (self._outwards, self._inwards):
             self.ledger.add("control", "flags and fingerprint", "step", direction, mine.nbytes)
         return theirs.tolist()
@@ -230,12 +247,12 @@ class Link:
             sending, self._sending = self._sending, None
             self._wait(sending.name, sending.works)
 
-    def _wait(self, what: str, works: Sequence[Any]) -> None:
+    def _wait(self, what: str, works: Sequence[Any], *, on_gloo: bool = False) -> None:
         """Waits for messages; a peer that is gone becomes a PeerError that says where."""
         self.last_transfer = what
         try:
             for work in works:
-                work.wait()
+                wait_for(work, self.timeout if on_gloo or self._on_cpu else None)
         except RuntimeError as error:
             raise self._lost(error) from None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
-from trainer.parallel.link import Ledger, Link
+from trainer.parallel.link import Ledger, Link, wait_for
 from trainer.parallel.proof import prove_secret, store_prefix
 from trainer.parallel.world import NEEDED, PLACES
 from twotower.meeting import SECRET, STORE
@@ -141,6 +141,7 @@ class Replicas:
     ) -> None:
         self.coord, self._group, self._control, self._failures, self._ledger = coord, group, control, failures, ledger
         self.groups = (group, control)
+        self.timeout: datetime.timedelta | None = None  # as of a Link
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._way = f"{coord.tower}->{coord.tower}"
 
@@ -156,7 +157,7 @@ class Replicas:
     def wait(self, work: Any) -> None:
         """Waits for a sum."""
         try:
-            work.wait()
+            wait_for(work, self.timeout if self._on_cpu else None)
         except RuntimeError as error:
             raise self._lost("gradients", error) from None
 
@@ -165,7 +166,7 @@ class Replicas:
         mine = torch.tensor(words, dtype=torch.int64)
         everyone = [torch.zeros_like(mine) for _ in range(self.coord.replicas)]
         try:
-            dist.all_gather(everyone, mine, group=self._control)
+            wait_for(dist.all_gather(everyone, mine, group=self._control, async_op=True), self.timeout)
         except RuntimeError as error:
             raise self._lost("control", error) from None
         self._ledger.add("control", "replicas agree", "step", self._way, mine.nbytes)
@@ -209,7 +210,10 @@ class Mesh:
             *(self.replicas.groups if self.replicas else ()),
         ]
         for group in {id(group): group for group in groups}.values():
-            dist.set_timeout(self.peer_timeout, group)
+            dist.set_timeout(self.peer_timeout, group)  # NCCL heeds it
+        self.link.timeout = self.peer_timeout
+        if self.replicas:
+            self.replicas.timeout = self.peer_timeout
 
 
 def connect(timeout_s: float, backend: str, *, peer_timeout_s: float | None = None) -> Mesh:

@@ -27,6 +27,7 @@ def answer(monkeypatch, make) -> None:
         return [json.loads(json.dumps(each)) for each in (own, make(own))]
 
     monkeypatch.setattr(status, "all_gather_json", gather)
+    monkeypatch.setattr(status, "all_gather_bytes", lambda own, group: [own, bytes(len(own))])  # another hash
 
 
 def test_the_first_line_that_differs_is_shown(monkeypatch):
@@ -46,6 +47,15 @@ def test_a_folder_is_shown_instead_of_a_hash(monkeypatch):
 def test_equal_values_are_no_matter(monkeypatch):
     answer(monkeypatch, lambda own: [own[0], {"the thing": [1, "/y"]}])
     status.check_consistency(WORLD, {"the thing": Fact(1, shown="/x")})
+
+
+def test_facts_cross_only_where_hashes_differ(monkeypatch):
+    def never(own, group):
+        raise AssertionError("nothing differs")
+
+    monkeypatch.setattr(status, "all_gather_json", never)
+    monkeypatch.setattr(status, "all_gather_bytes", lambda own, group: [own, own])
+    status.check_consistency(WORLD, {"the thing": Fact(("a = 1",) * 1000), "another": Fact(1)})
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """Who stands where, and how gradients are dealt out to buckets."""
 
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.helpers.pair import run_mesh
 from trainer.errors import CheckpointError, LostError, PeerError
 from trainer.parallel.data_parallel import fill_buckets
-from trainer.parallel.mesh import FailureStore, MeshCoord, check_world
+from trainer.parallel.mesh import FailureStore, Mesh, MeshCoord, check_world
 
 
 def test_pairs_are_neighbors_and_groups_cover_the_world() -> None:
@@ -58,3 +64,30 @@ def test_buckets_keep_the_order_and_the_limit() -> None:
     assert [[p.nbytes for p in bucket] for bucket in buckets] == [[400, 80], [40], [8000], [40]]
     assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in parameters]
     assert fill_buckets([]) == []
+
+
+def test_a_start_may_take_long_and_a_step_may_not(tmp_path: Path) -> None:
+    """Until the first step the start's limit counts (150 s here), from then on that of the steps (1 s)."""
+    reason, waited = run_mesh(slow_start_then_silence, tmp_path / "told", replicas=1)
+    assert "is lost" in reason and waited is True
+
+
+def slow_start_then_silence(mesh: Mesh, told: Path) -> str | bool:
+    """Tower b comes 3 s late, and then never again; what tower a says of it, or whether a had said it in time."""
+    mesh = dataclasses.replace(mesh, peer_timeout=datetime.timedelta(seconds=1))
+    time.sleep(3 * mesh.coord.rank)
+    mesh.link.control([1, 0, 0])
+    mesh.begin_steps()
+    dist.barrier = lambda: None  # of the helper that called this: there is nobody left to meet
+    if mesh.coord.rank:
+        deadline = time.monotonic() + 100
+        while not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return told.exists()
+    try:
+        mesh.link.control([2, 0, 0])
+    except PeerError as error:
+        return str(error)
+    finally:
+        told.touch()
+    return "nothing"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ def test_a_killed_rank_ends_all(digits: Path, tmp_path: Path, rank: int) -> None
     assert len(said) == 3, errors
     assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_reason"] == "failed"
     assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_an_undecodable_image_is_named_to_all(digits: Path, tmp_path: Path) -> None:
+    """Late in a run, in one pair's rows: its name and exit code 2, from every process; nobody is called lost."""
+    data = Path(shutil.copytree(digits, tmp_path / "data"))
+    tar = sorted((data / "train").glob("*.tar"))[0]
+    with tarfile.open(tar) as archive:
+        image = next(member for member in archive if member.name.endswith(".png"))
+    content = bytearray(tar.read_bytes())
+    content[image.offset_data + 16 : image.offset_data + image.size] = bytes(image.size - 16)
+    tar.write_bytes(content)
+    done = run(*train_words(data, tmp_path / "run", *FOUR), code=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 4 and all(image.name.removesuffix(".png") in line for line in said), done.stderr
+    assert "lost" not in done.stderr
+    reason = json.loads((tmp_path / "run" / "result.json").read_text())["reason"]
+    assert image.name.removesuffix(".png") in reason
 
 
 @pytest.mark.slow
