@@ -18,7 +18,7 @@ from tests.helpers.preparing import run, tree
 Arguments = tuple[object, ...]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_more_workers_make_the_same_bytes_as_one(
     arguments: Arguments, undisturbed: Path, tmp_path: Path, workers: int
 ) -> None:

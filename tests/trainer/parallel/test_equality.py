@@ -28,7 +28,11 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("name", "batch_size", "steps", "relative"),
-    [("digits", 16, 5, EXACT), ("paper", 4, 5, EXPLODING), ("smooth", 16, 1, RELATIVE)],
+    [
+        ("digits", 16, 5, EXACT),
+        pytest.param("paper", 4, 5, EXPLODING, marks=pytest.mark.slow),
+        ("smooth", 16, 1, RELATIVE),
+    ],
 )
 def test_two_processes_equal_serial(name: str, batch_size: int, steps: int, relative: float) -> None:
     """Dropout on: loss and every gradient of the first step, and the weights after the last."""
@@ -47,7 +51,7 @@ def test_two_processes_equal_serial(name: str, batch_size: int, steps: int, rela
             assert relative_error(found[key], tensor) < relative, f"{what} of {key}"
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("digits", 8), ("paper", 2)])
+@pytest.mark.parametrize(("name", "batch_size"), [("digits", 8), pytest.param("paper", 2, marks=pytest.mark.slow)])
 def test_only_the_four_crossings_and_control(name: str, batch_size: int) -> None:
     """The dispatcher's own count of c10d calls and bytes, and the ledger, both equal the counts from the recipe."""
     a, b = run_pair(work.count_one_step, name, batch_size)

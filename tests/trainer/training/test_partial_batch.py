@@ -124,6 +124,7 @@ def test_resumed_equals_undisturbed(data: Path, whole: Path, tmp_path: Path, ste
     assert [row["loss"] for row in steps(folder)] == [row["loss"] for row in steps(whole)]
 
 
+@pytest.mark.slow
 def test_two_processes_take_it_too(data: Path, whole: Path, tmp_path: Path) -> None:
     """Losses as in one; and going on with a partial batch leaves the ledger that of a whole one."""
     pair = train(data, tmp_path / "pair", "--processes", 2)

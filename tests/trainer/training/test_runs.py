@@ -124,6 +124,7 @@ def test_result_holds_the_ledger(pair: Path) -> None:
     assert {r["kind"] for r in ledger} == {"crossing", "control"}
 
 
+@pytest.mark.slow
 @pytest.mark.numeric
 def test_crossings_in_half_precision(digits: Path, pair: Path, tmp_path: Path) -> None:
     """Half the bytes on every crossing, nothing else changed; the first loss is that of full precision, nearly.
@@ -346,6 +347,7 @@ def test_not_finite_stops_before_the_update(digits: Path, tmp_path: Path) -> Non
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run", result["step"]).values())
 
 
+@pytest.mark.slow
 @pytest.mark.numeric
 def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path) -> None:
     """One has a C++ compiler, the other has not, or was told to do without: their roundings would differ."""
