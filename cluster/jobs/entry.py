@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from twotower.terminal import print_error
+
 CANNOT_START = 127  # as a shell
 
 
@@ -128,7 +130,7 @@ def run(command: list[str]) -> dict[str, Any]:
             status = stopped.wait_for(subprocess.Popen(program_of(command), env=child_environment()))
     except OSError as failure:
         error = f"cannot start {command[0]!r}: {failure.strerror}"
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
     ended = time.time()
     return {
         "submission_id": job_settings().get("metadata", {}).get("job_submission_id"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.jobs.entry import child_environment, command_of, program_of, shell_code
+from twotower.terminal import print_error
 
 NODE = "TWOTOWER_NODE"
 
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
     try:
         codes = run_everywhere(command)
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     for name, code in codes.items():
         print(f"node {name}: exit code {code}", flush=True)

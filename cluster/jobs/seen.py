@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.jobs.entry import CANNOT_START, child_environment, program_of
+from twotower.terminal import print_error
 
 
 def nearest_folder(path: Path) -> Path:
@@ -88,10 +89,10 @@ def main(arguments: list[str]) -> int:
         check(arguments[:end])
         os.execvpe(command[0], command, child_environment())
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except OSError as error:
-        print(f"error: cannot start {command[0]!r}: {error.strerror}", file=sys.stderr)
+        print_error(f"cannot start {command[0]!r}: {error.strerror}")
         return CANNOT_START
 
 

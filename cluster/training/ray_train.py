@@ -24,6 +24,7 @@ from typing import Any
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import command_of
 from cluster.training.pair import PREEMPTED, PairSettings, run_of, run_pair, save_before_resize
+from twotower.terminal import print_error
 from twotower.words import listed, pluralize
 
 WAIT_LINE_S = 10.0
@@ -270,7 +271,7 @@ def main(arguments: list[str]) -> int:
     try:
         return train(parsed, command)
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 

@@ -220,6 +220,22 @@ def test_a_library_is_kept_and_a_damaged_or_foreign_one_is_made_again(cache: Pat
 
 
 @needs_compiler
+def test_a_library_that_others_may_exchange_is_not_loaded(cache: Path) -> None:
+    """Others may write into its folder, or to it, or it is a link: made again, and loaded from a folder of our own."""
+    assert kernels.load.__wrapped__() and calls(cache) == 1
+    (library,) = cache.iterdir()
+    library.chmod(0o722)
+    assert kernels.load.__wrapped__() and calls(cache) == 2
+    kept = library.rename(cache.parent / "elsewhere.so")
+    library.symlink_to(kept)
+    assert kernels.load.__wrapped__() and calls(cache) == 3
+    assert not library.is_symlink()
+    cache.chmod(0o777)
+    assert kernels.load.__wrapped__() and calls(cache) == 4
+    assert kernels.load.__wrapped__() and calls(cache) == 5
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written_costs_a_compilation_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file stands where the folder should be; no home folder at all."""
     cache.parent.write_text("")

@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -110,7 +111,8 @@ def _cached_or_built(command: list[str]) -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             if cached:
                 _publish(built, cached)
-                return ctypes.CDLL(str(cached))
+                if _is_complete(cached):  # else others may write there
+                    return ctypes.CDLL(str(cached))
         return ctypes.CDLL(str(built))
 
 
@@ -156,10 +158,14 @@ def _build(command: list[str], path: Path) -> None:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a library is this user's and ends with the digest of the rest; a truncated one could end the process."""
+    """Whether a library is this user's alone and ends with the digest of the rest: it is code that will run.
+
+    No link, and neither file nor folder may be written by others; a truncated one could end the process.
+    """
     try:
-        if path.stat().st_uid != os.getuid():
-            return False
+        for place, kind in ((path.parent.stat(), stat.S_ISDIR), (path.lstat(), stat.S_ISREG)):
+            if place.st_uid != os.getuid() or place.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not kind(place.st_mode):
+                return False
         content = path.read_bytes()
     except OSError:
         return False
