@@ -41,7 +41,7 @@ SMALL_NET = (
 )
 # Two batches ahead, the usual, do not hide the end of an epoch from steps of 10 ms.
 A_CORE_EACH = ("train.threads=1", f"data.threads={max(1, CORES - 1)}", "data.prefetch=4")
-PAPER_NET = ("model.classes=10", "train.batch_size=64", "optimizer.schedule='steps'")
+PAPER_NET = ("model.classes=10", "train.batch_size=64", "optimizer.schedule='steps'", "train.precision='fp32'")
 METRICS_WARM_UP, METRICS_ROUNDS, METRICS_STEPS = 20, 20, 40
 
 

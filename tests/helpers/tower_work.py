@@ -40,7 +40,7 @@ def recipe(name: str) -> Config:
     if name == "smooth":
         return load_config(CONFIGS / "digits.toml", SMOOTH)
     std = "model.init_std=[0.02, 0.03, 0.03, 0.03, 0.03, 0.012, 0.018, 0.02]"
-    return load_config(CONFIGS / f"{name}.toml", [std] if name == "paper" else [])
+    return load_config(CONFIGS / f"{name}.toml", [std, "train.precision=fp32"] if name == "paper" else [])
 
 
 def a_batch(config: Config, step: int, size: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """prepare stopped at each of its stages: one line, no process left, and the same command ends with the same bytes."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.preparation.machine import LONGEST_NAME, SOCKET_BYTES
 from tests.helpers.frozen import hold
 from tests.helpers.preparing import run, start, tree
 from tests.pipeline.test_signals import assert_stopped, wait_for
@@ -125,9 +125,7 @@ def test_publishing_is_stopped_and_continued(arguments: Arguments, undisturbed: 
 
 
 def test_the_longest_folder_for_sockets_that_is_accepted_works(arguments: Arguments, tmp_path: Path) -> None:
-    folder = Path("/tmp") / uuid.uuid4().hex  # 37 bytes
-    folder = folder.with_name(folder.name + "ab")
-    assert len(os.fsencode(folder)) == 39
+    folder = Path("/tmp") / uuid.uuid4().hex[: SOCKET_BYTES - len(LONGEST_NAME) - len("/tmp/")]
     folder.mkdir()
     try:
         process = start(*arguments, "--workers", 1, "--output", tmp_path / "data", extra={"TMPDIR": str(folder)})
