@@ -25,6 +25,10 @@ from twotower.private import NotPrivateError
 from twotower.terminal import print_error
 from twotower.verbosity import log
 
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
+# DALI's decoder on CPUs ends the process where one image of a batch is refused while others are being decoded; and a
+# mapped tar that somebody cuts off while it is read does so, too.
+DAMAGE = "; a damaged image or tar can do that, and python -m pipeline verify DATASET --full finds it"
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
 LAUNCHER = "TWOTOWER_LAUNCHER"  # its process id, for the towers that it starts
 
@@ -195,8 +199,9 @@ def _status(rank: int, code: int, asked: Sequence[int]) -> int:
     if code >= 0:
         return code
     if -code not in asked:
-        name = signal.Signals(-code).name
-        print_error(f"tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}")
+        number = signal.Signals(-code)
+        hint = DAMAGE if number in CRASHES else ""
+        print_error(f"tower {TOWERS[rank % 2]} (rank {rank}) was ended by {number.name}{hint}")
     return 128 - code
 
 

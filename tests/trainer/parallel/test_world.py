@@ -117,3 +117,10 @@ def test_a_stop_before_the_towers_know_each_other(capfd: pytest.CaptureFixture[s
         launch.run_towers([sys.executable, "-c", program], 2)
     assert stop.value.status == 143
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("number", "told"), [(11, True), (7, True), (9, False)])
+def test_a_crash_is_told_with_what_finds_its_cause(number: int, told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged image or tar may be behind SIGSEGV and SIGBUS; SIGKILL has other causes."""
+    assert launch._status(1, -number, ()) == 128 + number
+    assert ("verify DATASET --full finds it" in capsys.readouterr().err) is told

