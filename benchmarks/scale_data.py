@@ -82,8 +82,8 @@ def _loader(folder: Path, replicas: int, state: dict[str, Any] | None = None) ->
 
 
 def loader_step_ms(work: Path, replicas: int) -> float:
-    """A batch of the replica in the middle, 128 rows, once the queue's first ones are gone."""
-    loader = _loader(write_tiny_set(work / "set", ROWS * 64 * (STEPS + 8)), replicas)
+    """A batch of the replica in the middle, 128 rows, once the queue's first ones are gone; no epoch ends meanwhile."""
+    loader = _loader(write_tiny_set(work / "set", ROWS * 64 * (STEPS + 40)), replicas)
     for _ in range(8):
         loader.next()
     begin = time.perf_counter()
