@@ -156,29 +156,24 @@ def test_a_killed_rank_ends_all(digits: Path, tmp_path: Path, rank: int) -> None
 
 @pytest.mark.slow
 def test_an_undecodable_image_is_named_to_all(digits: Path, tmp_path: Path) -> None:
-    """In one pair's rows: its name and exit code 2, from every process, and nobody is called lost.
+    """Its name and exit code 2, from every process; nobody is called lost.
 
-    Or DALI's decoder ends the process, as it does where other images of the batch are being decoded at that moment:
-    then the line says what finds the image.
+    Each process decodes one image at a time: DALI's CPU decoder may end the process where it refuses an image while
+    others of the batch are being decoded (``trainer.parallel.launch.DAMAGE``).
     """
     data = Path(shutil.copytree(digits, tmp_path / "data"))
     tar = sorted((data / "train").glob("*.tar"))[0]
     with tarfile.open(tar) as archive:
-        image = next(member for member in archive if member.name.endswith(".png"))
+        images = [member for member in archive if member.name.endswith(".png")]
     content = bytearray(tar.read_bytes())
-    content[image.offset_data + 16 : image.offset_data + image.size] = bytes(image.size - 16)
+    for image in images:
+        content[image.offset_data + 16 : image.offset_data + image.size] = bytes(image.size - 16)
     tar.write_bytes(content)
-    words = command(*train_words(data, tmp_path / "run", *FOUR))
-    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    if done.returncode == 128 + signal.SIGSEGV:
-        assert "was ended by SIGSEGV; a damaged image or tar can do that" in done.stderr
-        return
-    assert done.returncode == 2, done.stderr
+    done = run(*train_words(data, tmp_path / "run", *FOUR, overrides=("train.batch_size=2",)), code=2)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 4 and all(image.name.removesuffix(".png") in line for line in said), done.stderr
+    assert len(said) == 4 and all("cannot decode train/train-000000.tar: image train-" in line for line in said), said
     assert "lost" not in done.stderr
-    reason = json.loads((tmp_path / "run" / "result.json").read_text())["reason"]
-    assert image.name.removesuffix(".png") in reason
+    assert "image train-" in json.loads((tmp_path / "run" / "result.json").read_text())["reason"]
 
 
 @pytest.mark.slow
