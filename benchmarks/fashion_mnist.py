@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-from harness import CORES, ROOT, describe_machine, make_parser, spread, write_results
+from harness import CORES, ROOT, describe_machine, make_parser, save_curves, spread, write_results
 
 
 def main() -> None:
@@ -94,11 +94,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         ylabel="top-1 on the 10,000 test images",
         title=f"Fashion-MNIST, two towers, {CORES} CPU cores",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    save_curves(figure, path)
 
 
 if __name__ == "__main__":

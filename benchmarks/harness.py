@@ -106,6 +106,16 @@ def write_results(folder: Path, machine: Mapping[str, Any], result: Mapping[str,
     return path
 
 
+def save_curves(figure: Any, path: Path) -> None:
+    """Gives a figure of curves by epoch its grid and legend, and saves it."""
+    (axes,) = figure.axes
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
 def run_in_processes(arguments: Sequence[object], *, pair: bool, environment: Mapping[str, str]) -> list[Any]:
     """Runs this script with ``arguments`` in a process of its own, or in both towers of a pair; the JSON they print."""
     from trainer.parallel.launch import tower_environment

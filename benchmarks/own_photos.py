@@ -24,7 +24,7 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-from harness import CORES, ROOT, describe_machine, make_parser, spread, write_results
+from harness import CORES, ROOT, describe_machine, make_parser, save_curves, spread, write_results
 from photos import write_disjoint_crops
 
 THREE = ("coffee.png", "chelsea.png", "hubble_deep_field.jpg")
@@ -163,11 +163,7 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
         ylim=(0, 1.03),
         title=f"Three classes of 20 photos, configs/photos.toml, {CORES} CPU cores",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    save_curves(figure, path)
 
 
 if __name__ == "__main__":

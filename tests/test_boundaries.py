@@ -50,9 +50,9 @@ FLOORS = {
     ),
     "twotower": (
         "linux_only",
+        "addresses",
         "words",
         "untrusted",
-        "addresses",
         "typed",
         "private",
         "meeting",

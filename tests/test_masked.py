@@ -1,8 +1,15 @@
 """Addresses are shown and kept without what opens them."""
 
+import sys
+
 import pytest
 
+from cluster.__main__ import main as cluster
+from pipeline.__main__ import main as pipeline
 from twotower.addresses import masked, masked_words
+from twotower.terminal import print_error, warn
+from twotower.verbosity import remark
+from twotower.words import say
 
 MASKED = [
     ("http://user:s3cret@host/x", "http://***@host/x"),
@@ -31,3 +38,17 @@ def test_options_that_are_secrets_have_no_value_in_what_is_kept() -> None:
         "x", "--data", "http://***@h/d?s=***", "--api-key", "***", "--token=***", "AWS_SECRET_ACCESS_KEY=***",
         "--token", "--quiet", "--set", "model.towers=2",
     ]  # fmt: skip
+
+
+def test_no_command_prints_what_opens_an_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors, warnings, remarks and results: all go one way, in every package."""
+    words = ["prepare", "--source", "folder", "--input", "ftp://user:s3cret@host/x", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", ["pipeline", *words])
+    assert pipeline() == 2
+    assert cluster(["status", "--address", "http://user:s3cret@127.0.0.1:9"]) == 2
+    for tell in (print_error, warn, remark, say):
+        tell("published: s3://user:s3cret@bucket/x?key=s3cret")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("://***@") == 6 and "s3cret" not in printed.out + printed.err

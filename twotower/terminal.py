@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from twotower.addresses import masked
-from twotower.words import MOST_OF_A_LINE, cut, one_line
+from twotower.words import MOST_OF_A_LINE, cut, one_line, say
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of a pipe, of a terminal, of a descriptor
 _LOST: dict[int, OSError] = {}
@@ -53,7 +53,7 @@ def print_error(error: object) -> None:
 
 def warn(text: object) -> None:
     """The same for what a user should know although the command goes on."""
-    print(f"warning: {one_line(masked(str(text)))}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", sys.stderr)
 
 
 def warn_of_loss(note: str) -> None:

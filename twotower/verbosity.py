@@ -12,7 +12,7 @@ from typing import Any
 
 from twotower.addresses import masked
 from twotower.version import ShowVersion
-from twotower.words import one_line
+from twotower.words import one_line, say
 
 VARIABLE = "TWOTOWER_VERBOSITY"
 LEVELS = ("quiet", "normal", "verbose")
@@ -62,7 +62,7 @@ def is_quiet() -> bool:
 def remark(text: str, *, stdout: bool = False) -> None:
     """Prints a line that a quiet command leaves out."""
     if not is_quiet():
-        print(one_line(masked(text)), file=sys.stdout if stdout else sys.stderr, flush=True)
+        say(text, sys.stdout if stdout else sys.stderr)
 
 
 class _Lines(logging.Formatter):

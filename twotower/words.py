@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from twotower.addresses import masked
+
 IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "process": "processes", "this": "these"}
 # Printed by Python's own measure, and yet nothing is seen: fillers of Hangul, an empty Braille cell, what joins letters
 # and what chooses a variant of one. Two names that look alike would be two. (Marks that turn the direction of writing,
@@ -58,8 +60,8 @@ def lines_of(text: str) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line, whatever names are in it."""
-    print(one_line(text), file=file, flush=True)
+    """Prints a line, whatever names are in it, and of addresses nothing that is secret."""
+    print(one_line(masked(text)), file=file, flush=True)
 
 
 def say_lines(lines: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
 from pipeline.preparation import faults
 from pipeline.quarantine import read_quarantine
 from pipeline.sources import SOURCES, open_source, reasons
+from twotower.terminal import warn
 from twotower.words import pluralize, say, say_lines
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     say_lines(manifest.found_lines())
     print_converted(folder)
     for warning in summary.warnings:
-        say(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     if manifest.num_left_out:
         say(
             f"left out: {pluralize(manifest.num_left_out, 'image')} that cannot be used; see {folder / QUARANTINE_NAME}"

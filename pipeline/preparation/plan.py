@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterable
 from importlib import metadata
@@ -28,6 +27,7 @@ from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
 from pipeline.sources.walk import FOLLOW, links_out
+from twotower.terminal import warn
 from twotower.words import listed, pluralize, say, say_lines
 
 READ_BYTES = 8 * 2**20
@@ -294,7 +294,7 @@ def print_plan(options: PrepareOptions) -> None:
 def print_warnings(warnings: Iterable[str]) -> None:
     """Prints what a person should know before the work, a line each, on stderr."""
     for warning in warnings:
-        say(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
 
 
 def measure(request: Request) -> Cost:

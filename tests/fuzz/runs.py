@@ -28,7 +28,7 @@ from trainer.training import checkpoint, history, resume, run_folder, run_lock
 from trainer.training.epochs import EpochTable
 from trainer.training.evaluate import load_network
 from trainer.training.metrics import MetricsLog
-from trainer.training.rows import read_metrics
+from trainer.training.rows import iterate_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.channels=[4,4,4,4,4]", "model.hidden=[8,8]", "train.loggers=[]", "train.batch_size=8")
@@ -140,7 +140,7 @@ def _read_all(folder: Path, made: tuple[str, bytes | str]) -> None:
     config = run_folder.read_run_config(run)
     resume.noted_options(run), history.read_past(run, 44), history.read_elapsed_s(run), run_lock.read_holder(run)
     table = EpochTable(run)
-    for row in read_metrics(run):
+    for _, row in iterate_rows(run):
         table.add(row)
     table.write()
     MetricsLog(run, config, 3).close("stopped")

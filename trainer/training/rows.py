@@ -40,11 +40,6 @@ def iterate_rows(run: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield end, row
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows at once; see :func:`iterate_rows`."""
-    return [row for _, row in iterate_rows(run)]
-
-
 def last_rows(run: Path) -> list[dict[str, Any]]:
     """The whole rows in the last part of metrics.jsonl; an empty list where there is none.
 
