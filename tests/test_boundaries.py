@@ -37,6 +37,7 @@ FLOORS = {
         "planning",
         "report",
         "inference",
+        "experiments",
         "bench",
         "guesses",
         "train_command",

@@ -1,0 +1,400 @@
+"""The experiments by name, each made for a recipe: what the recipe has not cannot be left out of it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.config import CROSSINGS, Config, ModelConfig, load_config
+from trainer.config_toml import toml_text
+from trainer.errors import RecipeError
+from trainer.experiments.variants import BASELINE, Experiment, Metric, PaperFigure, Variant
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NORMS = ("lrn", "lrn_within_channel")
+ILSVRC_2010, ILSVRC_2012 = "ILSVRC-2010 test, ten views", "ILSVRC-2012 val, ten views"
+TOP1 = Metric("top1_error", "top-1 error, %", 100)
+TOP5 = Metric("top5_error", "top-5 error, %", 100)
+LOSS = Metric("loss", "held-out loss, nats", 1, 4)
+LEVELS = (0.25, 0.1, 0.05)  # of figure 1: training errors whose epoch is noted; the paper's is the first
+RATES = (("third", 1 / 3), ("same", 1.0), ("triple", 3.0))  # times the recipe's learning rate
+
+# The nets and schedules that made the paper's figures, on configs/original.toml: runs #147, #148 and #150 of the
+# authors' program. configs/README.md has the same values and says where they come from.
+TRUE_NETS = {
+    "no-normalization": (
+        'model.post_ops=[["maxpool", "relu"], ["relu", "maxpool"], ["relu"], ["relu"], ["maxpool", "relu"]]',
+    ),
+    "no-overlap": (
+        "model.pool_px=2",
+        "model.pool_ceil=true",
+        "model.paddings=[[0, 3], [1, 1], [1, 1], [1, 1], [0, 0]]",
+    ),
+    "no-crossings": (
+        'model.crossings=["fc8"]',
+        "model.channels=[48, 160, 192, 192, 128]",
+        "model.hidden=[4096, 2048]",
+    ),
+}
+TRUE_SCHEDULES = {
+    "no-normalization": (
+        "optimizer.milestones=[22.0, 44.0, 86.0]",
+        'optimizer.layer_overrides=[{layer="conv1", epoch=69.0, learning_rate=1e-5}, '
+        '{layer="conv1", epoch=73.0, learning_rate=0.0, bias_learning_rate=0.0}]',
+        "data.color_off_epoch=69",
+        "train.epochs=97",
+    ),
+    "no-overlap": (
+        "optimizer.milestones=[23.0, 51.0, 79.0]",
+        'optimizer.layer_overrides=[{layer="conv1", epoch=79.0, learning_rate=0.0, bias_learning_rate=0.0}]',
+        "data.color_off_epoch=-1",
+        "train.epochs=90",
+    ),
+    "no-crossings": (
+        "optimizer.milestones=[25.0, 49.0, 79.0]",
+        'optimizer.layer_overrides=[{layer="conv1", epoch=66.0, learning_rate=1e-5}, '
+        '{layer="conv1", epoch=72.0, learning_rate=0.0, bias_learning_rate=0.0}]',
+        "data.color_off_epoch=66",
+        "train.epochs=92",
+    ),
+}
+RUNS = {"no-normalization": "#148", "no-overlap": "#147", "no-crossings": "#150"}
+
+
+def make_experiment(name: str, base: Config) -> Experiment:
+    """An experiment on a recipe.
+
+    Args:
+        name: one of :data:`EXPERIMENTS`.
+        base: the recipe.
+
+    Raises:
+        RecipeError: the recipe lacks what the experiment is about.
+    """
+    return EXPERIMENTS[name](base)
+
+
+def _ablations(base: Config) -> Experiment:
+    """What each part of the net is worth."""
+    makers = (_normalization, _overlap, _no_crossings, _all_crossings, _half_size, _dropout, _color, _wire)
+    found = [maker(base) for maker in makers]
+    notes = [
+        "Each interval is of one comparison: of eight changes that do nothing, one seems to do something in every third "
+        "experiment."
+    ]
+    if base.model == _original().model:
+        notes.append(_original_note(base))
+    return Experiment(
+        name="ablations",
+        title="What each part of the net is worth",
+        question="One part of the net or of its training is taken away at a time (paper, sections 3.3 to 3.5, 4.1, "
+        "4.2). Held-out error, paired by seed with the whole net.",
+        variants=(
+            Variant(BASELINE, "the whole recipe", "Nothing is changed.", against=""),
+            *(each for each in found if isinstance(each, Variant)),
+        ),
+        metrics=(TOP1, TOP5, LOSS),
+        left_out=tuple(each for each in found if isinstance(each, str)),
+        notes=tuple(notes),
+    )
+
+
+def _original() -> Config:
+    return load_config(CONFIGS / "original.toml")
+
+
+def _original_note(base: Config) -> str:
+    if _is_original_schedule(base):
+        return "The nets of runs #147, #148 and #150 with the schedule of each, as they made the paper's figures."
+    return "The nets of runs #147, #148 and #150; the schedule is this recipe's, for it is not the original's."
+
+
+def _is_original_schedule(base: Config) -> bool:
+    original = _original()
+    return base.optimizer == original.optimizer and base.train.epochs == original.train.epochs
+
+
+def _true_values(base: Config, name: str) -> tuple[str, ...] | None:
+    """The values of the authors' own run, where the recipe's net is the original; else None."""
+    if base.model != _original().model:
+        return None
+    return TRUE_NETS[name] + (TRUE_SCHEDULES[name] if _is_original_schedule(base) else ())
+
+
+def _normalization(base: Config) -> Variant | str:
+    name, ops = "no-normalization", base.model.post_ops
+    values = _true_values(base, name)
+    if not any(op in NORMS for names in ops for op in names):
+        return "no response normalization: this recipe has none to leave out"
+    rest = [[op for op in names if op not in NORMS] for names in ops]
+    return Variant(
+        name,
+        "no response normalization",
+        f"Run {RUNS[name]}." if values else "lrn and lrn_within_channel are left out of model.post_ops.",
+        values or (f"model.post_ops={toml_text(rest)}",),
+        paper=PaperFigure("+1.37 top-1, +1.15 top-5", ILSVRC_2012),
+    )
+
+
+def _overlap(base: Config) -> Variant | str:
+    name, model = "no-overlap", base.model
+    values = _true_values(base, name)
+    if model.pool_px <= model.pool_stride or not any("maxpool" in names for names in model.post_ops):
+        return "pooling without overlap: this recipe's windows do not overlap"
+    about = f"Run {RUNS[name]}: conv2 and conv5 pad less, too." if values else _overlap_sizes(model)
+    return Variant(
+        name,
+        "pooling without overlap",
+        about,
+        values or (f"model.pool_px={model.pool_stride}",),
+        paper=PaperFigure("+0.39 top-1, +0.30 top-5", ILSVRC_2012),
+    )
+
+
+def _overlap_sizes(model: ModelConfig) -> str:
+    """What becomes of the maps: another size of fc6's input would be a second change."""
+    side = dataclasses.replace(model, pool_px=model.pool_stride).final_side
+    same = f"fc6 sees maps of {model.final_side} px as before"
+    other = f"fc6 sees maps of {side} px instead of {model.final_side}, so it has more weights: not the window alone"
+    return f"model.pool_px = {model.pool_stride}; {same if side == model.final_side else other}."
+
+
+def _no_crossings(base: Config) -> Variant | str:
+    name = "no-crossings"
+    values = _true_values(base, name)
+    if base.model.towers != 2 or base.model.crossings == ("fc8",):
+        return "no crossings: this recipe's towers do not cross"
+    about = f"Run {RUNS[name]}: conv2 and fc6 are wider." if values else 'model.crossings = ["fc8"], same widths.'
+    return Variant(
+        name,
+        "towers that cross only at fc8",
+        about,
+        values or ('model.crossings=["fc8"]',),
+        paper=PaperFigure("+1.17 top-1, +1.12 top-5", ILSVRC_2012),
+    )
+
+
+def _all_crossings(base: Config) -> Variant | str:
+    model = base.model
+    if model.towers != 2 or set(model.crossings) != set(CROSSINGS):
+        return "every layer crosses: the recipe does not have the paper's towers"
+    return Variant(
+        "all-crossings",
+        "every layer sees both towers",
+        "One tower with the maps and units of both: conv2, conv4 and conv5 see all, and have twice the weights.",
+        (
+            "model.towers=1",
+            f"model.channels={toml_text([2 * width for width in model.channels])}",
+            f"model.hidden={toml_text([2 * width for width in model.hidden])}",
+        ),
+    )
+
+
+def _half_size(base: Config) -> Variant | str:
+    model = base.model
+    if model.towers != 2:
+        return "one tower of half size: this recipe has one tower"
+    *first, last = model.channels
+    return Variant(
+        "half-size",
+        "one tower of half size",
+        "One tower of the same width, conv5 and the fully connected layers as wide as both (paper, section 3.5).",
+        (
+            "model.towers=1",
+            f"model.channels={toml_text([*first, 2 * last])}",
+            f"model.hidden={toml_text([2 * width for width in model.hidden])}",
+        ),
+        paper=PaperFigure("+1.70 top-1, +1.23 top-5", ILSVRC_2010),
+    )
+
+
+def _dropout(base: Config) -> Variant | str:
+    if not base.model.dropout:
+        return "no dropout: this recipe has none to leave out"
+    return Variant(
+        "no-dropout",
+        "no dropout",
+        "model.dropout = 0.",
+        ("model.dropout=0.0",),
+        paper=PaperFigure("\u201csubstantial overfitting\u201d, no figure", "ILSVRC-2010"),
+    )
+
+
+def _color(base: Config) -> Variant | str:
+    if base.data.color == "none" or base.model.in_channels == 1:
+        return "no color shift: this recipe has none to leave out"
+    return Variant(
+        "no-color-shift",
+        "no color shift",
+        'data.color = "none".',
+        ("data.color=none",),
+        paper=PaperFigure("over +1 top-1", "ILSVRC-2010"),
+    )
+
+
+def _wire(base: Config) -> Variant | str:
+    if base.model.towers != 2 or base.train.comm_dtype != "same" or base.train.precision != "fp32":
+        return "fp16 on the wire: this recipe's towers do not send fp32"
+    return Variant(
+        "fp16-wire",
+        "what crosses is fp16",
+        'train.comm_dtype = "fp16", in two processes: in one, nothing crosses.',
+        ("train.comm_dtype=fp16",),
+        paper=PaperFigure("-0.01 top-1, +0.37 top-5, against run #170", ILSVRC_2012),
+        processes=2,
+    )
+
+
+def _figure_1(base: Config) -> Experiment:
+    """ReLU and tanh."""
+    if not any("relu" in names for names in base.model.post_ops):
+        raise RecipeError("model.post_ops: figure-1 compares ReLU with tanh, and this recipe has no relu")
+    return Experiment(
+        name="figure-1",
+        title="ReLU and tanh: training error against epochs",
+        question="Without dropout, weight decay, mirror images and color shift, at a constant learning rate, as the "
+        "paper's figure 1; three rates for each of the two, of which the quickest counts. Training error is that of "
+        "the whole training split, center crop, after every epoch.",
+        variants=tuple(_activation(base, kind, word, rate) for kind in ("relu", "tanh") for word, rate in RATES),
+        metrics=(
+            *(
+                Metric(epochs_key(level), f"epochs to {level:.0%} training error".replace("%", " %"))
+                for level in LEVELS
+            ),
+            Metric("top1_error", "training error at the end, %", 100),
+        ),
+        measure="epochs",
+        notes=(
+            "The paper's net has four layers and its data are CIFAR-10. Nets of this code always have eight layers, so "
+            "this is the recipe's own net: the same question, not the same net.",
+            "The quickest rate is chosen by the very runs that are compared, for both alike.",
+            "A level that is reached within the first epoch counts as missing: nothing is measured inside an epoch.",
+        ),
+    )
+
+
+def epochs_key(level: float) -> str:
+    """The row's name of the epochs to a training error."""
+    return f"epochs_to_{round(100 * level)}"
+
+
+def _activation(base: Config, kind: str, word: str, rate: float) -> Variant:
+    """One activation at one rate, without any regularization."""
+    optimizer = base.optimizer
+    ops = [[{"relu": kind, "tanh": kind}.get(op, op) for op in names] for names in base.model.post_ops]
+    values = (
+        f"model.post_ops={toml_text(ops)}",
+        f"model.activation={kind}",
+        "model.dropout=0.0",
+        "data.mirror=0.0",
+        "data.color=none",
+        "optimizer.weight_decay=0.0",
+        f"optimizer.learning_rate={optimizer.learning_rate * rate}",
+        f"optimizer.bias_learning_rate={optimizer.bias_learning_rate * rate}",
+        "optimizer.schedule=steps",
+        "optimizer.milestones=[]",
+        "optimizer.bias_schedule=same",
+        "optimizer.bias_milestones=[]",
+        "optimizer.layer_overrides=[]",
+        "train.evaluate_split=train",
+        "train.evaluate_every_epochs=1",
+    )
+    names = {"relu": "ReLU", "tanh": "tanh"}
+    return Variant(
+        f"{kind}-{word}",
+        f"{names[kind]}, {word} rate",
+        f"Learning rate {optimizer.learning_rate * rate:.3g}.",
+        values,
+        against=f"relu-{word}" if kind == "tanh" else "",
+        paper=PaperFigure("25 % training error six times later", "CIFAR-10, four layers") if kind == "tanh" else None,
+    )
+
+
+def _figure_3(base: Config) -> Experiment:
+    """Colored and gray kernels."""
+    if base.model.towers != 2 or base.model.in_channels == 1:
+        raise RecipeError(
+            "figure-3 looks at the color of two towers' kernels: expected a recipe of two towers for RGB images"
+        )
+    crossed = _no_crossings(base)
+    if isinstance(crossed, str):
+        raise RecipeError("model.crossings: figure-3 compares towers that cross with towers that do not")
+    return Experiment(
+        name="figure-3",
+        title="One tower sees color, the other does not?",
+        question="The share of color in the energy of conv1's kernels, tower by tower: what is left of the squared "
+        "weights without each kernel's gray part. The paper finds one tower mostly without color and one mostly with "
+        "it, in every run, and says that this comes of the restricted connections.",
+        variants=(
+            Variant(BASELINE, "towers that cross as in the paper", "Nothing is changed.", against=""),
+            crossed,
+        ),
+        metrics=(
+            Metric("color_gap", "difference between the towers' color, points", 100),
+            Metric("color_a", "color of tower a, %", 100),
+            Metric("color_b", "color of tower b, %", 100),
+            Metric("gap_by_chance", "share of random halves with as large a difference, %", 100),
+            TOP1,
+        ),
+        measure="color",
+        notes=(
+            "The last-but-one column tells whether it is the towers: all kernels of conv1 are dealt into two random "
+            "halves, 2,000 times; small means that chance does not make such a difference.",
+            "Paper, section 6.1: \u201cThe kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are "
+            "largely color-specific. This kind of specialization occurs during every run\u201d (ILSVRC-2010; no number "
+            "is given).",
+        ),
+    )
+
+
+def _figure_4(base: Config) -> Experiment:
+    """Neighbors."""
+    return Experiment(
+        name="figure-4",
+        title="What the net takes for alike",
+        question="The five likeliest classes of test images, and the training images that are nearest to them by the "
+        "Euclidean distance of fc7 (paper, figure 4). Beside it the same by pixels: the paper says that images close "
+        "by fc7 are generally not close in pixels.",
+        variants=(Variant(BASELINE, "the whole recipe", "Nothing is changed.", against=""),),
+        metrics=(
+            Metric("same_class_fc7", "neighbors of the same class, by fc7, %", 100, 1),
+            Metric("same_class_pixels", "neighbors of the same class, by pixels, %", 100, 1),
+            Metric("same_class_gain", "difference, points", 100, 1),
+            TOP1,
+            TOP5,
+        ),
+        measure="neighbors",
+        notes=("The paper gives no number for figure 4; the share of neighbors of the same class is this project's.",),
+    )
+
+
+def _views(base: Config) -> Experiment:
+    """One view, ten views, several nets."""
+    return Experiment(
+        name="views",
+        title="Center, ten views, and the average of several nets",
+        question="The error with the center crop, with ten views (corners and center, mirrored; probabilities averaged, "
+        "paper section 4.1), and with the probabilities of all seeds' nets averaged (paper, table 2).",
+        variants=(Variant(BASELINE, "one net", "Nothing is changed.", against=""),),
+        metrics=(
+            Metric("top1_center", "top-1 error, center, %", 100),
+            Metric("top1_ten", "top-1 error, ten views, %", 100),
+            Metric("top1_views_gain", "top-1, ten views less center, points", 100),
+            Metric("top5_center", "top-5 error, center, %", 100),
+            Metric("top5_ten", "top-5 error, ten views, %", 100),
+            Metric("top5_views_gain", "top-5, ten views less center, points", 100),
+        ),
+        measure="views",
+        notes=(
+            "Paper: 39.0 / 18.3 % center and 37.5 / 17.0 % with ten views (ILSVRC-2010 test); one net 40.7 / 18.2 %, "
+            "the average of five 38.1 / 16.4 % (ILSVRC-2012 val, ten views).",
+        ),
+    )
+
+
+EXPERIMENTS: dict[str, Callable[[Config], Experiment]] = {
+    "ablations": _ablations,
+    "figure-1": _figure_1,
+    "figure-3": _figure_3,
+    "figure-4": _figure_4,
+    "views": _views,
+}
