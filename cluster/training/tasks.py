@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ TRIES, PAUSE_S = 4, 5.0  # a task that follows one of a killed node: the old pro
 POLL_S = 0.5
 SAVE_S = 120.0  # to finish a step and save
 LOST = 4  # exit status where a run's machine is gone
+CONNECT_S = 5.0
 ROOM_S = 60.0  # to wait for a node that is large enough
 
 
@@ -81,12 +83,28 @@ def _run_once(command: list[str], log: str, stop_file: str) -> int:
         return shell_code(child.wait())
 
 
+def check_address(address: str) -> None:
+    """Refuses an address where nothing listens; Ray itself would wait for it.
+
+    Raises:
+        ClusterError: nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # auto
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers: {error}") from None
+
+
 def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Hands all tasks to Ray, so that an autoscaler sees what is wanted, and tells of each end.
 
     Raises:
         ClusterError: the cluster cannot be reached, or has no node that is large enough.
     """
+    check_address(arguments.address)
     import ray
     from ray.exceptions import RayError
 

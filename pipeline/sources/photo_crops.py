@@ -102,11 +102,7 @@ def halves(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A photo (H, W, 3) cut in the middle of its longer side; the middle row or column of an odd side is in neither."""
     axis = int(photo.shape[1] > photo.shape[0])
     size = photo.shape[axis] // 2
-    first, second = (
-        np.take(photo, range(size), axis),
-        np.take(photo, range(photo.shape[axis] - size, photo.shape[axis]), axis),
-    )
-    return first, second
+    return np.take(photo, range(size), axis), np.take(photo, range(-size, 0), axis)
 
 
 @functools.lru_cache(maxsize=2 * len(PHOTOS))

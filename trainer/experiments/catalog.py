@@ -78,8 +78,8 @@ def _ablations(base: Config) -> Experiment:
     makers = (_normalization, _overlap, _no_crossings, _all_crossings, _half_size, _dropout, _color, _wire)
     found = [maker(base) for maker in makers]
     notes = [
-        "Each interval is of one comparison: of eight changes that do nothing, one seems to do something in every third "
-        "experiment."
+        "Each interval is of one comparison: of eight changes that do nothing, one seems to do something in every "
+        "third experiment."
     ]
     if base.model == _original().model:
         notes.append(_original_note(base))
@@ -372,8 +372,8 @@ def _views(base: Config) -> Experiment:
     return Experiment(
         name="views",
         title="Center, ten views, and the average of several nets",
-        question="The error with the center crop, with ten views (corners and center, mirrored; probabilities averaged, "
-        "paper section 4.1), and with the probabilities of all seeds' nets averaged (paper, table 2).",
+        question="The error with the center crop, with ten views (corners and center, mirrored; probabilities "
+        "averaged, paper section 4.1), and with the probabilities of all seeds' nets averaged (paper, table 2).",
         variants=(Variant(BASELINE, "one net", "Nothing is changed.", against=""),),
         metrics=(
             Metric("top1_center", "top-1 error, center, %", 100),

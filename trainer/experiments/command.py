@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace
     if arguments.dry_run:
         from trainer.experiments.estimate import print_estimate
 
-        print_estimate(plan, device)
+        print_estimate(plan.experiment, plan.tasks, plan.configs, plan.data, device)
         return 0
     with folders.hold(arguments.output):
         folders.check_folder(arguments.output, plan.record)
@@ -141,8 +141,8 @@ def _tell(plan: Plan, found: Sequence[Row], stop: stopping.StopRequest) -> int:
         print(f"error: {row['variant']}, seed {row['seed']}: {row['reason']}", file=sys.stderr)
     if failed:
         print(
-            f"{pluralize(len(failed), 'run')} of {len(plan.tasks)} failed and count in no average; the same command tries "
-            "again",
+            f"{pluralize(len(failed), 'run')} of {len(plan.tasks)} failed and count in no average; the same command "
+            "tries again",
             file=sys.stderr,
         )
     if stop.name:

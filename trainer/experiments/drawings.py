@@ -13,7 +13,7 @@ from trainer.experiments.variants import Variant
 from trainer.report.charts import COLORS, Axis, Line, drawing, inline_svg, line_chart
 from trainer.report.run_data import read_run
 
-WIDTH, ROW, TOP, BOTTOM, SIDE = 560, 46, 34, 40, 14  # px
+WIDTH, ROW, TOP, BOTTOM, SIDE = 460, 46, 34, 40, 14  # px
 
 
 def differences(compared: Sequence[Compared]) -> Markup:
@@ -50,7 +50,7 @@ def differences(compared: Sequence[Compared]) -> Markup:
         axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.spines["bottom"].set_color(COLORS["soft"])
-        figure.text(0, 1 - 14 / height, f"Difference in {metric.title}", size=13.5, weight="bold")
+        figure.text(0, 1 - 14 / height, f"Difference in {metric.title.removesuffix(', %')}", size=13.5, weight="bold")
         words = ", ".join(f"{each.variant.title} {metric.show(each.found.mean, sign=True)}" for each in compared)
         return inline_svg(figure, f"Difference in {metric.title}: {words}")
 
@@ -71,7 +71,7 @@ def curves(summary: Summary) -> list[tuple[Markup, str]]:
             shown.insert(
                 0, Line(_short(summary.experiment.variant(variant.against)), *other[:2], "soft", band=other[2])
             )
-        axis = Axis(what, "{:g}".format, "{:.2f}".format, low=0)
+        axis = Axis(what, "{:g}".format, "{:.2f}".format)
         charts.append((line_chart(shown, axis, x_label="epoch"), f"{variant.title}. {variant.about}"))
     return charts
 

@@ -1,16 +1,16 @@
 """What an experiment would take: runs, hours, disk. Each variant's step is measured, as ``train --dry-run`` does."""
 
-import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
+from trainer.experiments.folder import RunTask
+from trainer.experiments.variants import Experiment
 from trainer.planning.describe import to_dict
 from twotower.words import pluralize
-
-if typing.TYPE_CHECKING:
-    from trainer.experiments.command import Plan
 
 KEPT = 2  # checkpoints of a run at its end: the newest and the best
 
@@ -20,18 +20,20 @@ def run_bytes(config: Config) -> int:
     return 8 * int(to_dict(config.model)["parameters"]) * (KEPT + 1)
 
 
-def print_estimate(plan: "Plan", device: str) -> None:
+def print_estimate(
+    experiment: Experiment, tasks: Sequence[RunTask], configs: Mapping[str, Config], data: Path, device: str
+) -> None:
     """Prints a row for each variant, and the sums; steps are measured one variant after the other."""
     from trainer.planning.dry_run import plan_run
 
-    table = Table(title=plan.experiment.title, title_justify="left")
+    table = Table(title=experiment.title, title_justify="left")
     for heading in ("variant", "runs", "steps a run", "s a step", "hours", "disk, GiB"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     hours, disk, unknown = 0.0, 0.0, []
-    for variant in plan.experiment.variants:
-        config = plan.configs[variant.name]
-        runs = sum(task.variant == variant.name for task in plan.tasks)
-        found = plan_run(config, plan.data, device=device)
+    for variant in experiment.variants:
+        config = configs[variant.name]
+        runs = sum(task.variant == variant.name for task in tasks)
+        found = plan_run(config, data, device=device)
         size = runs * KEPT * 8 * to_dict(config.model)["parameters"] / 2**30
         disk += size
         if found.remaining_s is None:
@@ -43,7 +45,7 @@ def print_estimate(plan: "Plan", device: str) -> None:
         table.add_row(variant.name, str(runs), f"{found.steps:,}", f"{found.step_s:.3g}", f"{spent:.3g}", f"{size:.3g}")
     console = Console(width=None if Console().is_terminal else 110, highlight=False)
     console.print(table)
-    text = f"{pluralize(len(plan.tasks), 'run')}, {hours:.3g} hours of steps one after the other, {disk:.3g} GiB"
+    text = f"{pluralize(len(tasks), 'run')}, {hours:.3g} hours of steps one after the other, {disk:.3g} GiB"
     console.out(text + (f"; not counted: {', '.join(unknown)}" if unknown else ""))
     console.out(
         "Steps were measured now, both towers in one process on made-up images, with all cores: loading, start,"

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return {}
 
 

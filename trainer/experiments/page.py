@@ -107,20 +107,22 @@ def _differences(summary: Summary) -> list[Markup]:
         if not compared:
             continue
         caption = (
-            f"{metric.title}. Each variant less {tables.against_words(compared)}, paired by seed: a tick a seed, a dot "
-            "for the mean, a bar for its 95 % interval by Student's t. Gray where the interval spans zero."
+            f"Less {tables.against_words(compared)}, paired by seed. A tick a seed, a dot for the mean, a bar for its "
+            "95 % interval by Student's t. Gray where the interval spans zero."
         )
         table = html.table(
             list(tables.COMPARED_HEAD), [tables.compared_cells(each) for each in compared], tables.NUMBERS
         )
         parts.append(
-            html.section(f"Difference in {metric.title}", html.figure(drawings.differences(compared), caption), table)
+            html.section(
+                metric.title[0].upper() + metric.title[1:], html.figure(drawings.differences(compared), caption), table
+            )
         )
     if parts:
         words = (
-            "Visible from: a mean difference smaller than this would not be told from zero with these seeds, spread as they "
-            "are. Same sign: seeds whose difference has the sign of the mean. The bootstrap resamples seeds; with few of "
-            "them its interval is too narrow, so that of t decides. The paper's figures are of its own data set."
+            "Visible from: a mean difference smaller than this would not be told from zero with these seeds, spread "
+            "as they are. Same sign: seeds whose difference has the sign of the mean. The bootstrap resamples seeds. "
+            "With few of them its interval is too narrow, so that of t decides. The paper's figures are of its data."
         )
         parts.append(html.paragraph(words))
     return parts

@@ -30,20 +30,25 @@ def finished_row(task: RunTask, measured: Mapping[str, float | None]) -> Row:
     if result.get("exit_reason") != "finished" or result.get("top1") is None:
         raise RunError(f"{task.run}: its result.json tells of no evaluation at the end")
     evaluation = next(row for row in reversed(read_metrics(task.run)) if row.get("kind") == "evaluation")
-    top5 = result.get("top5")
+    total, top5 = result["num_samples"], result.get("top5")
     return {
         "variant": task.variant,
         "seed": task.seed,
         "status": OK,
         "step": result["step"],
         "split": evaluation["split"],
-        "num_samples": result["num_samples"],
+        "num_samples": total,
         "parameters": to_dict(task.config.model)["parameters"],
-        "top1_error": 1 - result["top1"],
-        "top5_error": None if top5 is None else 1 - top5,
+        "top1_error": _error(result["top1"], total),
+        "top5_error": None if top5 is None else _error(top5, total),
         "loss": evaluation["loss"],
         **measured,
     }
+
+
+def _error(share: float, total: int) -> float:
+    """The share of wrong images from that of right ones, without the rounding of 1 - share."""
+    return (total - round(share * total)) / total
 
 
 def failed_row(task: RunTask, status: int, reason: str = "") -> Row:
