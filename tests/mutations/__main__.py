@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutations import Mutation, images, inference, net, of_groups, recipes, training
+from tests.mutations import Mutation, experiments, images, inference, net, of_groups, recipes, training
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tests/trainer", "tests/pipeline")
@@ -63,6 +63,7 @@ def mutations() -> list[Mutation]:
         *of_groups(training.GROUPS),
         *of_groups(images.GROUPS),
         *of_groups(inference.GROUPS),
+        *of_groups(experiments.GROUPS),
         *recipes.of_recipes(),
     ]
     names = [mutation.name for mutation in listed]

@@ -330,15 +330,16 @@ def _figure_3(base: Config) -> Experiment:
         ),
         metrics=(
             Metric("color_gap", "difference between the towers' color, points", 100),
-            Metric("color_a", "color of tower a, %", 100),
-            Metric("color_b", "color of tower b, %", 100),
-            Metric("gap_by_chance", "share of random halves with as large a difference, %", 100),
+            Metric("color_a", "color of tower a, %", 100, compared=False),
+            Metric("color_b", "color of tower b, %", 100, compared=False),
+            Metric("gap_by_chance", "random halves that differ as much, %", 100, compared=False),
             TOP1,
         ),
         measure="color",
         notes=(
-            "The last-but-one column tells whether it is the towers: all kernels of conv1 are dealt into two random "
-            "halves, 2,000 times; small means that chance does not make such a difference.",
+            "Whether it is the towers, random halves tell: conv1's kernels are dealt into two halves, 2,000 times; "
+            "where few of these differ as much, chance does not make such a difference.",
+            "Kernels of mere noise, as before training, have two thirds of their energy in color.",
             "Paper, section 6.1: \u201cThe kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are "
             "largely color-specific. This kind of specialization occurs during every run\u201d (ILSVRC-2010; no number "
             "is given).",

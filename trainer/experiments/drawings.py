@@ -50,7 +50,7 @@ def differences(compared: Sequence[Compared]) -> Markup:
         axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.spines["bottom"].set_color(COLORS["soft"])
-        figure.text(0, 1 - 14 / height, f"Difference in {metric.title.removesuffix(', %')}", size=13.5, weight="bold")
+        figure.text(0, 1 - 14 / height, f"Less {against_words(compared)}", size=13.5, weight="bold")
         words = ", ".join(f"{each.variant.title} {metric.show(each.found.mean, sign=True)}" for each in compared)
         return inline_svg(figure, f"Difference in {metric.title}: {words}")
 
@@ -78,6 +78,12 @@ def curves(summary: Summary) -> list[tuple[Markup, str]]:
 
 def _short(variant: Variant) -> str:
     return "whole" if variant.name == "baseline" else variant.title.split(",")[0]
+
+
+def against_words(compared: Sequence[Compared]) -> str:
+    """What variants are compared with, in words."""
+    names = list(dict.fromkeys(each.against.title for each in compared))
+    return names[0] if len(names) == 1 else "the one with the same rate"
 
 
 Curve = tuple[list[float], list[float], tuple[list[float], list[float]]]

@@ -59,8 +59,8 @@ def render(folder: Path, summary: Summary) -> str:
         ).format(experiment.name, experiment.title, experiment.question),
         html.headline(_headline(summary)),
         *_failures(summary),
-        *_differences(summary),
         *_extra(summary),
+        *_differences(summary),
         *_values(summary),
         *_curves(summary),
         html.section(
@@ -69,7 +69,7 @@ def render(folder: Path, summary: Summary) -> str:
         html.section("Runs", html.facts(_facts(folder, summary)), _rows(summary)),
     ]
     style = (HERE / "experiment.css").read_text(encoding="utf-8")
-    return html.page(f"{experiment.name}: {experiment.title}", body, style=style)
+    return str(html.page(f"{experiment.name}: {experiment.title}", body, style=style))
 
 
 def _headline(summary: Summary) -> list[tuple[str, str, str]]:
@@ -107,8 +107,8 @@ def _differences(summary: Summary) -> list[Markup]:
         if not compared:
             continue
         caption = (
-            f"Less {tables.against_words(compared)}, paired by seed. A tick a seed, a dot for the mean, a bar for its "
-            "95 % interval by Student's t. Gray where the interval spans zero."
+            "Paired by seed. A tick a seed, a dot for the mean, a bar for its 95 % interval by Student's t. Gray where "
+            "the interval spans zero."
         )
         table = html.table(
             list(tables.COMPARED_HEAD), [tables.compared_cells(each) for each in compared], tables.NUMBERS
@@ -155,7 +155,8 @@ def _done(summary: Summary) -> list[RunTask]:
 
 def _kernels(summary: Summary) -> list[Markup]:
     """conv1's kernels of both towers, seed by seed."""
-    parts = []
+    table = html.table(list(tables.COLOR_HEAD), tables.color_table(summary), range(1, len(tables.COLOR_HEAD)))
+    parts = [html.section("Color, seed by seed", table)]
     by_key = {(row["variant"], row["seed"]): row for row in summary.rows}
     for variant in summary.experiment.variants:
         figures = []

@@ -111,7 +111,7 @@ class Summary:
 def summarize(experiment: Experiment, tasks: Sequence[RunTask], rows: Sequence[Row]) -> Summary:
     """Compares what is there; nothing that failed is in any figure."""
     compared = []
-    for metric in experiment.metrics:
+    for metric in (metric for metric in experiment.metrics if metric.compared):
         for variant in experiment.variants:
             if not variant.against:
                 continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from trainer.experiments.drawings import against_words
 from trainer.experiments.paired import Comparison, Interval
 from trainer.experiments.summary import Compared, Summary
 from trainer.experiments.variants import Metric
@@ -91,6 +92,7 @@ def gains_table(summary: Summary) -> list[list[str]]:
 
 
 GAINS_HEAD = ("difference", "mean", "95 % interval (t)", "same sign")
+COLOR_HEAD = ("variant", "seed", "tower a, %", "tower b, %", "difference", "random halves that differ as much, %")
 LEVELS_HEAD = ("training error", "quickest ReLU, epochs", "quickest tanh, epochs", "tanh / ReLU", "paper")
 AVERAGES_HEAD = ("views", "nets", "one net, top-1 %", "averaged, top-1 %", "one net, top-5 %", "averaged, top-5 %")
 
@@ -103,6 +105,16 @@ def levels_table(summary: Summary) -> list[list[str]]:
         ratio = DASH if level.ratio is None else f"{level.ratio:.2f}"
         paper = "6 (CIFAR-10, four layers)" if level.level == 0.25 else DASH
         table.append([f"{level.level:.0%}".replace("%", " %"), *sides, ratio, paper])
+    return table
+
+
+def color_table(summary: Summary) -> list[list[str]]:
+    """Figure 3: every run by itself, for the paper speaks of every run."""
+    table = []
+    for row in summary.rows:
+        if row["status"] == "ok":
+            found = [_percent(row[key]) for key in ("color_a", "color_b", "color_gap", "gap_by_chance")]
+            table.append([summary.experiment.variant(row["variant"]).title, str(row["seed"]), *found])
     return table
 
 
@@ -130,12 +142,13 @@ def markdown(summary: Summary, command: str) -> str:
         compared = summary.of_metric(metric)
         if compared:
             rows = [compared_cells(each) for each in compared]
-            lines += [f"{metric.title}: difference from {_against(compared)}, paired by seed", ""]
+            lines += [f"{metric.title}: difference from {against_words(compared)}, paired by seed", ""]
             lines += _table(list(COMPARED_HEAD), rows)
     for head, rows in (
         (GAINS_HEAD, gains_table(summary)),
         (LEVELS_HEAD, levels_table(summary)),
         (AVERAGES_HEAD, averages_table(summary)),
+        (COLOR_HEAD, color_table(summary) if experiment.measure == "color" else []),
     ):
         if rows:
             lines += _table(list(head), rows)
@@ -144,15 +157,6 @@ def markdown(summary: Summary, command: str) -> str:
     ]
     notes = [f"- {note}" for note in (*experiment.left_out, *experiment.notes)]
     return "\n".join([*lines, *failed, *notes]).rstrip() + "\n"
-
-
-def _against(compared: Sequence[Compared]) -> str:
-    """What a table's variants are compared with, in words."""
-    names = list(dict.fromkeys(each.against.title for each in compared))
-    return names[0] if len(names) == 1 else "the one with the same rate"
-
-
-against_words = _against
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

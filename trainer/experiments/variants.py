@@ -67,12 +67,14 @@ class Metric:
         title: for people, with its unit.
         scale: what the row's value is multiplied by to be shown: 100 for shares.
         digits: decimals shown.
+        compared: whether variants are compared in it.
     """
 
     key: str
     title: str
     scale: float = 1.0
     digits: int = 2
+    compared: bool = True
 
     def show(self, value: float | None, *, sign: bool = False) -> str:
         """A value as text; a dash for none."""
