@@ -4,7 +4,10 @@
 #     python -m pipeline prepare --source digits --output /data/digits
 # Leave --gpus out on a machine without one. Its commands were checked one by one in a new virtual environment; the image
 # itself has not been built by this project's tests, which have no Docker daemon.
-FROM python:3.11-slim-bookworm
+# A tag may move: --build-arg BASE=python:3.11-slim-bookworm@sha256:... builds on the image that you have looked at.
+ARG BASE=python:3.11-slim-bookworm
+# hadolint ignore=DL3006
+FROM $BASE
 
 # g++ compiles the trainer's kernels at their first use; without it the same is done by torch operations, slower.
 # hadolint ignore=DL3008
@@ -13,13 +16,14 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt requirements.lock README.md LICENSE ./
+RUN pip install --no-cache-dir --require-hashes --requirement requirements.lock
 COPY twotower twotower
 COPY pipeline pipeline
 COPY trainer trainer
 COPY cluster cluster
 COPY configs configs
-RUN pip install --no-cache-dir --editable . --constraint constraints.txt
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 
 ARG COMMIT=""
 # Any user may run it (--user): compiled kernels, matplotlib's fonts and Ray's session go to /tmp.

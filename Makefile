@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kills test-isa test-mutations lint docs audit bench clean
+.PHONY: help setup demo test test-slow test-kills test-isa test-mutations lint docs audit bench clean lock licences
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -58,6 +58,12 @@ docs: setup  ## write docs/config.md from the code
 audit: setup  ## licences of all packages, and their known vulnerabilities (needs PyPI's service; says so without it)
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit; } || true
 	@$(PY) -m tests.audit --pip-audit $(VENV)-audit/bin/pip-audit
+
+licences: setup  ## list the licences of what the images hold (of Debian's packages: /usr/share/doc/*/copyright in the image)
+	@$(PY) -m tests.audit --list requirements.lock
+
+lock: setup  ## write requirements.lock and requirements-dev.lock: constraints.txt with hashes (about 8 minutes)
+	$(PY) -m tests.lock
 
 bench: setup  ## measure everything on this machine and print the table (about 2 hours, 7 GB under $(BENCH))
 	$(PY) benchmarks/prepare_speed.py --work $(BENCH)/prepare

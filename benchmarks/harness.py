@@ -108,19 +108,17 @@ def write_results(folder: Path, machine: Mapping[str, Any], result: Mapping[str,
 
 def run_in_processes(arguments: Sequence[object], *, pair: bool, environment: Mapping[str, str]) -> list[Any]:
     """Runs this script with ``arguments`` in a process of its own, or in both towers of a pair; the JSON they print."""
-    import torch.distributed as dist
-
     from trainer.parallel.launch import tower_environment
+    from twotower.meeting import meeting_place
 
     command = [sys.executable, sys.argv[0], *map(str, arguments)]
-    environments: list[dict[str, str]] = [{**os.environ}]
-    if pair:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environments = [tower_environment(rank, store.port) for rank in (0, 1)]
-    children = [
-        subprocess.Popen(command, env={**own, **environment}, stdout=subprocess.PIPE, text=True) for own in environments
-    ]
-    outputs = [child.communicate()[0] for child in children]
+    with meeting_place() as meeting:
+        environments = [tower_environment(rank, meeting) for rank in (0, 1)] if pair else [{**os.environ}]
+        children = [
+            subprocess.Popen(command, env={**own, **environment}, stdout=subprocess.PIPE, text=True)
+            for own in environments
+        ]
+        outputs = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         sys.exit(f"error: {' '.join(command)} failed")
     return [json.loads(output) for output in outputs]

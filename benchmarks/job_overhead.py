@@ -137,7 +137,7 @@ def measure(work: Path, images: Path, rounds: int) -> dict[str, list[dict[str, A
     """Direct and through the cluster, in turns."""
     folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+    environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "c" / "token")  # of this cluster
     place = ["--folder", str(folder / "c")]
     cluster = [sys.executable, "-m", "cluster"]
     try:

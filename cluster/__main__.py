@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add(commands.doctor, "check a cluster and this machine, and say what to do", "python -m cluster doctor")
     _add_address(doctor)
     doctor.add_argument("--json", action="store_true", help="findings as JSON")
-    doctor.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help="of the local cluster")
     verbosity.add_common_options(parser, subparsers)
     return parser
 
@@ -70,6 +69,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         "dashboard, http://HOST:PORT (default: RAY_API_SERVER_ADDRESS, else port 8265 here); RAY_ADDRESS is not asked"
     )
     parser.add_argument("--address", metavar="URL", help=where)
+    place = "of the local cluster, whose token is there (default: %(default)s)"
+    parser.add_argument("--folder", type=Path, default=default_folder(), metavar="DIR", help=place)
 
 
 def _add_cluster_commands(add: Add) -> None:
@@ -102,9 +103,16 @@ def _add_job_commands(add: Add) -> None:
         "--data /data/digits --run /runs/one",
     )
     option = submit.add_argument
+    visible = "variable for the job; Ray shows it in logs and to all who use the cluster; repeatable"
+    hidden = "variable for the job that Ray does not show, with its value here or a file's content; repeatable"
+    include = "file or folder of the tree to send, though git does not know it or it looks like a secret; repeatable"
     option("--id", metavar="ID", help="job id, never used before on the cluster (default: a new one)")
     option("--no-wait", action="store_true", help="return when the cluster has the job")
-    option("--env", action="append", default=[], metavar="NAME=VALUE", help="variable for the job; repeatable")
+    option("--env", action="append", default=[], metavar="NAME=VALUE", help=visible)
+    option("--secret", action="append", default=[], metavar="NAME[=@FILE]", help=hidden)
+    option("--include", action="append", default=[], metavar="PATH", help=include)
+    option("--untracked", action="store_true", help="send also the files that git does not know and does not ignore")
+    option("--dry-run", action="store_true", help="only list the files that would be sent")
     option("--python", default="python", metavar="PATH", help="interpreter on the cluster (default: python)")
     option("--every-node", action="store_true", help="run it on every node at once, for example a benchmark")
     option("--print", action="store_true", help="only print the equal `ray job submit` command")

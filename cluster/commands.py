@@ -7,23 +7,22 @@ import importlib.metadata
 import json
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import local
+from cluster import local, ray_up
 from cluster.doctor import OLDEST_SAFE_RAY, examine, release
 from cluster.errors import ClusterError, last_line
-from cluster.jobs import submission
+from cluster.jobs import job_secrets, submission
 from cluster.jobs.addresses import dashboard_address, is_loopback
-from cluster.jobs.auth_token import ensure_token
 from cluster.jobs.client import TERMINAL, Client, ServerError
 from cluster.jobs.entry import command_of
 from cluster.jobs.paths import absolute_paths, shared_paths
 from cluster.jobs.progress import BarStream, Progress, latest
+from cluster.jobs.tree import Tree, choose
 from cluster.training import ray_train
 from twotower import verbosity, version
 from twotower.words import one_line, pluralize
@@ -40,12 +39,11 @@ def up(arguments: argparse.Namespace) -> int:
     options = local.LocalOptions(
         arguments.folder, arguments.dashboard_port, arguments.cpus, arguments.nodes, arguments.stop_wait
     )
-    path, done = ensure_token()
-    if done:
-        _say(f"{done}: {path}")
     cluster = local.up(options)
     nodes = pluralize(len(cluster.nodes), "node")
-    _say(f"cluster of {nodes} at {cluster.address} (token in {path}); Ray address {cluster.gcs}; end it with `down`")
+    path = options.folder.resolve() / local.TOKEN_NAME
+    _say(f"cluster of {nodes} at {cluster.address}; Ray address {cluster.gcs}; end it with `down`")
+    _say(f"its token, for Ray's own commands: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path}")
     return 0
 
 
@@ -65,9 +63,13 @@ def _ray(verb: str, arguments: argparse.Namespace) -> int:
     if not Path(arguments.config).is_file():
         example = "cluster/deploy/ray-cluster.yaml is an example"
         raise ClusterError(f"cluster file {arguments.config} does not exist; {example}")
-    ensure_token()
-    words = [sys.executable, "-m", "ray.scripts.scripts", verb, "--yes", str(arguments.config)]
-    return subprocess.run(words, check=False).returncode
+    return ray_up.run(verb, Path(arguments.config), _say)
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    """The cluster that was named, with the token of the local cluster if it is that one."""
+    address = dashboard_address(arguments.address)
+    return Client(address, local.token_file(arguments.folder, address))
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -79,24 +81,34 @@ def submit(arguments: argparse.Namespace) -> int:
     job_id = submission.new_job_id(words) if arguments.id is None else arguments.id
     submission.check_job_id(job_id)
     environment = _commit() | _environment(arguments.env)
-    command = _wrapped(arguments, absolute_paths(words, address, is_loopback(address)))
-    request = submission.JobRequest(command, job_id, environment, arguments.python)
+    secrets = job_secrets.read_secrets(arguments.secret)
+    if both := secrets.keys() & environment.keys():
+        raise ClusterError(f"--secret {min(both)}: it is given with --env too, where everyone sees it; leave one out")
+    tree = choose(include=arguments.include, untracked=arguments.untracked)
+    if arguments.dry_run:
+        return _list(tree)
+    command = _wrapped(arguments, absolute_paths(words, address, is_loopback(address), tree.files))
+    request = submission.JobRequest(command, job_id, tree, environment, arguments.python, secrets)
     if arguments.print:
+        if secrets:
+            raise ClusterError("--print: `ray job submit` has no --secret: leave one of the two out")
         print(request.ray_command(address))
+        _say("warning: unlike `submit`, Ray's own command sends all that .gitignore does not name, also keys")
         return 0
-    client = Client(address)
+    client = _client(arguments)
     _check_version(client)
     nodes = client.nodes()
     _check_disks(client, nodes)
     hosts = {str(node.get("hostname")) for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"}
     here = is_loopback(address) and hosts <= {socket.gethostname()}  # else it is the end of a tunnel
-    words = list(absolute_paths(words, address, here))
+    words = list(absolute_paths(words, address, here, tree.files))
     command = _wrapped(arguments, words)
     if len(hosts) > 1 and (paths := shared_paths(words)):
         command = ("python", "-m", "cluster.jobs.seen", *paths, "--", *command)
     request = dataclasses.replace(request, command=command)
     if not is_loopback(address) and address.startswith("http://"):
         _say(f"warning: {address} is not encrypted, so your token can be read on the way; use an SSH tunnel or https")
+    _say_what_goes(tree)
     started = time.time()
     submission.submit(client, request)
     if arguments.no_wait:
@@ -104,6 +116,26 @@ def submit(arguments: argparse.Namespace) -> int:
         return 0
     _say(f"job {request.job_id} sent; follow it elsewhere: python -m cluster logs --follow {request.job_id}")
     return _follow(client, request.job_id, started)
+
+
+def _say_what_goes(tree: Tree) -> None:
+    _say(f"sends {tree}; --dry-run lists them")
+    for line in tree.left_out:
+        _say(f"warning: not sent: {one_line(line)}")
+    if tree.unknown:
+        some = ", ".join(map(one_line, tree.unknown[:3])) + (", ..." if len(tree.unknown) > 3 else "")
+        files = f"{pluralize(len(tree.unknown), 'file')} that git does not know ({some})"
+        _say(f"warning: not sent: {files}; `git add`, --include PATH or --untracked sends them")
+
+
+def _list(tree: Tree) -> int:
+    """What `submit` would send: bytes and name of every file, and the sum."""
+    for name, size in zip(tree.files, tree.sizes, strict=True):
+        print(f"{size:>10,}  {one_line(name)}")
+    for line in tree.left_out:
+        print(f"  not sent  {one_line(line)}")
+    print(f"{tree} of {tree.folder}; nothing was sent")
+    return 0
 
 
 def _wrapped(arguments: argparse.Namespace, command: Sequence[str]) -> tuple[str, ...]:
@@ -149,7 +181,7 @@ def _follow(client: Client, job_id: str, started: float | None = None) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show jobs."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     records = [client.job(arguments.id)] if arguments.id else client.jobs()
     rows = [_row(client, record) for record in records]
     if arguments.json:
@@ -217,7 +249,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Show a job's log."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     job = client.job(arguments.id)
     job_id = job["submission_id"]
     if arguments.follow:
@@ -234,7 +266,7 @@ def logs(arguments: argparse.Namespace) -> int:
 
 def stop(arguments: argparse.Namespace) -> int:
     """Stop a job and wait until it has ended."""
-    client = Client(dashboard_address(arguments.address))
+    client = _client(arguments)
     job = client.job(arguments.id)
     job_id = job["submission_id"]
     if job["status"] not in TERMINAL:

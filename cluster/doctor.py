@@ -27,7 +27,8 @@ def examine(address: str, folder: Path) -> list[Finding]:
         address: the dashboard.
         folder: the folder of the local cluster.
     """
-    findings = [*check_ray(), *host_checks.check_token(), *check_cluster(address)]
+    token = local.token_file(folder, address)
+    findings = [*check_ray(), *host_checks.check_token(token), *check_cluster(address, token)]
     return [*findings, *check_binding(address, folder), *host_checks.check_host(folder)]
 
 
@@ -46,8 +47,11 @@ def check_ray() -> Iterator[Finding]:
         yield ok("ray", f"{ours} here")
 
 
-def check_cluster(address: str) -> Iterator[Finding]:
-    """Whether the cluster answers, asks for the token, runs the same Ray, and its clocks agree."""
+def check_cluster(address: str, token_file: Path | None = None) -> Iterator[Finding]:
+    """Whether the cluster answers, asks for the token, runs the same Ray, and its clocks agree.
+
+    A dashboard that answers without the token is not sent one, see `Client`.
+    """
     try:
         status = _status_without_token(address)
     except requests.RequestException:
@@ -60,7 +64,7 @@ def check_cluster(address: str) -> Iterator[Finding]:
         fix = "anyone who reaches it can run code: restart it with RAY_AUTH_MODE=token (`up --local` does)"
         yield bad("cluster", f"{address} answers {status} without a token", fix)
     try:
-        client = Client(address)
+        client = Client(address, token_file)
         yield from _check_version(client.version())
         yield from check_nodes(client.nodes())
     except (ClusterError, KeyError, ValueError) as error:

@@ -3,19 +3,18 @@
 Versions are read from metadata: nothing heavy is imported.
 """
 
-import ipaddress
 import os
 import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
 from cluster.jobs.auth_token import mode_too_wide, token_path
+from twotower import listeners
 
 GIB = 1 << 30
 MANY_SHARDS = 4096
@@ -65,14 +64,15 @@ def check_host(folder: Path) -> Iterator[Finding]:
     yield from check_dali()
 
 
-def check_token() -> Iterator[Finding]:
-    """The token file."""
-    path = token_path()
-    if os.environ.get("RAY_AUTH_TOKEN"):
+def check_token(of_cluster: Path | None = None) -> Iterator[Finding]:
+    """The token file: the cluster's own, of one that `up --local` started, else that of clusters elsewhere."""
+    path = of_cluster or token_path()
+    if os.environ.get("RAY_AUTH_TOKEN") and not of_cluster:
         fix = "keep it in a file of mode 0600: an environment variable shows in /proc and is passed to every child"
         yield note("token", "set in RAY_AUTH_TOKEN", fix)
     elif not path.exists():
-        yield bad("token", f"none in {path}", "python -m cluster up --local makes one; else copy the cluster's")
+        fix = "python -m cluster up --local makes a cluster with its own; else copy the cluster's"
+        yield bad("token", f"none in {path}", fix)
     elif (mode := mode_too_wide(path)) is not None:
         yield bad("token", f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}")
     else:
@@ -162,31 +162,5 @@ def installed() -> dict[str, str]:
 
 def open_ports(pids: set[int]) -> set[int]:
     """The TCP ports on which these processes listen on another interface than loopback."""
-    inodes = {inode for pid in pids for inode in _socket_inodes(pid)}
-    ports = set()
-    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        for line in table.read_text().splitlines()[1:] if table.exists() else []:
-            fields = line.split()
-            address, _, port = fields[1].rpartition(":")
-            if fields[3] == "0A" and fields[9] in inodes and not _ip(address).is_loopback:
-                ports.add(int(port, 16))
-    return ports
-
-
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address of /proc/net/tcp: words of 32 bits, each in the machine's byte order."""
-    words = [int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8)]
-    address = ipaddress.ip_address(b"".join(words))
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _socket_inodes(pid: int) -> set[str]:
-    inodes = set()
-    try:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalize "socket:[1]"
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    except OSError:  # it ended while we looked
-        pass
-    return inodes
+    inodes = {inode for pid in pids for inode in listeners.inodes_of(pid)}
+    return {one.port for one in listeners.listening() if one.inode in inodes and not one.address.is_loopback}

@@ -7,7 +7,6 @@ runs as `ray start --block` in a session of its own, and its process id and star
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -18,17 +17,24 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs import loopback_node
-from cluster.jobs.auth_token import ensure_token, token_path
+from cluster.jobs.addresses import is_loopback
+from cluster.jobs.auth_token import new_token
 from cluster.jobs.client import Client, ServerError, Unreachable
 from cluster.jobs.entry import write_json
+from twotower import listeners, private, typed
+from twotower.untrusted import parse_json
 
+RECORD = "cluster.json"
+PROGRAM = Path(loopback_node.__file__).name
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 EXTRA_NODE_STORE_BYTES = 1 << 30
 NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
+TOKEN_NAME = "token"  # of this one cluster: `up` makes it, `down` deletes it
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,10 @@ class LocalOptions:
 
 
 def default_folder() -> Path:
-    """The folder of this user's local cluster."""
+    """The folder of this user's local cluster.
+
+    Not in $XDG_RUNTIME_DIR, which is memory on most systems: logs and spilled objects would fill it.
+    """
     return Path(tempfile.gettempdir()) / f"twotower-{os.getuid()}"
 
 
@@ -94,10 +103,10 @@ def up(options: LocalOptions) -> LocalCluster:
     _prepare_folder(options.folder)
     if running := load(options.folder):
         raise ClusterError(f"a local cluster is running at {running.address}; end it with `python -m cluster down`")
-    ensure_token()
     port = options.dashboard_port or _free_ports(1)[0]
     if not _is_free(port):
         raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
+    new_token(options.folder / TOKEN_NAME)
     address = f"http://127.0.0.1:{port}"
     gcs_port, client_port = _free_ports(2)
     gcs = f"{loopback_node.LOOPBACK}:{gcs_port}"
@@ -118,6 +127,7 @@ def up(options: LocalOptions) -> LocalCluster:
         wait_for_nodes(options, cluster, options.num_nodes)
     except BaseException:
         down(options.folder)
+        (options.folder / TOKEN_NAME).unlink(missing_ok=True)  # also if the head is dead, which `down` passes over
         raise
     return cluster
 
@@ -143,8 +153,31 @@ def down(folder: Path) -> LocalCluster | None:
         return None
     for node in reversed(cluster.nodes):
         stop_node(node)
-    (folder / "cluster.json").unlink(missing_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    (folder / TOKEN_NAME).unlink(missing_ok=True)
     return cluster
+
+
+def token_file(folder: Path, address: str) -> Path | None:
+    """The token of a folder's cluster, if that is the one at an address; None if it is another cluster's address.
+
+    Raises:
+        ClusterError: the cluster runs, and the port of its dashboard is another program's.
+    """
+    cluster = load(folder)
+    if cluster is None or not is_loopback(address):
+        return None
+    port = urlsplit(cluster.address).port
+    if port is None or urlsplit(address).port != port:
+        return None
+    ours = {inode for node in cluster.nodes for pid in session_members(node.pid) for inode in listeners.inodes_of(pid)}
+    found = listeners.listeners_at(listeners.addresses_here(listeners.LOOPBACK), port)
+    if any(one.inode not in ours for one in found):
+        raise ClusterError(
+            f"port {port} of the local cluster is held by another program: the token was not sent; "
+            "`python -m cluster down`, then `up --local`"
+        )
+    return folder / TOKEN_NAME
 
 
 def stop_node(node: LocalNode, kill: bool = False) -> None:
@@ -157,23 +190,39 @@ def stop_node(node: LocalNode, kill: bool = False) -> None:
         while is_alive(node) and time.monotonic() < deadline:
             time.sleep(0.1)
     for pid in session_members(node.pid):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
 def save(folder: Path, cluster: LocalCluster) -> None:
     """Write the record that `load` reads."""
-    write_json(folder / "cluster.json", asdict(cluster))
+    write_json(folder / RECORD, asdict(cluster))
 
 
 def load(folder: Path) -> LocalCluster | None:
-    """The cluster of a folder if its head is alive, else None."""
-    try:
-        record = json.loads((folder / "cluster.json").read_text())
-    except FileNotFoundError:
+    """The cluster of a folder if its head is alive, else None.
+
+    Raises:
+        ClusterError: the folder or its record is not this user's alone, or the record is damaged: nobody is to say
+            which processes we end, and where our token goes.
+    """
+    path = folder / RECORD
+    if not os.path.lexists(path):
         return None
-    nodes = tuple(LocalNode(**node) for node in record["nodes"])
-    return LocalCluster(record["address"], record["gcs"], nodes) if is_alive(nodes[0]) else None
+    try:
+        private.check_folder(folder)
+        cluster: LocalCluster = typed.build(LocalCluster, parse_json(private.read_record(path)))
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be read: {error.strerror or error}") from None
+    except private.NotPrivateError as error:
+        raise ClusterError(
+            f"{error}: it is not believed; remove it, or choose another folder with --folder DIR"
+        ) from None
+    except ValueError as error:
+        raise ClusterError(
+            f"{path} is damaged ({error}): end the cluster's processes yourself, and remove it"
+        ) from None
+    return cluster if cluster.nodes and is_alive(cluster.nodes[0]) else None
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -183,10 +232,9 @@ def _prepare_folder(folder: Path) -> None:
         ClusterError: the folder cannot be made, is somebody else's, is on a full disk, or has too long a path.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise ClusterError(f"folder {folder} belongs to somebody else; choose another with --folder DIR")
-        folder.chmod(0o700)
+        private.make_folder(folder)
+    except private.NotPrivateError as error:
+        raise ClusterError(f"{error}; choose another with --folder DIR") from None
     except OSError as error:
         raise ClusterError(f"folder {folder}: {error.strerror}; choose another with --folder DIR") from error
     free = shutil.disk_usage(folder).free
@@ -220,10 +268,10 @@ def _start_node(options: LocalOptions, arguments: list[str], number: int) -> Loc
 
 
 def _environment(options: LocalOptions) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
-    environment["RAY_AUTH_MODE"] = "token"
-    if not os.environ.get("RAY_AUTH_TOKEN"):
-        environment["RAY_AUTH_TOKEN_PATH"] = str(token_path().resolve())
+    left_out = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= listeners.no_proxy_here(environment) | {"RAY_AUTH_MODE": "token"}
+    environment["RAY_AUTH_TOKEN_PATH"] = str((options.folder / TOKEN_NAME).resolve())
     # Read by the job's supervisor on the cluster's side; the default of 3 s is too short to save a checkpoint.
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(options.stop_wait_s)
     # A job's `python` is looked up in the head's PATH: make it the interpreter that has the project's packages.
@@ -237,7 +285,7 @@ def wait_for_nodes(options: LocalOptions, cluster: LocalCluster, wanted: int) ->
     Raises:
         ClusterError: the newest node has ended, or the nodes do not come in time.
     """
-    client = Client(cluster.address)
+    client = Client(cluster.address, options.folder / TOKEN_NAME)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if not is_alive(cluster.nodes[-1]):
@@ -291,13 +339,25 @@ def _start_time(pid: int) -> int:
 
 
 def is_alive(node: LocalNode) -> bool:
-    """Whether the node's first process lives, and its number was not given to another one."""
+    """Whether the node's first process lives, and is that one: by its start, its user and its command."""
     fields = _stat_fields(node.pid)
-    return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started
+    return bool(fields) and fields[0] != "Z" and int(fields[19]) == node.started and _is_ours(node.pid)
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process is of this user, and runs our way to start a node."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        owner = Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return False
+    return owner == os.geteuid() and PROGRAM.encode() in command
 
 
 def session_members(session: int) -> list[int]:
     """The living processes of a session: all that a node started, except those that left it."""
+    if session <= 1:
+        return []
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     fields = {pid: _stat_fields(pid) for pid in pids}
     return [pid for pid, stat in fields.items() if stat and stat[0] != "Z" and int(stat[3]) == session]

@@ -70,6 +70,7 @@ class PrepareOptions:
         verify_source: check the published md5 of the input before anything else.
         filter: of resizing, one of :data:`FILTERS`.
         labels: file with the classes of pictures that lie in no class folders (source ``folder``).
+        follow_links: links are followed also where they lead out of the input.
     """
 
     source: str
@@ -93,6 +94,7 @@ class PrepareOptions:
     verify_source: bool = False
     filter: str = "bicubic"
     labels: AnyPath | None = None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "--workers", self.workers, "0 (all cores) or more")

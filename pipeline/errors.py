@@ -2,6 +2,8 @@
 
 import re
 
+from twotower.words import one_line
+
 # What a library's text may hold that is another one in every run or on every machine, and what stands for it.
 UNREPRODUCIBLE = (
     (re.compile(r"<[^<>]*\b(?:object|at 0x)[^<>]*>"), "an object"),
@@ -35,7 +37,7 @@ class ImageError(PipelineError):
     def __init__(self, reason: str) -> None:
         for pattern, instead in UNREPRODUCIBLE:
             reason = pattern.sub(instead, reason)
-        super().__init__(" ".join(reason.split()))
+        super().__init__(one_line(" ".join(reason.split())))
 
 
 class DatasetError(PipelineError):

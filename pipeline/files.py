@@ -17,7 +17,10 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeVar
 
+from pipeline.addresses import is_address as is_url
+from pipeline.addresses import open_store
 from pipeline.errors import ImageError, SourceError, first_line
+from twotower.untrusted import open_regular, read_regular
 
 ATTEMPTS = 3
 PREFETCH = 16  # files asked for at once: a store answers each after tens of milliseconds, however many there are
@@ -27,11 +30,6 @@ MAX_OPEN = 64  # files kept open by a process; some data sets have thousands of 
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-
-
-def is_url(text: str) -> bool:
-    """Tells a URL from a path."""
-    return "://" in text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +134,7 @@ class Entry(NamedTuple):
         kind: ``file``, ``directory``, ``link`` (one that leads nowhere), ``pipe``, ``socket``, ``device``,
             ``unreadable`` (it cannot be told) or ``other``; what a link leads to counts.
         size: bytes of a file, else 0.
-        linked: a folder that a link leads to.
+        linked: what a link leads to.
     """
 
     name: str
@@ -151,7 +149,7 @@ class Entry(NamedTuple):
 
 
 def parse_path(text: str) -> AnyPath:
-    """A path, or a URL if ``text`` has ``://``."""
+    """A path, or a URL if ``text`` is an address."""
     return UrlPath(text.rstrip("/")) if is_url(text) else Path(text)
 
 
@@ -218,19 +216,30 @@ def _unlisted(folder: AnyPath, error: OSError) -> SourceError:
 
 
 def read_head(path: AnyPath, size: int) -> bytes:
-    """The first bytes of a file, without waiting for anybody: should it be a pipe by now, it is empty.
+    """The first bytes of a file, without waiting for anybody.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
         SourceError: its store fails.
     """
     if isinstance(path, UrlPath):
         return path.read_range(0, size)
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
+    with open_regular(path) as handle:
         return os.read(handle, size)
-    finally:
-        os.close(handle)
+
+
+def read_whole(path: AnyPath, most_bytes: int) -> bytes:
+    """A file of at most so many bytes; a pipe or a device is neither read nor waited for.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger; ``strerror`` says so.
+        SourceError: its store fails.
+    """
+    if isinstance(path, Path):
+        return read_regular(path, most_bytes)
+    if path.stat().st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"is larger than {most_bytes:,} bytes", str(path))
+    return path.read_bytes()
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
@@ -268,7 +277,7 @@ def _scan_local(folder: Path) -> Iterator[Entry]:
         for entry in entries:
             try:
                 if entry.is_file():
-                    yield Entry(entry.name, "file", entry.stat().st_size)
+                    yield Entry(entry.name, "file", entry.stat().st_size, entry.is_symlink())
                 elif entry.is_dir():
                     yield Entry(entry.name, "directory", 0, entry.is_symlink())
                 else:
@@ -295,7 +304,8 @@ def _handle(path: Path) -> int:
     if path not in _handles:
         if len(_handles) == MAX_OPEN:
             os.close(_handles.pop(next(iter(_handles))))
-        _handles[path] = os.open(path, os.O_RDONLY)
+        with open_regular(path) as handle:
+            _handles[path] = os.dup(handle)
     return _handles[path]
 
 
@@ -306,10 +316,7 @@ def _open_store(url: str) -> tuple[Any, str]:
     Raises:
         SourceError: fsspec does not know the kind of URL, or lacks its package.
     """
-    import fsspec  # only where a URL is given
-
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        return open_store(url)
     except (ValueError, ImportError) as error:
         raise SourceError(f"--input {url}: {error}") from None
-    return filesystem, str(path).rstrip("/")

@@ -12,6 +12,7 @@ Layout of a data set folder::
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,13 +23,13 @@ from typing import Any, TypeVar
 
 from pipeline import raw_images
 from pipeline.errors import DatasetError, FormatError
-from twotower.words import one_line
+from pipeline.record_checks import INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, STATISTICS_NAME, check_manifest
+from twotower.untrusted import open_regular, parse_json, read_regular
+from twotower.words import one_line, shortened
+
+__all__ = ["INFO_NAME", "MANIFEST_NAME", "QUARANTINE_NAME", "STATISTICS_NAME"]
 
 FORMAT = 2  # 2: num_found, passed_over, dropped_splits
-MANIFEST_NAME = "manifest.json"
-STATISTICS_NAME = "statistics.npz"
-INFO_NAME = "_info.json"
-QUARANTINE_NAME = "quarantine.jsonl"
 
 Record = TypeVar("Record")
 
@@ -237,17 +238,18 @@ def read_record(text: str | bytes, build: Callable[[Any], Record], name: str) ->
         DatasetError: it is damaged.
     """
     try:
-        return build(json.loads(text if isinstance(text, str) else text.decode()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return build(parse_json(text))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DatasetError(f"{name} is damaged ({type(error).__name__}: {error}): run prepare again") from None
 
 
 def _from_raw(raw: dict[str, Any]) -> Manifest:
     if raw["format"] != FORMAT:
         raise FormatError(
-            f"manifest format {raw['format']} is not supported (expected {FORMAT}): prepare the data set again, "
-            "into a new folder"
+            f"manifest format {shortened(raw['format'])} is not supported (expected {FORMAT}): prepare the data set "
+            "again, into a new folder"
         )
+    check_manifest(raw)
     return Manifest(
         format=raw["format"],
         source=raw["source"],
@@ -285,21 +287,39 @@ def read_manifest(folder: Path) -> Manifest:
             f"no data set folder at {folder}: make one with python -m pipeline prepare --output {folder}"
         )
     path = folder / MANIFEST_NAME
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise DatasetError(f"{path} is no file: remove it, and run prepare again")
     try:
-        return from_json(path.read_bytes())
+        return from_json(read_regular(path_inside(folder, MANIFEST_NAME)))
     except FileNotFoundError:
         if advice := "" if (folder / ".work").exists() else raw_images.advice(folder):
             raise DatasetError(f"{folder} is no prepared data set: {advice}") from None
         raise DatasetError(
             f"{folder} has no {MANIFEST_NAME}: preparing it never ended; run the same prepare command again"
         ) from None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EISDIR):  # a pipe, which would be waited for, a device, a folder
+            raise DatasetError(f"{path} is no file: remove it, and run prepare again") from None
+        raise DatasetError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of a data set's file, and that it lies in the data set's folder, wherever links lead.
+
+    Raises:
+        DatasetError: it does not. A folder of links, as the cache of a hub has it, is copied by ``cp -rL``.
+    """
+    path, root = folder / name, os.path.realpath(folder)
+    if not os.path.realpath(path).startswith(root.rstrip("/") + "/"):
+        raise DatasetError(f"{path} leads out of {folder}, by a link: cp -rL makes a copy with the files themselves")
+    return path
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
+    """Hex sha256 of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+    """
+    with open_regular(path) as handle, open(handle, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.pictures import HEAD_BYTES, has_picture_head
+from twotower.untrusted import open_regular
 
 LOOKED_AT = 20  # entries of a folder
 # A name in the folder, the source that reads it, and what it needs besides.
@@ -51,7 +52,7 @@ def _entries(folder: Path, most: int = LOOKED_AT) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            return has_picture_head(file.read(HEAD_BYTES))
+        with open_regular(path) as handle:
+            return has_picture_head(os.read(handle, HEAD_BYTES))
     except OSError:
         return False

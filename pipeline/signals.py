@@ -14,6 +14,7 @@ said at the end, with status 2.
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import threading
 import time
@@ -65,6 +66,9 @@ def supervise(command: Callable[[], int]) -> int:
     return terminal.delivered(statuses[0])
 
 
+temporary: set[Path] = set()  # folders that nobody else removes if this process ends where it stands
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, line: str) -> Iterator[None]:
     """Ends the process with ``error: LINE`` and status 2 if what is inside takes longer: it may hang in C code."""
@@ -103,6 +107,8 @@ def end(line: str, status: int) -> None:
     except OSError:
         pass  # nobody reads it
     end_children()
+    for folder in tuple(temporary):
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""``make audit``: the licences of everything that is installed, and its known vulnerabilities.
+"""``make audit``: licences of everything that is installed, and known vulnerabilities. ``make licences``: a list.
 
 Licences are read from each package's own metadata. Vulnerabilities are asked of a service by pip-audit, which stands in
 an environment of its own; what it could not look up counts as not checked, never as safe. Exit codes: 0 all is well,
@@ -14,6 +14,8 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from tests.lock import normalized
 
 PERMISSIVE = re.compile(
     r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC\b|Zlib|CC0|BSL-1\.0|Unlicense|HPND", re.IGNORECASE
@@ -61,6 +63,24 @@ def check_licences(packages: Iterable[importlib.metadata.Distribution]) -> list[
     return [name for name in strict if not expected(name)]
 
 
+def list_licences(lock: Path) -> int:
+    """Prints version and licence of every package of a lock file, which is what the images hold; how many are unknown.
+
+    A package that is not installed here is named as such: its licence was not looked at.
+    """
+    installed = {normalized(package.name): package for package in importlib.metadata.distributions()}
+    names = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE)
+    unknown = 0
+    for name, version in names:
+        package = installed.get(normalized(name))
+        licence = licence_of(package.metadata) if package else ""
+        unknown += not licence
+        why = "" if not licence or is_permissive(licence) else f" ({expected(normalized(name)) or 'not looked at'})"
+        print(f"{name} {version}: {licence or ('not stated' if package else 'not installed here')}{why}")
+    print(f"{len(names)} packages of {lock.name}, {unknown} without a licence that could be read here")
+    return unknown
+
+
 def check_vulnerabilities(pip_audit: str) -> tuple[list[str], str]:
     """Asks pip-audit about this environment.
 
@@ -98,7 +118,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(sys.prefix).with_name(".venv-audit") / "bin" / "pip-audit"
     parser.add_argument("--pip-audit", default=str(default), metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--list", type=Path, metavar="LOCK", help="only list the licences of a lock file's packages")
     arguments = parser.parse_args()
+    if arguments.list:
+        return 3 if list_licences(arguments.list) else 0
     unexpected = check_licences(importlib.metadata.distributions())
     known, unchecked = check_vulnerabilities(arguments.pip_audit)
     print(f"vulnerabilities: {len(known)} known" + (f"; NOT CHECKED: {unchecked}" if unchecked else ""))

@@ -60,3 +60,12 @@ def test_what_the_service_does_not_know_is_not_safe():
 def test_without_pip_audit_nothing_counts_as_checked():
     known, unchecked = audit.check_vulnerabilities("/nowhere/pip-audit")
     assert known == [] and "cannot be run" in unchecked
+
+
+def test_the_list_of_licences_has_every_package_of_the_lock_and_says_what_it_did_not_see(tmp_path, capsys):
+    lock = tmp_path / "a.lock"
+    lock.write_text("# head\nNumPy==1.0 \\\n    --hash=sha256:00\nno-such-package==2.0 ; python_version == '3.11' \\\n")
+    assert audit.list_licences(lock) == 1
+    first, second, total = capsys.readouterr().out.splitlines()
+    assert first.startswith("NumPy 1.0: BSD") and second == "no-such-package 2.0: not installed here"
+    assert total.startswith("2 packages of a.lock, 1 without")

@@ -19,6 +19,7 @@ from trainer.cli import make_parser
 from trainer.errors import TrainerError
 from trainer.train_command import load_recipe, print_recipe, stage_data, tower, train
 from twotower import terminal, verbosity
+from twotower.words import json_text
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -49,12 +50,12 @@ def main() -> int:
         return status if arguments.command in (train, tower) else terminal.delivered(status)
     except (TrainerError, PipelineError) as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        terminal.print_error(error)
         return error.status if isinstance(error, TrainerError) else 2
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # a path that nobody can have
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        terminal.print_error(f"{error.filename}: {error.strerror}")
         return 2
     except (stopping.Stopped, KeyboardInterrupt) as error:
         return _tell(error if isinstance(error, stopping.Stopped) else stopping.Stopped(signal.SIGINT))
@@ -111,7 +112,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     classes = [record.title for record in read_manifest(arguments.data).classes]
     if arguments.json:
-        print(json.dumps(result.to_dict() | confusion.to_dict(result, classes), ensure_ascii=False))
+        print(json_text(result.to_dict() | confusion.to_dict(result, classes)))
     else:
         print(result.sentence())
     if arguments.per_class and not arguments.json:

@@ -12,6 +12,9 @@ from trainer.config_toml import build, dump, override, require
 from trainer.errors import PeerError, RecipeError
 from twotower.fields import Limits, check, may_change
 
+MOST_BYTES = 1 << 20  # of a recipe; the longest of this project has 3,000
+MOST_WEIGHTS = 1 << 32  # of a net; 70 times the paper's
+MOST_VALUES = 1 << 28  # of one map of one image, 1 GiB
 TOWERS = ("a", "b")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 CONVOLUTIONS = "conv1..conv5"
@@ -122,6 +125,35 @@ class ModelConfig:
         require(self.pool_stride <= self.pool_px, "model.pool_stride", self.pool_stride, "1 to model.pool_px")
         for name, size in self.map_sizes().items():
             require(size > 0, "model.image_px", self.image_px, f"a larger input: nothing is left of it after {name}")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuses a net that no machine holds, before anything takes memory for it."""
+        sizes = self.map_sizes()
+        inputs = (self.in_channels, *(self.towers * channels for channels in self.channels))
+        before = (self.image_px, *(sizes.get(f"pool{i}", sizes[f"conv{i}"]) for i in range(1, 5)))
+        for i in range(5):
+            name, padded = f"conv{i + 1}", before[i] + sum(self.paddings[i])
+            most = max(inputs[i] * padded**2, self.towers * self.channels[i] * sizes[name] ** 2)
+            words = f"smaller sizes: {name} would have {most:,} values an image, and at most {MOST_VALUES:,} are taken"
+            require(most <= MOST_VALUES, "model.channels", self.channels, words)
+        weights = self.count_weights()
+        words = f"a smaller net: this one has {weights:,} weights, and at most {MOST_WEIGHTS:,} are taken"
+        require(weights <= MOST_WEIGHTS, "model", f"a net of {weights:,} weights", words)
+
+    def count_weights(self) -> int:
+        """Weights of the whole net, without biases."""
+        towers, both = self.towers, lambda layer: self.towers if layer in self.crossings else 1
+        total, inputs = 0, self.in_channels
+        for i, outputs in enumerate(self.channels):
+            seen = inputs if i == 0 else inputs * both(f"conv{i + 1}")
+            total += towers * outputs * seen * self.kernel_sizes[i] ** 2
+            inputs = outputs
+        inputs *= self.final_side**2
+        for layer, outputs in zip(("fc6", "fc7"), self.hidden, strict=True):
+            total += towers * outputs * inputs * both(layer)
+            inputs = outputs
+        return total + self.classes * inputs * towers
 
     def map_sizes(self) -> dict[str, int]:
         """Side in px of each convolution's output (``conv1``), and after its pooling (``pool1``) where pooled."""
@@ -255,10 +287,10 @@ class TrainConfig:
         peer_timeout_s: seconds after which a silent other tower counts as lost.
     """
 
-    epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(90)
-    batch_size: Annotated[int, Limits(1, unit="images")] = 128
+    epochs: Annotated[int, Limits(1, 1 << 30, unit="epochs")] = may_change(90)
+    batch_size: Annotated[int, Limits(1, 1 << 20, unit="images")] = 128
     accumulate: Annotated[int, Limits(1, unit="pieces")] = 1
-    seed: Annotated[int, Limits(0)] = 0
+    seed: Annotated[int, Limits(0, 1 << 53)] = 0
     evaluate_every_epochs: Annotated[int, Limits(0, unit="epochs")] = may_change(1)
     evaluate_split: str = may_change("val")
     checkpoint_every_epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(1)
@@ -266,9 +298,9 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Limits(1, unit="checkpoints")] = may_change(2)
     precision: Literal["fp32", "bf16"] = "fp32"
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
-    threads: Annotated[int, Limits(0, unit="threads")] = may_change(0)
+    threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))
-    peer_timeout_s: Annotated[float, Limits(above=0, unit="s")] = may_change(60.0)
+    peer_timeout_s: Annotated[float, Limits(above=0, high=1e6, unit="s")] = may_change(60.0)
 
     def __post_init__(self) -> None:
         """Checks limits, and what two fields must have in common."""
@@ -323,12 +355,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, text: str =
     table: dict[str, Any] = tomllib.loads(text)
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = _parse(_read_text(path))
         except FileNotFoundError:
             raise RecipeError(f"no recipe at {path}: the folder configs/ holds the ones of this project") from None
         except OSError as error:
             raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except ValueError as error:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
     for words in overrides:
         override(table, words)
@@ -349,9 +381,26 @@ def from_toml(text: str) -> Config:
         RecipeError: it is none, or another version's.
     """
     try:
-        return build(Config, tomllib.loads(text), "")
-    except (PipelineError, RecipeError, tomllib.TOMLDecodeError) as error:
+        return build(Config, _parse(text), "")
+    except (PipelineError, RecipeError, ValueError) as error:
         raise RecipeError(str(error)) from None
+
+
+def _read_text(path: Path) -> str:
+    """The text of a recipe, which may come through a pipe; of a file that is none no more than a recipe may have."""
+    with path.open("rb") as file:
+        found = file.read(MOST_BYTES + 1)
+    if len(found) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes, which no recipe has")
+    return found.decode()
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """TOML of anybody; raises ValueError."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def to_toml(config: Config) -> str:

@@ -29,7 +29,7 @@ def override(table: dict[str, Any], text: str) -> None:
     require(bool(equals) and "." in name, "--set", text, "section.field=value, for example --set train.epochs=3")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     *sections, field = name.strip().split(".")
     for section in sections:
@@ -68,7 +68,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return tuple(_convert(item, arguments[0], where) for item in value)
     if origin in (typing.Union, types.UnionType):
         return _convert(value, next(a for a in arguments if a is not type(None)), where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000:
         value = float(value)
     require(type(value) is kind, where, value, f"a value of type {kind.__name__}")
     require(not (kind is float and not math.isfinite(value)), where, value, "a finite number")

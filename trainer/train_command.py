@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import os
-import sys
 import typing
 from pathlib import Path
 
 from trainer import stopping
 from twotower import terminal, verbosity
+from twotower.words import one_line
 
 if typing.TYPE_CHECKING:
     from trainer.config import Config
@@ -199,10 +199,10 @@ def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", 
         result = trainer.train()
         if gone := run_folder.why_gone(arguments.run):
             if trainer.leads:
-                print(f"error: {gone}", file=sys.stderr)
+                terminal.print_error(gone)
             return 2
         if trainer.leads:
-            print(f"{result.exit_reason} at step {result.step}: {arguments.run}", flush=True)
+            print(one_line(f"{result.exit_reason} at step {result.step}: {arguments.run}"), flush=True)
             if result.exit_reason == "stopped":
                 verbosity.remark(f"go on with: {resume_command(arguments.run)}", stdout=True)
         stopping.finish()

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from twotower.words import one_line
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The likeliest of the known words that was meant, "" if none is near."""
@@ -56,4 +58,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with one line."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")

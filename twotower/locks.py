@@ -8,6 +8,7 @@ NFS server does so too.
 import errno
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def hold(path: Path) -> int | None:
     """
     attempts = 0
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = make(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), path.stat()):
@@ -45,10 +46,28 @@ def hold(path: Path) -> int | None:
         os.close(handle)
 
 
+def make(path: Path) -> int:
+    """Opens a lock's file to read and write, and makes it where there is none.
+
+    Raises:
+        OSError: it cannot be; or it is a link, a pipe or a device, which whoever made the folder has put there.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(error.errno, f"{path.name} is a link", str(path)) from None
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, f"{path.name} is not a file", str(path))
+
+
 def is_held(path: Path) -> bool:
     """Tells whether a process holds the lock; False where there is none, or it cannot be asked."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

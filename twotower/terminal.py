@@ -12,6 +12,9 @@ import select
 import sys
 from typing import Any
 
+from twotower.addresses import masked
+from twotower.words import one_line
+
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of a pipe, of a terminal, of a descriptor
 _LOST: dict[int, OSError] = {}
 _NOTES: list[str] = []
@@ -41,6 +44,16 @@ def _drop(number: int, error: OSError) -> None:
         text = f"warning: stdout cannot be written ({error.strerror}): {note}\n"
         with contextlib.suppress(OSError):  # not sys.stderr, which a progress bar lets go through stdout
             os.write(2, text.encode(errors="backslashreplace"))
+
+
+def print_error(error: object) -> None:
+    """The one place where a command says what is wrong: a line of its own, whatever names and addresses are in it."""
+    print(f"error: {one_line(masked(str(error)))}", file=sys.stderr, flush=True)
+
+
+def warn(text: object) -> None:
+    """The same for what a user should know although the command goes on."""
+    print(f"warning: {one_line(masked(str(text)))}", file=sys.stderr, flush=True)
 
 
 def warn_of_loss(note: str) -> None:

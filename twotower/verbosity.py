@@ -8,8 +8,11 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
+from twotower.addresses import masked
 from twotower.version import ShowVersion
+from twotower.words import one_line
 
 VARIABLE = "TWOTOWER_VERBOSITY"
 LEVELS = ("quiet", "normal", "verbose")
@@ -47,7 +50,7 @@ def apply(arguments: argparse.Namespace) -> None:
     log.setLevel(logging.DEBUG if level == "verbose" else logging.CRITICAL)
     if level == "verbose":
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(message)s"))
+        handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(message)s"))
         log.addHandler(handler)
 
 
@@ -59,7 +62,17 @@ def is_quiet() -> bool:
 def remark(text: str, *, stdout: bool = False) -> None:
     """Prints a line that a quiet command leaves out."""
     if not is_quiet():
-        print(text, file=sys.stdout if stdout else sys.stderr, flush=True)
+        print(one_line(masked(text)), file=sys.stdout if stdout else sys.stderr, flush=True)
+
+
+class _Lines(logging.Formatter):
+    """A message in one line; an error's trace below it, indented, so that no line of it can pass for one of ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(masked(super().formatMessage(record)))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"    {one_line(masked(line))}" for line in super().formatException(ei).split("\n"))
 
 
 def say_written(path: object) -> None:

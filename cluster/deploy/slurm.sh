@@ -26,13 +26,18 @@ fi
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
 export PATH="$PWD/.venv/bin:$PATH"
 
-# A token of this job, readable for its owner only, on the file system that all nodes see.
+# A token of this job, readable for its owner only, outside of the tree, on a file system that all nodes see: HOME, or
+# the folder that TWOTOWER_PRIVATE names.
 umask 077
+private="${TWOTOWER_PRIVATE:-$HOME/.ray}/twotower-slurm-$SLURM_JOB_ID"
+rm -rf "$private"   # of an attempt before a requeue
+mkdir -p "${private%/*}"
+mkdir "$private"    # not one that somebody else has made meanwhile
 export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID"
+export RAY_AUTH_TOKEN_PATH="$private/token"
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 export TWOTOWER_RESULT="$PWD/job-result-$SLURM_JOB_ID.json" TWOTOWER_PID="$PWD/.job-pid-$SLURM_JOB_ID"
-trap 'rm -f "$RAY_AUTH_TOKEN_PATH" "$TWOTOWER_PID"' EXIT
+trap 'rm -rf "$private"; rm -f "$TWOTOWER_PID"' EXIT
 rm -f "$TWOTOWER_RESULT" "$TWOTOWER_PID"   # of an attempt before a requeue
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

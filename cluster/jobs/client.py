@@ -16,12 +16,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 
 from cluster.errors import ClusterError, last_line
-from cluster.jobs.auth_token import read_token, token_path
+from cluster.jobs.auth_token import find_token, token_path
+from twotower.listeners import Address, addresses_here, stranger_at
 from twotower.verbosity import log
 from twotower.words import one_line
 
@@ -29,6 +30,7 @@ TIMEOUT_S = 20.0
 SEND_TIMEOUT_S = 300.0  # the server stores up to 512 MiB before it answers
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 REASONS = ("msg", "message", "error", "detail")  # where answers in JSON have theirs
+ASKS_FOR_TOKEN = "Unauthorized: Missing authentication token"  # Ray's words, and no other program's (Ray 2.60)
 
 
 class ServerError(ClusterError):
@@ -61,35 +63,76 @@ def plain_session() -> requests.Session:
 class Client:
     """Calls to one cluster. Every failure is one line.
 
+    The token goes to a server only once it has refused a request without it in Ray's own words, and on this machine
+    only to a program of this user or of root.
+
     Args:
         address: the dashboard, see `addresses.dashboard_address`.
+        token_file: of a cluster that has a token of its own; None: see `auth_token.find_token`.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token_file: Path | None = None) -> None:
         self.address = address
         self._session = plain_session()
-        self._has_token = False
-        if token := read_token():
-            self._has_token = True
-            self._session.headers["Authorization"] = f"Bearer {token}"
+        self._token = find_token(token_file)
+        self.asks_for_token = False
+        self._here: set[Address] | None = None  # the address's own, if it is this machine's
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
         """One HTTP call.
 
         Raises:
             Unreachable: no answer.
-            ClusterError: the token is missing or wrong; or the answer sends on to another address.
+            ClusterError: the token is missing or wrong, or it is not Ray that asks for it; or the answer sends on to
+                another address.
             ServerError: the server reports another error.
         """
-        options.setdefault("timeout", TIMEOUT_S)
-        try:
-            answer = self._session.request(method, self.address + path, allow_redirects=False, **options)
-        except requests.RequestException as error:
-            raise Unreachable(f"no Ray cluster at {self.address} ({_why_silent(error)}") from error
-        log.debug("%s %s: %d", method, answer.url, answer.status_code)
+        answer = self._request(method, path, **options)
+        if answer.status_code == 401 and not self.asks_for_token:
+            self._check_who_asks(answer)
+            self.asks_for_token = True
+            if self._token:
+                answer.close()
+                answer = self._request(method, path, **options)
         if answer.status_code >= 300:
             raise self._refusal(answer, path)
         return answer
+
+    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+        """A request, with the token if it was asked for since the last connection; nothing is followed or retried."""
+        headers = {}
+        if self._token and self.asks_for_token:
+            self._check_port()
+            headers["Authorization"] = f"Bearer {self._token.text}"
+        options.setdefault("timeout", TIMEOUT_S)
+        try:
+            answer = self._session.request(
+                method, self.address + path, allow_redirects=False, headers=headers, **options
+            )
+        except requests.RequestException as error:
+            self.asks_for_token = False  # who answers next may be somebody else
+            raise Unreachable(f"no Ray cluster at {self.address} ({_why_silent(error)}") from error
+        log.debug("%s %s: %d", method, answer.url, answer.status_code)
+        return answer
+
+    def _check_port(self) -> None:
+        """Refuse to send the token to another user's program on this machine."""
+        url = urlsplit(self.address)
+        if self._here is None:
+            self._here = addresses_here(url.hostname or "")
+        stranger = stranger_at(self._here, url.port or (443 if url.scheme == "https" else 80))
+        if stranger is not None:
+            raise ClusterError(
+                f"{self.address} belongs to another user of this machine (uid {stranger}): the token was not sent; "
+                "give the address of your own cluster or tunnel with --address"
+            )
+
+    def _check_who_asks(self, answer: requests.Response) -> None:
+        if answer.text.strip() != ASKS_FOR_TOKEN:
+            raise ClusterError(
+                f"{self.address} asks for a password, and not as Ray does (another program answers there): the token "
+                "was not sent; mind the port"
+            )
 
     def _refusal(self, answer: requests.Response, path: str) -> ClusterError:
         """What an answer that is none says, and what to do."""
@@ -97,11 +140,11 @@ class Client:
             target = one_line(answer.headers.get("Location", ""))
             fix = "if that is the cluster, give its address with --address: the token goes nowhere unasked"
             return ClusterError(f"{self.address} sends requests on to {target}; {fix}")
-        if answer.status_code == 401 and not self._has_token:
+        if answer.status_code == 401 and not self._token:
             fix = "copy the cluster's token file there (mode 0600), or set RAY_AUTH_TOKEN_PATH"
             return ClusterError(f"{self.address} asks for a token and there is none in {token_path()}; {fix}")
         if answer.status_code in (401, 403):
-            place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else token_path()
+            place = self._token.place if self._token else token_path()
             fix = "it belongs to another cluster: copy the right one"
             return ClusterError(f"{self.address} refuses the token in {place}; {fix}")
         said = f"HTTP {answer.status_code}: {reason(answer)}"

@@ -157,7 +157,18 @@ def main(arguments: list[str]) -> int:
     if wanted := os.environ.get("TWOTOWER_PID"):  # who wants to stop us from outside Ray signals this process
         with contextlib.suppress(OSError):  # a full disk must not keep the command from running
             Path(wanted).write_text(str(os.getpid()))
+    with_secrets = "TWOTOWER_SECRETS" in os.environ  # see job_secrets.py
+    if with_secrets:
+        from cluster.jobs import job_secrets
+
+        try:
+            job_secrets.load()
+        except Exception as error:  # of Ray's, of whatever class: the command must not run without them
+            print(f"error: the job's secrets cannot be read ({type(error).__name__})", file=sys.stderr, flush=True)
+            return 2
     record = run(command)
+    if with_secrets:
+        job_secrets.forget()
     if path := result_path(record["submission_id"]):
         try:
             write_json(path, record)

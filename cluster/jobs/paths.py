@@ -10,12 +10,12 @@ The table below repeats what the commands' own parsers know, since `cluster` imp
 import itertools
 import re
 import shlex
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ClusterError
+from cluster.jobs.tree import TREE
 
 # Every option that takes a value, as NAME[:KIND][NUMBER OF VALUES]; a word without dashes: what stands alone. Kinds:
 #   path    a file or folder
@@ -60,7 +60,6 @@ OPTIONS = {
 }
 _ENTRY = re.compile(r"(?P<name>(?:--)?[a-z][\w-]*?)(?::(?P<kind>path|data|run|recipe))?(?P<count>[?+2])?")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/+")
-TREE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -140,28 +139,29 @@ def _is_option(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
-def absolute_paths(command: Sequence[str], address: str, here: bool) -> tuple[str, ...]:
+def absolute_paths(command: Sequence[str], address: str, here: bool, sent: Collection[str] = ()) -> tuple[str, ...]:
     """The command with absolute paths.
 
     Args:
         command: program and arguments.
         address: the dashboard, for messages.
         here: whether the cluster is on this machine, where a relative path means what it means without a cluster.
+        sent: the files of the tree that the job gets, see `tree.choose`.
 
     Raises:
         ClusterError: a relative path that cannot be made absolute, a URL where none can be used, no path at all.
     """
     words = list(command)
     for place in path_words(command):
-        value = _absolute(place, address, here)
+        value = _absolute(place, address, here, sent)
         inline = words[place.position].startswith(f"{place.option.name}=")
         words[place.position] = f"{place.option.name}={value}" if inline else value
     for word in command:
-        _check_shell_text(word, address)
+        _check_shell_text(word, address, sent)
     return tuple(words)
 
 
-def _absolute(place: PathWord, address: str, here: bool) -> str:
+def _absolute(place: PathWord, address: str, here: bool, sent: Collection[str]) -> str:
     value, kind = place.value, place.option.kind
     if (kind == "run" and value in ("auto", "never")) or (kind == "data" and _URL.match(value)):
         return value
@@ -170,39 +170,25 @@ def _absolute(place: PathWord, address: str, here: bool) -> str:
     path = Path(value)
     if path.is_absolute():
         return value
-    if kind == "recipe" and (sent := _in_sent_tree(path)):
-        return sent
+    if kind == "recipe" and (inside := _in_sent_tree(path, sent)):
+        return inside
     if here:
         return str(Path.cwd() / path)
     what = "an absolute path or URL" if kind == "data" else "an absolute path"
-    where = " (the tree that is sent has no such file)" if kind == "recipe" else ""
+    where = " (the tree that is sent has no such file: `git add` it, or --include it)" if kind == "recipe" else ""
     raise ClusterError(f"{place}: give {what} that every node of {address} can reach{where}")
 
 
-def _in_sent_tree(path: Path) -> str | None:
+def _in_sent_tree(path: Path, sent: Collection[str]) -> str | None:
     """A file's path inside the tree that is sent; None if it is not sent."""
     found = next((place for place in (path.resolve(), TREE / path) if place.is_file()), None)
     if found is None or not found.is_relative_to(TREE):
         return None
-    inside = str(found.relative_to(TREE))
-    git = [
-        "git",
-        "-C",
-        str(TREE),
-        "-c",
-        f"core.excludesFile={TREE / '.rayignore'}",
-        "check-ignore",
-        "--no-index",
-        "-q",
-        inside,
-    ]
-    try:
-        return None if subprocess.run(git, capture_output=True, check=False).returncode == 0 else inside
-    except OSError:  # no git: nothing is known to be left out
-        return inside
+    inside = found.relative_to(TREE).as_posix()
+    return inside if inside in sent else None
 
 
-def _check_shell_text(text: str, address: str) -> None:
+def _check_shell_text(text: str, address: str, sent: Collection[str]) -> None:
     """Refuse a relative path in the text of `bash -c TEXT`, which is not rewritten; what a shell expands may stand."""
     if not any(package in text for package in OPTIONS) or not re.search(r"\s", text):
         return
@@ -216,7 +202,7 @@ def _check_shell_text(text: str, address: str) -> None:
         for place in path_words([] if ends else list(part)):
             if place.value[:1] not in ("$", "~", "`"):
                 try:
-                    _absolute(place, address, here=False)
+                    _absolute(place, address, False, sent)
                 except ClusterError as error:
                     raise ClusterError(f"in {text!r}: {error}") from None
 

@@ -7,12 +7,10 @@ proxy cuts it, and a log with a byte that is no UTF-8 is not shown, without a wo
 import contextlib
 import itertools
 import json
-import logging
 import os
 import re
 import secrets
 import shlex
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -23,10 +21,11 @@ from typing import Any, BinaryIO
 import requests
 
 from cluster.errors import ClusterError, last_line
+from cluster.jobs import job_secrets
 from cluster.jobs.client import TERMINAL, Client, ServerError, Unreachable
 from cluster.jobs.entry import shell_code
-from cluster.jobs.paths import TREE
 from cluster.jobs.progress import BarStream
+from cluster.jobs.tree import Tree, pack
 from twotower.words import one_line
 
 POLL_S = 0.5
@@ -42,16 +41,18 @@ class JobRequest:
     Attributes:
         command: program and arguments; `python` is the interpreter of the node that runs it.
         job_id: unique in the life of the cluster.
-        environment: variables for the command and its Ray workers.
+        tree: the files that the job gets.
+        environment: variables for the command and its Ray workers; Ray shows them to all who use the cluster.
         python: the interpreter on the cluster that starts the wrapper.
-        working_dir: the folder that is sent, less what .rayignore and .gitignore name.
+        secrets: variables that Ray does not show, see job_secrets.py.
     """
 
     command: tuple[str, ...]
     job_id: str
+    tree: Tree
     environment: dict[str, str] = field(default_factory=dict)
     python: str = "python"
-    working_dir: Path = TREE
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def entrypoint(self) -> str:
@@ -61,7 +62,7 @@ class JobRequest:
     def ray_command(self, address: str) -> str:
         """The equal `ray job submit` command."""
         words = ["ray", "job", "submit", "--address", address, "--submission-id", self.job_id]
-        words += ["--working-dir", os.path.relpath(self.working_dir)]
+        words += ["--working-dir", os.path.relpath(self.tree.folder)]
         if self.environment:
             words += ["--runtime-env-json", json.dumps({"env_vars": self.environment})]
         return f"RAY_AUTH_MODE=token {shlex.join(words)} -- {self.entrypoint}"
@@ -104,33 +105,40 @@ def submit(client: Client, request: JobRequest) -> None:
         ClusterError: the tree cannot be packed or is too large, the id was used before, or the cluster refuses.
     """
     try:
-        runtime_env: dict[str, Any] = {"working_dir": _send_tree(client, request.working_dir)}
-        if request.environment:
-            runtime_env["env_vars"] = request.environment
+        runtime_env: dict[str, Any] = {"working_dir": _send_tree(client, request.tree)}
+        variables = dict(request.environment)
+        if request.secrets:
+            variables |= _send_secrets(client, request.secrets)
+            runtime_env["worker_process_setup_hook"] = job_secrets.HOOK
+        if variables:
+            runtime_env["env_vars"] = variables
         job = {"entrypoint": request.entrypoint, "submission_id": request.job_id, "runtime_env": runtime_env}
         client.start_job(job)
     except ServerError as error:
         raise ClusterError(_why_refused(request, error)) from error
     except (ValueError, OSError) as error:
-        raise ClusterError(f"{request.working_dir} cannot be packed: {last_line(str(error))}") from error
+        raise ClusterError(f"{request.tree.folder} cannot be packed: {last_line(str(error))}") from error
 
 
-def _send_tree(client: Client, folder: Path) -> str:
-    """Store a folder on the cluster, as Ray's own client does; its name there, which is a hash of its content."""
-    from ray._private import ray_constants  # half a second to import: only here
-    from ray._private.runtime_env import packaging
+def _send_tree(client: Client, tree: Tree) -> str:
+    """Store the files on the cluster; their name there, which is a hash of their content."""
+    name, content = pack(tree)
+    if not client.has_package(f"gcs/{name}"):
+        client.send_package(f"gcs/{name}", content)
+    return f"gcs://{name}"
 
-    for name in ("ray", packaging.__name__):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    left_out = ray_constants.get_runtime_env_default_excludes()
-    uri = packaging.get_uri_for_directory(str(folder), include_gitignore=True, excludes=left_out)
-    name = uri.replace("://", "/")
-    if not client.has_package(name):
-        with tempfile.TemporaryDirectory() as scratch:
-            package = Path(scratch) / "tree.zip"
-            packaging.create_package(str(folder), package, include_gitignore=True, excludes=left_out)
-            client.send_package(name, package.read_bytes())
-    return str(uri)
+
+def _send_secrets(client: Client, found: dict[str, str]) -> dict[str, str]:
+    """Store one half of the secrets; the variable with the other.
+
+    Raises:
+        ClusterError: the cluster answers everyone, so it would hand them out.
+    """
+    if not client.asks_for_token:
+        raise ClusterError(f"--secret: {client.address} asks nobody for a token; start it with RAY_AUTH_MODE=token")
+    key, stored, value = job_secrets.split(found)
+    client.send_package(f"gcs/{key}", stored)
+    return {job_secrets.VARIABLE: value}
 
 
 def _why_refused(request: JobRequest, error: ServerError) -> str:
@@ -138,7 +146,7 @@ def _why_refused(request: JobRequest, error: ServerError) -> str:
     if "submission_id" in text and "already exists" in text:
         return f"job id {request.job_id!r} was used before on this cluster; choose another with --id"
     if error.status == 413 or "exceeds the maximum size" in text or "is too large" in text:
-        return f"{request.working_dir} is larger than Ray's 512 MiB; name what a job does not need in .rayignore"
+        return f"{request.tree.folder} is larger than Ray's 512 MiB; name what a job does not need in .rayignore"
     return f"the cluster refused the job: {text}"
 
 

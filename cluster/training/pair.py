@@ -15,6 +15,7 @@ would give them. The pairs of a run tell each other what they must agree on by f
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -22,12 +23,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.jobs.entry import program_of, write_json
+from twotower.meeting import SECRET, meeting_place, new_secret
 
 POLL_S = 0.1
 EXCHANGE_EVERY_S = 1.0
@@ -74,12 +76,19 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Which replica a pair is, and where rank 0 waits for all other towers."""
+    """Which replica a pair is, and where rank 0 waits for all other towers.
+
+    Attributes:
+        replica: number of the pair, of ``num_replicas``.
+        host, port: where rank 0 listens; nobody does where there is one pair, whose towers meet in a file.
+        meeting: the variables of ``twotower.meeting``: the secret of the run, and that file.
+    """
 
     replica: int
     num_replicas: int
     host: str
     port: int
+    meeting: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_pair(settings: dict[str, Any]) -> int:
@@ -102,12 +111,15 @@ def run_pair(settings: dict[str, Any]) -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    agreed = broadcast_from_rank_zero({"host": host, "port": port, "first": first_start, "attempt": time.time_ns()})
+    mine = {"host": host, "port": port, "first": first_start, "attempt": time.time_ns(), "secret": new_secret()}
+    agreed = broadcast_from_rank_zero(mine)  # over Ray's connections, which ask for the cluster's token
     command = list(pair.command) if agreed["first"] else resume_command(pair.command)
     if not agreed["first"] and replica == 0:
         say("restart: going on from the last checkpoint")
-    rendezvous = Rendezvous(replica, num_replicas, agreed["host"], agreed["port"])
+    rendezvous = Rendezvous(replica, num_replicas, agreed["host"], agreed["port"], {SECRET: agreed["secret"]})
     with contextlib.ExitStack() as stack:
+        if num_replicas == 1:
+            rendezvous = dataclasses.replace(rendezvous, meeting=stack.enter_context(meeting_place()))
         towers = [stack.enter_context(_tower(pair, command, rendezvous, tower)) for tower in range(pair.num_towers)]
         return PairMonitor(pair, rendezvous, towers, str(agreed["attempt"])).wait()
 
@@ -152,7 +164,8 @@ def tower_environment(pair: PairSettings, rendezvous: Rendezvous, tower: int) ->
         return environment
     if rendezvous.num_replicas == 1 or rendezvous.host.startswith("127."):
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return environment | {
+        environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    ranks = {
         "RANK": str(rendezvous.replica * pair.num_towers + tower),
         "LOCAL_RANK": str(tower),
         "WORLD_SIZE": str(world_size),
@@ -161,6 +174,7 @@ def tower_environment(pair: PairSettings, rendezvous: Rendezvous, tower: int) ->
         "MASTER_ADDR": rendezvous.host,
         "MASTER_PORT": str(rendezvous.port),
     }
+    return environment | ranks | dict(rendezvous.meeting)
 
 
 @contextlib.contextmanager
@@ -372,7 +386,7 @@ class RunGauges:
     def update(self) -> None:
         """Publish the last step."""
         record = latest_step(self._path)
-        if record is None:
+        if record is None or "step" not in record:
             return
         for name in GAUGES.keys() & record.keys():
             self._gauges[name].set(record[name])
@@ -394,10 +408,10 @@ def latest_step(path: Path) -> dict[str, float] | None:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # the first line of the tail may be cut
+        except (ValueError, RecursionError):  # the first line of the tail may be cut
             continue
-        if record.get("kind") == "step":
-            return dict(record)
+        if isinstance(record, dict) and record.get("kind") == "step":
+            return {name: value for name, value in record.items() if type(value) in (int, float)}
     return None
 
 

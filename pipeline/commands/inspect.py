@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
 from twotower.verbosity import say_written
-from twotower.words import pluralize
+from twotower.words import json_text, one_line, pluralize, say, say_lines
 
 if TYPE_CHECKING:
     from pipeline.inspection.inspect import Contents
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     splits = [args.split] if args.split else list(manifest.splits)
     contents = {split: read_contents(args.folder, manifest, split) for split in splits}
     if args.json:
-        print(json.dumps({split: _figures(manifest, found) for split, found in contents.items()}, ensure_ascii=False))
+        print(json_text({split: _figures(manifest, found) for split, found in contents.items()}))
     else:
         _print_head(args.folder, manifest)
         for split, found in contents.items():
@@ -79,26 +78,22 @@ def _show_sample(args: argparse.Namespace, manifest: Manifest) -> None:
     from pipeline.inspection.inspect import find_sample, open_image
 
     sample = find_sample(args.folder, manifest, args.sample)
-    print(
-        json.dumps(
-            dataclasses.asdict(sample) | {"image": pluralize(len(sample.image), "byte")}, ensure_ascii=False, indent=1
-        )
-    )
+    print(json_text(dataclasses.asdict(sample) | {"image": pluralize(len(sample.image), "byte")}, indent=1))
     if args.image:
-        open_image(sample.image, manifest.image).save(args.image, "PNG")
+        open_image(sample, manifest).save(args.image, "PNG")
         say_written(args.image)
 
 
 def _print_head(folder: Path, manifest: Manifest) -> None:
     form = manifest.image
     size = f"{form.width_px}x{form.height_px}" if form.width_px else "several sizes"
-    print(
+    say(
         f"{folder}: source {manifest.source}, {pluralize(len(manifest.classes), 'class')} in "
         f"{manifest.label_order} order"
     )
     form_words = f"{form.encoding}, {pluralize(form.channels, 'channel')}, {size}"
     print(f"images: {form_words}; fingerprint {manifest.fingerprint[:12]}")
-    print("\n".join(manifest.found_lines()))
+    say_lines(manifest.found_lines())
 
 
 def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
@@ -111,7 +106,7 @@ def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
     most = max(contents.classes.values())
     for label, record_class in list(enumerate(manifest.classes))[:SHOWN_CLASSES]:
         count = contents.classes[label]
-        print(f"  {label:4d} {record_class.title[:28]:28s} {count:8,d} {'#' * round(BAR * count / most)}")
+        say(f"  {label:4d} {one_line(record_class.title[:28]):28s} {count:8,d} {'#' * round(BAR * count / most)}")
     if len(manifest.classes) > SHOWN_CLASSES:
         rest = [contents.classes[label] for label in range(len(manifest.classes))]
         print(
@@ -121,7 +116,7 @@ def _print_split(split: str, manifest: Manifest, contents: "Contents") -> None:
     for name, values in contents.quantiles(QUANTILES).items():
         print(f"  {name:10s}" + "".join(f"  {q:3d}%: {value:8.4g}" for q, value in zip(QUANTILES, values, strict=True)))
     for words, count in contents.converted.most_common():
-        print(f"  converted: {words}: {count:,}")
+        say(f"  converted: {words}: {count:,}")
 
 
 def _figures(manifest: Manifest, contents: "Contents") -> dict[str, object]:

@@ -1,7 +1,6 @@
 """``prepare``: turn images into a data set."""
 
 import argparse
-import json
 import shutil
 import sys
 from collections import Counter
@@ -13,8 +12,9 @@ from pipeline.errors import OutputError
 from pipeline.files import CACHE_VARIABLE, is_url, parse_path
 from pipeline.manifest import QUARANTINE_NAME, Manifest, read_manifest
 from pipeline.preparation import faults
+from pipeline.quarantine import read_quarantine
 from pipeline.sources import SOURCES, open_source, reasons
-from twotower.words import pluralize
+from twotower.words import pluralize, say, say_lines
 
 if TYPE_CHECKING:
     from pipeline.preparation.prepare import Summary
@@ -64,6 +64,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         type=parse_path,
         metavar="FILE",
         help="classes of pictures that lie in no class folders: a CSV or lines NAME LABEL (source folder)",
+    )
+    group.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read also what links lead to that lies outside of the input (default: such links are passed over)",
     )
     group.add_argument("--output", required=True, metavar="DIR|URL", help="a new folder, or one begun before")
     group.add_argument("--seed", type=int, default=_default("seed"), help="of shuffle and split (default: %(default)s)")
@@ -177,7 +182,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
     remote = Remote(url)
     manifest = remote.published(options)
     if manifest is not None:
-        print(
+        say(
             f"{url} is complete already: every file is there with its size, nothing to do ({manifest.fingerprint[:12]})"
         )
         return exit_code(manifest)
@@ -190,7 +195,7 @@ def _run_to_url(options: PrepareOptions, url: str) -> int:
     if code in (0, LEFT_OUT):
         remote.publish(options.output, read_manifest(options.output))
         shutil.rmtree(options.output)
-        print(f"published: {url}")
+        say(f"published: {url}")
     return code
 
 
@@ -213,12 +218,12 @@ def print_summary(folder: Path, summary: "Summary") -> None:
     """Counts, shards, bytes and rate, in a few lines."""
     manifest = summary.manifest
     if summary.num_indexes:
-        print(f"{folder}: {pluralize(summary.num_indexes, 'damaged index')} regenerated from the tars")
+        say(f"{folder}: {pluralize(summary.num_indexes, 'damaged index')} regenerated from the tars")
     elif not summary.num_done:
-        print(f"{folder} is complete already: every file checked by sha256, nothing to do")
+        say(f"{folder} is complete already: every file checked by sha256, nothing to do")
     for name, split in manifest.splits.items():
         size = sum(shard.size_bytes for shard in split.shards) / 1e6
-        print(
+        say(
             f"{name}: {pluralize(split.num_samples, 'image')} in {pluralize(len(split.shards), 'shard')}, "
             f"{size:,.1f} MB"
         )
@@ -230,23 +235,22 @@ def print_summary(folder: Path, summary: "Summary") -> None:
             f"{working:,.0f} images/s without the {summary.startup_s:.1f} s in which Ray and its workers started"
         )
     print(f"classes: {len(manifest.classes):,}")
-    print("\n".join(manifest.found_lines()))
+    say_lines(manifest.found_lines())
     print_converted(folder)
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
     if manifest.num_left_out:
-        print(
+        say(
             f"left out: {pluralize(manifest.num_left_out, 'image')} that cannot be used; see {folder / QUARANTINE_NAME}"
         )
-    print(f"data set: {folder} ({manifest.fingerprint[:12]})")
+    say(f"data set: {folder} ({manifest.fingerprint[:12]})")
 
 
 def print_converted(folder: Path) -> None:
     """Says how many stored images were converted, and what was done to most of them: to one, several things may be."""
-    with (folder / QUARANTINE_NAME).open(encoding="utf-8") as lines:
-        reasons_of = [row["reason"] for row in map(json.loads, lines) if row["action"] == "converted"]
+    reasons_of = [row["reason"] for row in read_quarantine(folder) if row["action"] == "converted"]
     counts = Counter(words for reason in reasons_of for words in reason.split("; "))
     if counts:
         words = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(SHOWN_CONVERSIONS))
         more = ", ..." if len(counts) > SHOWN_CONVERSIONS else ""
-        print(f"converted: {len(reasons_of):,} images ({words}{more}); see {folder / QUARANTINE_NAME}")
+        say(f"converted: {len(reasons_of):,} images ({words}{more}); see {folder / QUARANTINE_NAME}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.errors import SourceError
-from twotower.words import pluralize
+from twotower.words import pluralize, say
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     written = 0
     for tar in tars:
         if args.force or not tar.with_suffix(".idx").exists():
-            print(f"{tar.with_suffix('.idx')}: {pluralize(write_index(tar), 'sample')}")
+            say(f"{tar.with_suffix('.idx')}: {pluralize(write_index(tar), 'sample')}")
             written += 1
     print(f"{pluralize(written, 'index')} written, {len(tars) - written:,} there already")
     return 0

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from twotower.words import pluralize
+from twotower.words import pluralize, say, say_lines
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,16 +30,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(status)))
         return 0
-    print(f"{args.folder}: {status.stage}")
+    say(f"{args.folder}: {status.stage}")
     for name, split in status.splits.items():
         share = split.done / max(split.total, 1)
         left_out = f", {split.left_out:,} left out" if split.left_out else ""
-        print(
+        say(
             f"{name}: {split.done:,} / {split.total:,} images ({share:.0%}) in "
             f"{pluralize(split.shards, 'shard')}{left_out}"
         )
-    for line in status.found:
-        print(line)
+    say_lines(status.found)
     if status.images_per_s and status.left_s is not None and status.stage != "whole":
         print(f"{status.images_per_s:,.0f} images/s, {status.left_s:,.0f} s left")
     if status.stage == "stopped":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import DatasetError
 from pipeline.manifest import read_manifest
-from twotower.words import pluralize
+from twotower.words import pluralize, say
 
 SHOWN = 20
 CHECKED = {
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
     if not problems and args.level == "full" and manifest.image.encoding != "raw":
         problems = undecodable(args.folder, manifest)
     for problem in problems[:SHOWN]:
-        print(f"{args.folder / problem.file}: {problem.reason}", file=sys.stderr)
+        say(f"{args.folder / problem.file}: {problem.reason}", file=sys.stderr)
     if problems:
         more = f" (the first {SHOWN} are shown)" if len(problems) > SHOWN else ""
         raise DatasetError(f"{len(problems)} problems{more}; the same prepare command repairs {args.folder}")
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    print(
+    say(
         f"{args.folder} is valid ({manifest.fingerprint[:12]}): {pluralize(total, 'sample')} in "
         f"{pluralize(shards, 'shard')}"
     )
-    print(manifest.found_lines()[0])
+    say(manifest.found_lines()[0])
     print(f"checked: {CHECKED[args.level]}")
     return 0

@@ -1,29 +1,30 @@
 """What a data set holds, for people: counts of classes, sizes of the sources, and images to look at."""
 
 import dataclasses
-import json
-import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config import ImageSettings
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, ImageError
 from pipeline.files import read_range
-from pipeline.manifest import STATISTICS_NAME, ImageFormat, Manifest
+from pipeline.manifest import Manifest, ShardRecord, path_inside, read_record
 from pipeline.preparation.decode import decode
 from pipeline.preparation.tar_writer import read_index
 from pipeline.sources.tar_reader import TarMember, TarSample
-from twotower.words import pluralize
+from pipeline.statistics_file import read_statistics_file
+from twotower.words import one_line, pluralize, shortened
 
+MAX_PIXELS = 2**29  # of one image that is shown
 CELL_PX = 112
 CAPTION_PX = 14
 COLUMNS = 8
 STATISTICS_PX = 256
+MOST_TITLE = 200  # characters that are measured for a caption
 MARGIN_PX, TITLE_PX, ROW_LABEL_PX = 12, 36, 100  # of the picture of the statistics
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations along an eigenvector
 
@@ -75,10 +76,10 @@ def read_contents(folder: Path, manifest: Manifest, split: str) -> Contents:
     converted: Counter[str] = Counter()
     sizes = []
     for shard in manifest.splits[split].shards:
-        for sample in read_index(folder / shard.index_name):
+        for sample in stored_samples(folder, shard):
             _, label, about = sample.members
-            classes[int(_bytes(folder / shard.name, label))] += 1
-            row = json.loads(_bytes(folder / shard.name, about))
+            classes[_label(folder, shard, sample.key, _bytes(folder / shard.name, label), manifest)] += 1
+            row = _about(folder, shard, sample.key, _bytes(folder / shard.name, about))
             sizes.append((row["width"], row["height"]))
             converted.update(filter(None, row["converted"].split("; ")))
     pairs = np.array(sizes, np.int64).reshape(-1, 2)
@@ -93,9 +94,9 @@ def find_sample(folder: Path, manifest: Manifest, key: str) -> StoredSample:
     """
     for record in manifest.splits.values():
         for shard in record.shards:
-            for sample in read_index(folder / shard.index_name):
+            for sample in stored_samples(folder, shard):
                 if sample.key == key:
-                    return _read(folder, shard.name, sample)
+                    return _read(folder, shard, sample, manifest)
     raise DatasetError(f"{folder} has no sample {key}; a key looks like train-00000042")
 
 
@@ -106,9 +107,9 @@ def spread_samples(folder: Path, manifest: Manifest, split: str, count: int) -> 
     first = 0
     for shard in record.shards:
         rows = [row - first for row in wanted if first <= row < first + shard.num_samples]
-        samples = read_index(folder / shard.index_name) if rows else []
+        samples = stored_samples(folder, shard) if rows else []
         for row in rows:
-            yield _read(folder, shard.name, samples[row])
+            yield _read(folder, shard, samples[row], manifest)
         first += shard.num_samples
 
 
@@ -120,29 +121,37 @@ def contact_sheet(samples: list[StoredSample], manifest: Manifest) -> Image.Imag
     for number, sample in enumerate(samples):
         left = 4 + number % COLUMNS * (CELL_PX + 4)
         top = 4 + number // COLUMNS * (CELL_PX + CAPTION_PX + 4)
-        image = open_image(sample.image, manifest.image).convert("RGB")
+        image = open_image(sample, manifest).convert("RGB")
         scale = CELL_PX / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         filters = (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
         image = image.resize(size, filters[scale < 1])  # enlarged pixels stay visible as pixels
         sheet.paste(image, (left + (CELL_PX - size[0]) // 2, top + (CELL_PX - size[1]) // 2))
-        title = manifest.classes[sample.label].title
+        title = one_line(manifest.classes[sample.label].title[:MOST_TITLE])
         draw.text((left + 1, top + CELL_PX), _fitting(font, title), fill="black", font=font)
     return sheet
 
 
-def open_image(data: bytes, form: ImageFormat) -> Image.Image:
+def open_image(sample: StoredSample, manifest: Manifest) -> Image.Image:
     """A stored image, whatever its encoding, upright: as the loader shows it to the net.
 
     Raises:
-        ImageError: it is damaged.
+        DatasetError: it is damaged, or larger than the manifest says.
     """
+    form = manifest.image
+    shape = (form.height_px or 0, form.width_px or 0, form.channels)
+    sized = shape[0] * shape[1]
     if form.encoding == "raw":
-        assert form.height_px is not None and form.width_px is not None, "raw images have one size"
-        pixels = np.frombuffer(data, np.uint8).reshape(form.height_px, form.width_px, form.channels)
+        if len(sample.image) != sized * form.channels:
+            raise DatasetError(f"{sample.shard}: sample {sample.key} is no raw image of the data set's size")
+        pixels = np.frombuffer(sample.image, np.uint8).reshape(shape)
     else:
-        settings = ImageSettings(resize_px=None, channels=form.channels, max_pixels=sys.maxsize, max_bytes=sys.maxsize)
-        pixels = decode(data, settings).pixels
+        limit = sized or min(manifest.settings.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
+        settings = ImageSettings(resize_px=None, channels=form.channels, max_pixels=limit, max_bytes=MAX_PIXELS * 4)
+        try:
+            pixels = decode(sample.image, settings).pixels
+        except ImageError as error:
+            raise DatasetError(f"{sample.shard}: sample {sample.key}: {error}") from None
     return Image.fromarray(pixels[..., 0] if form.channels == 1 else pixels)
 
 
@@ -152,15 +161,8 @@ def read_statistics(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     Raises:
         DatasetError: there is none, or it is damaged.
     """
-    if STATISTICS_NAME not in manifest.files:
-        raise DatasetError(f"{folder} has no train split, so it has no statistics")
-    try:
-        with np.load(folder / STATISTICS_NAME, allow_pickle=False) as file:
-            names = {"num_pictures": "num_images"}  # as every data set that exists has it, and as it is called now
-            return {names.get(name, name): file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # numpy's own words advise to unpickle it
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is damaged"
-        raise DatasetError(f"{folder / STATISTICS_NAME}: {reason}: run prepare again") from None
+    names = {"num_pictures": "num_images"}  # as every data set that exists has it, and as it is called now
+    return {names.get(name, name): array for name, array in read_statistics_file(folder, manifest).items()}
 
 
 def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
@@ -191,13 +193,53 @@ def draw_statistics(arrays: dict[str, np.ndarray]) -> Image.Image:
     return image
 
 
-def _read(folder: Path, shard: str, sample: TarSample) -> StoredSample:
-    image, label, about = (_bytes(folder / shard, member) for member in sample.members)
-    return StoredSample(sample.key, shard, image, int(label), json.loads(about))
+def stored_samples(folder: Path, shard: ShardRecord) -> list[TarSample]:
+    """The samples of a shard, from its index, which is checked against the tar.
+
+    Raises:
+        DatasetError: a file of it is missing, or is not what prepare writes.
+    """
+    tar, index = path_inside(folder, shard.name), path_inside(folder, shard.index_name)
+    samples = read_index(index, num_samples=shard.num_samples, tar_bytes=_size(tar))
+    if any(len(sample.members) != 3 for sample in samples):
+        raise DatasetError(f"{index}: no valid index (a sample has not an image, a label and a description)")
+    return samples
+
+
+def _size(tar: Path) -> int:
+    try:
+        return tar.stat().st_size
+    except OSError as error:
+        raise DatasetError(f"{tar} cannot be read ({error.strerror}): run prepare again") from None
+
+
+def _read(folder: Path, shard: ShardRecord, sample: TarSample, manifest: Manifest) -> StoredSample:
+    image, label, about = (_bytes(folder / shard.name, member) for member in sample.members)
+    number = _label(folder, shard, sample.key, label, manifest)
+    return StoredSample(sample.key, shard.name, image, number, _about(folder, shard, sample.key, about))
+
+
+def _label(folder: Path, shard: ShardRecord, key: str, text: bytes, manifest: Manifest) -> int:
+    if not text.isdigit() or int(text) >= len(manifest.classes):
+        expected = f"0 to {len(manifest.classes) - 1:,}"
+        raise DatasetError(f"{folder / shard.name}: sample {key} has label {shortened(text)}: expected {expected}")
+    return int(text)
+
+
+def _about(folder: Path, shard: ShardRecord, key: str, text: bytes) -> dict[str, Any]:
+    """A sample's description, as prepare writes it."""
+    row = read_record(text, dict, f"{folder / shard.name}: the JSON of sample {key}")
+    sides = [row.get("width"), row.get("height")]
+    if not all(type(side) is int and 0 < side < 2**31 for side in sides) or type(row.get("converted")) is not str:
+        raise DatasetError(f"{folder / shard.name}: sample {key} states no size of its image, or no conversions")
+    return row
 
 
 def _bytes(tar: Path, member: TarMember) -> bytes:
-    return read_range(tar, member.offset, member.size)
+    try:
+        return read_range(tar, member.offset, member.size)
+    except ImageError as error:
+        raise DatasetError(f"{tar}: {error}") from None
 
 
 def _font(size: int = 10) -> ImageFont.FreeTypeFont:

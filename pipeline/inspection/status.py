@@ -74,7 +74,7 @@ def read_status(folder: Path) -> Status:
 
 
 def _begun(folder: Path, totals: dict[str, int], stage: str) -> Status:
-    records = sorted((folder / WORK_NAME / "records").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    records = sorted((folder / WORK_NAME / "records").glob("*.json"), key=lambda path: path.lstat().st_mtime)
     results = [read_result(folder / WORK_NAME, path.stem, with_positions=False) for path in records]
     splits = {}
     for name, total in totals.items():
@@ -85,7 +85,7 @@ def _begun(folder: Path, totals: dict[str, int], stage: str) -> Status:
             left_out=sum(row.num_left_out for row in rows),
             shards=len(rows),
         )
-    rate = _rate([(path.stat().st_mtime, row.num_planned) for path, row in zip(records, results, strict=True) if row])
+    rate = _rate([(path.lstat().st_mtime, row.num_planned) for path, row in zip(records, results, strict=True) if row])
     left = sum(split.total - split.done for split in splits.values())
     return Status(stage, splits, rate, left / rate if rate else None)
 

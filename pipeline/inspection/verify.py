@@ -1,18 +1,17 @@
 """Checks a data set against its manifest, down to the sample, and names what is wrong."""
 
-import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DatasetError, SourceError
-from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord, SplitRecord
+from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
 from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_line
+from pipeline.quarantine import read_quarantine
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 from twotower.verbosity import log
 from twotower.words import pluralize
@@ -46,7 +45,6 @@ def check_dataset(
     problems = [Problem(name, reason) for name, reason in file_damage(folder, manifest).items()]
     problems += found_problems(folder, manifest)
     for split in manifest.splits.values():
-        problems += _count_problems(split)
         for shard in split.shards:
             problems += check_shard(folder, manifest, shard, level=level)
             log.debug("%s checked", shard.name)
@@ -148,15 +146,6 @@ def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tu
             yield f"sample {sample.key} has {', '.join(found)} instead of {', '.join(extensions)}"
 
 
-def _count_problems(split: SplitRecord) -> list[Problem]:
-    total = sum(shard.num_samples for shard in split.shards)
-    return (
-        []
-        if total == split.num_samples
-        else [Problem("manifest.json", f"{pluralize(split.num_samples, 'sample')}, shards hold {total}")]
-    )
-
-
 def found_problems(folder: Path, manifest: Manifest) -> list[Problem]:
     """Checks that nothing was lost: stored + left out + passed over = found, each left-out image being listed."""
     problems = []
@@ -167,22 +156,16 @@ def found_problems(folder: Path, manifest: Manifest) -> list[Problem]:
         )
     if not (folder / QUARANTINE_NAME).is_file():
         return problems  # file_damage names it, if there should be one
-    lines = Counter(split for split, action in _quarantine(folder) if action == "left_out")
+    try:
+        lines = Counter(row["split"] for row in read_quarantine(folder) if row["action"] == "left_out")
+    except DatasetError as error:
+        return [*problems, Problem(QUARANTINE_NAME, str(error))]
     stated = {name: split.num_quarantined for name, split in manifest.splits.items()} | manifest.dropped_splits
     return problems + [
         Problem(QUARANTINE_NAME, f"{lines[split]} images of {split} are left out instead of {stated.get(split, 0)}")
         for split in sorted(stated.keys() | lines.keys())
         if lines[split] != stated.get(split, 0)
     ]
-
-
-def _quarantine(folder: Path) -> Iterator[tuple[str, str]]:
-    """Split and action of every line; a line that is damaged has none, and the file's sha256 tells of it."""
-    with (folder / QUARANTINE_NAME).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                row = json.loads(line)
-                yield row["split"], row["action"]
 
 
 def _strangers(folder: Path, manifest: Manifest) -> list[Problem]:

@@ -36,7 +36,7 @@ from pipeline.loader.image_reader import ImageReader
 from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import OpenSplit, check_limits, open_split, read_statistics
 from pipeline.loader.running import QueueFill, RunningPipeline, describe_memory
-from pipeline.loader.staging import stage
+from pipeline.loader.staging import refuse_url, stage
 from pipeline.manifest import read_manifest
 from twotower.words import pluralize
 
@@ -59,7 +59,7 @@ class TrainingLoader:
     """Endless training batches. By default each epoch is shuffled anew, and its last partial batch dropped.
 
     Args:
-        data: a prepared data set; a URL is staged to the local cache first.
+        data: a prepared data set on this machine; one at a URL is fetched by :func:`stage` first.
         config: the recipe.
         batch_size: samples per batch, >= 1.
         seed: 0..2**63 - 1; decides order and draws. The same on both towers and on all replicas.
@@ -209,7 +209,7 @@ class EvaluationLoader:
     """Every image of a split exactly once, in stored order; the last batch may be smaller. Can be iterated again.
 
     Args:
-        data: a prepared data set; a URL is staged to the local cache first.
+        data: a prepared data set on this machine; one at a URL is fetched by :func:`stage` first.
         config: the recipe; its random parts are off.
         batch_size: images per batch, >= 1.
         split: name of the split.
@@ -283,7 +283,8 @@ class EvaluationLoader:
 def _open(
     data: Path, split: str, config: LoaderConfig, skip_list: Path | None, statistics: Path | None = None
 ) -> tuple[OpenSplit, Statistics]:
-    opened = open_split(stage(data), split, skip_list=skip_list)
+    refuse_url(data)
+    opened = open_split(data, split, skip_list=skip_list)
     check_limits(len(opened.tars), mmap=config.mmap)
     if statistics is not None:
         return opened, read_statistics(statistics, read_manifest(statistics))

@@ -21,7 +21,7 @@ from pipeline.loader.augmentation import Draws, center_geometry, check_crop, ten
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.normalize import Normalizer
 from pipeline.loader.open_split import read_statistics
-from pipeline.loader.staging import stage
+from pipeline.loader.staging import refuse_url
 from pipeline.manifest import Manifest, read_manifest
 
 Picture = Path | str | bytes | np.ndarray | Image.Image
@@ -60,7 +60,8 @@ class ImageReader:
     ) -> None:
         if views not in ("center", "ten"):
             raise ConfigError(f"views is {views!r}: expected center or ten")
-        folder = stage(data)
+        refuse_url(data)
+        folder = Path(data)
         self.manifest = read_manifest(folder)
         self.settings = settings_of(self.manifest)
         image = self.manifest.image

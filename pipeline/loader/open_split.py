@@ -2,24 +2,26 @@
 
 import dataclasses
 import hashlib
-import io
 import logging
 import resource
+import stat
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DatasetError
+from pipeline.index_checks import MAX_INDEX_LINE, check_index
 from pipeline.loader.augmentation import Statistics
-from pipeline.manifest import STATISTICS_NAME, Manifest, ShardRecord, SplitRecord, read_manifest
+from pipeline.manifest import Manifest, ShardRecord, SplitRecord, path_inside, read_manifest
+from pipeline.statistics_file import REPAIR as _REPAIR
+from pipeline.statistics_file import read_statistics_file
+from twotower.untrusted import read_regular
 
 _SPARE_FILES = 256  # descriptors and mappings that Python, torch, CUDA and the trainer hold beside the tars'
 _SPARE_MAPS = 4096
 _MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 _LOGGER = logging.getLogger(__name__)
-_REPAIR = "run python -m pipeline verify on it, then prepare again to repair it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,6 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
     image = manifest.image
     if image.height_px is None or image.width_px is None:
         raise DatasetError(f"{folder} holds images of different sizes: prepare it with --resize to feed a network")
-    if sum(shard.num_samples for shard in record.shards) != record.num_samples or not record.num_samples:
-        raise DatasetError(f"{folder}: split {split!r} records {record.num_samples} samples, not those of its shards")
     for shard in record.shards:
         _check_shard(folder, shard)
     opened = OpenSplit(
@@ -92,28 +92,31 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
 
 
 def _check_shard(folder: Path, shard: ShardRecord) -> None:
-    tar = folder / shard.name
+    tar = path_inside(folder, shard.name)
     try:
-        found = tar.stat().st_size
+        found = tar.stat()
     except FileNotFoundError:
         raise DatasetError(f"{tar} is missing: {_REPAIR}") from None
-    if found != shard.size_bytes:
-        raise DatasetError(f"{tar} has {found} bytes, the manifest records {shard.size_bytes}: {_REPAIR}")
+    if not stat.S_ISREG(found.st_mode):
+        raise DatasetError(f"{tar} is no regular file: {_REPAIR}")
+    if found.st_size != shard.size_bytes:
+        raise DatasetError(f"{tar} has {found.st_size} bytes, the manifest records {shard.size_bytes}: {_REPAIR}")
     # An index of another tar is read silently by DALI, and one whose first line is too small shrinks the data set.
-    # Hashing all of them is cheap (60 bytes per sample), so it is always done.
-    index = _read(folder / shard.index_name)
+    # Hashing all of them is cheap (60 bytes per sample), so it is always done. Who made the index made its hash too,
+    # so every number in it is checked as well.
+    path = path_inside(folder, shard.index_name)
+    index = _read(path, shard.num_samples * MAX_INDEX_LINE + MAX_INDEX_LINE)
     if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{folder / shard.index_name} is not the index that the manifest records: {_REPAIR}")
-    header = index.split(b"\n", 1)[0].decode("ascii", "replace")
-    if header != f"v1.2 {shard.num_samples}":
-        raise DatasetError(
-            f"{folder / shard.index_name} begins {header!r}, expected 'v1.2 {shard.num_samples}': {_REPAIR}"
-        )
-
-
-def _read(path: Path) -> bytes:
+        raise DatasetError(f"{path} is not the index that the manifest records: {_REPAIR}")
     try:
-        return path.read_bytes()
+        check_index(index, shard.num_samples, shard.size_bytes)
+    except ValueError as error:
+        raise DatasetError(f"{path} {error}: {_REPAIR}") from None
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    try:
+        return read_regular(path, most_bytes)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror}): {_REPAIR}") from None
 
@@ -124,21 +127,14 @@ def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
     Raises:
         DatasetError: missing, changed, or damaged.
     """
-    path = folder / STATISTICS_NAME
-    data = _read(path)
-    if hashlib.sha256(data).hexdigest() != manifest.files.get(STATISTICS_NAME, {}).get("sha256"):
-        raise DatasetError(f"{path} is not the file that the manifest records: {_REPAIR}")
-    try:
-        arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
-        return Statistics(
-            mean=np.asarray(arrays["mean"], np.float64),
-            std=np.sqrt(np.diag(arrays["covariance"])),
-            mean_image=arrays.get("mean_image"),
-            eigenvalues=np.asarray(arrays["eigenvalues"], np.float64),
-            eigenvectors=np.asarray(arrays["eigenvectors"], np.float64),
-        )
-    except (KeyError, EOFError, ValueError, zipfile.BadZipFile):  # numpy's own words advise to unpickle it
-        raise DatasetError(f"{path} is damaged: {_REPAIR}") from None
+    arrays = read_statistics_file(folder, manifest)
+    return Statistics(
+        mean=arrays["mean"],
+        std=np.sqrt(np.diag(arrays["covariance"])),
+        mean_image=arrays.get("mean_image"),
+        eigenvalues=arrays["eigenvalues"],
+        eigenvectors=arrays["eigenvectors"],
+    )
 
 
 def read_skip_list(path: Path) -> frozenset[str]:

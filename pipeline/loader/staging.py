@@ -5,17 +5,26 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DatasetError
+from pipeline.addresses import open_store, unfolded
+from pipeline.errors import DatasetError, first_line
 from pipeline.files import CACHE_VARIABLE, cache_folder
-from pipeline.manifest import MANIFEST_NAME, Manifest, from_json, sync_folder, write_atomic
+from pipeline.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    file_sha256,
+    from_json,
+    path_inside,
+    sync_folder,
+    write_atomic,
+)
+from twotower.untrusted import MAX_JSON_BYTES
 
-_URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+(.*)$")
 _PIECE_BYTES = 1 << 22
 _STAGED: dict[str, Path] = {}
 _LOGGER = logging.getLogger(__name__)
@@ -23,7 +32,17 @@ _LOGGER = logging.getLogger(__name__)
 
 def is_url(data: str | Path) -> bool:
     """Whether ``data`` names something that fsspec has to fetch; pathlib's ``s3:/bucket`` counts too."""
-    return bool(_URL.match(str(data))) and not Path(data).exists()
+    return unfolded(str(data)) is not None and not Path(data).exists()
+
+
+def refuse_url(data: str | Path) -> None:
+    """For what reads a data set without having been asked to fetch one: a run may name any address.
+
+    Raises:
+        DatasetError: it is an address.
+    """
+    if is_url(data):
+        raise DatasetError(f"{data} is an address, and one is fetched only where --data names it: give it there")
 
 
 def stage(data: str | Path, cache: Path | None = None) -> Path:
@@ -43,12 +62,15 @@ def stage(data: str | Path, cache: Path | None = None) -> Path:
     Raises:
         DatasetError: nothing there, not reachable, or a file that is not what the manifest says.
     """
-    if not is_url(data):
+    url = unfolded(str(data))
+    if url is None or Path(data).exists():
         return Path(data)
-    url = _URL.sub(r"\1://\2", str(data)).rstrip("/")
     if url in _STAGED and (cache is None or _STAGED[url].parent == cache):
         return _STAGED[url]
-    filesystem, root = _open(url)
+    try:
+        filesystem, root = open_store(url)
+    except (ValueError, ImportError) as error:
+        raise DatasetError(f"{url} cannot be opened: {error}") from None
     text = _fetch_text(filesystem, f"{root}/{MANIFEST_NAME}", url)
     manifest = from_json(text)
     cache = cache or _default_cache()
@@ -56,9 +78,11 @@ def stage(data: str | Path, cache: Path | None = None) -> Path:
     with _alone(cache, manifest.fingerprint[:16]):
         missing = [item for item in _files(manifest) if not _is_complete(folder, *item)]
         _LOGGER.info("%s: %d of %d files to fetch to %s", url, len(missing), len(_files(manifest)), folder)
+        _check_room(cache, sum(size_bytes for _, size_bytes, _ in missing), url)
         for name, size_bytes, sha256 in missing:
-            _fetch(filesystem, f"{root}/{name}", folder / name, size_bytes=size_bytes, sha256=sha256)
-        write_atomic(folder / MANIFEST_NAME, text.encode())
+            target = path_inside(folder, name)  # the name was checked where it was read, and here where it is written
+            _fetch(filesystem, f"{root}/{name}", target, size_bytes=size_bytes, sha256=sha256)
+        write_atomic(path_inside(folder, MANIFEST_NAME), text.encode())
     _STAGED[url] = folder
     return folder
 
@@ -86,30 +110,35 @@ def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
 
 
 def _is_complete(folder: Path, name: str, size_bytes: int, sha256: str) -> bool:
-    path = folder / name
-    if not path.is_file() or path.stat().st_size != size_bytes:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-
-def _open(url: str) -> tuple[Any, str]:
-    import fsspec
-
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise DatasetError(f"{url} cannot be opened: {error}") from None
-    return filesystem, str(root).rstrip("/")
+        path = path_inside(folder, name)
+        return path.stat().st_size == size_bytes and file_sha256(path) == sha256
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DatasetError(f"{folder / name}: {error.strerror}: remove it, it is fetched again") from None
+
+
+def _check_room(cache: Path, needed: int, url: str) -> None:
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise DatasetError(
+            f"{url} needs {needed / 1e9:,.1f} GB and {cache} has {free / 1e9:,.1f} GB free: make room there, or name "
+            f"another folder with {CACHE_VARIABLE}"
+        )
 
 
 def _fetch_text(filesystem: Any, path: str, url: str) -> str:
     try:
-        return bytes(filesystem.cat_file(path)).decode()
+        with filesystem.open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)  # a server may send without end
+        if len(data) <= MAX_JSON_BYTES:
+            return bytes(data).decode()
     except FileNotFoundError:
         raise DatasetError(f"{url} has no {MANIFEST_NAME}: it is no data set, or preparing it never ended") from None
     except Exception as error:  # every store fails in its own classes; all of them mean the same to the user
-        raise DatasetError(f"{url} cannot be read ({type(error).__name__}: {error})".replace("\n", " ")) from None
+        raise DatasetError(f"{url} cannot be read ({type(error).__name__}: {first_line(error)})") from None
+    raise DatasetError(f"{url}: its {MANIFEST_NAME} is larger than {MAX_JSON_BYTES:,} bytes, so it is none")
 
 
 def _fetch(filesystem: Any, source: str, target: Path, *, size_bytes: int, sha256: str) -> None:
@@ -118,7 +147,7 @@ def _fetch(filesystem: Any, source: str, target: Path, *, size_bytes: int, sha25
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as out, filesystem.open(source, "rb") as file:
-            while piece := file.read(_PIECE_BYTES):
+            while fetched <= size_bytes and (piece := file.read(_PIECE_BYTES)):
                 digest.update(piece)
                 fetched += len(piece)
                 out.write(piece)
@@ -131,7 +160,7 @@ def _fetch(filesystem: Any, source: str, target: Path, *, size_bytes: int, sha25
     except DatasetError:
         raise
     except Exception as error:  # see _fetch_text
-        raise DatasetError(f"{source} cannot be fetched ({type(error).__name__}: {error})".replace("\n", " ")) from None
+        raise DatasetError(f"{source} cannot be fetched ({type(error).__name__}: {first_line(error)})") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
     sync_folder(target.parent)

@@ -4,6 +4,7 @@ Written by hand because Pillow reads too much and too little: it refuses sound P
 and it does not tell how a JPEG is coded. Only lengths and markers are followed here, inside the bytes that are there.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -49,11 +50,16 @@ CODINGS = {  # start-of-frame markers that no decoder here takes
     0xCE: "arithmetic-coded",
     0xCF: "arithmetic-coded",
 }
+SEQUENTIAL = {0xC0, 0xC1}
 FRAMES = {0xC0, 0xC1, 0xC2, *CODINGS}
 STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
-START_OF_SCAN, APP1 = 0xDA, 0xE1
+START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # none of a scan's own bytes
 EXIF_HEAD, XMP_HEAD, XMP_KEYWORD = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"XML:com.adobe.xmp"
 MOST_SEGMENTS = 2**16  # of a JPEG before its pixels; decoders take minutes over 256 MiB of markers of one byte
+MOST_CHUNKS = 2**18  # of a PNG: 256 MiB in pieces of a kilobyte
+TEXTS, MOST_TEXTS = (b"iTXt", b"zTXt", b"tEXt"), 64  # further ones are not unpacked
+LONGEST_CHUNK = 2**22  # of what is looked at for orientation: twice a text in hexadecimal digits
 LONGEST_TEXT = 2**20  # of XMP that is unpacked; what follows says nothing about orientation
 
 
@@ -66,6 +72,7 @@ class JpegHeader(NamedTuple):
         exif: EXIF as Pillow loads it, empty if there is none.
         xmp: the XMP packet, empty if there is none.
         endless: so many segments come first that no decoder should be asked.
+        one_scan: its first scan holds all that it shows, so a decoder needs no more than a row of blocks at a time.
     """
 
     frame: int
@@ -73,6 +80,7 @@ class JpegHeader(NamedTuple):
     exif: bytes
     xmp: bytes
     endless: bool
+    one_scan: bool = False
 
     @property
     def variant(self) -> str:
@@ -148,8 +156,9 @@ def _brands(data: bytes) -> set[bytes]:
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """Follows the segments as far as the first scan."""
-    frame = precision = 0
+    frame = precision = components = 0
     exif = xmp = b""
+    one_scan = False
     position = 2
     for _ in range(MOST_SEGMENTS):
         if position + 4 > len(data) or data[position] != 0xFF:
@@ -164,23 +173,43 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
             xmp = xmp or (body.removeprefix(XMP_HEAD) if body.startswith(XMP_HEAD) else b"")
         elif marker in FRAMES and not frame:
             frame, precision = marker, data[position + 4] if position + 4 < len(data) else 0
+            components = data[position + 9] if position + 9 < len(data) else 0
         elif marker == START_OF_SCAN:
+            one_scan = frame in SEQUENTIAL and position + 4 < len(data) and data[position + 4] == components
             break
         position += 2 + length
     else:
         return JpegHeader(frame, precision, exif, xmp, endless=True)
-    return JpegHeader(frame, precision, exif, xmp, endless=False)
+    return JpegHeader(frame, precision, exif, xmp, endless=False, one_scan=one_scan)
+
+
+def count_scans(data: bytes) -> int:
+    """How many scans a JPEG has, as far as its end marker; what lies behind that (a preview, a film) has others."""
+    count, position = 0, 2
+    while found := MARKER.search(data, position):
+        marker, position = data[found.start() + 1], found.end()
+        if marker == END_OF_IMAGE:
+            break
+        count += marker == START_OF_SCAN
+        if marker not in STANDALONE:
+            position += int.from_bytes(data[position : position + 2])
+    return count
 
 
 def read_png_header(data: bytes) -> PngHeader:
     """Follows the chunks. Chunks that the pixels do not need are left out, whatever their length and checksum."""
-    pieces, exif, xmp, animated = [data[:8]], b"", b"", False
-    bits = data[24] if len(data) > 24 else 0
+    view = memoryview(data)
+    pieces, exif, xmp, animated = [view[:8]], b"", b"", False
+    bits, texts = data[24] if len(data) > 24 else 0, 0
     for chunk in png_chunks(data):
-        body = data[chunk.start + 8 : chunk.end - 4]
         if chunk.kind[:1].isupper() or chunk.kind == b"tRNS":
-            pieces.append(data[chunk.start : chunk.end])
-        elif chunk.kind == b"eXIf":
+            pieces.append(view[chunk.start : chunk.end])
+            continue
+        texts += chunk.kind in TEXTS
+        if texts > MOST_TEXTS:
+            continue
+        body = data[chunk.start + 8 : min(chunk.end - 4, chunk.start + 8 + LONGEST_CHUNK)]
+        if chunk.kind == b"eXIf":
             exif = exif or EXIF_HEAD + body
         elif chunk.kind == b"acTL":
             animated = int.from_bytes(body[:4]) > 1
@@ -194,7 +223,9 @@ def read_png_header(data: bytes) -> PngHeader:
 def png_chunks(data: bytes) -> Iterator[PngChunk]:
     """The chunks of a PNG in order, the last of them perhaps truncated."""
     position = 8
-    while position + 8 <= len(data):
+    for _ in range(MOST_CHUNKS):
+        if position + 8 > len(data):
+            return
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         yield PngChunk(kind, position, end)

@@ -18,8 +18,10 @@ from pipeline.config import ImageSettings
 from pipeline.errors import ImageError
 from pipeline.preparation.containers import (
     KINDS,
+    LONGEST_TEXT,
     JpegHeader,
     PngHeader,
+    count_scans,
     foreign_kind,
     kind_of,
     png_chunks,
@@ -34,6 +36,24 @@ KEPT = ("JPEG", "PNG")  # kinds whose bytes a data set may hold; those of the ot
 OPTIONAL = {"WebP": "webp", "AVIF": "avif"}  # kinds that a build of Pillow may lack
 WIDTH_TAG, HEIGHT_TAG = 256, 257  # of a TIFF
 NEW_SUBFILE_TAG, REDUCED = 254, 1  # TIFF: this image is a smaller version of another one in the file
+# Bytes that decoding takes for each pixel, at most: measured, the upright pixels that come of it among them.
+SEVERAL_SCANS = "JPEG of several scans"
+UNUSUAL = "CMYK or damaged JPEG of several scans"
+PIXEL_BYTES = {
+    "JPEG": 10,
+    SEVERAL_SCANS: 10,
+    UNUSUAL: 13,
+    "PNG": 9,
+    "GIF": 10,
+    "BMP": 10,
+    "TIFF": 10,  # PNG: and its file
+    "WebP": 18,
+    "AVIF": 14,
+}
+ALLOWED_PIXEL_BYTES = 10
+SCANS_AT_MOST_PIXELS = 20  # scans of an image of --max-pixels; of a smaller one more. Usual are 10, whatever the size
+START_OF_SCAN_MARKER = b"\xff\xda"
+STRIP_PIXELS = 2**22
 FIRST_FRAME = "first of several frames"
 MODES = {"1": "1-bit", "L": "gray", "LA": "gray with alpha", "P": "palette", "PA": "palette with alpha"}
 
@@ -96,6 +116,29 @@ def _check_size(width: int, height: int, settings: ImageSettings) -> None:
         raise ImageError(f"{width}x{height} is more than --max-pixels {settings.max_pixels:,}")
 
 
+def _check_cost(width: int, height: int, settings: ImageSettings, kind: str, extra_bytes: int = 0) -> None:
+    """Refuses what would take more memory than a worker has declared to Ray (:func:`decoding_bytes`)."""
+    needed = width * height * PIXEL_BYTES[kind] + extra_bytes
+    if needed > decoding_bytes(settings):
+        raise ImageError(
+            f"{width}x{height} {kind} takes {PIXEL_BYTES[kind]} bytes a pixel to decode, in all "
+            f"{needed // 2**20:,} MiB, and --max-pixels {settings.max_pixels:,} allows "
+            f"{decoding_bytes(settings) // 2**20:,} MiB"
+        )
+
+
+def decoding_bytes(settings: ImageSettings) -> int:
+    """Most memory that decoding one image takes, beside the file itself."""
+    return settings.max_pixels * ALLOWED_PIXEL_BYTES
+
+
+def _check_scans(data: bytes, width: int, height: int, settings: ImageSettings) -> None:
+    """Refuses a JPEG of so many scans that decoding it would take minutes: each goes through all pixels."""
+    most = SCANS_AT_MOST_PIXELS * settings.max_pixels // (width * height)
+    if data.count(START_OF_SCAN_MARKER) > most and (found := count_scans(data)) > most:
+        raise ImageError(f"{found:,} scans of {width}x{height}: --max-pixels {settings.max_pixels:,} allows {most:,}")
+
+
 def _decode_jpeg(data: bytes, settings: ImageSettings, header: JpegHeader) -> Decoded | None:
     """Decodes an ordinary JPEG by libjpeg-turbo; None if it is unusual or damaged, for the slow path to tell."""
     try:
@@ -103,6 +146,9 @@ def _decode_jpeg(data: bytes, settings: ImageSettings, header: JpegHeader) -> De
     except ValueError:
         return None
     _check_size(width, height, settings)
+    if not header.one_scan:
+        _check_scans(data, width, height, settings)
+        _check_cost(width, height, settings, SEVERAL_SCANS)
     if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     # Decoding at a half, a quarter or an eighth is enough for bicubic; area averaging weighs every pixel of the source.
@@ -132,16 +178,21 @@ def _decode_slowly(data: bytes, kind: str, settings: ImageSettings, header: Jpeg
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             image = Image.open(io.BytesIO(png.pixels if png else data), formats=[kind.upper()])
             _check_size(*image.size, settings)
+            several_scans = header is not None and not header.one_scan
+            _check_cost(*image.size, settings, UNUSUAL if several_scans else kind, len(png.pixels) if png else 0)
+            if several_scans:
+                _check_scans(data, *image.size, settings)
             _check_variant(image)
             size, orientation = _stated_size(image), _stated_orientation(image, header or png)
             several = png.animated if png else _has_frames(image, kind)
             image.load()
-            pixels = _eight_bit(image, settings.channels, converted)
+            pixels, deep = _eight_bit(image, settings.channels, converted), image.mode.startswith("I")
+            image.close()
     except ImageError:
         raise
     except Exception:  # hostile bytes make decoders fail in many ways; each is this image's reason, not ours
         raise ImageError(_damage(data, kind, opened=image is not None)) from None
-    if png and png.bits == 16 and not image.mode.startswith("I"):
+    if png and png.bits == 16 and not deep:
         converted.insert(0, "16 bits a sample to 8")
     if several:
         converted.append(FIRST_FRAME)
@@ -169,7 +220,9 @@ def _stated_orientation(image: Image.Image, header: JpegHeader | PngHeader | Non
     """As :func:`orientation_of`."""
     if header is not None:
         return orientation_of(header.exif, header.xmp)
-    xmp = image.info.pop("xmp", b"")  # taken away, so that Pillow does not turn a TIFF by it in its own way
+    xmp = image.info.pop("xmp", b"")[
+        :LONGEST_TEXT
+    ]  # taken away, so that Pillow does not turn a TIFF by it in its own way
     if image.format == "TIFF":  # its tags are EXIF, and Pillow turns it by them
         stated: Any = getattr(image, "tag_v2", {}).get(ORIENTATION_TAG)
         return (int(stated), "EXIF") if stated in range(1, 9) else orientation_of(b"", xmp)
@@ -189,13 +242,24 @@ def _has_frames(image: Image.Image, kind: str) -> bool:
 def _eight_bit(image: Image.Image, channels: int, converted: list[str]) -> np.ndarray:
     """Any Pillow image as uint8 (H, W, channels); transparency is dropped, as DALI does."""
     target = "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip at 255 instead of scaling
+    if image.mode.startswith("I"):
         converted.append(f"16-bit gray to {target}")
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     elif image.mode != target:
         converted.append(f"{MODES.get(image.mode, image.mode)} to {target}")
-    pixels = np.asarray(image if image.mode == target else image.convert(target))
-    return pixels.reshape(image.height, image.width, channels)
+    rows = max(1, STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        return _converted(image, target).reshape(image.height, image.width, channels)
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    for top in range(0, image.height, rows):  # a copy of all of a large image in between would double its memory
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = _converted(strip, target).reshape(-1, image.width, channels)
+    return pixels
+
+
+def _converted(image: Image.Image, target: str) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return np.asarray(image if image.mode == target else image.convert(target))
 
 
 def _turned(pixels: np.ndarray, stated: tuple[int, str], converted: list[str], *, already: bool = False) -> np.ndarray:

@@ -18,7 +18,9 @@ from pipeline.errors import ImageError
 from pipeline.preparation.decode import FIRST_FRAME, KEPT, Decoded, decode
 
 BATCH_IMAGES = 16
-BATCH_BYTES = 8 * 2**20  # of decoded pixels: a batch of large images ends early, so that memory stays what it was
+BATCH_BYTES = (
+    8 * 2**20
+)  # of files and decoded pixels: a batch of large images ends early, so that memory stays what it was
 SAME_LEVELS = 4  # two builds of libjpeg-turbo differ by so many gray levels; another rotation or color by more
 Payload = bytes | np.ndarray
 
@@ -75,6 +77,7 @@ def make_images(
     for payload in payloads:
         decoded = _decode_payload(payload, settings)
         batch.append((payload, decoded))
+        size_bytes += len(payload) if isinstance(payload, bytes) else 0  # a small image may lie in a large file
         size_bytes += 0 if isinstance(decoded, ImageError) else decoded.pixels.nbytes
         if len(batch) == BATCH_IMAGES or size_bytes >= BATCH_BYTES:
             yield from _finish(batch, settings)

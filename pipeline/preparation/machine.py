@@ -3,15 +3,21 @@
 Ray says most of it as an OSError of a path that the user never gave, or waits for minutes.
 """
 
+import contextlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import signals
 from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError
+from twotower.listeners import NO_PROXY, addresses_here, no_proxy_here, stranger_at
 
 LOCAL = "local"
 # Read when Ray is imported: its own handler would print a stack trace on SIGTERM.
@@ -19,9 +25,12 @@ BEFORE_RAY = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
 CONNECT_S = 5.0
 LOOPBACK = "127.0.0.1"
 SOCKET_BYTES = 107  # the longest path of a Unix socket
-LONGEST_NAME = "/ray/session_2026-11-27_10-24-00_123456_4194304/sockets/plasma_store"  # what Ray appends
+PREFIX = "tt"  # of the folder of one session, to which tempfile adds 8 characters
+LONGEST_NAME = (
+    f"/{PREFIX}12345678/r/session_2026-11-27_10-24-00_123456_4194304/sockets/plasma_store"  # what Ray appends
+)
 FOLDER_FIX = "set RAY_TMPDIR to a local folder with a short path, for example RAY_TMPDIR=/tmp"
-TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def ray_address(options: PrepareOptions) -> tuple[str, str]:
@@ -45,14 +54,30 @@ def check_machine(options: PrepareOptions) -> None:
     found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if not found:
         return  # "local" or "auto"
+    host, port = found.group(1).strip("[]"), int(found.group(2))
     try:
-        socket.create_connection((found.group(1), int(found.group(2))), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:  # Ray itself would wait for minutes
         raise PipelineError(f"{given}: no Ray cluster answers there ({error})") from None
+    check_owner(host, port, given)
+
+
+def check_owner(host: str, port: int, given: str) -> None:
+    """Refuses another user's program on this machine: Ray would send it the token, and run what it sends.
+
+    Raises:
+        PipelineError: naming the user.
+    """
+    stranger = stranger_at(addresses_here(host), port)
+    if stranger is not None:
+        raise PipelineError(
+            f"{given}: {host}:{port} belongs to another user of this machine (uid {stranger}); expected a cluster of "
+            "your own or of root's"
+        )
 
 
 def ray_folder() -> Path:
-    """The folder for sockets and logs of a Ray on this machine: ``ray`` in $RAY_TMPDIR, else in $TMPDIR, else in /tmp.
+    """Where the folders of a Ray on this machine are made: $RAY_TMPDIR, else $TMPDIR, else /tmp.
 
     Raises:
         PipelineError: it cannot hold them; the message names the variable to set.
@@ -69,12 +94,11 @@ def ray_folder() -> Path:
             f"{given}: {size} bytes long, and the paths of Ray's sockets leave room for {longest}; {FOLDER_FIX}"
         )
     try:
-        ours = folder / "ray" if (folder / "ray").exists() else folder
-        with tempfile.TemporaryDirectory(prefix="probe-", dir=ours) as probe, socket.socket(socket.AF_UNIX) as end:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder) as probe, socket.socket(socket.AF_UNIX) as end:
             end.bind(f"{probe}/socket")
     except OSError as error:
         raise PipelineError(f"{given}: Ray cannot make its sockets there ({error.strerror}); {FOLDER_FIX}") from None
-    return folder / "ray"
+    return folder
 
 
 def _check_loopback() -> None:
@@ -87,8 +111,51 @@ def _check_loopback() -> None:
         ) from None
 
 
-def token_environment() -> dict[str, str]:
-    """A token for a Ray of our own, unless one is given: it would write one into HOME, which may not be writable."""
-    if any(os.environ.get(name) for name in TOKEN_VARIABLES):
-        return {}
-    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+@dataclass
+class Session:
+    """What one Ray of our own has for itself.
+
+    Attributes:
+        folder: for sockets and logs; it lies in a folder that nobody else can enter, for Ray makes its own 0777.
+        keep: whether the folder stays, for somebody to look at.
+    """
+
+    folder: Path
+    keep: bool = False
+
+
+@contextlib.contextmanager
+def private_session() -> Iterator[Session]:
+    """A folder and a token for one Ray of our own; both are gone at the end, and the environment is as it was.
+
+    The token is a file, private from its first byte on, and Ray is told where: Ray would write one 0644 into HOME, and
+    take it for all clusters. A token or an authentication mode of the user's is for other clusters.
+
+    Raises:
+        PipelineError: see `ray_folder`.
+    """
+    before = {name: os.environ.get(name) for name in (*TOKEN_VARIABLES, *NO_PROXY)}
+    try:
+        for name in TOKEN_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ |= no_proxy_here(os.environ)
+        private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder()))  # 0700
+        signals.temporary.add(private)
+        session = Session(private / "r")
+        token = private / "token"
+        handle = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(handle, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        try:
+            yield session
+        finally:
+            token.unlink(missing_ok=True)
+            signals.temporary.discard(private)
+            if not session.keep:
+                shutil.rmtree(private, ignore_errors=True)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

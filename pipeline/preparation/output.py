@@ -28,6 +28,7 @@ from pipeline.manifest import (
     ShardRecord,
     SplitRecord,
     file_sha256,
+    path_inside,
     read_manifest,
     read_record,
     write_atomic,
@@ -36,7 +37,9 @@ from pipeline.preparation import faults
 from pipeline.preparation.shard import WORK_NAME, ShardResult
 from pipeline.preparation.statistics import Totals, summarize, to_npz
 from pipeline.preparation.tar_writer import restore_index
+from pipeline.record_checks import check_plan
 from twotower import locks
+from twotower.untrusted import read_regular
 
 PLAN_NAME = "plan.json"
 HASH_THREADS = 4
@@ -50,6 +53,7 @@ def output_lock(output: Path) -> Iterator[None]:
         OutputError: another run holds it, or the folder cannot be written.
     """
     path = output / WORK_NAME / "lock"
+    refuse_links(output, (f"{WORK_NAME}/tmp", f"{WORK_NAME}/records", f"{WORK_NAME}/lock"))
     try:
         for name in ("tmp", "records"):
             (output / WORK_NAME / name).mkdir(parents=True, exist_ok=True)
@@ -64,6 +68,19 @@ def output_lock(output: Path) -> Iterator[None]:
         if not (output / WORK_NAME / PLAN_NAME).exists():
             clear_work(output)  # nothing was begun, so nothing is left: a refusal does not touch a complete data set
         os.close(handle)
+
+
+def refuse_links(output: Path, names: Iterable[str]) -> None:
+    """Refuses an output that is a stranger's: what is written below it, and swept from it, must not lie elsewhere.
+
+    Raises:
+        OutputError: one of these places leads out of it.
+    """
+    try:
+        for name in names:
+            path_inside(output, name)
+    except DatasetError as error:
+        raise OutputError(f"--output {output}: {error}; or give another folder") from None
 
 
 def check_places(source: AnyPath | None, output: Path | str) -> None:
@@ -155,6 +172,7 @@ def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> Non
         refuse_difference(output, begun["settings"], json.loads(text)["settings"])
     else:
         write_atomic(output / WORK_NAME / PLAN_NAME, text.encode())
+    refuse_links(output, totals)
     for split in totals:
         (output / split).mkdir(exist_ok=True)
 
@@ -162,10 +180,14 @@ def begin(output: Path, settings: dict[str, Any], totals: dict[str, int]) -> Non
 def read_plan(output: Path) -> dict[str, Any] | None:
     """Settings and totals of the run that was begun here; None if none was, or its record is damaged."""
     try:
-        data = (output / WORK_NAME / PLAN_NAME).read_bytes()
-        return read_record(data, lambda raw: {"settings": raw["settings"], "totals": raw["totals"]}, PLAN_NAME)
+        return read_record(read_regular(output / WORK_NAME / PLAN_NAME), _checked_plan, PLAN_NAME)
     except (OSError, DatasetError):
         return None
+
+
+def _checked_plan(raw: Any) -> dict[str, Any]:
+    check_plan(raw)
+    return {"settings": raw["settings"], "totals": raw["totals"]}
 
 
 def is_running(output: Path) -> bool:
@@ -208,9 +230,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def damage(path: Path, size_bytes: int, sha256: str, *, hashes: bool = True) -> str | None:
-    """What is wrong with a file: missing, another size, another hash; None if nothing is."""
+def damage(folder: Path, name: str, size_bytes: int, sha256: str, *, hashes: bool = True) -> str | None:
+    """What is wrong with a file: missing, another size, another hash, not in the folder; None if nothing is."""
     try:
+        path = path_inside(folder, name)
         found = path.stat().st_size
         if found != size_bytes:
             return f"has {found:,} bytes instead of {size_bytes:,}"
@@ -218,6 +241,8 @@ def damage(path: Path, size_bytes: int, sha256: str, *, hashes: bool = True) -> 
             return "its sha256 differs"
     except FileNotFoundError:
         return "is missing"
+    except DatasetError:
+        return "is a link that leads out of the folder"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
@@ -228,8 +253,8 @@ def shard_damage(output: Path, shard: ShardRecord, *, hashes: bool = True) -> di
     if not shard.num_samples:
         return {}
     found = {
-        shard.name: damage(output / shard.name, shard.size_bytes, shard.sha256, hashes=hashes),
-        shard.index_name: damage(output / shard.index_name, shard.index_size_bytes, shard.index_sha256, hashes=hashes),
+        shard.name: damage(output, shard.name, shard.size_bytes, shard.sha256, hashes=hashes),
+        shard.index_name: damage(output, shard.index_name, shard.index_size_bytes, shard.index_sha256, hashes=hashes),
     }
     return {name: problem for name, problem in found.items() if problem}
 
@@ -237,7 +262,7 @@ def shard_damage(output: Path, shard: ShardRecord, *, hashes: bool = True) -> di
 def file_damage(output: Path, manifest: Manifest) -> dict[str, str]:
     """What is wrong with statistics.npz, _info.json and quarantine.jsonl, by name."""
     found = {
-        name: damage(output / name, record["size_bytes"], record["sha256"]) for name, record in manifest.files.items()
+        name: damage(output, name, record["size_bytes"], record["sha256"]) for name, record in manifest.files.items()
     }
     return {name: problem for name, problem in found.items() if problem}
 

@@ -27,7 +27,8 @@ from pipeline.progress import ProgressLine
 from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
-from twotower.words import one_line, pluralize
+from pipeline.sources.walk import FOLLOW, links_out
+from twotower.words import pluralize, say, say_lines
 
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
@@ -95,13 +96,22 @@ def make_request(options: PrepareOptions) -> Request:
         PipelineError: an option or the input cannot be used.
     """
     source = open_source(options)
-    listing = chosen_splits(source.listing(), options)
+    listing = chosen_splits(_listing(source, options), options)
     image = options.image_settings(encoded=listing.encoded, channels=listing.channels)
     settings = all_settings(options, listing, image)
     shards = make_plan(listing, options)
     return Request(
         options, source, listing, image, settings, shards, passed_over(listing, shards), tuple(all_warnings(listing))
     )
+
+
+def _listing(source: Source, options: PrepareOptions) -> Listing:
+    """The source's listing; where it refuses an input that leads elsewhere by links, the message names the option."""
+    try:
+        return source.listing()
+    except SourceError as error:
+        hint = "" if options.follow_links or options.input is None or FOLLOW in str(error) else links_out(options.input)
+        raise SourceError(f"{error}{hint}") from None
 
 
 def make_plan(listing: Listing, options: PrepareOptions) -> list[ShardPlan]:
@@ -259,7 +269,7 @@ def print_plan(options: PrepareOptions) -> None:
     request = make_request(options)
     print_warnings(request.warnings)
     listing = request.listing
-    print(f"source {options.source}: {pluralize(len(listing.classes), 'class')}, labels in {listing.label_order} order")
+    say(f"source {options.source}: {pluralize(len(listing.classes), 'class')}, labels in {listing.label_order} order")
     for split in sorted(listing.splits):
         counts = [len(shard.rows) for shard in request.shards if shard.split == split]
         print(
@@ -267,12 +277,12 @@ def print_plan(options: PrepareOptions) -> None:
             f"{min(counts):,} to {max(counts):,}"
         )
     total = request.num_planned
-    print("\n".join(found_lines(request.num_found, {"to be stored": total}, request.passed_over)))
+    say_lines(found_lines(request.num_found, {"to be stored": total}, request.passed_over))
     cost = measure(request)
     folder = next(path for path in (options.output.absolute(), *options.output.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, cost.size_bytes * total
     enough = "" if free > needed else "  NOT ENOUGH"
-    print(f"needs about {needed / 1e9:,.2f} GB; {free / 1e9:,.2f} GB are free at {folder}{enough}")
+    say(f"needs about {needed / 1e9:,.2f} GB; {free / 1e9:,.2f} GB are free at {folder}{enough}")
     workers = options.num_workers()
     print(
         f"about {_duration(cost.seconds * total / workers)} with {workers} workers "
@@ -285,7 +295,7 @@ def print_plan(options: PrepareOptions) -> None:
 def print_warnings(warnings: Iterable[str]) -> None:
     """Prints what a person should know before the work, a line each, on stderr."""
     for warning in warnings:
-        print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
+        say(f"warning: {warning}", file=sys.stderr)
 
 
 def measure(request: Request) -> Cost:

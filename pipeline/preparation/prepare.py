@@ -4,7 +4,6 @@ Ray is imported only when there are shards to make; a data set that is complete 
 """
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -16,13 +15,14 @@ import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, SourceError
-from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, ImageFormat, Manifest, ShardRecord
+from pipeline.manifest import FORMAT, INFO_NAME, MANIFEST_NAME, ImageFormat, Manifest, ShardRecord
 from pipeline.preparation import faults, output
 from pipeline.preparation.machine import BEFORE_RAY, check_machine
 from pipeline.preparation.plan import Request, ShardPlan, check_source, make_request, print_warnings
 from pipeline.preparation.shard import WORK_NAME, ShardJob, ShardResult, ShardTask, read_result
 from pipeline.preparation.statistics import Totals
 from pipeline.progress import ProgressLine
+from pipeline.quarantine import read_quarantine
 from pipeline.sources import open_source
 from pipeline.sources.walk import shown
 from twotower.verbosity import log
@@ -189,10 +189,9 @@ def _lost(request: Request, manifest: Manifest) -> tuple[str, ...]:
         for split, count in manifest.dropped_splits.items()
     ]
     left_out: dict[str, Counter[str]] = {split: Counter() for split in manifest.splits}
-    with (request.options.output / QUARANTINE_NAME).open(encoding="utf-8") as rows:
-        for row in map(json.loads, rows):
-            if row["action"] == "left_out" and row["split"] in left_out:
-                left_out[row["split"]][row["class"]] += 1
+    for row in read_quarantine(request.options.output):
+        if row["action"] == "left_out" and row["split"] in left_out:
+            left_out[row["split"]][row["class"]] += 1
     for split, counts in left_out.items():
         planned = [shard.rows for shard in request.shards if shard.split == split and counts]
         labels = request.listing.splits[split].labels[np.concatenate(planned)] if planned else np.zeros(0, np.int32)

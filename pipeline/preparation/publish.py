@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from pipeline.addresses import open_store
 from pipeline.config import PrepareOptions
 from pipeline.errors import DatasetError, OutputError, first_line
 from pipeline.files import CACHE_VARIABLE, cache_folder
@@ -47,10 +48,8 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        import fsspec  # only where a URL is given
-
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.url)
+            self._files, self._root = open_store(self.url)
             self._sizes = self._list()
         except Exception as error:  # every file system has errors of its own
             raise OutputError(f"--output {url}: {first_line(error)}") from None

@@ -10,13 +10,23 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.util.metrics import Gauge
 
 from pipeline import signals
-from pipeline.config import PrepareOptions
+from pipeline.config import ImageSettings, PrepareOptions
 from pipeline.errors import PipelineError, SourceError, first_line, require
 from pipeline.preparation import faults, pieces
-from pipeline.preparation.machine import LOCAL, LOOPBACK, check_machine, ray_address, ray_folder, token_environment
+from pipeline.preparation.decode import decoding_bytes
+from pipeline.preparation.machine import (
+    LOCAL,
+    LOOPBACK,
+    Session,
+    check_machine,
+    check_owner,
+    private_session,
+    ray_address,
+)
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
 from pipeline.sources.listing import printable
@@ -25,7 +35,8 @@ TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while 
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
 OBJECT_STORE_BYTES = 256 * 2**20  # only task lists pass through it
 POLL_S = 0.5
-WORKER_BYTES = 512 * 2**20  # of its own (libraries are shared): 400 MiB measured with torch, on 500x375 photos
+# Of a worker's own (libraries are shared), beside one large image: 400 MiB measured with torch, on 500x375 photos.
+WORKER_BYTES = 512 * 2**20
 NO_CPU_S = 300.0  # an autoscaler may take minutes for the first node
 # One thread a worker; the memory of an image is kept for the next one instead of given back to the system: a tenth
 # faster, measured on 500x375 JPEGs.
@@ -54,24 +65,47 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     arguments: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
     environment = WORKER_ENVIRONMENT | {"PYTHONPATH": path}
-    if address == LOCAL:
-        given = "Ray does not start on this machine"
-        # inherited; a runtime_env would throw away the workers that Ray starts beforehand
-        os.environ |= environment | token_environment()
-        arguments |= {
-            "num_cpus": options.num_workers(),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_node_ip_address": LOOPBACK,
-            "_temp_dir": str(ray_folder()),
-        }
-    else:
-        arguments["runtime_env"] = {"env_vars": environment}
-    _start(arguments, given)
-    try:
+    with contextlib.ExitStack() as stack:
+        session = None
+        if address == LOCAL:
+            given = "Ray does not start on this machine"
+            session = stack.enter_context(private_session())
+            os.environ |= (
+                environment  # inherited; a runtime_env would throw away the workers that Ray starts beforehand
+            )
+            arguments |= _local_arguments(options, session)
+        else:
+            arguments["address"] = _resolved(address, given)
+            arguments["runtime_env"] = {"env_vars": environment}
+        _start(arguments, given, session)
+        stack.callback(ray.shutdown)
         yield lambda: options.workers or int(ray.cluster_resources().get("CPU", 0))
-    finally:
-        ray.shutdown()
+
+
+def _local_arguments(options: PrepareOptions, session: Session) -> dict[str, Any]:
+    """Of ``ray.init`` for a Ray of our own, whose ports are on loopback (see prepare.py) and ask for its token."""
+    AuthenticationTokenLoader.instance().reset_cache()  # of an earlier session of this process
+    return {
+        "num_cpus": options.num_workers(),
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_node_ip_address": LOOPBACK,
+        "_temp_dir": str(session.folder),
+    }
+
+
+def _resolved(address: str, given: str) -> str:
+    """The address that Ray finds for ``auto``, which may be another user's: it looks at everybody's processes."""
+    if address != "auto":
+        return address
+    try:
+        found = ray._private.services.canonicalize_bootstrap_address(address, None)
+    except Exception as error:
+        raise PipelineError(f"{given}: {first_line(error)}") from None
+    host, _, port = str(found or "").rpartition(":")
+    if port.isdigit():
+        check_owner(host.strip("[]"), int(port), given)
+    return address
 
 
 @contextlib.contextmanager
@@ -116,7 +150,7 @@ def _interruptible() -> Iterator[None]:
         ray._private.node.wait_for_persisted_port = wait
 
 
-def _start(arguments: dict[str, Any], given: str) -> None:
+def _start(arguments: dict[str, Any], given: str, session: Session | None) -> None:
     """``ray.init``, whose errors are of many classes, and which may wait for ever.
 
     Raises:
@@ -132,9 +166,11 @@ def _start(arguments: dict[str, Any], given: str) -> None:
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
-        folder = (
-            f"; its files are in {arguments['_temp_dir']}, RAY_TMPDIR names another" if "_temp_dir" in arguments else ""
-        )
+        folder = ""
+        if session:
+            session.keep = session.folder.exists()
+            kept = f"its files are in {session.folder}, " if session.keep else ""
+            folder = f"; {kept}RAY_TMPDIR names another folder"
         raise PipelineError(f"{given}: {first_line(error)}{folder}") from None
 
 
@@ -214,7 +250,7 @@ class _Sender:
         self._num_shards = num_shards
         self._sent = 0
         self._shared = ray.put(job)
-        memory = _worker_memory()
+        memory = _worker_memory(job.image)
         self._build, self._piece, self._join = (
             ray.remote(function).options(num_cpus=1, memory=memory, max_retries=RETRIES, scheduling_strategy="SPREAD")
             for function in (build_shard, pieces.build_piece, pieces.join_pieces)
@@ -254,10 +290,16 @@ class Gauges:
         self._progress.tick()
 
 
-def _worker_memory() -> int:
+def _worker_memory(settings: ImageSettings) -> int:
     """Bytes that a task declares: at most what the largest node has, since for more it would wait for ever."""
     nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
-    return min(WORKER_BYTES, max(nodes, default=WORKER_BYTES))
+    needed = worker_bytes(settings)
+    return min(needed, max(nodes, default=needed))
+
+
+def worker_bytes(settings: ImageSettings) -> int:
+    """What a worker may take: its own, the largest file that --max-bytes allows, and what decoding that may take."""
+    return WORKER_BYTES + settings.max_bytes + decoding_bytes(settings)
 
 
 def _result(reference: Any, task: ShardTask) -> ShardResult:

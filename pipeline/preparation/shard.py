@@ -23,10 +23,13 @@ from pipeline.preparation import faults
 from pipeline.preparation.image import Payload, StoredImage, load_libraries, make_images
 from pipeline.preparation.statistics import Accumulator, Totals, totals_from_json
 from pipeline.preparation.tar_writer import TarWriter
+from pipeline.record_checks import check_result
 from pipeline.sources.listing import Item, Source, printable
+from twotower.untrusted import read_regular
 
 WORK_NAME = ".work"
 BUFFER_BYTES = 2**20
+MAX_SUMS_BYTES = 2**26  # four bytes for each channel of the positions that are summed: a million at most
 SEAL_BYTES = 22  # , "crc32": "01234567"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each sample
 
@@ -310,9 +313,10 @@ def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult |
     """
 
     def build(raw: dict[str, Any]) -> ShardResult:
+        check_result(raw)
         position_sum = None
         if with_positions and raw["positions_sha256"]:
-            data = (work / "records" / f"{stem}.sums").read_bytes()
+            data = read_regular(work / "records" / f"{stem}.sums", MAX_SUMS_BYTES)
             if hashlib.sha256(data).hexdigest() != raw["positions_sha256"]:
                 raise DatasetError(f"{stem}.sums is damaged")
             position_sum = np.frombuffer(data, "<u4").reshape(raw["totals"]["shape"]).astype(np.uint64)
@@ -326,7 +330,7 @@ def read_result(work: Path, stem: str, *, with_positions: bool) -> ShardResult |
         )
 
     try:
-        return read_record((work / "records" / f"{stem}.json").read_bytes(), build, f"{stem}.json")
+        return read_record(read_regular(work / "records" / f"{stem}.json"), build, f"{stem}.json")
     except (OSError, DatasetError):
         return None  # no record or a damaged one: the shard is regenerated
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DatasetError, SourceError
+from pipeline.index_checks import MAX_INDEX_LINE, check_index
+from pipeline.index_checks import VERSION as INDEX_VERSION
 from pipeline.manifest import write_atomic
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, walk_file
+from twotower.untrusted import read_regular
 
 END = bytes(2 * BLOCK)  # two zero blocks: their absence is how a truncated tar is told from a complete one
 COPY_BYTES = 2**20
-INDEX_VERSION = "v1.2"
 
 
 def header(name: str, size: int) -> bytes:
@@ -107,24 +109,28 @@ def index_line(sample: TarSample) -> str:
     return " ".join(f"{member.extension} {member.offset} {member.size} {member.name}" for member in sample.members)
 
 
-def read_index(path: Path) -> list[TarSample]:
-    """The samples of a tar, from its index.
+def read_index(path: Path, *, num_samples: int, tar_bytes: int) -> list[TarSample]:
+    """The samples of a tar of ours, from its index.
+
+    Args:
+        path: the index.
+        num_samples, tar_bytes: of the tar.
 
     Raises:
         DatasetError: the index is missing or damaged.
     """
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        version, count = first.split()
-        samples: list[TarSample] = []
-        for line in lines:
-            row = line.split(" ")
-            members = [TarMember(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row) - 3, 4)]
-            samples += group_samples(members)
-    except (OSError, ValueError, IndexError) as error:
-        raise DatasetError(f"{path}: no valid index ({error})") from None
-    if version != INDEX_VERSION or int(count) != len(samples):
-        raise DatasetError(f"{path}: no valid index (it states {first!r} and has {len(samples)} samples)")
+        index = read_regular(path, (num_samples + 1) * MAX_INDEX_LINE)
+        check_index(index, num_samples, tar_bytes)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: no valid index ({getattr(error, 'strerror', None) or error})") from None
+    samples: list[TarSample] = []
+    for line in index.decode("ascii").splitlines()[1:]:
+        row = line.split(" ")
+        members = [TarMember(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row), 4)]
+        samples += group_samples(members)
+    if len(samples) != num_samples:
+        raise DatasetError(f"{path}: no valid index (it states {num_samples} samples and has {len(samples)})")
     return samples
 
 

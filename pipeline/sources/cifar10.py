@@ -5,7 +5,7 @@ The "python version" is a set of pickles, which can run any code when read: it i
 
 import dataclasses
 import functools
-import tarfile
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
 from pipeline.sources import reasons
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
-from pipeline.sources.tar_reader import read_compressed
-from pipeline.sources.walk import Walker, join, pass_over_unread
+from pipeline.sources.tar_reader import open_compressed, read_compressed
+from pipeline.sources.walk import Walker, check_link, join, pass_over_unread
+from twotower.untrusted import read_regular
 from twotower.words import pluralize
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
@@ -27,6 +28,7 @@ FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "val":
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PIXEL_BYTES = 3 * 32 * 32
 RECORD_BYTES = 1 + PIXEL_BYTES
+MOST_BYTES = 2**30  # of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +37,26 @@ class Cifar10Source(Source):
 
     Attributes:
         root: folder of the binary files or of the archive.
+        follow_links: links that lead out of it are followed.
     """
 
     root: Path
+    follow_links: bool = False
 
     def listing(self) -> Listing:
         """50,000 train and 10,000 val images, in the order of the files; other files are counted."""
         where = self._find()
-        walker = Walker(self.root, Tally())
+        names = (
+            [ARCHIVE_NAME]
+            if where == ARCHIVE_NAME
+            else [join(where, name) for name in itertools.chain(*FILES.values())]
+        )
+        for name in names:
+            check_link(self.root, name, follow_links=self.follow_links)
+        walker = Walker(self.root, Tally(), follow_links=self.follow_links)
         if where == ARCHIVE_NAME:
             _count_members(self.root / where, walker.tally)
-            pass_over_unread(walker, [where])
-        else:
-            pass_over_unread(walker, [join(where, name) for names in FILES.values() for name in names])
+        pass_over_unread(walker, names)
         return Listing(
             classes=tuple(ClassRecord(name, name) for name in CLASSES),
             label_order="source",
@@ -118,7 +127,7 @@ def from_options(options: PrepareOptions) -> Cifar10Source:
     if options.input is None:
         raise ConfigError(f"--source cifar10 needs --input FOLDER with {ARCHIVE_NAME} or its files")
     assert isinstance(options.input, Path), "open_source refuses a URL for this source"
-    return Cifar10Source(root=options.input.absolute())
+    return Cifar10Source(options.input.absolute(), options.follow_links)
 
 
 def _count_members(archive: Path, tally: Tally) -> None:
@@ -127,15 +136,12 @@ def _count_members(archive: Path, tally: Tally) -> None:
     Raises:
         SourceError: it is damaged.
     """
-    try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if not member.isdir() and name not in (*FILES["train"], *FILES["val"]):
-                    reason = reasons.HIDDEN if name.startswith(".") else reasons.NOT_READ
-                    tally.add(reason, f"{archive.name}/{member.name}")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise SourceError(f"{archive}: damaged: {error}") from None
+    with open_compressed(archive) as tar:
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            if not member.isdir() and name not in (*FILES["train"], *FILES["val"]):
+                reason = reasons.HIDDEN if name.startswith(".") else reasons.NOT_READ
+                tally.add(reason, f"{archive.name}/{member.name}")
 
 
 @functools.lru_cache(maxsize=6)
@@ -148,6 +154,6 @@ def read_batch(path: Path) -> bytes:
     if path.parent.name == ARCHIVE_NAME:
         return read_compressed(path.parent, [path.name])[path.name]
     try:
-        return path.read_bytes()
+        return read_regular(path, MOST_BYTES)
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error}") from None
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -5,19 +5,21 @@ is, its name tells where it ends as pictures do, else its content. Folders insid
 """
 
 import dataclasses
+import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, ImageError, SourceError
-from pipeline.files import AnyPath, relative_to
+from pipeline.files import AnyPath, UrlPath, relative_to
 from pipeline.manifest import ClassRecord
 from pipeline.sources import reasons
 from pipeline.sources.labels import Labels, read_labels
 from pipeline.sources.layout import ALL, Layout, Part, find_layout, refuse_flat
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally, nfc, printable
 from pipeline.sources.walk import Walker, join, shown
+from twotower.untrusted import read_regular
 
 Row = tuple[str, str, int]  # class, path relative to the root, size in bytes
 
@@ -32,6 +34,7 @@ class FolderSource(Source):
         seed: seed of that split.
         labels: file with the classes of pictures that lie in no class folders; None without one.
         splits: the splits that are wanted; empty for all.
+        follow_links: links that lead out of the folder are followed.
     """
 
     root: AnyPath
@@ -39,14 +42,15 @@ class FolderSource(Source):
     seed: int
     labels: AnyPath | None = None
     splits: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def listing(self) -> Listing:
         """Lists the pictures, split by split, in the order of their names' bytes, and counts the other files."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
         skip = [] if self.labels is None else _below(self.root, self.labels)
-        layout = find_layout(Walker(self.root, Tally(), skip))
-        walker = Walker(self.root, Tally(), skip)
+        layout = find_layout(Walker(self.root, Tally(), skip, follow_links=self.follow_links))
+        walker = Walker(self.root, Tally(), skip, follow_links=self.follow_links)
         warnings = _count_beside(walker, layout)
         found = {
             part.split: self._class_rows(walker, part, warnings) for part in layout.parts if part.classes_at is not None
@@ -73,7 +77,7 @@ class FolderSource(Source):
 
     def read(self, item: Item) -> bytes:
         """The file's bytes."""
-        return read_file(self.root, item.file)
+        return read_file(self.root, item)
 
     def _class_rows(self, walker: Walker, part: Part, warnings: list[str]) -> list[Row]:
         """The pictures of a split's class folders; appends to ``warnings`` what is odd about those."""
@@ -191,19 +195,23 @@ def from_options(options: PrepareOptions) -> FolderSource:
         seed=options.seed,
         labels=None if options.labels is None else options.labels.absolute(),
         splits=options.splits,
+        follow_links=options.follow_links,
     )
 
 
-def read_file(root: AnyPath, name: str) -> bytes:
-    """Reads an image that is a file of its own.
+def read_file(root: AnyPath, item: Item) -> bytes:
+    """Reads an image that is a file of its own, and no more of it than was listed.
 
     Raises:
         ImageError: this file cannot be read.
         SourceError: the whole input is gone.
     """
     try:
-        return (root / name).read_bytes()
+        path = root / item.file
+        return path.read_bytes() if isinstance(path, UrlPath) else read_regular(path, item.size)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ImageError("is larger than when it was listed") from None
         if not root.is_dir():
             raise SourceError(f"{root}: the input folder is gone, or not on this machine") from None
         raise ImageError(f"cannot be read: {error.strerror}") from None
@@ -252,7 +260,7 @@ def _refuse_flat_beside(walker: Walker, folder: str, num_in_classes: int) -> Non
     Raises:
         SourceError: they do.
     """
-    looker = Walker(walker.root, Tally())
+    looker = Walker(walker.root, Tally(), follow_links=walker.follow_links)
     num_beside = sum(1 for _ in looker.pictures_of(folder, looker.contents(folder).files))
     if num_beside > num_in_classes:
         raise SourceError(

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import gzip
+import io
+import math
 import zlib
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
-from pipeline.sources.walk import Walker, pass_over_unread
+from pipeline.sources.walk import Walker, check_link, pass_over_unread
+from twotower.untrusted import read_regular
 from twotower.words import pluralize
 
 PREFIXES = {"train": "train", "val": "t10k"}
 KINDS = {"images": "idx3", "labels": "idx1"}
 HEADER_BYTES = 16
+MOST_BYTES = 2**30  # of a file, unpacked: MNIST's largest has 47 MB
 MD5 = {
     "mnist": {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -49,16 +53,18 @@ class IdxSource(Source):
     Attributes:
         name: ``mnist`` or ``fashion-mnist``; it decides the class titles and checksums.
         root: folder of the four files.
+        follow_links: links that lead out of it are followed.
     """
 
     name: str
     root: Path
+    follow_links: bool = False
 
     def listing(self) -> Listing:
         """60,000 train and 10,000 val images, in the order of the files; other files are counted."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
-        walker = Walker(self.root, Tally())
+        walker = Walker(self.root, Tally(), follow_links=self.follow_links)
         stems = [(f"{prefix}-{what}", kind) for prefix in PREFIXES.values() for what, kind in KINDS.items()]
         pass_over_unread(walker, [self._find(stem, kind).name for stem, kind in stems])
         return Listing(
@@ -107,6 +113,7 @@ class IdxSource(Source):
         names = [f"{stem}{dash}{kind}-ubyte{suffix}" for dash in "-." for suffix in ("", ".gz")]
         for name in names:
             if (self.root / name).is_file():
+                check_link(self.root, name, follow_links=self.follow_links)
                 return self.root / name
         raise SourceError(f"{self.root}: {names[0]} (or .gz) is missing")
 
@@ -120,7 +127,7 @@ def from_options(options: PrepareOptions) -> IdxSource:
     if options.input is None:
         raise ConfigError(f"--source {options.source} needs --input FOLDER with the four IDX files")
     assert isinstance(options.input, Path), "open_source refuses a URL for this source"
-    return IdxSource(name=options.source, root=options.input.absolute())
+    return IdxSource(options.source, options.input.absolute(), options.follow_links)
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,15 +142,18 @@ def read_idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], bytes]:
         SourceError: its magic number, dimensions or length are wrong.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MOST_BYTES)
         if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: cannot be read: {error}") from None
+    if len(data) > MOST_BYTES:
+        raise SourceError(f"{path}: unpacks to more than {MOST_BYTES:,} bytes")
     start = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
         raise SourceError(f"{path}: not an IDX file of bytes in {dimensions} dimensions (magic {data[:4].hex()})")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
-    if len(data) != start + int(np.prod(shape)):
+    if 0 in shape or len(data) != start + math.prod(shape):
         raise SourceError(f"{path}: {pluralize(len(data), 'byte')}, but its header states {shape}")
     return shape, data[start:]

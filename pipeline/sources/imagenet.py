@@ -7,14 +7,11 @@
 """
 
 import dataclasses
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
-
-import numpy as np
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, SourceError
@@ -22,6 +19,7 @@ from pipeline.files import AnyPath, UrlPath, read_range, scan
 from pipeline.manifest import ClassRecord
 from pipeline.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources import reasons
+from pipeline.sources.devkit import DEVKIT_NAME, Devkit, find_devkit, read_table
 from pipeline.sources.folder import read_file
 from pipeline.sources.labels import read_labels
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally
@@ -31,19 +29,14 @@ from pipeline.sources.tar_reader import (
     TarMember,
     is_hidden,
     range_reader,
-    read_compressed,
     refuse_two,
     walk_file,
     walk_tar,
 )
-from pipeline.sources.walk import Walker, join, pass_over_unread
+from pipeline.sources.walk import Walker, check_link, join, pass_over_unread
 
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
 VAL_NAME = "ILSVRC2012_img_val.tar"
-DEVKIT_NAME = "ILSVRC2012_devkit_t12.tar.gz"
-META_NAME = "data/meta.mat"
-TRUTH_NAME = "data/ILSVRC2012_validation_ground_truth.txt"
-DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12", "devkit", "")
 MD5 = {
     TRAIN_NAME: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_NAME: "29b22e2961454d5413ddabcf34fc5622",
@@ -57,23 +50,6 @@ URL_THREADS = 64  # the same for a store, which answers later
 KAGGLE_FOLDERS = ("", "ILSVRC")
 PERHAPS_FOLDERS = 20  # looked into for a message
 SPLIT_PLACES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
-
-
-@dataclasses.dataclass(frozen=True)
-class Devkit:
-    """What ILSVRC-2012's development kit tells.
-
-    Attributes:
-        wordnet_ids: the classes in ILSVRC order: row i has ILSVRC id i + 1.
-        titles: their names, in the same order.
-        val_ids: ILSVRC id of the i-th validation image in the order of names.
-        files: the files of the input that it was read from.
-    """
-
-    wordnet_ids: tuple[str, ...]
-    titles: tuple[str, ...]
-    val_ids: tuple[int, ...]
-    files: tuple[str, ...]
 
 
 class _Found(NamedTuple):
@@ -102,19 +78,23 @@ class ImagenetSource(Source):
         root: the input folder.
         label_order: ``alphabetical`` (by WordNet id, as torchvision, timm and the Hub) or ``ilsvrc`` (the devkit's).
         splits: the splits that are wanted; empty for all.
+        follow_links: links that lead out of the folder are followed.
     """
 
     root: AnyPath
     label_order: str
     splits: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def listing(self) -> Listing:
         """Lists train and val, whichever are there, and counts the other files."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
         devkit = find_devkit(self.root)
-        walker = Walker(self.root, Tally())
+        walker = Walker(self.root, Tally(), follow_links=self.follow_links)
         places = {split: place for split in ("train", "val") if (place := self._place(split)) is not None}
+        for name in (*places.values(), *(devkit.files if devkit else ())):
+            check_link(self.root, name, follow_links=self.follow_links)
         if not places:
             raise SourceError(
                 f"{self.root}: no ILSVRC-2012 here; expected {TRAIN_NAME}, {VAL_NAME} and {DEVKIT_NAME}, or "
@@ -151,7 +131,7 @@ class ImagenetSource(Source):
         """The image's bytes, from the archive or the file."""
         if item.file.endswith(".tar"):
             return read_range(self.root / item.file, item.offset, item.size)
-        return read_file(self.root, item.file)
+        return read_file(self.root, item)
 
     def checksums(self) -> dict[AnyPath, str]:
         """The official md5 of every archive that is there."""
@@ -250,7 +230,7 @@ class ImagenetSource(Source):
             records = [ClassRecord(*row) for row in zip(devkit.wordnet_ids, devkit.titles, strict=True)]
         else:
             mapping = self._kaggle_file(TITLES)
-            lines = (self.root / mapping).read_text(encoding="utf-8").splitlines() if mapping else []
+            lines = read_table(self.root / mapping).decode("utf-8", "replace").splitlines() if mapping else []
             titles = {line[:9]: line[10:].strip() for line in lines if WORDNET_ID.match(line)}
             records = [ClassRecord(name, titles.get(name, name)) for name in sorted(present | titles.keys())]
         return tuple(records if self.label_order == "ilsvrc" else sorted(records, key=lambda record: record.name))
@@ -258,7 +238,10 @@ class ImagenetSource(Source):
     def _kaggle_file(self, name: str) -> str | None:
         """Path of one of Kaggle's tables, relative to the root."""
         paths = (join(base, name) for base in KAGGLE_FOLDERS)
-        return next((path for path in paths if (self.root / path).is_file()), None)
+        found = next((path for path in paths if (self.root / path).is_file()), None)
+        if found is not None:
+            check_link(self.root, found, follow_links=self.follow_links)
+        return found
 
 
 def from_options(options: PrepareOptions) -> ImagenetSource:
@@ -270,45 +253,7 @@ def from_options(options: PrepareOptions) -> ImagenetSource:
     if options.input is None:
         raise ConfigError("--source imagenet needs --input FOLDER, with the official archives or extracted images")
     order = "alphabetical" if options.label_order == "default" else options.label_order
-    return ImagenetSource(root=options.input.absolute(), label_order=order, splits=options.splits)
-
-
-def find_devkit(root: AnyPath) -> Devkit | None:
-    """Reads the kit below ``root``, as the archive or extracted; None if there is none.
-
-    Raises:
-        SourceError: it is there but damaged.
-    """
-    archive = root / DEVKIT_NAME
-    if archive.is_file():
-        read = read_compressed(archive, (META_NAME, TRUTH_NAME))
-        return _parse_devkit(read[META_NAME], read[TRUTH_NAME], archive, (DEVKIT_NAME,))
-    for folder in DEVKIT_FOLDERS:
-        files = join(folder, META_NAME), join(folder, TRUTH_NAME)
-        meta, truth = (root / file for file in files)
-        if meta.is_file() and truth.is_file():
-            return _parse_devkit(meta.read_bytes(), truth.read_bytes(), root / folder, files)
-    return None
-
-
-def _parse_devkit(meta: bytes, truth: bytes, where: AnyPath, files: tuple[str, ...]) -> Devkit:
-    import scipy.io  # only for this one small file
-
-    try:
-        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        rows = sorted(
-            (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
-            for row in np.atleast_1d(synsets)
-            if int(row["num_children"]) == 0  # the others are parents in WordNet's tree, not classes
-        )
-        val_ids = tuple(int(line) for line in truth.split())
-    except Exception as error:  # scipy fails in many ways on damaged files
-        raise SourceError(f"{where}: damaged: {type(error).__name__}: {error}") from None
-    if [row[0] for row in rows] != list(range(1, len(rows) + 1)):
-        raise SourceError(f"{where}: the ids of the classes in {META_NAME} are not 1..{len(rows)}")
-    if any(not 1 <= label <= len(rows) for label in val_ids):
-        raise SourceError(f"{where}: {TRUTH_NAME} has ids outside 1..{len(rows)}")
-    return Devkit(tuple(row[1] for row in rows), tuple(row[2] for row in rows), val_ids, files)
+    return ImagenetSource(options.input.absolute(), order, options.splits, options.follow_links)
 
 
 def _outer_tar(path: AnyPath, tally: Tally) -> list[_Found]:

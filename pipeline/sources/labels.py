@@ -7,11 +7,12 @@ import csv
 import dataclasses
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.files import AnyPath
+from pipeline.files import AnyPath, read_whole
 from pipeline.pictures import has_picture_name
 from pipeline.sources.listing import nfc, printable
 from twotower.words import one_line
@@ -24,6 +25,7 @@ NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)
 KAGGLE_HEADER = "PredictionString"  # its cells hold the class, then boxes
 EXPECTED = "expected a CSV or lines NAME LABEL"
 SHOWN = 60
+MOST_BYTES = 2**30  # of a label file: a million lines have a tenth of it
 
 
 class Row(NamedTuple):
@@ -69,7 +71,7 @@ def read_labels(file: AnyPath, pictures: Iterable[str]) -> Labels:
     if not file.is_file():
         raise SourceError(f"{file}: is no file; {EXPECTED}")
     try:
-        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = read_whole(file, MOST_BYTES).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise SourceError(f"{file}: cannot be read: {error.strerror or error}; {EXPECTED}") from None
     names = _Names(pictures)
@@ -146,12 +148,11 @@ def _words(line: str, names: _Names) -> list[str]:
 
 def _columns(file: AnyPath, rows: list[Row], names: _Names) -> tuple[int, int, list[Row]]:
     """Column of the names, column of the labels, and the rows without a header."""
-    width = max((len(row.cells) for row in rows), default=0)
-    hits = [sum(bool(names.find(row.cell(column))) for row in rows) for column in range(width)]
-    if not any(hits):
+    hits = Counter(column for row in rows for column, cell in enumerate(row.cells) if names.find(cell))
+    if not hits:
         example = f", the first is {_shown(rows[0].cells[0])}" if rows else ""
         raise SourceError(f"{file}: none of its {len(rows):,} lines names a picture of the input{example}; {EXPECTED}")
-    name_column = hits.index(max(hits))
+    name_column = min(hits, key=lambda column: (-hits[column], column))
     header = rows[0] if _is_header(rows, name_column, 1 if name_column == 0 else 0, names) else None
     rows = rows if header is None else rows[1:]
     label_column = _label_column(file, header, rows, name_column)

@@ -7,7 +7,7 @@ from pipeline.errors import SourceError
 from pipeline.files import Entry, scan
 from pipeline.sources.listing import printable
 from pipeline.sources.split import apart_by_split, split_of
-from pipeline.sources.walk import Walker, join, shown
+from pipeline.sources.walk import Walker, check_link, join, shown
 
 IMAGES_FOLDERS = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages")
 ALL = "all"
@@ -65,6 +65,8 @@ def find_layout(looker: Walker) -> Layout:
             raise SourceError(
                 f"{looker.root / base / entry.name}: is a {entry.kind}, and leads to no folder of a split"
             )
+        if entry.linked and split_of(entry.name):
+            check_link(looker.root, join(base, entry.name), follow_links=looker.follow_links)
     folders = looker.contents(base).folders
     found: dict[str, Entry] = {}
     for entry in folders:

@@ -8,11 +8,14 @@ without an error), it keeps an object for every member, and it takes 16 us a mem
 compressed archives, which have no byte ranges, are read by it (:func:`read_compressed`).
 """
 
+import contextlib
 import functools
+import gzip
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pipeline.errors import SourceError
 from pipeline.files import AnyPath, read_range
@@ -32,6 +35,10 @@ FILES = b"0\x007"
 NO_FILES = FILES + b"5DV"  # folders, also with a list of their files (GNU), and a label of the whole tar
 LONGEST_EXTENSION = 2**20  # pax and GNU long-name records are a few hundred bytes; more is an attack on memory
 REST_BYTES = 2**20
+MOST_UNPACKED = 2**30  # of a compressed archive: CIFAR-10's has a fifth of it
+MOST_REST = 2**30  # zeros behind the end: tar fills up a record of some kilobytes, and a sparse file may have exabytes
+OCTAL = re.compile(rb"[0-7]*")  # int() takes a sign and underscores besides, and a size below 0 leads back
+MOST_DIGITS = 19  # of a PAX number
 # How a compressed archive begins, and what unpacks it. It has no byte ranges that could be read in place.
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -116,7 +123,8 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
         offset = data + size + -size % BLOCK
         if data + size > end:
             raise SourceError(
-                f"{where}: truncated or lying: {_plain_name(block)} claims {size:,} bytes, {end - data:,} are left"
+                f"{where}: truncated or lying: {one_line(_plain_name(block))} claims {size:,} bytes, and "
+                f"{end - data:,} are left"
             )
         if kind in b"xgLK":
             if size > LONGEST_EXTENSION:
@@ -129,7 +137,8 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
             yield TarMember(found, data, size)
         elif kind not in NO_FILES:
             raise SourceError(
-                f"{where}: only regular files are read, and {found} is {KINDS.get(kind, f'of unknown kind {kind!r}')}"
+                f"{where}: only regular files are read, and {one_line(found)} is "
+                f"{KINDS.get(kind, f'of unknown kind {kind!r}')}"
             )
         name, size_override = None, None
     _refuse_compressed(read(start, min(BLOCK, end - start)), where)
@@ -138,6 +147,10 @@ def walk_tar(read: Read, start: int, end: int, where: str) -> Iterator[TarMember
 
 def _check_rest(read: Read, offset: int, end: int, where: str) -> None:
     """Refuses what stands behind the end of a tar: tar programs ignore it in silence, so would lose a second tar."""
+    if end - offset > MOST_REST:
+        raise SourceError(
+            f"{where}: {end - offset:,} bytes behind the end of the tar, at byte {offset:,}: cut them off"
+        )
     for start in range(offset, end, REST_BYTES):
         rest = read(start, min(REST_BYTES, end - start))
         if rest.strip(b"\0"):
@@ -218,6 +231,38 @@ def walk_file(path: AnyPath) -> Iterator[TarMember]:
     return walk_tar(range_reader(path), 0, path.stat().st_size, str(path))
 
 
+@contextlib.contextmanager
+def open_compressed(archive: AnyPath) -> Iterator[tarfile.TarFile]:
+    """A small .tar.gz as a stream of members, which ends with an error where a bomb would go on.
+
+    Raises:
+        SourceError: it is damaged, or unpacks to more than :data:`MOST_UNPACKED`.
+    """
+    try:
+        with (
+            archive.open("rb") as stream,
+            gzip.open(stream) as unpacked,
+            tarfile.open(fileobj=cast(Any, _Limited(unpacked)), mode="r|") as tar,
+        ):
+            yield tar
+    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, OverflowError) as error:
+        raise SourceError(f"{archive}: damaged: {error}") from None
+
+
+class _Limited:
+    """The first :data:`MOST_UNPACKED` bytes of a stream; more of it is an error."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._left = stream, MOST_UNPACKED
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"unpacks to more than {MOST_UNPACKED:,} bytes")
+        return data
+
+
 def read_compressed(archive: AnyPath, names: Iterable[str]) -> dict[str, bytes]:
     """Reads the files whose paths end in these names out of a small .tar.gz, as a stream, up to the last of them.
 
@@ -225,30 +270,25 @@ def read_compressed(archive: AnyPath, names: Iterable[str]) -> dict[str, bytes]:
         SourceError: it is damaged, or one is not in it.
     """
     missing, found = set(names), dict[str, bytes]()
-    try:
-        with archive.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|gz") as tar:
-            while missing and (member := tar.next()):
-                name = next((name for name in missing if f"/{member.name}".endswith(f"/{name}")), None)
-                if name and member.isreg():
-                    file = tar.extractfile(member)
-                    found[name] = file.read() if file else b""
-                    missing.remove(name)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise SourceError(f"{archive}: damaged: {error}") from None
+    with open_compressed(archive) as tar:
+        while missing and (member := tar.next()):
+            name = next((name for name in missing if f"/{member.name}".endswith(f"/{name}")), None)
+            if name and member.isreg():
+                file = tar.extractfile(member)
+                found[name] = file.read() if file else b""
+                missing.remove(name)
     if missing:
         raise SourceError(f"{archive}: {', '.join(sorted(missing))} is not in it")
     return found
 
 
 def _checked_size(block: bytes, where: str, offset: int) -> int:
-    try:
-        stated = int(block[148:156].strip(b"\0 ") or b"0", 8)
-        if stated == sum(block) - sum(block[148:156]) + 8 * 32:
-            if block[124] & 0x80:  # GNU base-256, for members of 8 GiB and more
-                return int.from_bytes(block[125:136])
-            return int(block[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        pass
+    checksum, size = block[148:156].strip(b"\0 "), block[124:136].strip(b"\0 ")
+    if OCTAL.fullmatch(checksum) and int(checksum or b"0", 8) == sum(block) - sum(block[148:156]) + 8 * 32:
+        if block[124] == 0x80:  # GNU base-256, for members of 8 GiB and more; 0xff would be a number below 0
+            return int.from_bytes(block[125:136])
+        if OCTAL.fullmatch(size):
+            return int(size or b"0", 8)
     raise SourceError(f"{where}: damaged header at byte {offset:,}")
 
 
@@ -266,17 +306,17 @@ def _extended(kind: bytes, data: bytes, name: str | None, where: str) -> tuple[s
     """
     if kind == b"L":
         return data.rstrip(b"\0").decode("utf-8", "surrogateescape"), None
-    size = None
-    while data:
-        length, _, rest = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+    size, start = None, 0
+    while start < len(data):
+        length = data[start : start + MOST_DIGITS].partition(b" ")[0]
+        if not length.isdigit() or not len(length) + 2 < int(length) <= len(data) - start:
             break
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        key, _, value = data[start + len(length) + 1 : start + int(length) - 1].partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
-        elif key == b"size" and value.isdigit():
+        elif key == b"size" and value.isdigit() and len(value) <= MOST_DIGITS:
             size = int(value)
         elif key.startswith(b"GNU.sparse."):
-            raise SourceError(f"{where}: {name or 'a member'} is {KINDS[b'S']}")
-        data = data[int(length) :]
+            raise SourceError(f"{where}: {one_line(name or 'a member')} is {KINDS[b'S']}")
+        start += int(length)
     return name, size

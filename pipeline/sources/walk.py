@@ -1,9 +1,11 @@
 """Walks an input folder so that every file in it is either given out or counted, and nothing waits or goes round."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from pipeline.errors import SourceError
 from pipeline.files import (
@@ -24,6 +26,8 @@ from pipeline.sources.listing import Tally, printable
 from pipeline.sources.split import split_of
 
 SHOWN = 5
+FOLLOW = "--follow-links"
+LOOKED_AT = 1000  # folders, for a message
 REASON_OF = {
     "link": reasons.BROKEN_LINK,
     "pipe": reasons.PIPE,
@@ -54,20 +58,25 @@ class Walker:
         root: the input folder.
         tally: gets the counts.
         skip: files that are neither given out nor counted, relative to the root: those that the source reads labels of.
+        follow_links: also where they lead out of the input; such links are counted otherwise.
     """
 
-    def __init__(self, root: AnyPath, tally: Tally, skip: Iterable[str] = ()) -> None:
+    def __init__(self, root: AnyPath, tally: Tally, skip: Iterable[str] = (), *, follow_links: bool = False) -> None:
         self.root = root
         self.tally = tally
+        self.follow_links = follow_links
         self._locked: list[str] = []
+        self._outside: list[str] = []
         self._skip = frozenset(skip)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """A line about the folders that this user may not list."""
-        if not self._locked:
-            return ()
-        return (f"{self.root}: folders that this user may not list are passed over: {shown(self._locked)}",)
+        found = {
+            "folders that this user may not list are passed over": self._locked,
+            f"links that lead out of it are passed over ({FOLLOW} follows them)": self._outside,
+        }
+        return tuple(f"{self.root}: {words}: {shown(names)}" for words, names in found.items() if names)
 
     def contents(self, folder: str, split: str = "") -> Contents:
         """What is directly in ``folder`` (relative to the root); hidden and special files are counted.
@@ -77,7 +86,10 @@ class Walker:
         """
         files, folders = [], []
         for entry in scan(self.root / folder):
-            if entry.kind == "file" and entry.name[0] != ".":  # first: a million times
+            if entry.linked and not entry.hidden and self.leads_out(join(folder, entry.name)):
+                self.tally.add(reasons.LINK_OUT, join(folder, entry.name), split=split)
+                self._outside.append(join(folder, entry.name))
+            elif entry.kind == "file" and entry.name[0] != ".":  # first: a million times
                 files.append(entry)
             elif entry.hidden:
                 self.pass_over(folder, [entry], reasons.HIDDEN, split)
@@ -138,13 +150,16 @@ class Walker:
 
     def has_picture(self, folder: str) -> bool:
         """Tells whether a picture is anywhere from ``folder`` down, looking no further than the first."""
-        looker, seen, folders = Walker(self.root, Tally(), self._skip), self._above(folder), [folder]
+        looker = Walker(self.root, Tally(), self._skip, follow_links=self.follow_links)
+        seen, folders = self._above(folder), [folder]
         while folders:
             path, unclear = folders.pop(), []
             try:
                 here = identity(self.root / path)
                 for entry in [] if here in seen else scan(self.root / path):
                     if entry.hidden or entry.kind not in ("directory", "file", "link"):
+                        continue
+                    if entry.linked and self.leads_out(join(path, entry.name)):
                         continue
                     if entry.kind == "directory":
                         folders.append(join(path, entry.name))
@@ -158,6 +173,16 @@ class Walker:
             if any(looker.pictures_of(path, unclear)):
                 return True
         return False
+
+    def leads_out(self, path: str) -> bool:
+        """Whether a path (relative to the root) is one that links lead out of the input, and none is followed there."""
+        place = None if self.follow_links else local_path(self.root / path)
+        return place is not None and not within(place, self._real_root)
+
+    @functools.cached_property
+    def _real_root(self) -> str:
+        place = local_path(self.root)
+        return "" if place is None else os.path.realpath(place)
 
     def pass_over(self, folder: str, entries: Iterable[Entry], reason: str, split: str = "") -> None:
         """Counts these entries of ``folder``, and every file from them down; links are counted, not followed."""
@@ -210,6 +235,33 @@ class Walker:
             else:
                 reason = reasons.UNREADABLE if found is None else reasons.NO_PICTURE
                 self.tally.add(reason, prefix + entry.name, split=split)
+
+
+def within(path: Path, real_root: str) -> bool:
+    """Whether a path lies in a folder, wherever links lead."""
+    return f"{os.path.realpath(path)}/".startswith(f"{real_root.rstrip('/')}/")
+
+
+def check_link(root: AnyPath, name: str, *, follow_links: bool) -> None:
+    """Refuses a file of a fixed name that a link leads out of the input to.
+
+    Raises:
+        SourceError: it is one, and none is to be followed.
+    """
+    if Walker(root, Tally(), follow_links=follow_links).leads_out(name):
+        raise SourceError(f"{root / name}: is a link that leads out of the input: {FOLLOW} follows it")
+
+
+def links_out(root: AnyPath) -> str:
+    """The end of a message about an input without images, where links lead out of it; else empty."""
+    looker = Walker(root, Tally())
+    with contextlib.suppress(SourceError):
+        for number, _ in enumerate(looker.below("", mixed=True)):
+            if looker._outside:
+                return f"; links lead out of it ({shown(looker._outside)}): {FOLLOW} follows them"
+            if number == LOOKED_AT:
+                break
+    return ""
 
 
 def join(folder: str, name: str) -> str:

@@ -11,14 +11,15 @@ from collections.abc import Iterable
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, DatasetError, SourceError
-from pipeline.files import AnyPath, read_range
+from pipeline.files import AnyPath, read_range, read_whole
 from pipeline.manifest import MANIFEST_NAME, ClassRecord, from_json
 from pipeline.sources import reasons
 from pipeline.sources.listing import Item, Listing, Source, SplitListing, Tally, printable
 from pipeline.sources.samples import EXPECTED, LabelTexts, labeled_images
 from pipeline.sources.split import SPLIT_FOLDERS, SPLIT_WORD, apart_by_split, split_of
 from pipeline.sources.tar_reader import COMPRESSED_NAME
-from pipeline.sources.walk import Walker, join, shown
+from pipeline.sources.walk import Walker, check_link, join, shown
+from twotower.untrusted import MAX_JSON_BYTES
 from twotower.words import one_line
 
 CLASS_FILES = ("classnames.txt", "classes.txt")
@@ -34,18 +35,21 @@ class WebdatasetSource(Source):
         val_fraction: share of every class for ``val`` where the tars have no splits.
         seed: seed of that split.
         splits: the splits that are wanted; empty for all.
+        follow_links: links that lead out of the folder are followed.
     """
 
     root: AnyPath
     val_fraction: float
     seed: int
     splits: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def listing(self) -> Listing:
         """Reads every header and label."""
         if not self.root.is_dir():
             raise SourceError(f"--input {self.root}: no such folder")
-        walker, texts = Walker(self.root, Tally(), (MANIFEST_NAME, *CLASS_FILES)), LabelTexts()
+        walker = Walker(self.root, Tally(), (MANIFEST_NAME, *CLASS_FILES), follow_links=self.follow_links)
+        texts = LabelTexts()
         found: dict[str, list[Item]] = {}
         for name in self._tars(walker):
             split = _split_of(self.root, name)
@@ -141,9 +145,11 @@ class WebdatasetSource(Source):
             SourceError: it cannot be read.
         """
         path = self.root / MANIFEST_NAME
+        for name in (MANIFEST_NAME, *CLASS_FILES):
+            check_link(self.root, name, follow_links=self.follow_links)
         if path.is_file():
             try:
-                return from_json(path.read_bytes()).classes, path
+                return from_json(_read_text(path)).classes, path
             except DatasetError as error:
                 raise SourceError(f"{self.root}: {error}; if another program wrote it, take it away") from None
         for path in (self.root / name for name in CLASS_FILES):
@@ -160,7 +166,9 @@ def from_options(options: PrepareOptions) -> WebdatasetSource:
     """
     if options.input is None:
         raise ConfigError("--source webdataset needs --input FOLDER with .tar files")
-    return WebdatasetSource(options.input.absolute(), options.val_fraction, options.seed, options.splits)
+    return WebdatasetSource(
+        options.input.absolute(), options.val_fraction, options.seed, options.splits, options.follow_links
+    )
 
 
 def _split_of(root: AnyPath, name: str) -> str:
@@ -183,10 +191,17 @@ def _split_of(root: AnyPath, name: str) -> str:
     return ALL
 
 
+def _read_text(path: AnyPath) -> bytes:
+    try:
+        return read_whole(path, MAX_JSON_BYTES)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def _read_names(path: AnyPath) -> tuple[ClassRecord, ...]:
     """A file of class names, a line each."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").rstrip().splitlines()
+        lines = _read_text(path).decode("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
         raise SourceError(f"{path}: is not UTF-8: expected a class name on each line") from None
     names = [line.strip() for line in lines]

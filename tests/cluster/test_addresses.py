@@ -13,8 +13,9 @@ import pytest
 from cluster.__main__ import main
 from cluster.errors import ClusterError
 from cluster.jobs.addresses import dashboard_address, is_loopback
-from cluster.jobs.auth_token import ensure_token, read_token
-from cluster.jobs.client import Client
+from cluster.jobs.auth_token import new_token
+from cluster.jobs.client import ASKS_FOR_TOKEN, Client
+from tests.helpers.strangers import strangers_port
 
 JOB = {"submission_id": "x", "status": "SUCCEEDED", "entrypoint": "true", "driver_node_id": "n", "start_time": 1}
 ANSWERS = {
@@ -36,8 +37,13 @@ Server = namedtuple("Server", "address port asked")
 
 
 @contextlib.contextmanager
-def dashboard(prefix="", status=200, headers=(), body=None, missing=()):
-    """A stand-in on loopback that notes who asks for what; `missing` packages must be sent to it."""
+def dashboard(prefix="", status=200, headers=(), body=None, missing=(), asks=None):
+    """A stand-in on loopback that notes who asks for what.
+
+    Args:
+        missing: packages that must be sent to it.
+        asks: what it says, with 401, to who sends no token; None: it asks nobody.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,7 +54,9 @@ def dashboard(prefix="", status=200, headers=(), body=None, missing=()):
             path = self.path.removeprefix(prefix).partition("?")[0]
             lacks = self.command == "GET" and any(path.startswith(start) for start in missing)
             text = json.dumps(ANSWERS.get(path, {})).encode() if body is None else body
-            self.send_response(404 if lacks else status)
+            refused = asks is not None and not self.headers.get("Authorization")
+            text = asks.encode() if refused else text
+            self.send_response(401 if refused else 404 if lacks else status)
             for name, value in headers:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(text)))
@@ -72,8 +80,8 @@ def token(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    ensure_token()
-    return read_token()
+    new_token(tmp_path / "token")
+    return (tmp_path / "token").read_text()
 
 
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
@@ -83,7 +91,7 @@ def test_every_request_goes_to_the_given_address_with_its_token(monkeypatch, tmp
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with dashboard(prefix, missing=("/api/packages",)) as ours, dashboard() as other:
+    with dashboard(prefix, missing=("/api/packages",), asks=ASKS_FOR_TOKEN) as ours, dashboard() as other:
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, other.address)
             if "PROXY" in name:
@@ -95,8 +103,9 @@ def test_every_request_goes_to_the_given_address_with_its_token(monkeypatch, tmp
     assert dict(os.environ).items() - before.items() <= {("RAY_CLIENT_MODE", "0")}  # which importing Ray sets
     assert ours.asked and not other.asked
     assert all(path.startswith(f"{prefix}/") and "//" not in path for _, path, _, _ in ours.asked)
-    without = [path for _, path, auth, _ in ours.asked if auth != f"Bearer {token}"]
-    assert without == ([f"{prefix}/api/jobs/"] if words[0] == "doctor" else []), "doctor asks once without it"
+    without = [auth for _, _, auth, _ in ours.asked].count(None)
+    assert without == (2 if words[0] == "doctor" else 1), "each client asks once without it, doctor to see what it says"
+    assert {auth for _, _, auth, _ in ours.asked} == {None, f"Bearer {token}"}
     methods = [method for method, *_ in ours.asked]
     if words[0] == "submit":
         assert methods.count("PUT") == methods.count("POST") == 1
@@ -116,6 +125,43 @@ def test_a_redirect_is_told_and_not_followed(words, status, capsys):
     said = capsys.readouterr()
     (line,) = [line for line in (said.err + said.out).splitlines() if "sends requests on" in line]
     assert f"{ours.address} sends requests on to {other.address}/\\x1b[2J" in line
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize(
+    "asks", [None, "", "Unauthorized", "<html>Login</html>"], ids=["nobody", "empty", "word", "page"]
+)
+def test_a_server_that_does_not_ask_for_it_as_ray_does_gets_no_token(words, asks, capsys):
+    """An open dashboard, and another program on the port that asks for a password of its own."""
+    with dashboard(asks=asks, headers=[("WWW-Authenticate", "Basic realm=x")]) as server:
+        code = main([words[0], "--address", server.address, *words[1:]])
+    assert server.asked and not [auth for _, _, auth, _ in server.asked if auth]
+    said = capsys.readouterr()
+    if asks is not None:
+        assert code == 2 and "the token was not sent" in said.err + said.out
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_another_users_program_on_the_port_gets_no_token(words, host, capsys):
+    """It asks for the token exactly as Ray does; it answers with what it was sent, and must not be heard."""
+    body = ASKS_FOR_TOKEN.encode()
+    head = f"HTTP/1.1 401 Unauthorized\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+    with strangers_port(head + body) as port:
+        assert main([words[0], "--address", f"http://{host}:{port}", *words[1:]]) == 2
+    said = capsys.readouterr()
+    assert "another user of this machine (uid 65534): the token was not sent" in said.err + said.out
+
+
+def test_a_port_that_changes_hands_is_asked_again_without_the_token(token):
+    """A job is followed for hours; the cluster ends meanwhile, and another program takes its port."""
+    with dashboard(asks=ASKS_FOR_TOKEN) as ours:
+        client = Client(ours.address)
+        client.version()
+    with pytest.raises(ClusterError):
+        client.version()
+    assert not client.asks_for_token
 
 
 @pytest.mark.parametrize(

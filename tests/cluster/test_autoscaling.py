@@ -11,6 +11,7 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD_NODE
 
 from cluster import local
+from cluster.jobs.auth_token import new_token
 from tests.helpers.digits_jobs import PREPARE, manifest, prepare_directly, train_command
 from tests.helpers.local_cluster import ROOT, Machine
 
@@ -51,12 +52,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     options.folder.mkdir(mode=0o700)
     names = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
     names |= {"RAY_CLOUD_INSTANCE_ID": HEAD_NODE, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE}
-    names["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     original = local._environment
     monkeypatch.setattr(local, "_environment", lambda options: original(options) | {"PYTHONPATH": str(ROOT)})
-    local.ensure_token()
+    token = options.folder / local.TOKEN_NAME
+    new_token(token)
     gcs_port, client_port, port = local._free_ports(3)
     gcs = f"127.0.0.1:{gcs_port}"
     (folder / "config.json").write_text(json.dumps(autoscaling_config(gcs)))
@@ -69,7 +70,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         local.save(options.folder, cluster)
         local.wait_for_nodes(options, cluster, 1)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_API_SERVER_ADDRESS": cluster.address}
+        environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_API_SERVER_ADDRESS": cluster.address}
         yield Machine(folder, options, environment)
     finally:
         local.down(options.folder)

@@ -23,7 +23,7 @@ from cluster.doctor import check_cluster
 from cluster.errors import ClusterError, last_line
 from cluster.host_checks import check_token
 from cluster.jobs import client, submission
-from cluster.jobs.auth_token import ensure_token, mode_too_wide, read_token
+from cluster.jobs.auth_token import ensure_token, find_token, mode_too_wide, new_token, token_path
 from cluster.jobs.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,46 +105,59 @@ def test_errors_are_one_line_and_exit_2(arguments, words, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [("submit", "--", "true"), ("status",), ("logs", "x"), ("stop", "x"), ("doctor",), ("up", "--local")],
+    [("submit", "--", "true"), ("status",), ("logs", "x"), ("stop", "x"), ("doctor",)],
     ids=lambda words: words[0],
 )
-def test_without_a_home_folder_it_names_the_variable(words, monkeypatch, tmp_path, capsys):
+def test_without_a_home_folder_it_names_the_variable(words, monkeypatch, capsys):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setattr("pathlib.Path.home", no_home)
-    options = ("--folder", str(tmp_path / "c")) if words[0] == "up" else ("--address", NOBODY)
-    assert main([words[0], *options, *words[1:]]) == 2
+    assert main([words[0], "--address", NOBODY, *words[1:]]) == 2
     output = capsys.readouterr()
     assert "no home folder" in output.out + output.err and "RAY_AUTH_TOKEN_PATH" in output.out + output.err
-    assert not (tmp_path / "c").exists()
 
 
-def test_token_is_made_once_and_for_its_owner_only(token_folder):
-    old = os.umask(0o022)
+def test_token_is_made_once_and_for_its_owner_only():
+    old, path = os.umask(0), token_path()
     try:
-        path, done = ensure_token()
+        assert "new token" in ensure_token(path)
     finally:
         os.umask(old)
-    assert "new token" in done
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    token = read_token()
-    assert re.fullmatch(r"[0-9a-f]{64}", token)
-    assert ensure_token() == (path, "") and read_token() == token
+    token = find_token()
+    assert re.fullmatch(r"[0-9a-f]{64}", token.text) and token.text not in repr(token)
+    assert ensure_token(path) == "" and find_token() == token
+
+
+def test_a_new_token_is_never_written_through_a_link(tmp_path):
+    (tmp_path / "theirs").write_text("stays")
+    (tmp_path / "token").symlink_to(tmp_path / "theirs")
+    new_token(tmp_path / "token")
+    assert (tmp_path / "theirs").read_text() == "stays" and not (tmp_path / "token").is_symlink()
 
 
 def test_token_file_that_others_can_read_is_found_and_mended():
-    path, _ = ensure_token()
+    path = token_path()
+    new_token(path)
     path.chmod(0o644)  # as Ray writes it
     assert mode_too_wide(path) == 0o644
     (finding,) = check_token()
     assert finding.level == "bad" and finding.fix == f"chmod 600 {path}"
-    assert ensure_token()[1] and mode_too_wide(path) is None
+    assert ensure_token(path) and mode_too_wide(path) is None
+
+
+def test_a_token_file_that_is_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "pipe"))
+    with pytest.raises(ClusterError, match="it is no file"):
+        Client(NOBODY)
 
 
 def test_empty_token_file_is_named():
-    path, _ = ensure_token()
+    path = token_path()
+    new_token(path)
     path.write_text("\n")
     with pytest.raises(ClusterError, match="is empty"):
         Client(NOBODY)
@@ -254,6 +267,31 @@ def test_node_ended_and_its_number_given_to_another_process_is_not_ours(tmp_path
     assert local.load(tmp_path) is None
     local.stop_node(ours)  # must not end this very process
     assert local.down(tmp_path) is None
+
+
+def test_the_port_of_the_local_cluster_must_be_one_of_its_processes(tmp_path, capsys):
+    """A process in a session of its own stands for the head; then another program has the port."""
+    code = "import socket, time\ns = socket.create_server(('127.0.0.1', 0))\n"
+    code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as head,
+        serving(lambda handler: b"{}") as other,
+    ):
+        try:
+            node = local.LocalNode(head.pid, local._start_time(head.pid), head=True)
+            ours = f"http://127.0.0.1:{int(head.stdout.readline())}"
+            local.save(tmp_path, local.LocalCluster(ours, "127.0.0.1:1", (node,)))
+            for address in (ours, ours.replace("127.0.0.1", "localhost")):
+                assert local.token_file(tmp_path, address) == tmp_path / local.TOKEN_NAME
+            for address in (other.address, "http://10.0.0.7:8265"):
+                assert local.token_file(tmp_path, address) is None, "another cluster's"
+            local.save(tmp_path, local.LocalCluster(other.address, "127.0.0.1:1", (node,)))
+            assert main(["status", "--folder", str(tmp_path), "--address", other.address]) == 2
+            assert "held by another program: the token was not sent" in capsys.readouterr().err
+        finally:
+            head.kill()
+    assert local.token_file(tmp_path, other.address) is None, "its head has ended"
 
 
 def test_full_disks_of_living_nodes():

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import commands
+from cluster import ray_up as ray_up_module
 from cluster.__main__ import main
+from cluster.jobs.tree import SECRETS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "cluster" / "deploy"
@@ -38,8 +39,8 @@ def test_ray_up_starts_every_node_with_the_token(ray_up):
     for kind in ("head", "worker"):
         (start,) = (command for command in ray_up[f"{kind}_start_ray_commands"] if "ray start" in command)
         assert "RAY_AUTH_MODE=token" in start and "\n" not in start
-    assert "~/.ray/auth_token" in ray_up["file_mounts"]
-    assert any(command.startswith("chmod 600") for command in ray_up["setup_commands"])
+    assert ray_up["file_mounts"]["~/.ray/auth_token"].startswith("~/.ray/"), "outside of the tree"
+    assert any("chmod 600 ~/.ray/auth_token" in command for command in ray_up["setup_commands"])
     assert "--dashboard-host=127.0.0.1" in " ".join(ray_up["head_start_ray_commands"])
 
 
@@ -51,31 +52,84 @@ def test_ray_up_commands_are_options_of_ray_start(ray_up):
         start.make_context("start", [word.replace("~", "/root") for word in command])  # raises on an unknown option
 
 
-@pytest.mark.parametrize("verb", ["up", "down"])
-def test_up_and_down_hand_the_file_to_ray(verb, monkeypatch, tmp_path):
+def test_ray_up_has_a_key_of_its_own_and_leaves_out_what_is_secret(ray_up):
+    """Also of plain `ray up`, which sends the folder as it lies there."""
+    assert ray_up["auth"]["ssh_private_key"] == "~/.ssh/twotower", "the head gets it: not the user's own"
+    assert set(SECRETS) | {".git", ".venv"} <= set(ray_up["rsync_exclude"])
+
+
+@pytest.fixture
+def rays(monkeypatch, tmp_path):
+    """Ray's command line, which notes how it is called, what CLUSTER.yaml says then, and what the mounts hold."""
+    calls, real = [], subprocess.run
+
+    def run(words, env, check, **others):
+        if words[0] == "git":
+            return real(words, env=env, check=check, **others)
+        record = yaml.safe_load(Path(words[-1]).read_text())
+        tree = Path(record["file_mounts"]["~/twotower"])
+        files = {path.relative_to(tree).as_posix() for path in tree.rglob("*")} if tree != Path() else set()
+        calls.append((words, env, record, files))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(ray_up_module.subprocess, "run", run)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-another-cluster")
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "my.yaml"
+    text = (FILES / "ray-cluster.yaml").read_text().replace("~/.ray/twotower.token", str(tmp_path / "s" / "token"))
+    config.write_text(text)
+    return config, calls
+
+
+def test_up_and_down_hand_the_file_to_ray_with_the_clusters_own_token(rays, tmp_path):
     from ray.scripts import scripts
 
-    calls = []
+    config, calls = rays
+    token = tmp_path / "s" / "token"
+    assert main(["up", str(config)]) == 0
+    first = token.read_text()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert main(["up", str(config)]) == 0 and token.read_text() == first, "`up` again is an update"
+    assert main(["down", str(config)]) == 0 and not token.exists()
+    for (words, env, record, _), verb in zip(calls, ("up", "up", "down"), strict=True):
+        assert words[:4] == [sys.executable, "-m", "ray.scripts.scripts", verb]
+        context = getattr(scripts, verb).make_context(verb, words[4:])
+        assert context.params["yes"]
+        assert env["RAY_AUTH_TOKEN_PATH"] == str(token) and "RAY_AUTH_TOKEN" not in env
+        assert record["cluster_name"] == "twotower"
 
-    def run(words, check):
-        calls.append(words)
-        return subprocess.CompletedProcess(words, 5)
 
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(commands.subprocess, "run", run)
-    assert main([verb, str(FILES / "ray-cluster.yaml")]) == 5
-    (words,) = calls
-    assert words[:4] == [sys.executable, "-m", "ray.scripts.scripts", verb]
-    context = getattr(scripts, verb).make_context(verb, words[4:])
-    assert context.params["yes"] and context.params["cluster_config_file"] == str(FILES / "ray-cluster.yaml")
-    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+def test_up_sends_what_submit_would_send(rays):
+    config, calls = rays
+    assert main(["up", str(config)]) == 0
+    ((words, _, record, files),) = calls
+    assert {"pyproject.toml", "cluster/ray_up.py", "constraints.txt", "Makefile"} <= files
+    assert not any(name.startswith((".git/", ".venv", "benchmarks/results/")) for name in files)
+    assert not Path(words[-1]).exists() and not Path(record["file_mounts"]["~/twotower"]).exists(), "a copy for once"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  ~/.ray/auth_token: ", "  ~/.ray/other: ", "file_mounts has no ~/.ray/auth_token"),
+        ("auth_token: ", "auth_token: ./token #", "lies in the tree"),
+        ("file_mounts:", "file_mount:", "expected file_mounts"),
+        ("cluster_name: twotower", "cluster_name: [", "cannot be read"),
+    ],
+)
+def test_a_cluster_file_without_a_private_token_is_refused(rays, old, new, said, capsys):
+    config, calls = rays
+    config.write_text(config.read_text().replace(old, new, 1))
+    assert main(["up", str(config)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not calls
 
 
 SRUN = """\
 import json, os, pathlib, stat, sys
 token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
 record = {"arguments": sys.argv[1:], "environment": dict(os.environ), "token": len(token.read_text()),
-          "mode": stat.S_IMODE(token.stat().st_mode)}
+          "mode": stat.S_IMODE(token.stat().st_mode), "folder": stat.S_IMODE(token.parent.stat().st_mode)}
 pathlib.Path("srun.json").write_text(json.dumps(record))
 words = sys.argv[sys.argv.index("ray"):]
 os.execvp(words[0], words)
@@ -100,6 +154,7 @@ def slurm(tmp_path):
     def start(*command: str, job: str = "123456") -> subprocess.Popen:
         environment = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
         environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "8", "PYTHONPATH": str(ROOT)}
+        environment["HOME"] = str(tmp_path.parent / f"home-{tmp_path.name}")
         environment["PATH"] = f"{tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         script = ["bash", str(FILES / "slurm.sh"), *command]
         pipe = subprocess.PIPE
@@ -117,7 +172,9 @@ def test_slurm_script_starts_ray_once_a_node_with_a_private_token(slurm, tmp_pat
     record = json.loads((tmp_path / "srun.json").read_text())
     assert record["mode"] == 0o600 and record["token"] == 64
     assert record["environment"]["RAY_AUTH_MODE"] == "token"
-    assert not Path(record["environment"]["RAY_AUTH_TOKEN_PATH"]).exists(), "the token must not outlive the job"
+    token = Path(record["environment"]["RAY_AUTH_TOKEN_PATH"])
+    assert not token.parent.exists(), "the token must not outlive the job"
+    assert record["folder"] == 0o700 and not token.is_relative_to(tmp_path), "not in the tree, which is sent about"
     words = record["arguments"]
     assert "--nodes=2" in words and "--ntasks=2" in words
     assert tuple(words[words.index("cluster.jobs.entry") + 2 :]) == command
@@ -138,7 +195,9 @@ def test_slurm_script_lets_the_command_save_when_its_time_is_up(slurm, tmp_path)
     assert process.returncode == 3, stderr
     assert (tmp_path / "saved").exists()
     assert json.loads((tmp_path / "job-result-123456.json").read_text())["outcome"] == "stopped"
-    assert not list(tmp_path.glob(".*-123456")), "neither the token nor the process id may outlive the job"
+    assert not list(tmp_path.glob(".*-123456")) and not list(tmp_path.parent.glob("home-*/.ray/*")), (
+        "neither the token nor the process id may outlive the job"
+    )
 
 
 def test_slurm_script_fails_where_ray_does_not_start(slurm, tmp_path):

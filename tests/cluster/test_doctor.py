@@ -123,7 +123,7 @@ def test_a_local_cluster_that_listens_on_all_interfaces(tmp_path, host, wanted):
     """A process in a session of its own stands for a node; the socket is real."""
     code = f"import socket, time\ns = socket.create_server(({host!r}, 0))\n"
     code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, local.PROGRAM]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             address = f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -46,15 +46,8 @@ def machine():
 def add_node(machine: Machine) -> None:
     options = local.LocalOptions(machine.options.folder, num_cpus=2)
     before = machine.cluster
-    environment = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    os.environ["RAY_AUTH_TOKEN_PATH"] = machine.environment["RAY_AUTH_TOKEN_PATH"]
-    try:
-        cluster = local.add_node(options, before, len(before.nodes))
-        local.wait_for_nodes(options, cluster, len(living(cluster)))
-    finally:
-        os.environ.pop("RAY_AUTH_TOKEN_PATH")
-        if environment is not None:
-            os.environ["RAY_AUTH_TOKEN_PATH"] = environment
+    cluster = local.add_node(options, before, len(before.nodes))
+    local.wait_for_nodes(options, cluster, len(living(cluster)))
 
 
 def living(cluster: local.LocalCluster) -> list[local.LocalNode]:

@@ -10,6 +10,7 @@ from cluster.__main__ import main
 from cluster.errors import ClusterError
 from cluster.jobs import paths, seen
 from cluster.jobs.paths import OPTIONS, TREE, absolute_paths, options_of, path_words, shared_paths
+from cluster.jobs.tree import choose
 from pipeline.__main__ import make_parser as pipeline_parser
 from trainer.cli import make_parser as trainer_parser
 
@@ -124,8 +125,9 @@ def test_urls_are_for_data_only():
 def test_a_recipe_may_be_a_file_of_the_tree_that_is_sent(monkeypatch, tmp_path):
     words = ["python", "-m", "trainer", "describe", "--config"]
     monkeypatch.chdir(TREE / "configs")
+    sent = ("configs/digits.toml",)
     for value in ("digits.toml", "../configs/digits.toml", "configs/digits.toml"):
-        assert absolute_paths([*words, value], AWAY, here=False)[-1] == "configs/digits.toml"
+        assert absolute_paths([*words, value], AWAY, False, sent)[-1] == "configs/digits.toml"
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").touch()
     assert absolute_paths([*words, "mine.toml"], HERE, here=True)[-1] == f"{tmp_path}/mine.toml"
@@ -135,9 +137,10 @@ def test_a_recipe_may_be_a_file_of_the_tree_that_is_sent(monkeypatch, tmp_path):
 
 def test_a_recipe_that_is_left_out_of_what_is_sent_is_no_part_of_it(monkeypatch):
     """As a run's own, below runs/ (.gitignore), or one of the lists in benchmarks/results (.rayignore)."""
-    sent = next((TREE / "benchmarks" / "results").iterdir()).relative_to(TREE)
+    left_out = next((TREE / "benchmarks" / "results").iterdir()).relative_to(TREE)
     monkeypatch.chdir(TREE)
-    assert paths._in_sent_tree(Path("configs/digits.toml")) and not paths._in_sent_tree(sent)
+    files = choose().files
+    assert paths._in_sent_tree(Path("configs/digits.toml"), files) and not paths._in_sent_tree(left_out, files)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +155,12 @@ def test_a_recipe_that_is_left_out_of_what_is_sent_is_no_part_of_it(monkeypatch)
     ],
 )
 def test_the_text_of_a_shell_is_read_but_not_rewritten(text, refused):
-    words = ["bash", "-c", text]
+    words, sent = ["bash", "-c", text], ("configs/digits.toml",)
     if refused:
         with pytest.raises(ClusterError, match="give an absolute path"):
-            absolute_paths(words, HERE, here=True)
+            absolute_paths(words, HERE, True, sent)
     else:
-        assert absolute_paths(words, HERE, here=True) == tuple(words)
+        assert absolute_paths(words, HERE, True, sent) == tuple(words)
 
 
 def test_submit_refuses_before_anything_is_asked(capsys):

@@ -91,11 +91,16 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]] if cluster else []
 
 
+def templates(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all pods: Ray's, and the one that submits."""
+    return [*(group["template"] for group in groups(spec)), spec["submitterPodTemplate"]]
+
+
 def check(document: dict[str, Any]) -> None:
     """Raises a jsonschema.ValidationError if KubeRay or Kubernetes would not take the file as it is written."""
     jsonschema.Draft202012Validator(DOCUMENT).validate(document)
-    for group in groups(document["spec"]):
-        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]}
+    for template in templates(document["spec"]):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
         for version in KUBERNETES:
             kubernetes_validate.validate(pod, version, strict=True)
 
@@ -205,3 +210,82 @@ def test_the_image_holds_what_the_pods_run(rayjob):
         (container,) = group["template"]["spec"]["containers"]
         assert container["workingDir"] == folder
     assert any("wget" in line for line in lines), "KubeRay's probes call it"
+
+
+def unsafe(template: dict[str, Any]) -> list[str]:
+    """What a pod may do that it need not."""
+    pod, found = template["spec"], []
+    user = pod.get("securityContext", {})
+    if pod.get("automountServiceAccountToken") is not False:
+        found.append("a token of Kubernetes")
+    if not user.get("runAsNonRoot") or not user.get("runAsUser") or not user.get("runAsGroup"):
+        found.append("root")
+    if user.get("seccompProfile") != {"type": "RuntimeDefault"}:
+        found.append("every system call")
+    if any(pod.get(name) for name in ("hostNetwork", "hostPID", "hostIPC")) or any(
+        "hostPath" in v for v in pod["volumes"]
+    ):
+        found.append("the host")
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        rights = container.get("securityContext", {})
+        if rights.get("allowPrivilegeEscalation") is not False or rights.get("privileged"):
+            found.append("more rights")
+        if rights.get("capabilities") != {"drop": ["ALL"]}:
+            found.append("capabilities")
+        if rights.get("readOnlyRootFilesystem") is not True:
+            found.append("a root file system that is written")
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        if {"name": mounts.get("/tmp"), "emptyDir": {}} not in pod["volumes"]:
+            found.append("no place for temporary files")
+        if not re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:([0-9a-f]{64}|DIGEST)", container["image"]):
+            found.append("an image that may change")
+    return found
+
+
+def test_pods_have_no_rights_that_they_do_not_need(rayjob):
+    found = templates(rayjob["spec"])
+    assert len(found) == 3 and [unsafe(template) for template in found] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("automountServiceAccountToken",), True),
+        (("securityContext", "runAsNonRoot"), False),
+        (("securityContext", "seccompProfile"), {"type": "Unconfined"}),
+        (("containers", 0, "securityContext"), {}),
+        (("containers", 0, "securityContext", "capabilities"), {"drop": ["ALL"], "add": ["SYS_PTRACE"]}),
+        (("containers", 0, "image"), "REGISTRY/twotower:latest"),
+        (("volumes",), [{"name": "tmp", "hostPath": {"path": "/"}}]),
+    ],
+)
+def test_a_right_too_many_is_noticed(rayjob, place, value):
+    changed = copy.deepcopy(rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"])
+    there: Any = changed["spec"]
+    for step in place[:-1]:
+        there = there[step]
+    there[place[-1]] = value
+    assert unsafe(changed)
+
+
+def test_the_image_as_it_stands_is_one_that_no_node_can_pull(rayjob):
+    """A digest has 64 hexadecimal digits: what is not set ends in InvalidImageName, and not in somebody's image."""
+    for template in templates(rayjob["spec"]):
+        assert all(container["image"].endswith("@sha256:DIGEST") for container in template["spec"]["containers"])
+
+
+def test_the_image_runs_as_the_pods_user_and_is_not_written(rayjob):
+    text = (ROOT / "cluster" / "deploy" / "Dockerfile").read_text()
+    user = rayjob["spec"]["submitterPodTemplate"]["spec"]["securityContext"]
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == f"{user['runAsUser']}:{user['runAsGroup']}"
+    assert "HOME=/tmp" in text and "--require-hashes --requirement requirements.lock" in text
+
+
+def test_the_network_policy_shuts_rays_pods_to_all_but_ray():
+    policy = yaml.safe_load((ROOT / "cluster" / "deploy" / "network-policy.yaml").read_text())
+    for version in KUBERNETES:
+        kubernetes_validate.validate(policy, version, strict=True)
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    (rule,) = policy["spec"]["ingress"]
+    assert rule["from"] and all(peer for peer in rule["from"]), "an empty peer is everybody"

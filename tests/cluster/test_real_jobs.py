@@ -23,7 +23,8 @@ def machine():
 
 
 def test_token_file_is_private_and_the_dashboard_asks_for_it(machine):
-    assert stat.S_IMODE((machine.folder / "token").stat().st_mode) == 0o600
+    token = Path(machine.environment["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     jobs = f"{machine.cluster.address}/api/jobs/"
     assert machine.cluster.address.startswith("http://127.0.0.1:")
     assert requests.get(jobs, timeout=20).status_code == 401
@@ -95,7 +96,7 @@ def descendants(pid: int) -> set[int]:
 def test_a_job_of_plain_ray_is_shown_as_ray_knows_it(machine):
     line = "prepared 239 / 1,797 images, 48 images/s, 33 s left"
     jobs = (("good", 0, "succeeded"), ("b d?", 7, "failed"), ("killed by 9", 137, "killed"))
-    headers = {"Authorization": f"Bearer {(machine.folder / 'token').read_text()}"}
+    headers = {"Authorization": f"Bearer {Path(machine.environment['RAY_AUTH_TOKEN_PATH']).read_text()}"}
     entrypoint = f"echo -e '{line} \\xff' -- x; exit "
     for job_id, code, _ in jobs:
         job = {"submission_id": job_id, "entrypoint": f"{entrypoint}{code}"}
@@ -119,7 +120,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_job(machine):
         process.stdout.close()
         said = process.stderr.read().decode().splitlines()
         assert process.wait(120) == 141
-    assert said[1:] == ["job head goes on; end it with `python -m cluster stop head`"]
+    assert said[-1:] == ["job head goes on; end it with `python -m cluster stop head`"]
     assert machine.status("head")["state"] == "running"
     assert "stopped by SIGTERM: exit code 143" in machine.run("stop", "head", expect=0).stderr
 
@@ -170,9 +171,9 @@ def test_stop_lets_the_command_save_and_reports_stopped(machine):
 
 def test_token_is_in_no_log(machine):
     machine.run("submit", "--", "true", expect=0)
-    token = (machine.folder / "token").read_bytes()
+    token = Path(machine.environment["RAY_AUTH_TOKEN_PATH"]).read_bytes()
     logs = {}
-    for path in (machine.folder / "c").rglob("*"):
+    for path in (machine.folder / "c" / "ray").rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # Ray removes what has ended
             if path.is_file():
                 logs[path] = path.read_bytes()
@@ -180,6 +181,37 @@ def test_token_is_in_no_log(machine):
     assert not [path for path, content in logs.items() if token in content]
     shown = machine.run("doctor")
     assert shown.returncode == 0 and token.decode() not in shown.stdout + shown.stderr
+
+
+@pytest.mark.slow
+def test_a_secret_is_in_the_job_and_its_workers_and_nowhere_else(machine):
+    """Neither in what the API answers, nor in a file of Ray's, nor in a command line; and it is gone with the job."""
+    secret, marker = f"s3cret-{os.getpid()}", machine.folder / "go"
+    code = "import os, ray, time; ray.init(address='auto'); here = ray.remote(lambda: os.environ['A_KEY']).remote()\n"
+    code += "print('equal', ray.get(here) == os.environ['A_KEY'], len(os.environ['A_KEY']), flush=True)\n"
+    code += f"while not os.path.exists({str(marker)!r}): time.sleep(0.05)"
+    mine = Machine(machine.folder, machine.options, machine.environment | {"A_KEY": secret})
+    job = mine.submit("python", "-c", code, options=("--secret", "A_KEY"))
+    wait_until(lambda: "\nequal " in mine.run("logs", job).stdout, "the command has it")
+    assert f"equal True {len(secret)}" in mine.run("logs", job).stdout
+    token = Path(machine.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    for path in ("/api/jobs/", f"/api/jobs/{job}", "/api/v0/workers?detail=1", "/api/v0/runtime_envs?detail=1"):
+        answer = requests.get(f"{machine.cluster.address}{path}", headers=headers, timeout=60)
+        assert answer.status_code == 200 and secret not in answer.text
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert secret.encode() not in process.read_bytes()
+    for path in (machine.folder / "c").rglob("*"):
+        with contextlib.suppress(OSError):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    marker.touch()
+    assert mine.run("logs", "--follow", job).returncode == 0
+    late = "from cluster.jobs import job_secrets; import os; job_secrets.load(); print(os.environ.get('A_KEY'))"
+    record = requests.get(f"{machine.cluster.address}/api/jobs/{job}", headers=headers, timeout=60).json()
+    value = record["runtime_env"]["env_vars"]["TWOTOWER_SECRETS"]
+    done = machine.run("submit", "--env", f"TWOTOWER_SECRETS={value}", "--", "python", "-c", late, expect=0)
+    assert done.stdout.splitlines()[-1] == "None", "the half in the store is deleted"
 
 
 @pytest.mark.slow

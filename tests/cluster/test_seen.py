@@ -22,9 +22,7 @@ def another_host(machine: Machine, own: str) -> Iterator[None]:
     command = [*ALONE, f'mount -t tmpfs none {own} && hostname another-host && exec "$@"', "-"]
     command += [sys.executable, "-P", loopback_node.__file__, "--block", f"--address={machine.cluster.gcs}"]
     command += ["--num-cpus=1", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-    environment = local._environment(machine.options) | {
-        name: machine.environment[name] for name in ("RAY_AUTH_TOKEN_PATH",)
-    }
+    environment = local._environment(machine.options)
     with (
         (machine.folder / "second.log").open("wb") as log,
         subprocess.Popen(

@@ -79,7 +79,7 @@ def started(cpus: int, nodes: int = 1) -> Iterator[Machine]:
     """A cluster from `up --local`, ended with `down`; both run as commands."""
     folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))  # short: sockets lie below it
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+    environment["RAY_AUTH_TOKEN_PATH"] = str(folder / "c" / local.TOKEN_NAME)
     machine = Machine(folder, local.LocalOptions(folder / "c", 0, cpus, nodes), environment)
     try:
         machine.run(
@@ -97,7 +97,7 @@ def started(cpus: int, nodes: int = 1) -> Iterator[Machine]:
         environment["RAY_API_SERVER_ADDRESS"] = machine.cluster.address
         yield machine
         machine.run("down", *machine.place, expect=0)
-        assert local.load(folder / "c") is None
+        assert local.load(folder / "c") is None and not Path(environment["RAY_AUTH_TOKEN_PATH"]).exists()
     finally:
         local.down(folder / "c")
         shutil.rmtree(folder, ignore_errors=True)

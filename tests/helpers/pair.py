@@ -1,6 +1,5 @@
 """Runs a function in gloo processes, a tower each (rank = 2 x replica + tower), and brings back what they return."""
 
-import datetime
 import pickle
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from trainer.parallel.launch import tower_environment
 from trainer.parallel.mesh import Mesh
+from twotower.meeting import meeting_place
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,16 +34,13 @@ def call_with_link(mesh: Mesh, function: Callable[..., Any], *arguments: Any) ->
 def run_mesh(function: Callable[..., Any], *arguments: Any, replicas: int, timeout_s: float = 200) -> list[Any]:
     """Calls ``function(mesh, *arguments)`` in 2 x ``replicas`` processes; what they return, by rank."""
     world = 2 * replicas
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    with meeting_place() as meeting, tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job"
         job.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
         children = []
         for rank in range(world):
             threads = {"OMP_NUM_THREADS": "1"}  # unless the environment says otherwise
-            environment = threads | tower_environment(rank, store.port, world) | {"PYTHONPATH": str(ROOT)}
+            environment = threads | tower_environment(rank, meeting, world) | {"PYTHONPATH": str(ROOT)}
             out = (Path(folder) / f"log-{rank}").open("wb")
             command = [sys.executable, "-m", "tests.helpers.pair", str(job), f"{folder}/result-{rank}"]
             children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))

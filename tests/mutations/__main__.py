@@ -25,7 +25,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutations import Mutation, experiments, images, inference, net, of_groups, recipes, training
+from tests.mutations import (
+    Mutation,
+    experiments,
+    images,
+    inference,
+    neighbours,
+    net,
+    of_groups,
+    recipes,
+    training,
+    trust,
+)
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tests/trainer", "tests/pipeline")
@@ -64,6 +75,8 @@ def mutations() -> list[Mutation]:
         *of_groups(images.GROUPS),
         *of_groups(inference.GROUPS),
         *of_groups(experiments.GROUPS),
+        *of_groups(neighbours.GROUPS),
+        *of_groups(trust.GROUPS),
         *recipes.of_recipes(),
     ]
     names = [mutation.name for mutation in listed]

@@ -1,4 +1,4 @@
-"""Experiments made wrong: differences, intervals, what is claimed, colors, what failed, and what is changed of a recipe."""
+"""Experiments made wrong: differences, intervals, claims, colors, failures, and what is changed of a recipe."""
 
 from collections.abc import Iterator
 

@@ -192,6 +192,10 @@ def of_imagenet() -> Iterator[Change]:
         "images = sorted(images, key=lambda image: image.name)",
         "images = sorted(images, key=lambda image: image.name, reverse=True)",
     )
+
+
+def of_devkit() -> Iterator[Change]:
+    """pipeline/sources/devkit.py: the class table."""
     yield (
         "labels: the kit's classes by WordNet id",
         "Devkit(tuple(row[1] for row in rows)",
@@ -304,6 +308,7 @@ GROUPS = (
     ("pipeline/preparation/decode.py", (DECODE, ORIENTATION, IMAGE), of_decode),
     ("pipeline/preparation/image.py", (IMAGE, DECODE), of_image),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
+    ("pipeline/sources/devkit.py", (IMAGENET,), of_devkit),
     ("pipeline/sources/folder.py", (FOLDER, LAYOUT, LABELS), of_folder),
     ("pipeline/sources/labels.py", (LABELS,), of_labels),
     ("pipeline/sources/walk.py", (WALK, LAYOUT), of_walk),

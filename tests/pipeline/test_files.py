@@ -39,7 +39,7 @@ def test_every_kind_of_entry_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(scan(tmp_path)) == {
         Entry(".hidden", "file", 0),
         Entry("file", "file", 3),
-        Entry("to file", "file", 3),
+        Entry("to file", "file", 3, linked=True),
         Entry("folder", "directory", 0),
         Entry("to folder", "directory", 0, linked=True),
         Entry("pipe", "pipe", 0),

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from trainer.bench.prediction import Costs, Links, costs_of, project, rate, without
-from trainer.bench.record import BenchRecord, Figure, Stage, Throughput, differ
+from trainer.bench.record import BenchRecord, Figure, Stage, Throughput, coherent, differ
 from twotower.words import pluralize
 
 WORTH = 1.03  # a suggestion must promise at least this factor
@@ -59,6 +59,7 @@ class Bottleneck:
         return stage in (COMPUTATION if self.limit == "computation" else (self.limit,))
 
 
+@coherent()
 def judge(record: BenchRecord) -> Bottleneck:
     """Names the limit of a result and what would lift it."""
     costs, batch = costs_of(record), record.workload.batch_size

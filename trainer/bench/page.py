@@ -10,7 +10,7 @@ from markupsafe import Markup
 from trainer.bench import text
 from trainer.bench.bottleneck import COMPUTATION, Bottleneck
 from trainer.bench.prediction import Projection, costs_of, predict_rate
-from trainer.bench.record import BenchRecord
+from trainer.bench.record import BenchRecord, coherent
 from trainer.bench.text import number
 from trainer.report import page as html
 from trainer.report.charts import Axis, Line, line_chart
@@ -35,6 +35,7 @@ WHAT = {
 Bar = tuple[str, float, float, str, str, str]  # name, begin and length as shares, color, value, small print
 
 
+@coherent()
 def render(record: BenchRecord, found: Bottleneck, projections: Sequence[Projection] = ()) -> str:
     """The page as HTML text."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)

@@ -1,18 +1,22 @@
 """What a benchmark found: figures with their spread, and the file that holds them. No torch: pure data."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline.manifest import write_atomic
 from trainer.errors import BenchError
+from twotower.typed import build
+from twotower.untrusted import read_json
 from twotower.verbosity import say_written
 
 DRIFT = 0.03  # a machine changes more between two runs than the rounds of one run show
+MOST_BYTES = 64 << 20  # of the file; a result has some hundred thousand
 FORMAT = 3  # 1 had other names for the same figures, 2 no measured precision
 
 
@@ -167,6 +171,21 @@ class BenchRecord:
         return next((ceiling for ceiling in self.ceilings if ceiling.name == name), None)
 
 
+@contextlib.contextmanager
+def coherent() -> Iterator[None]:
+    """Around what is concluded from a record: one of anybody's making may have figures that contradict each other.
+
+    Raises:
+        BenchError: they do.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise BenchError(
+            f"the figures of this result do not belong together ({type(error).__name__}: {error})"
+        ) from None
+
+
 def to_json(record: BenchRecord, **more: Any) -> str:
     """The record as text; ``more`` holds what was concluded from it."""
     return json.dumps({"format": FORMAT, **dataclasses.asdict(record), **more}, indent=1) + "\n"
@@ -185,43 +204,20 @@ def write_record(path: Path, text: str) -> None:
 def read_record(path: Path) -> BenchRecord:
     """Reads what ``--json`` wrote; raises BenchError where it is missing, damaged, or of another format."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path, MOST_BYTES, nan=True)
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise BenchError(f"{path} cannot be read as JSON: {error}; is it damaged, or another file?") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise BenchError(f"{path} is no result of python -m trainer bench --json (format {FORMAT})")
     try:
         return from_dict(table)
-    except (KeyError, TypeError) as error:
-        raise BenchError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise BenchError(f"{path} is damaged: {error}") from None
 
 
 def from_dict(table: dict[str, Any]) -> BenchRecord:
-    """The inverse of :func:`to_json`, from a parsed object."""
-
-    def figure(row: dict[str, Any]) -> Figure:
-        if not all(isinstance(value, int | float) for value in row.values()):
-            raise TypeError(f"{row} is no figure")
-        return Figure(**row)
-
-    def throughput(name: str, row: dict[str, Any] | None) -> Throughput:
-        if row is None:
-            raise TypeError(f"{name} is null")
-        return Throughput(**(row | {"ms": figure(row["ms"])}))
-
-    return BenchRecord(
-        environment=table["environment"],
-        workload=Workload(**table["workload"]),
-        ceilings=tuple(Ceiling(**(row | {"figure": figure(row["figure"])})) for row in table["ceilings"]),
-        stages=tuple(Stage(**(row | {"ms": figure(row["ms"])})) for row in table["stages"]),
-        loader=throughput("loader", table["loader"]) if table["loader"] else None,
-        synthetic=throughput("synthetic", table["synthetic"]),
-        end_to_end=throughput("end_to_end", table["end_to_end"]) if table["end_to_end"] else None,
-        by_threads={int(count): throughput("by_threads", row) for count, row in table["by_threads"].items()},
-        by_precision={name: throughput("by_precision", row) for name, row in table["by_precision"].items()},
-        timeline=tuple(Span(**row) for row in table["timeline"]),
-        sweep={int(size): figure(row) for size, row in table["sweep"].items()},
-        scaling={int(count): figure(row) for count, row in table["scaling"].items()},
-    )
+    """The inverse of :func:`to_json`, from a parsed object; raises ValueError."""
+    names = {field.name for field in dataclasses.fields(BenchRecord)}
+    return build(BenchRecord, {name: value for name, value in table.items() if name in names})

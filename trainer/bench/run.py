@@ -5,8 +5,8 @@ result), ``prediction`` and ``bottleneck`` (what follows from it), ``text`` and 
 """
 
 import dataclasses
+import json
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -20,13 +20,15 @@ from trainer.bench.measure import BY_PRECISION, BY_THREADS, BenchSettings, Part,
 from trainer.bench.prediction import FLOAT_BYTES
 from trainer.bench.record import BenchRecord, Figure, Span, Stage, Throughput, Workload
 from trainer.bench.timing import Interval, seconds_by_stage, steps_of
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, ModelConfig, from_toml, to_toml
 from trainer.errors import BenchError
 from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers
 from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
 from twotower import verbosity
+from twotower.typed import build
+from twotower.untrusted import parse_json
 
 OPTIMIZER_PASSES = 5  # weights, gradients and velocities read, weights and velocities written
 Say = Callable[[str], None]
@@ -77,27 +79,38 @@ def measure_parts(
         folder = Path(name)
         if processes == 1:
             return [measure(config, settings, mesh=None, device=choose_device(device), scratch=folder, say=say)]
-        (folder / "job").write_bytes(pickle.dumps((config, settings, device)))
+        job = Job(to_toml(config), settings, device)
+        (folder / "job").write_text(json.dumps(dataclasses.asdict(job), default=str))
         status = run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", f"{folder}/job"], processes)
         if status > 128:  # by a signal; the tower or the launcher has said so
             raise SystemExit(status)
         if status:
             raise BenchError(f"a measuring process ended with status {status}: see above")
-        return [pickle.loads((folder / f"part-{rank}").read_bytes()) for rank in range(processes)]
+        return [build(Part, parse_json((folder / f"part-{rank}").read_bytes(), nan=True)) for rank in range(processes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a measuring process is told: the recipe as TOML text, what to measure, and where, as ``--device`` has it."""
+
+    config: str
+    settings: BenchSettings
+    device: str | None
 
 
 def run_tower(job: Path) -> None:
     """One of several measuring processes, as :func:`measure_parts` starts them."""
     die_with_parent()
-    config, settings, requested = pickle.loads(job.read_bytes())
+    told: Job = build(Job, parse_json(job.read_bytes()))
+    config, settings = from_toml(told.config), told.settings
     world = read_world(None)
     assert world is not None
-    device = choose_device(requested, world.local_rank)
+    device = choose_device(told.device, world.local_rank)
     mesh = join_mesh(world, device, config.train.peer_timeout_s)
     quiet = mesh.coord.rank or not settings.stages
     say = (lambda _: None) if quiet else print_line
     part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)
-    (job.parent / f"part-{mesh.coord.rank}").write_bytes(pickle.dumps(part))
+    (job.parent / f"part-{mesh.coord.rank}").write_text(json.dumps(dataclasses.asdict(part)))
     dist.barrier(group=mesh.control)
     dist.destroy_process_group()
 

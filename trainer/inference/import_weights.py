@@ -1,14 +1,16 @@
 """A run out of weights: of ``export``'s file, whose recipe, classes and input it reads, or of another program's."""
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
-from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, read_manifest, write_atomic
+from pipeline.errors import DatasetError
+from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, from_json, read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import ExportError, RecipeError, RunError
 from trainer.model.alexnet import AlexNet
@@ -59,6 +61,11 @@ def import_weights(
         config = check_fits(config, manifest, data, splits=())
     else:
         check_resolved(config)
+    size, needed = sum(tensor.nbytes for tensor in source.tensors.values()), config.model.count_weights()
+    if 4 * needed > size:  # before memory is taken for such a net
+        raise ExportError(f"{weights}: the recipe's net has {needed:,} weights, and the file {size:,} bytes of them")
+    if data is None and "manifest" in source.facts:
+        _statistics(weights, source)
     net = AlexNet(config.model, seed=config.train.seed)
     try:
         fill_towers(net, source.tensors)
@@ -71,6 +78,25 @@ def import_weights(
         except OSError as error:
             empty(run)
             raise RunError(f"--run {run} cannot be written: {error.strerror or error}") from None
+
+
+def _statistics(weights: Path, source: WeightFile) -> bytes:
+    """The statistics that a file has of its data set, as that set's record in the file wants them.
+
+    Raises:
+        ExportError: the file has none, or others, or the record is none.
+    """
+    try:
+        manifest = from_json(source.facts["manifest"])
+        with safe_open(weights, "numpy") as file:
+            content = file.get_tensor(STATISTICS_NAME).tobytes()
+        if hashlib.sha256(content).hexdigest() != manifest.files[STATISTICS_NAME]["sha256"]:
+            raise ValueError(f"its {STATISTICS_NAME} is not what its manifest says")
+    except (DatasetError, SafetensorError, LookupError, ValueError, TypeError, OSError) as error:
+        raise ExportError(
+            f"{weights}: what it has of its data set is damaged ({error}): name the data set with --data DIR"
+        ) from None
+    return content
 
 
 def _recipe(weights: Path, source: WeightFile, config: Config | None, overrides: Sequence[str]) -> Config:
@@ -90,7 +116,7 @@ def _write_run(run: Path, config: Config, net: AlexNet, weights: Path, source: W
     if data is not None:
         keep_data_set(data, run / DATA_SET_NAME)
     elif "manifest" in source.facts:
-        content = load_file(weights)[STATISTICS_NAME].numpy().tobytes()
+        content = _statistics(weights, source)
         write_atomic(run / DATA_SET_NAME / MANIFEST_NAME, source.facts["manifest"].encode())
         write_atomic(run / DATA_SET_NAME / STATISTICS_NAME, content)
     command = ["python", "-m", "trainer", *sys.argv[1:]]

@@ -1,19 +1,19 @@
 """Images that are most alike to a net: the smallest Euclidean distances of a layer's values (paper, section 6.1)."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.inference.trained_net import FeatureRow
 from trainer.report.page import render
+from twotower.words import json_text, one_line
 
 SHOWN_IN_TABLE = 3
 
@@ -89,7 +89,7 @@ def print_table(found: Sequence[Neighbourhood]) -> None:
     for each in found:
         names = [f"{near.row.path} ({near.distance:.3g})" for near in each.nearest]
         table.add_row(
-            *(escape(text) for text in (str(each.row.path), names[0], ", ".join(names[1 : 1 + SHOWN_IN_TABLE])))
+            *(Text(one_line(text)) for text in (str(each.row.path), names[0], ", ".join(names[1 : 1 + SHOWN_IN_TABLE])))
         )
     Console(width=None if Console().is_terminal else 10_000).print(table)
 
@@ -98,7 +98,7 @@ def print_json(found: Sequence[Neighbourhood]) -> None:
     """Prints a JSON object for each image: ``image`` and ``nearest``."""
     for each in found:
         nearest = [{"image": str(near.row.path), "distance": near.distance} for near in each.nearest]
-        print(json.dumps({"image": str(each.row.path), "nearest": nearest}, ensure_ascii=False), flush=True)
+        print(json_text({"image": str(each.row.path), "nearest": nearest}), flush=True)
 
 
 def write_html(

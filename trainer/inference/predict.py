@@ -1,19 +1,19 @@
 """The outputs of ``predict``: a table, lines of JSON, and a page; and which files are meant."""
 
 import dataclasses
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.inference.trained_net import FeatureRow, Prediction
 from trainer.report.page import percent, render
+from twotower import terminal
+from twotower.words import json_text, one_line
 
 SHOWN_IN_TABLE = 3  # classes beside the likeliest one that a table row has room for
 
@@ -54,7 +54,8 @@ def print_table(results: Sequence[Prediction]) -> None:
             continue
         first, *others = result.classes
         then = ", ".join(f"{share.title} {percent(share.probability)}" for share in others[:SHOWN_IN_TABLE])
-        table.add_row(escape(str(result.path)), escape(first.title), percent(first.probability), escape(then))
+        shown = [Text(one_line(text)) for text in (str(result.path), first.title, then)]
+        table.add_row(shown[0], shown[1], percent(first.probability), shown[2])
     if table.row_count:  # in a file or a pipe no row is broken, so that grep finds a name
         Console(width=None if Console().is_terminal else 10_000).print(table)
 
@@ -66,13 +67,13 @@ def print_json(result: Prediction) -> None:
         row["error"] = result.error
     else:
         row["classes"] = [dataclasses.asdict(share) for share in result.classes]
-    print(json.dumps(row, ensure_ascii=False), flush=True)
+    print(json_text(row), flush=True)
 
 
 def print_error(result: Prediction | FeatureRow) -> None:
     """Prints a line on stderr where the image could not be used."""
     if result.error:
-        print(f"error: {result.path}: {result.error}", file=sys.stderr)
+        terminal.print_error(f"{result.path}: {result.error}")
 
 
 def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:

@@ -10,10 +10,9 @@ No file runs code: torch's are read with ``weights_only``, pickles of 2012 by a 
 """
 
 import dataclasses
-import json
+import os
 import pickle
 import re
-import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from trainer.config import Config
-from trainer.config_toml import build
+from trainer.config import Config, from_toml
 from trainer.errors import ExportError, TrainerError
-from trainer.model.files_2012 import is_checkpoint, read_checkpoint
+from trainer.model.files_2012 import MOST_BYTES, check_zip, is_checkpoint, read_checkpoint
+from twotower.typed import build
+from twotower.untrusted import open_regular, parse_json
+from twotower.words import one_line, shortened
 
 TORCHVISION = {
     **{f"features.{place}": f"conv{number}" for number, place in enumerate((0, 3, 6, 8, 10), 1)},
@@ -73,15 +74,20 @@ def read_weight_file(path: Path) -> WeightFile:
         ExportError: there is none, it is damaged, or it has no weights that are known here.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
+        with open_regular(path) as handle:
+            head, size = os.pread(handle, 16, 0), os.fstat(handle).st_size
+        if size > MOST_BYTES:
+            raise ExportError(f"{path} has {size:,} bytes, and at most {MOST_BYTES:,} are read")
     except FileNotFoundError:
         raise ExportError(f"no weights at {path}") from None
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror or error}") from None
     tensors, facts = _read_tensors(path, head)
     if tensors is None:
-        return WeightFile(read_checkpoint(path), "2012", LEVELS)
+        tensors = read_checkpoint(path)
+        _check_tensors(path, tensors)
+        return WeightFile(tensors, "2012", LEVELS)
+    _check_tensors(path, tensors)
     if facts.get("format", "").startswith("twotower"):
         return _own(path, tensors, facts)
     return _foreign(path, tensors)
@@ -94,6 +100,9 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
             with safe_open(path, "pt") as file:
                 names = file.keys()  # no dict: it cannot be iterated itself
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                check_zip(archive, path.stat().st_size)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {}
@@ -102,21 +111,39 @@ def _read_tensors(path: Path, head: bytes) -> tuple[dict[str, Tensor] | None, Ma
         found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ExportError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # a stranger's bytes fail in any way
         known = str(error) and not isinstance(error, pickle.UnpicklingError)  # torch's own text is advice for others
-        text = str(error).splitlines()[0] if known else type(error).__name__
+        text = shortened(str(error).splitlines()[0], 200) if known else type(error).__name__
         raise ExportError(f"{path} cannot be read as safetensors, .npz or a torch state dict: {text}") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
         raise ExportError(f"{path} holds no state dict: expected names and tensors")
     return found, {}
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses what is no weight: numbers that are none, and tensors of more values than the file has.
+
+    Raises:
+        ExportError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ExportError(f"{path}: {one_line(name)} is no plain tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ExportError(f"{path}: {one_line(name)} has {tensor.numel():,} values, and the file has fewer")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ExportError(f"{path}: {one_line(name)} has values that are NaN or infinite: expected a net's weights")
 
 
 def _own(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str]) -> WeightFile:
     """A file of ``export``."""
     try:
-        config: Config = build(Config, tomllib.loads(facts["config"]), "")
-        classes = tuple(json.loads(facts["class_names"])) if "class_names" in facts else None
+        config = from_toml(facts["config"])
+        names = parse_json(facts["class_names"]) if "class_names" in facts else None
+        classes = None if names is None else build(tuple[str, ...], names, "class_names")
     except (LookupError, ValueError, TrainerError, PipelineError) as error:
         raise ExportError(f"{path}: its recipe cannot be read by this version ({error}): export it anew") from None
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_WEIGHTS)}

@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from trainer import stopping
 from trainer.config import TOWERS
-from trainer.errors import RunError
+from trainer.errors import PeerError, RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
-from trainer.parallel.world import World, has_interface
+from trainer.parallel.world import INTERFACES, PLACES, World, has_interface
+from twotower.meeting import meeting_place
+from twotower.private import NotPrivateError
+from twotower.terminal import print_error
 from twotower.verbosity import log
 
 GRACE_S = 15.0  # between the end of one tower and the killing of the others
@@ -61,28 +63,32 @@ def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
     Raises:
         PeerError: they cannot find each other.
     """
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # torchrun on one machine
+        for name in INTERFACES:
+            os.environ.setdefault(name, "lo")
     own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return connect(timeout_s, "nccl" if own_gpu else "gloo")
 
 
-def tower_environment(rank: int, port: int, world: int = 2) -> dict[str, str]:
-    """As torchrun would set it for one of ``world`` towers, all here; the store listens on ``port`` of this machine."""
-    given = {name: os.environ.get(name, "") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    stale = [name for name, value in given.items() if not value or not has_interface(value)]
+def tower_environment(rank: int, meeting: Mapping[str, str], world: int = 2) -> dict[str, str]:
+    """As torchrun would set it for one of ``world`` towers, all here; ``meeting``: of :func:`meeting_place`.
+
+    They listen on the loopback interface only, unless the user names another.
+    """
+    given = {name: os.environ.get(name, "") for name in INTERFACES}
+    unset = {name for name, value in given.items() if not value or not has_interface(value)}
     return (
-        {"GLOO_SOCKET_IFNAME": "lo"}
-        | {name: value for name, value in os.environ.items() if name not in stale}
+        {name: value for name, value in os.environ.items() if name not in unset.union(PLACES)}
+        | dict.fromkeys(unset, "lo")
         | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
+        | dict(meeting)
     )
 
 
@@ -117,7 +123,6 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held:
     Raises:
         Stopped: a signal came, and the towers ended before they had anything to finish.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, len(os.sched_getaffinity(0)) // world)
     children: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
@@ -128,10 +133,10 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held:
             if child.poll() is None:
                 child.send_signal(number)
 
-    with stopping.handled_by(pass_on):
+    with _meeting_place() as meeting, stopping.handled_by(pass_on):
         with stopping.held_back():  # each tower takes it when it is ready to
             for rank in range(world):
-                environment = tower_environment(rank, store.port, world) | kernels.environment(device)
+                environment = tower_environment(rank, meeting, world) | kernels.environment(device)
                 if not _is_number_of_threads(environment.get("OMP_NUM_THREADS", "")):
                     environment["OMP_NUM_THREADS"] = str(threads)
                 environment[LAUNCHER] = str(os.getpid())
@@ -142,6 +147,21 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held:
     if asked and status == 128 + asked[0]:
         raise stopping.Stopped(asked[0])
     return status
+
+
+@contextlib.contextmanager
+def _meeting_place() -> Iterator[dict[str, str]]:
+    """:func:`twotower.meeting.meeting_place`.
+
+    Raises:
+        PeerError: there is no place for it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            meeting = stack.enter_context(meeting_place())
+        except (NotPrivateError, OSError) as error:
+            raise PeerError(f"the towers cannot meet: {error}; set TMPDIR to a folder of your own") from None
+        yield meeting
 
 
 def _is_number_of_threads(text: str) -> bool:
@@ -175,7 +195,7 @@ def _status(rank: int, code: int, asked: Sequence[int]) -> int:
         return code
     if -code not in asked:
         name = signal.Signals(-code).name
-        print(f"error: tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}", file=sys.stderr)
+        print_error(f"tower {TOWERS[rank % 2]} (rank {rank}) was ended by {name}")
     return 128 - code
 
 

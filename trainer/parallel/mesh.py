@@ -11,6 +11,7 @@ import datetime
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,9 +21,14 @@ from torch import Tensor
 from trainer.config import TOWERS, check_world
 from trainer.errors import LostError, PeerError
 from trainer.parallel.link import Ledger, Link
-from trainer.parallel.world import NEEDED
+from trainer.parallel.proof import prove_secret, store_prefix
+from trainer.parallel.world import NEEDED, PLACES
+from twotower.meeting import SECRET, STORE
+from twotower.private import NotPrivateError, check_folder
+from twotower.words import one_line
 
 ENDED = " ended: "
+MOST_FAILURE = 2000  # characters of a failure's text
 REPORT_WAIT_S = 3.0  # how long one who lost somebody listens whether another knows better who it was
 
 
@@ -76,8 +82,9 @@ class FailureStore:
 
     def report(self, text: str) -> str:
         """Reports a failure; returns the first that anybody reported."""
+        text = one_line(text)[:MOST_FAILURE]
         try:
-            return self._store.compare_set("failure", "", text).decode()
+            return _as_text(self._store.compare_set("failure", "", text))
         except RuntimeError:
             return text
 
@@ -103,9 +110,14 @@ class FailureStore:
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
                 if self._store.check(["failure"]):
-                    return self._store.get("failure").decode()
+                    return _as_text(self._store.get("failure"))
                 time.sleep(0.05)
         return None
+
+
+def _as_text(found: bytes) -> str:
+    """A failure as a message may show it, whoever has written it into the store."""
+    return one_line(found[: 4 * MOST_FAILURE].decode(errors="backslashreplace"))[:MOST_FAILURE]
 
 
 class Replicas:
@@ -187,7 +199,7 @@ class Mesh:
 
 
 def connect(timeout_s: float, backend: str) -> Mesh:
-    """Joins the processes that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+    """Joins the processes that the environment describes (RANK, WORLD_SIZE; TWOTOWER_STORE, or MASTER_ADDR and _PORT).
 
     Args:
         timeout_s: seconds after which a silent peer counts as lost.
@@ -198,16 +210,32 @@ def connect(timeout_s: float, backend: str) -> Mesh:
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store, rank, world = _open_store(timeout)
         check_world(world)
         # torchrun's store outlives its --max-restarts: what the start before wrote there is not for this one.
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(store_prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        where = ", ".join(f"{name}={os.environ.get(name)}" for name in NEEDED)
-        reason = str(error).splitlines()[0]
-        raise PeerError(f"the processes cannot find each other ({where}): {reason}") from None
-    return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
+        return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
+    except (RuntimeError, ValueError, NotPrivateError, OSError) as error:
+        where = ", ".join(f"{name}={os.environ[name]}" for name in (*NEEDED, *PLACES) if name in os.environ)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        same = f"; {SECRET} must be the same in all of them" if os.environ.get(SECRET) else ""
+        raise PeerError(f"the processes cannot find each other ({where}): {reason}{same}") from None
+
+
+def _open_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:
+    """The store that all processes find each other in, this one's rank, and how many there are.
+
+    Raises:
+        NotPrivateError: the file that is named is not in a folder of this user alone.
+    """
+    path = os.environ.get(STORE)
+    if not path:
+        return next(iter(dist.rendezvous("env://", timeout=timeout)))
+    check_folder(Path(path).parent)
+    store = dist.FileStore(path)
+    store.set_timeout(timeout)
+    return store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
@@ -225,9 +253,10 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
 
     def join(ranks: list[int], kind: str) -> dist.ProcessGroup:  # only its members call it
         group = dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=True)
-        return cast(dist.ProcessGroup, group)
+        return _proven(cast(dist.ProcessGroup, group), kind)
 
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) if needs_control else world
+    _proven(control, "gloo" if needs_control else backend)
     if coord.replicas == 1:
         link = Link(coord.tower, 1 - coord.rank, world, control, failures)
         return Mesh(coord, link, None, control, failures)
@@ -237,3 +266,12 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
     same_control = join(coord.same_tower, "gloo") if needs_control else same
     link = Link(coord.tower, sum(coord.pair) - coord.rank, pair, pair_control, failures)
     return Mesh(coord, link, Replicas(coord, same, same_control, failures, link.ledger), control, failures)
+
+
+def _proven(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    """The group, once all of it have shown that they know the secret. NCCL's connections carry a secret of their own,
+    which the processes have from the store.
+    """
+    if backend == "gloo":
+        prove_secret(group)
+    return group

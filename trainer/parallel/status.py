@@ -5,15 +5,15 @@ import itertools
 import math
 import platform
 import struct
-import sys
 from collections.abc import Mapping
 from typing import Any
-
-import torch.distributed as dist
 
 from trainer.config import TOWERS
 from trainer.errors import PeerError
 from trainer.parallel.mesh import Mesh, Replicas
+from trainer.parallel.proof import all_gather_json
+from twotower.terminal import warn
+from twotower.words import one_line
 
 FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
 PLATEAUS_SHIFT = 8
@@ -146,21 +146,40 @@ def check_consistency(mesh: Mesh | None, facts: Mapping[str, Fact]) -> None:
     """
     if mesh is None:
         return
-    everyone: list[Any] = [None] * mesh.coord.world
-    dist.all_gather_object(everyone, (facts, platform.node()), group=mesh.control)
-    for name, expected in everyone[0][0].items():
-        for rank, (found, _) in enumerate(everyone):
-            if found[name].value != expected.value:
-                first, other = expected.beside(found[name])
-                raise PeerError(f"the processes have different values of {name}: rank 0 {first}, rank {rank} {other}")
-    for a, b in zip(everyone[::2], everyone[1::2], strict=True):
-        if a[1] != b[1] and mesh.coord.rank == 0:
-            print(
-                f"warning: a pair of towers is spread over {a[1]} and {b[1]}, and every crossing leaves the node: "
-                "start an even number of processes on each",
-                file=sys.stderr,
-                flush=True,
+    mine = [platform.node(), {name: [fact.value, fact.shown] for name, fact in facts.items()}]
+    everyone = [_read_facts(rank, told, facts) for rank, told in enumerate(all_gather_json(mine, mesh.control))]
+    for name in facts:
+        first = everyone[0][1][name]
+        for rank, (_, found) in enumerate(everyone):
+            if found[name].value != first.value:
+                here, there = (one_line(str(shown)) for shown in first.beside(found[name]))
+                raise PeerError(f"the processes have different values of {name}: rank 0 {here}, rank {rank} {there}")
+    hosts = [one_line(host) for host, _ in everyone]
+    for a, b in zip(hosts[::2], hosts[1::2], strict=True):
+        if a != b and mesh.coord.rank == 0:
+            warn(
+                f"a pair of towers is spread over {a} and {b}, and every crossing leaves the node: "
+                "start an even number of processes on each"
             )
+
+
+def _read_facts(rank: int, told: Any, facts: Mapping[str, Fact]) -> tuple[str, dict[str, Fact]]:
+    """The machine's name and the facts that a process told; it may be of another version, or no tower at all.
+
+    Raises:
+        PeerError: they are not the facts that are to be compared.
+    """
+    match told:
+        case [str(host), dict(found)] if found.keys() == facts.keys():
+            pairs = list(found.values())
+            if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
+                return host, {name: Fact(_frozen(value), shown) for name, (value, shown) in found.items()}
+    raise PeerError(f"rank {rank} does not tell what is to be compared at the start: is it of the same version?")
+
+
+def _frozen(value: Any) -> Any:
+    """Lines as they were before JSON made a list of them."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def all_could(could: bool, mesh: Mesh | None) -> bool:

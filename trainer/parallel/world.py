@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 from trainer.config import check_world
 from trainer.errors import PeerError
+from twotower.meeting import STORE
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NEEDED = ("RANK", "WORLD_SIZE")
+PLACES = (STORE, "MASTER_ADDR", "MASTER_PORT")  # where they meet: the file, or else both others
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 MOST_PORT = 65535
 
 
@@ -44,14 +47,16 @@ def read_world(processes: int | None, environment: Mapping[str, str] = os.enviro
     if processes == 1 or not environment.get("RANK"):
         return None
     unset = "; unset RANK, or say --processes 1, where nothing has started several processes"
-    missing = [name for name in NEEDED if not environment.get(name)]
+    needed = NEEDED if environment.get(STORE) else (*NEEDED, *PLACES[1:])
+    missing = [name for name in needed if not environment.get(name)]
     size = _number(environment, "WORLD_SIZE", unset, least=1) if environment.get("WORLD_SIZE") else None
     if size == 1:
         return None
     if missing or size is None:
         raise PeerError(f"RANK={environment['RANK']} is set, and {', '.join(missing)} not{unset}")
     rank = _number(environment, "RANK", unset, most=size - 1)
-    _number(environment, "MASTER_PORT", unset, least=1, most=MOST_PORT)
+    if not environment.get(STORE):
+        _number(environment, "MASTER_PORT", unset, least=1, most=MOST_PORT)
     try:
         check_world(size)
     except PeerError as error:
@@ -104,7 +109,7 @@ def check_interfaces(environment: Mapping[str, str]) -> None:
     Raises:
         PeerError: naming the variable.
     """
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name in INTERFACES:
         value = environment.get(name)
         if value and not has_interface(value):
             here = ", ".join(each for _, each in socket.if_nameindex())

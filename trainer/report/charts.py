@@ -217,7 +217,8 @@ def drawing(width: float, height: float) -> "Iterator[Figure]":
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLORS["ink"]}
+    settings: dict[str, object] = {"svg.fonttype": "none", "svg.hashsalt": "twotower", "text.color": COLORS["ink"]}
+    settings["text.parse_math"] = False  # a class may be named $x$
     with matplotlib.style.context(settings, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72), dpi=72)
 

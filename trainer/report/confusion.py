@@ -11,11 +11,12 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.report.charts import COLORS, drawing, inline_svg
-from twotower.words import pluralize
+from twotower.words import one_line, pluralize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def print_classes(result: "Evaluation", titles: Sequence[str], console: Console 
         mistaken = f"{score.taken_for} ({score.num_taken_for})" if score.taken_for else ""
         shares = (score.top1,) if result.top5 is None else (score.top1, score.top5)
         rates = ("" if rate is None else f"{rate:.4f}" for rate in shares)
-        table.add_row(score.title, mistaken, str(score.num_samples), *rates)
+        table.add_row(Text(one_line(score.title)), Text(one_line(mistaken)), str(score.num_samples), *rates)
     (console or Console(width=None if Console().is_terminal else 100)).print(table, markup=False)
 
 
@@ -192,7 +193,8 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
     axes.set_title(heading, size=13.5, pad=14)
     axes.spines[:].set_color(COLORS["hair"])
     if classes <= NAMED_CLASSES:
-        names = [title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1] + "\u2026" for title in titles]
+        shown = [one_line(title) for title in titles]
+        names = [title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1] + "\u2026" for title in shown]
         axes.set_xticks(range(classes), names)
         if max(map(len, names)) > 3:  # they do not fit above their cells
             for text in axes.get_xticklabels():

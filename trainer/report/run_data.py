@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
-import json
 import math
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Config, load_config
-from trainer.errors import RunError
+from trainer.errors import CheckpointError, RunError
 from trainer.training.checkpoint import choose
 from trainer.training.metrics import read_metrics
-from twotower.words import pluralize
+from trainer.training.run_files import RESULT, check_inside, parse_object, sound_environment, wrong_field
+from trainer.training.run_folder import OURS
+from twotower.untrusted import read_regular_text
+from twotower.words import pluralize, shortened
 
 KINDS = ("step", "evaluation")  # of rows of metrics.jsonl
+MOST_DRAWN = 1 << 22  # values of conv1's weights
 OF_A_PART = ("commit", "python", "torch", "system", "processor", "cores", "gpus", "kernels", "data")
 
 
@@ -85,6 +89,7 @@ def read_run(folder: Path) -> RunRecord:
     try:
         if not folder.is_dir():
             raise RunError(f"no run folder at {folder}: make one with python -m trainer train --run {folder} ...")
+        check_inside(folder, OURS)
         if not (folder / "metrics.jsonl").is_file():
             raise RunError(f"{folder} has no metrics.jsonl: it is not a run folder, or its training never started")
         return _read(folder)
@@ -101,10 +106,10 @@ def _read(folder: Path) -> RunRecord:
         folder=folder,
         steps=[steps[step] for step in sorted(steps)],
         evaluations=[evaluations[step] for step in sorted(evaluations)],
-        result=_read_json(folder / "result.json"),
-        environment=_read_json(folder / "environment.json"),
+        result=_read_result(folder / "result.json"),
+        environment=sound_environment(_read_json(folder / "environment.json")),
         config=load_config(recipe) if recipe.is_file() else None,
-        config_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        config_text=read_regular_text(recipe) if recipe.is_file() else "",
         kernels=kernels,
         kernels_step=kernels_step,
     )
@@ -112,29 +117,50 @@ def _read(folder: Path) -> RunRecord:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path)
     except ValueError as error:
         raise RunError(f"{path} is damaged ({error}): remove it to have the report without it") from None
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds a {type(found).__name__}, expected a JSON object")
-    return found
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """result.json; as :func:`_read_json`, and every field is what it is to be."""
+    found = _read_json(path)
+    if wrong := wrong_field(found, RESULT):
+        what = f"{wrong} is {shortened(found[wrong])}"
+        raise RunError(f"{path} is damaged ({what}): remove it to have the report without it")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _read_kernels(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]]]:
     """Step and conv1 weights by tower of the newest checkpoint."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = choose(folder)
     if found is None:
         return 0, {}
     kernels = {}
-    for path in sorted(found.folder.glob("tower-?.safetensors")):
-        with safe_open(path, "numpy") as tensors:
-            kernels[path.stem.removeprefix("tower-")] = tensors.get_tensor("conv1.weight").astype(np.float32)
+    for name in sorted(found.record.files):
+        path = found.folder / name
+        try:
+            with safe_open(path, "numpy") as tensors:
+                kernels[path.stem.removeprefix("tower-")] = _conv1(tensors)
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: conv1.weight cannot be drawn ({error})") from None
     return found.record.step, kernels
+
+
+def _conv1(tensors: Any) -> NDArray[np.float32]:
+    """conv1's weights out of an open file; raises ValueError where they are not of a first layer."""
+    shape = tuple(tensors.get_slice("conv1.weight").get_shape())
+    if len(shape) != 4 or shape[1] not in (1, 3) or shape[2] != shape[3] or not 0 < math.prod(shape) <= MOST_DRAWN:
+        raise ValueError(f"its shape is {shape}")
+    weight = tensors.get_tensor("conv1.weight").astype(np.float32)
+    if not np.isfinite(weight).all():
+        raise ValueError("it has values that are no numbers")
+    return weight
 
 
 def headline(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -14,18 +14,24 @@ not damaged: everybody says so and stops.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import sync_folder, write_atomic
+from trainer.config import Config
 from trainer.errors import CheckpointError, DamagedError
+from trainer.training.run_files import is_count, is_share, parse_object
+from twotower.terminal import warn
+from twotower.typed import build
+from twotower.untrusted import open_regular
+from twotower.words import shortened
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
     from torch import Tensor
@@ -36,7 +42,9 @@ if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which t
 RECORD = "checkpoint.json"
 CHECKPOINTS_NAME = "checkpoints"
 KEPT_DAMAGED = 2
-_NAME = re.compile(r"step-\d{8,}")
+_NAME = re.compile(r"step-[0-9]{8,15}")
+_FILE_SETS = ({"tower-a.safetensors"}, {"tower-a.safetensors", "tower-b.safetensors"})
+MOST_TOWER_BYTES = 1 << 36  # of one file; the paper's has 0.25 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,12 +238,14 @@ def _top1(folder: Path) -> float | None:
         CheckpointError: the record is there and cannot be read.
     """
     try:
-        top1 = json.loads((folder / RECORD).read_text())["top1"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
+        top1 = parse_object(folder / RECORD).get("top1")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
+        if error.errno == errno.EINVAL:  # no file: a damaged one
+            return None
         raise CheckpointError(f"{folder / RECORD} cannot be read: {error.strerror or error}") from None
-    return top1 if isinstance(top1, float) else None
+    return top1 if isinstance(top1, float) and is_share(top1) else None
 
 
 def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice | None:
@@ -270,7 +280,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
                 return choose(run, which, quiet=quiet)
             damaged.append(folder)
             if not quiet:
-                print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr, flush=True)
+                warn(f"{error}; going back to the checkpoint before")
     if found:
         raise CheckpointError(
             f"no complete checkpoint in {run}: all of {', '.join(path.name for path in found)} are damaged; put back a "
@@ -293,15 +303,19 @@ def read_record(folder: Path) -> CheckpointRecord:
         CheckpointError: a file cannot be read, which says nothing about what is in it.
     """
     try:
-        record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
+        if folder.is_symlink():
+            raise ValueError("its folder is a link")
+        record = build(CheckpointRecord, parse_object(folder / RECORD))
         _check_record(record, folder)
         for name, expected in record.files.items():
-            found = _facts(folder / name)
+            found = _facts(folder / name, expected["size_bytes"])
             if found != expected:
                 raise DamagedError(f"{folder / name} is damaged: {_difference(found, expected)}")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedError(f"{folder} is damaged: it has no file {Path(error.filename).name}") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a link, a pipe, a device: no file of a checkpoint
+            raise DamagedError(f"{error.filename or folder} is damaged: it {error.strerror}") from None
         raise CheckpointError(
             f"{error.filename or folder} cannot be read: {error.strerror or error}; make it readable, or move "
             f"{folder.name} away to use the one before"
@@ -315,14 +329,18 @@ def _check_record(record: CheckpointRecord, folder: Path) -> None:
     """Raises ValueError where a record is of another checkpoint, or says nothing of its files."""
     if folder.name != f"step-{record.step:08d}":
         raise ValueError(f"it is of step {record.step}")
-    if not (record.files and all(re.fullmatch(r"tower-[ab]\.safetensors", name) for name in record.files)):
+    if record.files.keys() not in _FILE_SETS:
         raise ValueError(f"its files are {', '.join(record.files) or 'none'}")
-    if not isinstance(record.loader, dict | None):
-        raise ValueError(f"its loader is {record.loader!r}")
+    for name, facts in record.files.items():
+        size, digest = facts.get("size_bytes"), facts.get("sha256")
+        if not (is_count(size) and int(size or 0) <= MOST_TOWER_BYTES and re.fullmatch("[0-9a-f]{64}", str(digest))):
+            raise ValueError(f"it says of {name} that it has {shortened(facts)}")
+    if record.top1 is not None and not is_share(record.top1):
+        raise ValueError(f"its top1 is {record.top1}")
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    size, wanted = found["size_bytes"], expected.get("size_bytes")
+    size, wanted = found["size_bytes"], expected["size_bytes"]
     return "its content has changed" if size == wanted else f"it has {size} bytes instead of {wanted}"
 
 
@@ -332,29 +350,70 @@ def load_towers(folder: Path, net: "AlexNet", optimizer: "PaperSGD | None" = Non
     Raises:
         CheckpointError: a file does not fit the net.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     for tower, parts in net.split_towers(_tensors(net, optimizer)).items():
         path = folder / f"tower-{tower}.safetensors"
         try:
-            tensors = load_file(path)
+            with open_regular(path, follow=False), safe_open(path, "pt") as tensors:
+                _copy_tensors(tensors, parts, path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:
             raise DamagedError(f"{path} is damaged: {error}") from None
-        for name, target in parts.items():
-            tensor = tensors.get(name)
-            if tensor is None or tensor.shape != target.shape:
-                found = "nothing" if tensor is None else tuple(tensor.shape)
-                raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
-            with torch.no_grad():
-                target.copy_(tensor)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size_bytes": path.stat().st_size, "sha256": digest}
+def _copy_tensors(tensors: Any, parts: "Mapping[str, Tensor]", path: Path) -> None:
+    """Copies the tensors that a net has from an open file, and looks at each one's shape before it is read.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, no floating-point number, or not finite.
+    """
+    import torch
+
+    known = set(tensors.keys())
+    for name, target in parts.items():
+        found = tuple(tensors.get_slice(name).get_shape()) if name in known else "nothing"
+        if found != tuple(target.shape):
+            raise CheckpointError(f"{path}: {name} is {found}, and this recipe's net needs {tuple(target.shape)}")
+        tensor = tensors.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} holds {tensor.dtype}, and a net's weights are floating-point numbers"
+            )
+        # A sum is finite where all are, and takes a quarter of the time; of large numbers it need not be.
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{path}: {name} has values that are no numbers (NaN) or infinite: use another checkpoint"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+
+
+def check_holds(choice: Choice, config: Config) -> None:
+    """Refuses a recipe whose net a checkpoint cannot hold, before memory is taken for that net.
+
+    Raises:
+        CheckpointError: it has more weights than the files have bytes for.
+    """
+    size = sum(facts["size_bytes"] for facts in choice.record.files.values())
+    weights = config.model.count_weights()
+    if 2 * weights > size:  # no format has less than two bytes
+        raise CheckpointError(
+            f"{choice.folder}: the recipe's net has {weights:,} weights, and the checkpoint {size:,} bytes: it is not "
+            "of this recipe"
+        )
+
+
+def _facts(path: Path, expected_bytes: int | None = None) -> dict[str, Any]:
+    """Size and sha256 of a file; one of another size than expected is not read."""
+    with open_regular(path, follow=False) as handle:
+        size = os.fstat(handle).st_size
+        if expected_bytes not in (None, size):
+            return {"size_bytes": size, "sha256": ""}
+        try:
+            with os.fdopen(os.dup(handle), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    return {"size_bytes": size, "sha256": digest}

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,14 @@ class EpochTable:
             return
         line = self._lines.setdefault(self._epoch, {})
         line["steps"] = len(self._steps)
-        line["learning_rate"] = self._steps[-1]["learning_rate"]
-        line["images_per_s"] = statistics.median(row["images_per_s"] for row in self._steps)
-        for name in ("loss", "data_wait_share"):
-            line[name] = statistics.fmean(row[name] for row in self._steps)
-        for tower in self._steps[-1]["gradient_norm"]:
-            line[f"gradient_norm_{tower}"] = statistics.fmean(row["gradient_norm"][tower] for row in self._steps)
+        means: list[tuple[str, Callable[[list[float]], float]]] = [
+            ("learning_rate", lambda values: values[-1]),
+            ("images_per_s", statistics.median),
+            *((name, statistics.fmean) for name in ("loss", "data_wait_share")),
+        ]
+        for name, mean in means:
+            if values := [row[name] for row in self._steps if row.get(name) is not None]:
+                line[name] = mean(values)
+        norms = [row["gradient_norm"] for row in self._steps if row.get("gradient_norm")]
+        for tower in norms[-1] if norms else ():
+            line[f"gradient_norm_{tower}"] = statistics.fmean(row[tower] for row in norms if tower in row)

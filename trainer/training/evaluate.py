@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
-from trainer.training.checkpoint import choose, load_towers
+from trainer.training.checkpoint import check_holds, choose, load_towers
 from trainer.training.fit import TOP5_CLASSES, check_fits
 from trainer.training.kept_data import compare_data
 from trainer.training.resume import check_edited
@@ -153,6 +153,7 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
     if found is None:
         raise RunError(f"{run} has no checkpoint yet: train it first")
     check_edited(run, config, found)
+    check_holds(found, config)
     net = make_net(config, None, device=device)
     load_towers(found.folder, net)
     return LoadedNet(net.eval(), config, found.record.step)

@@ -1,11 +1,11 @@
 """What a run did before this start of it, so that what it says of itself is about all its parts."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from trainer.training.metrics import read_metrics
+from trainer.training.run_files import is_number, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read_past(run: Path, step: int) -> Past:
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     evaluations = {row["step"]: row for row in rows if row["kind"] == "evaluation"}
     return Past(
-        images_per_s=tuple(row["images_per_s"] for row in rows if row["kind"] == "step"),
+        images_per_s=tuple(row["images_per_s"] for row in rows if row["kind"] == "step" and row.get("images_per_s")),
         evaluations=tuple(evaluations[at] for at in sorted(evaluations)),
         elapsed_s=read_elapsed_s(run),
         ledger=next((tuple(row["rows"]) for row in reversed(rows) if row["kind"] == "ledger"), ()),
@@ -41,21 +41,12 @@ def read_past(run: Path, step: int) -> Past:
 
 def read_elapsed_s(run: Path) -> float:
     """Wall time of a run so far, s: of its last result, its last row, or the beginning of its last part."""
-    parts = _read(run / "environment.json").get("resumed")
-    rows = [*read_metrics(run), *(parts if isinstance(parts, list) else ()), _read(run / "result.json")]
+    parts = read_object(run / "environment.json").get("resumed")
+    rows = [*read_metrics(run), *(parts if isinstance(parts, list) else ()), read_object(run / "result.json")]
     return max(map(_seconds, rows))
 
 
 def _seconds(row: object) -> float:
     """Its elapsed_s; 0 where it does not say, or was edited by hand."""
     found = row.get("elapsed_s") if isinstance(row, dict) else None
-    return float(found) if isinstance(found, int | float) else 0.0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none, or it is damaged: the rows say nearly the same."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return float(found) if is_number(found) else 0.0  # type: ignore[arg-type]

@@ -4,13 +4,14 @@ The data set's own manifest (class table, image format, fingerprint) and statist
 for byte, and read by the data set's own readers, which check them.
 """
 
-import sys
 from pathlib import Path
 
 from pipeline.errors import DatasetError
 from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, file_sha256, read_manifest, write_atomic
 from trainer.errors import RunError
 from trainer.training.run_folder import DATA_SET_NAME, read_environment
+from twotower.addresses import masked
+from twotower.terminal import warn
 from twotower.words import pluralize
 
 
@@ -31,7 +32,8 @@ def kept_manifest(run: Path) -> Manifest | None:
         if not (folder / MANIFEST_NAME).exists():
             return None
         manifest = read_manifest(folder)
-        if file_sha256(folder / STATISTICS_NAME) == manifest.files[STATISTICS_NAME]["sha256"]:
+        kept = manifest.files.get(STATISTICS_NAME, {})
+        if file_sha256(folder / STATISTICS_NAME) == kept.get("sha256"):
             return manifest
         name, reason = STATISTICS_NAME, "is damaged"
     except DatasetError:
@@ -54,7 +56,7 @@ def data_of(run: Path) -> Path:
     noted = read_environment(run).get("data")
     if isinstance(noted, str) and (Path(noted) / MANIFEST_NAME).exists():
         return Path(noted)
-    where = f"; the one it was trained on was at {noted}" if noted else ""
+    where = f"; the one it was trained on was at {masked(str(noted))}" if noted else ""
     raise RunError(f"{run} keeps no class table and no statistics{where}: name its data set with --data DIR")
 
 
@@ -81,10 +83,8 @@ def compare_data(run: Path, data: Path, manifest: Manifest) -> Path:
         raise RunError(f"--data {data} has {pluralize(len(theirs), 'class')}, and {run} was trained on {len(ours)}")
     same_size = (kept.image.height_px, kept.image.width_px) == (manifest.image.height_px, manifest.image.width_px)
     subtracted = "the run's" if same_size else "its own, as its images have another size"
-    print(
-        f"warning: {data} is not the data set that {run} was trained on; its classes are the same; the statistics "
-        f"that the net's input needs are {subtracted}",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"{data} is not the data set that {run} was trained on; its classes are the same; the statistics "
+        f"that the net's input needs are {subtracted}"
     )
     return run / DATA_SET_NAME if same_size else data

@@ -4,7 +4,6 @@ import contextlib
 import math
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
 from trainer.training.step import ForwardBackward
+from twotower import terminal
 from twotower.words import pluralize
 
 
@@ -185,7 +185,7 @@ class Trainer:
         except OSError as error:
             if result.exit_reason != "failed":
                 raise RunError(blame(error, self.run)) from None
-            print(f"warning: {blame(error, self.run)}", file=sys.stderr, flush=True)
+            terminal.warn(blame(error, self.run))
         finally:
             self.loader.close()
 

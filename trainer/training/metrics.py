@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +16,15 @@ from pipeline.manifest import write_atomic
 from trainer.config import Config
 from trainer.training.epochs import EpochTable
 from trainer.training.loggers import Loggers
+from trainer.training.run_files import is_row
 from twotower import verbosity, version
+from twotower.addresses import masked_words
+from twotower.untrusted import parse_json, read_regular
+from twotower.words import one_line
 
+NAME = "metrics.jsonl"
+MOST_BYTES = 1 << 30  # 90 epochs of ImageNet in batches of 128 are 0.3 GB
+MOST_LINE_BYTES = 1 << 20
 PLAIN_LINE_EVERY_S = 5.0
 WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
 
@@ -28,7 +36,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
     from trainer.model import kernels
 
     return {
-        "command": " ".join(argv),
+        "command": " ".join(masked_words(argv)),
         "commit": version.find_commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -60,9 +68,9 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, config: Config, from_step: int) -> None:
-        path = run / "metrics.jsonl"
+        path = run / NAME
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= from_step]
+            kept = [line for line, row in _rows_of(run) if row["step"] <= from_step]
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._epochs = EpochTable(run, read_metrics(run))
@@ -102,20 +110,24 @@ class MetricsLog:
         self._loggers.close(exit_reason)
 
 
-def _step_of(line: bytes) -> float:
-    """Step of a line; a truncated last line counts as never."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _rows_of(run: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines that are rows, and what they say; a truncated last line is none, nor one of a stranger's making."""
+    for line in read_regular(run / NAME, MOST_BYTES, follow=False).splitlines():
+        try:
+            row: Any = parse_json(line, nan=True) if len(line) <= MOST_LINE_BYTES else None
+        except ValueError:
+            continue
+        if is_row(row):
+            yield line, row
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows of metrics.jsonl; an empty list where there is none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) != float("inf")]
+    """All whole rows of metrics.jsonl; an empty list where there is none.
+
+    Raises:
+        OSError: it cannot be read, is a link, or larger than any run's.
+    """
+    return [row for _, row in _rows_of(run)] if os.path.lexists(run / NAME) else []
 
 
 class TrainingProgress:
@@ -166,6 +178,6 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Prints a line of its own."""
         if self._bar:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(one_line(text), highlight=False, markup=False, emoji=False)
         elif not self._quiet:
-            print(text, flush=True)
+            print(one_line(text), flush=True)

@@ -13,9 +13,12 @@ from trainer.errors import RecipeError, RunError
 from trainer.training import run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.kept_data import kept_manifest
+from trainer.training.run_files import is_count, is_text
+from twotower.addresses import masked
 from twotower.fields import MAY_CHANGE
 from twotower.words import pluralize
 
+MOST_REPLICAS = 1024
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
 
 
@@ -158,9 +161,9 @@ def noted_options(run: Path) -> dict[str, Any]:
     noted = newest_start(run)
     valid = {
         "processes": noted.get("processes") in (1, 2),
-        "replicas": isinstance(noted.get("replicas"), int) and noted["replicas"] > 0,
-        "device": isinstance(noted.get("device"), str),
-        "skip_list": isinstance(noted.get("skip_list"), str),
+        "replicas": is_count(noted.get("replicas")) and 0 < noted["replicas"] <= MOST_REPLICAS,
+        "device": is_text(noted.get("device")),
+        "skip_list": is_text(noted.get("skip_list")) and Path(noted["skip_list"]).is_file(),
     }
     found = {name: noted[name] for name in OPTIONS if valid[name]}
     return found | ({"skip_list": Path(found["skip_list"])} if "skip_list" in found else {})
@@ -178,8 +181,13 @@ def noted_data(run: Path) -> Path:
         RunError: the run does not say, or nothing is there any more.
     """
     noted = newest_start(run).get("data")
-    if not isinstance(noted, str):
+    if not is_text(noted) or not noted:
         raise RunError(f"{run} does not say which data set it was trained on: name it with --data DIR")
-    if not is_url(noted) and not Path(noted).exists():
+    if is_url(noted):
+        raise RunError(
+            f"{run} was trained on the data set at {masked(noted)}, and no address is fetched because a run names it: "
+            "say --data with it, if you trust it"
+        )
+    if not Path(noted).exists():
         raise RunError(f"{run} was trained on the data set at {noted}, which is gone: say with --data DIR where it is")
     return Path(noted)

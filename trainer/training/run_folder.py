@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,32 @@ from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
 from trainer.training.history import read_past
 from trainer.training.metrics import read_metrics
+from trainer.training.run_files import check_inside, read_object
 from trainer.training.run_lock import LOCK_NAME
+from twotower import terminal
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
 ENVIRONMENT_NAME = "environment.json"
 DATA_SET_NAME = "trained_on"
 START_NAME = ".start"
-OURS = {  # all that a run writes
-    CONFIG_NAME,
-    RESULT_NAME,
-    ENVIRONMENT_NAME,
-    DATA_SET_NAME,
-    CHECKPOINTS_NAME,
-    LOCK_NAME,
-    START_NAME,
-    "metrics.jsonl",
-    "epochs.csv",
-    "tensorboard",
-    "loggers",
-    "profile",
-    "report.html",
-}
+OURS = frozenset(  # all that a run writes
+    {
+        CONFIG_NAME,
+        RESULT_NAME,
+        ENVIRONMENT_NAME,
+        DATA_SET_NAME,
+        CHECKPOINTS_NAME,
+        LOCK_NAME,
+        START_NAME,
+        "metrics.jsonl",
+        "epochs.csv",
+        "tensorboard",
+        "loggers",
+        "profile",
+        "report.html",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ def is_begun(run: Path) -> bool:
     names = _names(run)
     if CONFIG_NAME not in names:
         left = names & {LOCK_NAME, START_NAME}  # a start was killed, perhaps one that was replacing an old run
+        check_inside(run, OURS if left else frozenset())
         others = sorted(names - OURS if left else names)
         if others:
             shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
@@ -102,6 +106,7 @@ def is_begun(run: Path) -> bool:
                 f"{run} holds something that is not a run ({shown}; no {CONFIG_NAME}): give another --run folder"
             )
         return False
+    check_inside(run, OURS)
     try:
         load_config(run / CONFIG_NAME)
     except RecipeError as error:
@@ -180,6 +185,7 @@ def read_run_config(run: Path) -> Config:
         raise RunError(f"no run at {run}: train one with python -m trainer train --run {run}") from None
     except OSError as error:
         raise RunError(f"{run / CONFIG_NAME} cannot be read: {error.strerror}") from None
+    check_inside(run, OURS)
     return load_config(run / CONFIG_NAME)
 
 
@@ -259,20 +265,12 @@ def is_file(path: Path) -> bool:
 
 def read_environment(run: Path) -> dict[str, Any]:
     """environment.json; {} where there is none, or it is damaged: it decides nothing."""
-    return _read_object(run / ENVIRONMENT_NAME)
+    return read_object(run / ENVIRONMENT_NAME)
 
 
 def read_result(run: Path) -> dict[str, Any]:
     """result.json; {} where there is none, or it is damaged."""
-    return _read_object(run / RESULT_NAME)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(run / RESULT_NAME)
 
 
 def check_replicas(config: Config, replicas: int) -> None:
@@ -305,7 +303,7 @@ def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
         write_result(run, _failed(run, status, processes))
     except (OSError, RecipeError) as error:  # a full disk does not hide why the towers ended
         why = blame(error, run) if isinstance(error, OSError) else error
-        print(f"warning: {why}", file=sys.stderr, flush=True)
+        terminal.warn(why)
 
 
 def _failed(run: Path, status: int, processes: int) -> Result:

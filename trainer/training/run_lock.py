@@ -18,9 +18,13 @@ from pathlib import Path
 
 from trainer.errors import RunError
 from twotower import locks
+from twotower.typed import build
+from twotower.untrusted import open_regular, parse_json, read_regular
 from twotower.verbosity import remark
+from twotower.words import one_line
 
 LOCK_NAME = ".lock"
+MOST_BYTES = 4096
 BEAT_S = 5.0
 WATCH_S = 20.0  # four beats
 PATIENCE_S = 45.0  # less than the default of train.peer_timeout_s, in which the other ranks wait for rank 0
@@ -49,7 +53,7 @@ class Holder:
         return self.boot == _boot()
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return one_line(f"process {self.pid} on {self.host}, since {self.since}")
 
 
 def _myself() -> Holder:
@@ -66,8 +70,8 @@ def _boot() -> str:
 def read_holder(run: Path) -> Holder | None:
     """Who holds a run folder, or held it and was killed; None where nobody does or did."""
     try:
-        return Holder(**json.loads((run / LOCK_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return build(Holder, parse_json(read_regular(run / LOCK_NAME, MOST_BYTES, follow=False)))
+    except (OSError, ValueError):
         return None
 
 
@@ -136,7 +140,7 @@ def _take(run: Path) -> int:
     except OSError as error:
         if not locks.has_no_locks(error):
             raise
-        handle, without = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+        handle, without = locks.make(path), True
     if handle is None:
         raise _held(run)
     before = read_holder(run)
@@ -166,8 +170,8 @@ def _is_touched(path: Path, holder: Holder) -> bool:
 def _touched(path: Path) -> int:
     """Time of the last beat; the file is opened anew, which makes NFS ask the server."""
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
+        with open_regular(path, follow=False) as handle:
+            return os.fstat(handle).st_mtime_ns
     except OSError:
         return 0
 

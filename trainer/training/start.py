@@ -26,6 +26,9 @@ from trainer.training.init_from import Initial, write_step_zero
 from trainer.training.kept_data import keep_data_set
 from trainer.training.metrics import describe_environment
 from trainer.training.resume import Change, allowed_changes, check_data_set, check_edited, depends_on_epochs
+from trainer.training.run_files import parse_object
+from twotower.addresses import masked
+from twotower.typed import build as build_typed
 from twotower.words import pluralize
 
 RECORD = "start.json"
@@ -95,7 +98,7 @@ def check_start(
     config = fit.check_fits(config, manifest, data, extend=not resume)
     opened = _open_data(config, manifest, data, skip_list)
     run_folder.refuse_nested(run)
-    noted = str(source) if source is not None and is_url(source) else str(data.absolute())
+    noted = masked(str(source)) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
     told = fit.notes(config, manifest, opened.num_samples)
     if not begun or overwrite:
@@ -106,6 +109,7 @@ def check_start(
     changes = allowed_changes(run, before, config)
     choice = checkpoint.choose(run, quiet=quiet)
     if choice:
+        checkpoint.check_holds(choice, config)
         check_edited(run, before, choice)
     notes = [
         *told,
@@ -208,8 +212,8 @@ def prepare_start(start: Start, options: dict[str, Any], initial: Initial | None
         write_atomic(folder / run_folder.CONFIG_NAME, to_toml(start.config).encode())
         if initial is not None:
             write_step_zero(folder, start.config, initial.net)
-        passed_over = [path.name for path in start.choice.passed_over] if start.choice else []
-        write_atomic(folder / RECORD, json.dumps({"is_new": is_new, "passed_over": passed_over}).encode())
+        pending = Pending(is_new, tuple(path.name for path in start.choice.passed_over) if start.choice else ())
+        write_atomic(folder / RECORD, json.dumps(dataclasses.asdict(pending)).encode())
     except OSError as error:
         discard_start(start.run)
         raise RunError(f"--run {start.run} cannot be written: {error.strerror or error}") from None
@@ -236,14 +240,25 @@ def pending_config(run: Path) -> Config | None:
 
 def is_new(run: Path) -> bool:
     """Whether the prepared start begins with new weights, whatever checkpoints are still there."""
-    return bool(_pending(run).get("is_new"))
+    found = _pending(run)
+    return found is not None and found.is_new
 
 
-def _pending(run: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """What a prepared start will do, ``.start/start.json``; ``passed_over``: names of damaged checkpoints."""
+
+    is_new: bool
+    passed_over: tuple[str, ...] = ()
+
+
+def _pending(run: Path) -> Pending | None:
     try:
-        return json.loads((run / run_folder.START_NAME / RECORD).read_text())
+        return build_typed(Pending, parse_object(run / run_folder.START_NAME / RECORD))
     except FileNotFoundError:
-        return {}
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run / run_folder.START_NAME} is not what this start has prepared ({error})") from None
 
 
 def commit_start(run: Path) -> None:
@@ -253,12 +268,12 @@ def commit_start(run: Path) -> None:
         RunError: the folder cannot be written.
     """
     folder, pending = run / run_folder.START_NAME, _pending(run)
-    if not pending:
+    if pending is None:
         return
     try:
-        if pending["is_new"]:
+        if pending.is_new:
             run_folder.empty(run)
-        checkpoint.set_aside(run, pending["passed_over"])
+        checkpoint.set_aside(run, pending.passed_over)
         names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         for name in sorted(names, key=lambda name: name.name == run_folder.CONFIG_NAME):  # the recipe makes it a run
             if name.name != RECORD:

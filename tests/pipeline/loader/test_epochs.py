@@ -270,7 +270,7 @@ def test_bad_arguments_are_refused(data: Path, tmp_path: Path) -> None:
 def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     folder = _damaged(tmp_path)
     manifest = read_manifest(folder)
-    mixed = dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, height_px=None))
+    mixed = dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, height_px=None, width_px=None))
     (folder / MANIFEST_NAME).write_text(mixed.to_json())
     with pytest.raises(DatasetError, match="different sizes: prepare it with --resize"):
         open_training(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from pipeline.errors import DatasetError
@@ -21,7 +22,8 @@ from pipeline.loader.graph import Reader
 from pipeline.loader.open_split import check_limits, open_split
 from pipeline.loader.running import RunningPipeline
 from pipeline.loader.staging import stage
-from pipeline.manifest import MANIFEST_NAME, read_manifest
+from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, read_manifest
+from pipeline.preparation.statistics import to_npz
 from tests.helpers.loader_data_set import make_data_set
 
 CONFIG = LoaderConfig(crop_px=12, mean="channel", shuffle_buffer=6, threads=1)
@@ -117,7 +119,11 @@ def test_a_raw_image_of_another_size_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path, encoding="raw")
     manifest = read_manifest(folder)
     image = dataclasses.replace(manifest.image, height_px=17)
-    (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, image=image).to_json())
+    arrays = {name: array for name, array in np.load(folder / STATISTICS_NAME).items() if name != "mean_image"}
+    (folder / STATISTICS_NAME).write_bytes(data := to_npz(arrays))
+    record = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files = manifest.files | {STATISTICS_NAME: record}
+    (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, image=image, files=files).to_json())
     assert "image train-" in read_until_error(folder)
 
 
@@ -181,7 +187,7 @@ def test_a_data_set_at_a_url_is_staged_and_equal(remote: Any, tmp_path: Path, mo
     monkeypatch.setenv("TWOTOWER_CACHE", str(tmp_path / "cache"))
     local = TrainingLoader(tmp_path / "origin", CONFIG, batch_size=4, seed=1).next()
     # pathlib folds the two slashes of a URL; a loader must not care
-    staged = TrainingLoader(Path("memory://bucket/data"), CONFIG, batch_size=4, seed=1).next()
+    staged = TrainingLoader(stage(Path("memory://bucket/data")), CONFIG, batch_size=4, seed=1).next()
     assert local.fingerprint == staged.fingerprint and local.images.equal(staged.images)
 
 

@@ -1,6 +1,11 @@
 """What is wrong with a machine is one line that names the variable to set, before anything is written."""
 
 import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +16,12 @@ import pytest
 from pipeline.config import PrepareOptions
 from pipeline.errors import OutputError, PipelineError
 from pipeline.preparation import machine, ray_run
-from pipeline.preparation.machine import LONGEST_NAME, check_machine, ray_folder, token_environment
+from pipeline.preparation.machine import LONGEST_NAME, check_machine, private_session, ray_folder
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.publish import staging_folder
+from tests.helpers.local_cluster import ROOT, wait_until
+from tests.helpers.strangers import strangers_port
+from twotower import listeners
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +49,7 @@ def a_file(folder: Path) -> str:
 
 
 FOLDERS = {
-    "too long": (lambda folder: f"/tmp/{'x' * 35}", "40 bytes long, and the paths of Ray's sockets leave room for 39"),
+    "too long": (lambda folder: f"/tmp/{'x' * 35}", "40 bytes long, and the paths of Ray's sockets leave room for 30"),
     "too long in bytes": (lambda folder: f"/tmp/{'ü' * 18}", "41 bytes long"),
     "relative": (lambda folder: "tmp", "expected an absolute path"),
     "of the home": (lambda folder: "~/tmp", "expected an absolute path"),
@@ -76,10 +84,10 @@ def test_a_folder_that_ray_cannot_use(
 def test_the_folder_that_ray_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own rules, but an empty variable is none: Ray would write into the working folder."""
     monkeypatch.setenv("TMPDIR", "")
-    assert ray_folder() == Path("/tmp/ray")
+    assert ray_folder() == Path("/tmp")
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/")
-    assert ray_folder() == Path("/tmp/ray")
+    assert ray_folder() == Path("/tmp")
 
 
 def test_the_name_that_ray_appends() -> None:
@@ -163,12 +171,100 @@ def test_a_limit_that_is_no_time(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert line_of(ray_run._start_limit_s).startswith(f"TWOTOWER_RAY_START_S is {text!r}: expected seconds")
 
 
-def test_a_token_of_our_own_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = token_environment(), token_environment()
-    assert first.keys() == {"RAY_AUTH_TOKEN"} and first != second
-    assert len(first["RAY_AUTH_TOKEN"]) == 64
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/given")
-    assert token_environment() == {}
+def test_a_session_has_a_token_and_a_folder_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask, and whatever of other clusters the environment names; it needs no HOME."""
+    monkeypatch.delenv("HOME", raising=False)
+    for name, value in zip(machine.TOKEN_VARIABLES, ("disabled", "theirs", "/given"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "example.org")
+    before, tokens = dict(os.environ), set()
+    old = os.umask(0)
+    try:
+        for _ in range(2):
+            with private_session() as session:
+                assert "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ
+                assert os.environ["no_proxy"].split(",") == ["example.org", "127.0.0.1", "localhost", "::1"]
+                token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+                assert stat.S_IMODE(token.stat().st_mode) == 0o600
+                assert stat.S_IMODE(session.folder.parent.stat().st_mode) == 0o700, "Ray makes its own folders 0777"
+                tokens.add(token.read_text())
+                session.folder.mkdir()
+            assert not session.folder.parent.exists() and dict(os.environ) == before
+    finally:
+        os.umask(old)
+    assert len(tokens) == 2 and {len(text) for text in tokens} == {64}
+
+
+def test_the_files_of_a_ray_that_did_not_start_stay_but_not_its_token() -> None:
+    with private_session() as session:
+        session.folder.mkdir()
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        session.keep = True
+    assert session.folder.exists() and not token.exists()
+    shutil.rmtree(session.folder.parent)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
+def test_a_cluster_of_another_user_of_this_machine_is_refused(tmp_path: Path) -> None:
+    """Ray would send it the token, and run what it sends."""
+    with strangers_port() as port:
+        for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"0.0.0.0:{port}"):
+            text = line_of(lambda address=address: prepare(options(tmp_path, address=address)))
+            assert text.startswith(f"--address {address}: ") and "another user of this machine (uid 65534)" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
+def test_nobody_else_on_the_machine_gets_into_a_running_prepare(tmp_path: Path) -> None:
+    """Its Ray listens on loopback only, asks for a token, and its folder is shut; nothing is left behind."""
+    marker, base = tmp_path / "reached", Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
+    base.chmod(0o777)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "TWOTOWER_FAULT": f"hold-driver-shard-done:{marker}",
+        "RAY_TMPDIR": str(base),
+        "HOME": str(tmp_path),
+    }
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    words = ("prepare", "--source", "digits", "--limit", "40", "--shard-size", "8", "--workers", "1")
+    command = [sys.executable, "-m", "pipeline", *words, "--output", str(tmp_path / "d")]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: marker.exists() or process.poll() is not None, "a shard is done")
+            family = family_of(process.pid)
+            inodes = {inode for pid in family for inode in listeners.inodes_of(pid)}
+            ours = [one for one in listeners.listening() if one.inode in inodes]
+            assert len(ours) > 5 and not [one for one in ours if not one.address.is_loopback]
+            (private,) = base.iterdir()
+            assert (private / "token").stat().st_mode & 0o777 == 0o600
+            nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+            for words in (["ls", str(private)], ["cat", str(private / "token")], ["touch", str(private / "r" / "x")]):
+                assert subprocess.run([*nobody, *words], capture_output=True, check=False).returncode != 0
+            gcs = int(next((private / "r" / "session_latest").glob("gcs_server_port_*")).read_text())
+            call = "grpc.insecure_channel(sys.argv[1]).unary_unary('/ray.rpc.InternalKVGcsService/InternalKVKeys')"
+            code = f"import grpc, sys\ntry: {call}(b'', timeout=20, metadata=METADATA)\n"
+            code += "except grpc.RpcError as error: print(error.code().name)"
+            for metadata in ("[]", "[('authorization', 'Bearer 0')]"):
+                command = [sys.executable, "-c", code.replace("METADATA", metadata), f"127.0.0.1:{gcs}"]
+                done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+                assert done.stdout == "UNAUTHENTICATED\n"
+            assert not (tmp_path / ".ray").exists(), "no token for all clusters is left in HOME"
+        finally:
+            process.terminate()
+            assert process.wait(60) == 143
+    assert list(base.iterdir()) == []
+    base.rmdir()
+
+
+def family_of(pid: int) -> set[int]:
+    """A process and all below it."""
+    found, fresh = {pid}, {pid}
+    while fresh:
+        children = [path for one in fresh for path in Path(f"/proc/{one}/task").glob("*/children")]
+        fresh = {int(word) for path in children for word in path.read_text().split()} - found
+        found |= fresh
+    return found
 
 
 def test_no_home_to_stage_a_data_set_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def check(odd: OddTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepares a tree twice, and holds the result against the truth."""
     labels = () if odd.labels is None else ("--labels", odd.labels)
     outputs = [odd.root.parent / name for name in ("first", "second")]
-    arguments = ("--source", "folder", "--input", odd.root, "--shard-size", 5, *KEEP, *labels)
+    arguments = ("--source", "folder", "--input", odd.root, "--shard-size", 5, "--follow-links", *KEEP, *labels)
     expected = 3 if odd.bad or any("unreadable" in key for key in odd.passed_over) else 0
     for output in outputs:
         assert prepare_here(monkeypatch, *arguments, "--output", output) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.preparation import ray_run
-from pipeline.preparation.ray_run import WORKER_BYTES, run_shards
+from pipeline.preparation.ray_run import run_shards, worker_bytes
 from pipeline.preparation.shard import ShardTask
 from pipeline.progress import ProgressLine
 from tests.helpers.shard_data import make_job, make_tasks
@@ -70,7 +70,7 @@ def test_the_bound_follows_nodes_that_join(tmp_path: Path, monkeypatch: pytest.M
     ray = CountingRay(cpus=1, memory=2**40)
     assert run_counting(ray, tmp_path, monkeypatch) == [task.name for task in make_tasks(40, 2)]
     assert ray.most == 3 * ray_run.TASKS_PER_WORKER
-    assert ray.options_seen["memory"] == WORKER_BYTES
+    assert ray.options_seen["memory"] == worker_bytes(make_job(tmp_path).image) == 2**29 + 2**28 + 10**9
 
 
 def test_the_last_shard_goes_out_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Walking an input: nothing waits or goes round, links are followed once, and what cannot be read is counted."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import PrepareOptions
 from pipeline.errors import ImageError, SourceError
 from pipeline.files import UrlPath, read_head, scan
+from pipeline.preparation.plan import make_request
 from pipeline.sources import reasons
-from pipeline.sources.listing import Tally
+from pipeline.sources.listing import Item, Tally
 from pipeline.sources.walk import Walker
 from tests.helpers.preparing import ROOT
+from tests.helpers.tars import sample, write_tar
 from tests.pipeline.sources.test_layout import classes_of, counted, listing_of, make
 
 
@@ -30,10 +34,12 @@ def links(root: Path, **targets: str) -> None:
 def test_a_link_that_leads_back_is_one_file_passed_over(tmp_path: Path, target: str, url: bool) -> None:
     root = make(tmp_path / "in", "cat/1.jpg", "cat/deep/2.jpg", "dog/3.jpg")
     (root / "cat/back").symlink_to(target.format(root=root))
-    listing = listing_of(UrlPath(f"file://{root}") if url else root)
-    assert classes_of(listing) == {"train": {"cat": ["1.jpg", "2.jpg"], "dog": ["3.jpg"]}}
-    assert counted(listing) == {("", reasons.LOOP): 1}
-    assert listing.passed_over[0].examples == ("cat/back",)
+    for follow in (True, False):
+        listing = listing_of(UrlPath(f"file://{root}") if url else root, follow_links=follow)
+        assert classes_of(listing) == {"train": {"cat": ["1.jpg", "2.jpg"], "dog": ["3.jpg"]}}
+        reason = reasons.LINK_OUT if target == "../.." and not follow else reasons.LOOP
+        assert counted(listing) == {("", reason): 1}
+        assert listing.passed_over[0].examples == ("cat/back",)
 
 
 def test_links_that_double_at_every_level_end(tmp_path: Path) -> None:
@@ -43,15 +49,50 @@ def test_links_that_double_at_every_level_end(tmp_path: Path) -> None:
         for name in "ab":
             (tmp_path / f"out/{level}/{name}").symlink_to(tmp_path / f"out/{level + 1}")
     (tmp_path / "in/cat/links").symlink_to(tmp_path / "out/0")
-    listing = listing_of(tmp_path / "in")
+    listing = listing_of(tmp_path / "in", follow_links=True)
     assert classes_of(listing)["train"]["cat"] == ["1.jpg", "last.jpg"]
     assert counted(listing) == {("", reasons.LOOP): 30}
 
 
-def test_links_to_files_and_folders_elsewhere_are_followed(tmp_path: Path) -> None:
+def test_links_to_files_and_folders_elsewhere_are_followed_where_asked(tmp_path: Path) -> None:
     make(tmp_path, "store/x/1.jpg", "store/y/2.jpg", "in/cat/0.jpg")
     links(tmp_path / "in", **{"cat/one.jpg": str(tmp_path / "store/x/1.jpg"), "dog": str(tmp_path / "store/y")})
-    assert classes_of(listing_of(tmp_path / "in")) == {"train": {"cat": ["0.jpg", "one.jpg"], "dog": ["2.jpg"]}}
+    followed = listing_of(tmp_path / "in", follow_links=True)
+    assert classes_of(followed) == {"train": {"cat": ["0.jpg", "one.jpg"], "dog": ["2.jpg"]}}
+    assert not followed.warnings
+    listing = listing_of(tmp_path / "in")
+    assert classes_of(listing) == {"train": {"cat": ["0.jpg"]}}
+    assert counted(listing) == {("", reasons.LINK_OUT): 2}
+    assert "links that lead out of it are passed over (--follow-links follows them): " in listing.warnings[0]
+    assert "cat/one.jpg" in listing.warnings[0] and "dog" in listing.warnings[0]
+
+
+def test_a_link_inside_the_input_needs_no_option_wherever_the_input_lies(tmp_path: Path) -> None:
+    make(tmp_path, "disk/in/cat/1.jpg", "disk/in/store/x/2.jpg", "disk/in/dog/3.jpg")
+    links(tmp_path / "disk/in", **{"cat/two.jpg": "../store/x/2.jpg", "cow": str(tmp_path / "disk/in/store/x")})
+    (tmp_path / "given").symlink_to("disk/in")  # who names the input by a link means what it leads to
+    assert classes_of(listing_of(tmp_path / "given"))["train"]["cat"] == ["1.jpg", "two.jpg"]
+
+
+@pytest.mark.parametrize("link", ["train", "val"])
+def test_a_split_that_is_a_link_out_is_refused_with_the_option(tmp_path: Path, link: str) -> None:
+    make(tmp_path, "in/train/cat/1.jpg", "in/val/cat/2.jpg")
+    (tmp_path / "in" / link).rename(tmp_path / "elsewhere")
+    (tmp_path / "in" / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match=rf"{link}: is a link that leads out of the input: --follow-links follows it"):
+        listing_of(tmp_path / "in")
+    assert set(listing_of(tmp_path / "in", follow_links=True).splits) == {"train", "val"}
+
+
+@pytest.mark.parametrize("source", ["folder", "webdataset"])
+def test_an_input_of_nothing_but_links_is_refused_with_the_option(tmp_path: Path, source: str) -> None:
+    make(tmp_path, "store/1.jpg")
+    write_tar(tmp_path / "store/a.tar", sample("a"))
+    links(tmp_path / "in", **{"cat/1.jpg": str(tmp_path / "store/1.jpg"), "a.tar": str(tmp_path / "store/a.tar")})
+    options = PrepareOptions(source, tmp_path / "out", tmp_path / "in", val_fraction=0)
+    with pytest.raises(SourceError, match=r"links lead out of it \(.*\): --follow-links follows them"):
+        make_request(options)
+    assert make_request(dataclasses.replace(options, follow_links=True)).num_planned == 1
 
 
 def test_a_folder_is_listed_under_its_own_name_whatever_links_to_it(tmp_path: Path) -> None:
@@ -65,9 +106,10 @@ def test_a_folder_is_listed_under_its_own_name_whatever_links_to_it(tmp_path: Pa
 def test_a_link_to_the_input_is_no_class_and_no_wrapper(tmp_path: Path) -> None:
     make(tmp_path / "a", "cat/1.jpg")
     links(tmp_path / "a", me=".", above="..")
-    listing = listing_of(tmp_path / "a")
+    listing = listing_of(tmp_path / "a", follow_links=True)
     assert classes_of(listing) == {"train": {"cat": ["1.jpg"]}}
     assert counted(listing) == {("", reasons.LOOP): 2}
+    assert counted(listing_of(tmp_path / "a")) == {("", reasons.LOOP): 1, ("", reasons.LINK_OUT): 1}
     make(tmp_path / "b", "x/train/cat/1.jpg", "x/val/cat/2.jpg")
     links(tmp_path / "b", **{"x/me": ".", "x/above": "../..", "me": "."})
     assert set(listing_of(tmp_path / "b").splits) == {"train", "val"}
@@ -90,7 +132,8 @@ def test_special_files_are_counted_by_kind_and_never_opened(tmp_path: Path) -> N
     listing = listing_of(tmp_path)
     assert classes_of(listing) == {"train": {"cat": ["1.jpg"], "dog": ["1.jpg"]}}
     assert counted(listing) == {("", reasons.PIPE): 4, ("", reasons.DEVICE): 1, ("", reasons.BROKEN_LINK): 2}
-    assert read_head(tmp_path / "pipe", 4) == b""  # should one become a pipe later
+    with pytest.raises(OSError, match="is no regular file"):
+        read_head(tmp_path / "pipe", 4)  # should one become a pipe later
 
 
 def test_a_broken_link_with_a_picture_s_name_is_a_picture_that_is_missing(tmp_path: Path) -> None:
@@ -183,7 +226,7 @@ def as_another_user(root: Path) -> None:
     from pipeline.sources.folder import read_file
 
     with pytest.raises(ImageError, match="cannot be read: Permission denied"):
-        read_file(root, "dog/private.jpg")
+        read_file(root, Item("", 0, "dog/private.jpg", 0, 1))
 
 
 def test_names_of_every_kind_are_walked(tmp_path: Path) -> None:

@@ -344,11 +344,11 @@ def test_a_record_survives_its_file_and_damage_is_one_line(tmp_path: Path):
     path.write_text(to_json(record, bottleneck={"limit": "decode"}))
     assert read_record(path) == record == from_dict(json.loads(path.read_text()))
     path.write_text(json.dumps({"format": FORMAT}))
-    with pytest.raises(BenchError, match="is damaged: KeyError"):
+    with pytest.raises(BenchError, match="is damaged: it has no environment"):
         read_record(path)
-    for damage, words in ((None, "synthetic is null"), ({"ms": {"median": "fast"}}, "is no figure")):
+    for damage, words in ((None, "synthetic is null"), ({"ms": {"median": "fast"}}, "synthetic.ms.median is a str")):
         path.write_text(json.dumps(json.loads(to_json(record)) | {"synthetic": damage}))
-        with pytest.raises(BenchError, match=f"is damaged: TypeError: .*{words}"):
+        with pytest.raises(BenchError, match=f"is damaged: {words}"):
             read_record(path)
     path.write_text("[]")
     with pytest.raises(BenchError, match="is no result of python -m trainer bench"):

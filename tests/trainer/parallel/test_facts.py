@@ -1,6 +1,7 @@
 """What processes that would not do the same work are told: values and folders, no hash."""
 
 import hashlib
+import json
 import types
 
 import pytest
@@ -13,13 +14,19 @@ WORLD = types.SimpleNamespace(control=None, coord=types.SimpleNamespace(world=2,
 
 
 def told(monkeypatch, mine: Fact, theirs: Fact) -> str:
-    def gather(everyone, own, group):
-        everyone[:] = [own, ({"the thing": theirs}, own[1])]
-
-    monkeypatch.setattr(status.dist, "all_gather_object", gather)
+    answer(monkeypatch, lambda own: [own[0], {"the thing": [theirs.value, theirs.shown]}])
     with pytest.raises(status.PeerError) as refused:
         status.check_consistency(WORLD, {"the thing": mine})
     return str(refused.value)
+
+
+def answer(monkeypatch, make) -> None:
+    """The other process says what ``make`` makes of our own words, through JSON as on the wire."""
+
+    def gather(own, group):
+        return [json.loads(json.dumps(each)) for each in (own, make(own))]
+
+    monkeypatch.setattr(status, "all_gather_json", gather)
 
 
 def test_the_first_line_that_differs_is_shown(monkeypatch):
@@ -37,8 +44,21 @@ def test_a_folder_is_shown_instead_of_a_hash(monkeypatch):
 
 
 def test_equal_values_are_no_matter(monkeypatch):
-    def gather(everyone, own, group):
-        everyone[:] = [own, ({"the thing": Fact(1, shown="/y")}, own[1])]
-
-    monkeypatch.setattr(status.dist, "all_gather_object", gather)
+    answer(monkeypatch, lambda own: [own[0], {"the thing": [1, "/y"]}])
     status.check_consistency(WORLD, {"the thing": Fact(1, shown="/x")})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [5, [], ["host"], ["host", []], ["host", {}], ["host", {"the thing": 1}], ["host", {"the thing": [1]}],
+     ["host", {"the thing": [1, 2]}], ["host", {"another": [1, ""]}], [1, {"the thing": [1, ""]}]],
+)  # fmt: skip
+def test_whoever_answers_something_else_is_refused(monkeypatch, words):
+    answer(monkeypatch, lambda own: words)
+    with pytest.raises(status.PeerError, match="rank 1 does not tell what is to be compared"):
+        status.check_consistency(WORLD, {"the thing": Fact(1)})
+
+
+def test_what_another_process_says_stays_in_its_line(monkeypatch):
+    said = told(monkeypatch, Fact("x"), Fact("y\nerror: the disk is gone\x1b[2J"))
+    assert said.endswith(r"rank 0 x, rank 1 y\nerror: the disk is gone\x1b[2J")

@@ -10,6 +10,7 @@ from trainer.errors import PeerError
 from trainer.parallel import launch
 from trainer.parallel.world import NEEDED, World, has_interface, read_world
 from trainer.stopping import Stopped
+from twotower.meeting import SECRET, STORE
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = WHOLE | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
@@ -78,12 +79,13 @@ def test_what_our_own_towers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "no9")
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    told = launch.tower_environment(0, 1234)
-    assert told["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "NCCL_SOCKET_IFNAME" not in told
-    assert [told[name] for name in NEEDED] == ["0", "2", "127.0.0.1", "1234"]
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    assert launch.tower_environment(0, 1234)["NCCL_SOCKET_IFNAME"] == "lo"
+    meeting = {STORE: "/x/store", SECRET: "s"}
+    told = launch.tower_environment(0, meeting)
+    assert told["GLOO_SOCKET_IFNAME"] == told["NCCL_SOCKET_IFNAME"] == "lo", "no other machine can reach them"
+    assert [told[name] for name in NEEDED] == ["0", "2"] and meeting.items() <= told.items()
+    assert "MASTER_ADDR" not in told, "there is nobody who listens"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
+    assert launch.tower_environment(0, meeting)["NCCL_SOCKET_IFNAME"] == "=lo"
 
 
 @pytest.mark.parametrize(

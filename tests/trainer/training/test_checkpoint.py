@@ -193,22 +193,22 @@ def unreadable_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     digest = hashlib.file_digest
 
     def fail(file: Any, algorithm: str) -> Any:
-        if folder.name in file.name:
-            raise OSError(5, "Input/output error", file.name)
+        if Path(f"/proc/self/fd/{file.fileno()}").readlink().parent == folder:
+            raise OSError(5, "Input/output error")
         return digest(file, algorithm)
 
     monkeypatch.setattr(hashlib, "file_digest", fail)
 
 
 def unreadable_record(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    read = Path.read_text
+    read = checkpoint.parse_object
 
-    def fail(path: Path, *arguments: Any, **more: Any) -> str:
+    def fail(path: Path) -> dict[str, Any]:
         if path.parent == folder:
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *arguments, **more)
+        return read(path)
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(checkpoint, "parse_object", fail)
 
 
 def unreadable_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

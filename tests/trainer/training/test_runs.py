@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.helpers.small_disk import small_disk
@@ -22,6 +21,7 @@ from trainer.__main__ import main
 from trainer.model import kernels
 from trainer.parallel.launch import tower_environment
 from trainer.training.checkpoint import checkpoints, folder_of
+from twotower.meeting import meeting_place
 
 STEPS = 1437 // 128
 ROUND_PIXELS = (  # whatever makes floats of them rounds nothing; conv1 is scaled for them, and must not run away
@@ -351,15 +351,15 @@ def test_towers_with_different_kernels_do_not_start(digits: Path, tmp_path: Path
     """One has a C++ compiler, the other has not, or was told to do without: their roundings would differ."""
     if kernels.load() is None:
         pytest.skip("no C++ compiler here")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = command(*train_words(digits, tmp_path / "run"))
     start = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    towers = [
-        subprocess.Popen(words, env=environment() | tower_environment(rank, store.port) | switch, **start)
-        for rank, switch in enumerate(({}, {"TWOTOWER_KERNELS": "off"}))
-    ]
-    for tower in towers:
-        said = tower.communicate(timeout=200)[1]
+    with meeting_place() as meeting:
+        towers = [
+            subprocess.Popen(words, env=environment() | tower_environment(rank, meeting) | switch, **start)
+            for rank, switch in enumerate(({}, {"TWOTOWER_KERNELS": "off"}))
+        ]
+        everything_said = [tower.communicate(timeout=200)[1] for tower in towers]
+    for tower, said in zip(towers, everything_said, strict=True):
         assert tower.returncode == 2
         assert (
             "different values of kernels (see TWOTOWER_KERNELS in docs/commands.md): rank 0 C++, rank 1 torch" in said

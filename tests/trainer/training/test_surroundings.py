@@ -20,7 +20,7 @@ from tests.helpers import held
 from tests.helpers.nobody import run_as_nobody
 from tests.helpers.training_commands import ROOT, command, environment, train_words
 from trainer.__main__ import main
-from trainer.parallel.world import NEEDED
+from trainer.parallel.world import NEEDED, PLACES
 from trainer.training.checkpoint import checkpoints, folder_of
 
 STEPS = 11
@@ -128,7 +128,7 @@ def test_a_user_without_a_name_or_a_home(common: Path) -> None:
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: list[object]) -> int:
-    for name in (*NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in (*NEEDED, *PLACES, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

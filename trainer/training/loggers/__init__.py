@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import json
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +21,13 @@ from typing import Any, Protocol
 
 from pipeline.manifest import write_atomic
 from trainer.config import Config
+from twotower.terminal import warn
+from twotower.untrusted import parse_json, read_regular
 from twotower.verbosity import log
 from twotower.version import find_commit
 
 FOLDER = "loggers"  # of a run
+MOST_BYTES = 1 << 20  # of what a logger notes
 MOST_WAITING = 100_000  # rows that a logger is behind, until it counts as failed
 CLOSE_S = {"finished": 30.0, "stopped": 20.0, "failed": 5.0}  # that a run waits for what is still to be sent
 
@@ -175,15 +177,14 @@ def say_failed(name: str, error: Exception) -> None:
     else:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         why = f"{lines[0][:200]}"
-    text = f"warning: train.loggers: {name} is left out from now on, training goes on: {why}"
-    print(text, file=sys.stderr, flush=True)
+    warn(f"train.loggers: {name} is left out from now on, training goes on: {why}")
     log.debug("the error of %s arose here:", name, exc_info=error)
 
 
 def recall(run: Path, name: str) -> dict[str, Any]:
     """What a logger noted of a run; {} where it is new to it."""
     try:
-        found = json.loads((run / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        found = parse_json(read_regular(run / FOLDER / f"{name}.json", MOST_BYTES, follow=False))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
