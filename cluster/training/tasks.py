@@ -1,8 +1,8 @@
 """Runs commands as Ray tasks: `python -m cluster.training.tasks --address A --cpus N --gpus N --stop-file F < LINES`.
 
-A line of stdin is a task, {"name": ..., "command": [...], "log": PATH}; a line of stdout is how one ended,
-{"name": ..., "status": ..., "node": ...}, in the order in which they end. Logs and whatever a command writes are on a
-disk that all nodes see. A task whose worker or node dies is given to another, so its command must be one that goes on
+A line of stdin is a task, {"name": ..., "command": [...], "log": PATH}. The first line of stdout, {"ready": true}, says
+that the cluster answers, each later one how a task ended, {"name": ..., "status": ..., "node": ...}, as they end. Logs
+and whatever a command writes are on a disk that all nodes see. A task whose worker or node dies is given to another, so its command must be one that goes on
 when it is given again. `python -m trainer experiment --address A` starts this.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import child_environment, program_of, shell_code
+from cluster.jobs.loopback_node import STAY_ON_LOOPBACK
 from cluster.training.ray_train import Need, wait_for_room
 
 TREE = Path(__file__).resolve().parents[2]
@@ -105,6 +106,7 @@ def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
         ClusterError: the cluster cannot be reached, or has no node that is large enough.
     """
     check_address(arguments.address)
+    os.environ.setdefault(STAY_ON_LOOPBACK, "0")  # else Ray looks for a cluster of `up --local` elsewhere, for ever
     import ray
     from ray.exceptions import RayError
 
@@ -118,6 +120,7 @@ def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
         )
     except Exception as error:  # of many classes
         raise ClusterError(f"no Ray cluster answers: {last_line(str(error))}") from None
+    print(json.dumps({"ready": True}), flush=True)
     # `ray job stop` sends it to all processes of a job, and the kernel where who started this is gone: tasks then save
     signal.signal(signal.SIGTERM, lambda *_: Path(arguments.stop_file).touch())
     wait_for_room(Need(arguments.cpus, arguments.gpus, 1), ROOM_S)

@@ -228,7 +228,9 @@ def test_a_task_is_told_of_with_its_own_status(machine, tmp_path):
             check=True,
             timeout=600,
         )
-        return {row["name"]: row["status"] for row in map(json.loads, done.stdout.splitlines())}
+        first, *rows = map(json.loads, done.stdout.splitlines())
+        assert first == {"ready": True}
+        return {row["name"]: row["status"] for row in rows}
 
     assert statuses() == {"fine": 0, "seven": 7, "killed": 137}
     assert (tmp_path / "fine.log").read_text() == "hello\n"

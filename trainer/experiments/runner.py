@@ -23,6 +23,7 @@ from trainer.training import run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.2
+START_S = 120.0  # for a cluster to answer
 LOST = 4  # exit status where a run's machine is gone
 
 
@@ -139,11 +140,17 @@ def run_on_cluster(tasks: Sequence[RunTask], orders: Orders, place: Place) -> It
         told.seek(0)
         process = subprocess.Popen(words, stdin=told, stdout=subprocess.PIPE, stderr=errors, env=_environment())
         try:
+            ready, deadline = False, time.monotonic() + START_S
             for line in _lines(process, lambda: _look(orders, left, stop_file)):
-                if not line.startswith("{"):
-                    print(line, flush=True)
+                found = json.loads(line) if line.startswith("{") else {}
+                ready = ready or "ready" in found
+                if not ready and time.monotonic() > deadline:  # Ray's own wait for a server has no end
+                    process.kill()
+                    raise RunError(f"--address {place.address}: no Ray cluster answers within {START_S:.0f} s")
+                if "name" not in found:
+                    if line and "ready" not in found:
+                        print(line, flush=True)
                     continue
-                found = json.loads(line)
                 yield Ending(left.pop(found["name"]), int(found["status"]), found.get("reason", ""))
         finally:
             if process.poll() is None:
@@ -164,7 +171,7 @@ def _look(orders: Orders, left: dict[str, RunTask], stop_file: Path) -> None:
 
 
 def _lines(process: "subprocess.Popen[bytes]", look: Callable[[], None]) -> Iterator[str]:
-    """Lines of a process's output as they come; ``look`` is called meanwhile."""
+    """Lines of a process's output as they come, and an empty one where none comes; ``look`` is called meanwhile."""
     assert process.stdout is not None
     held = b""
     with selectors.DefaultSelector() as selector:
@@ -172,6 +179,7 @@ def _lines(process: "subprocess.Popen[bytes]", look: Callable[[], None]) -> Iter
         while True:
             look()
             if not selector.select(POLL_S):
+                yield ""
                 continue
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:
