@@ -2,8 +2,8 @@
 
 A line of stdin is a task, {"name": ..., "command": [...], "log": PATH}. The first line of stdout, {"ready": true}, says
 that the cluster answers, each later one how a task ended, {"name": ..., "status": ..., "node": ...}, as they end. Logs
-and whatever a command writes are on a disk that all nodes see. A task whose worker or node dies is given to another, so its command must be one that goes on
-when it is given again. `python -m trainer experiment --address A` starts this.
+and whatever a command writes are on a disk that all nodes see. A task whose worker or node dies is given to another, so
+its command must be one that goes on when it is given again. `python -m trainer experiment --address A` starts this.
 """
 
 import argparse

@@ -59,12 +59,16 @@ def of_command() -> Iterator[Change]:
     yield "experiment: a stop is a failure", "if stop.name and ending.status:", "if stop.name and not ending.status:"
 
 
-def of_catalog() -> Iterator[Change]:
-    """trainer/experiments/catalog.py."""
+def of_ablations() -> Iterator[Change]:
+    """trainer/experiments/ablations.py."""
     yield "half size: narrow last layer", "[*first, 2 * last]", "[*first, last]"
     yield "no normalization: no pooling", "if op not in NORMS] for", 'if op not in (*NORMS, "maxpool")] for'
-    yield "figure 1: decay", '"optimizer.weight_decay=0.0"', '"optimizer.weight_decay=0.1"'
     yield "#147: pools round down", '"model.pool_ceil=true"', '"model.pool_ceil=false"'
+
+
+def of_catalog() -> Iterator[Change]:
+    """trainer/experiments/catalog.py."""
+    yield "figure 1: decay", '"optimizer.weight_decay=0.0"', '"optimizer.weight_decay=0.1"'
 
 
 def of_crops() -> Iterator[Change]:
@@ -84,6 +88,7 @@ GROUPS = (
     ("trainer/experiments/rows.py", (TABLE_OF_RUNS, PAGE), of_rows),
     ("trainer/experiments/summary.py", (PAGE,), of_summary),
     ("trainer/experiments/command.py", (TABLE_OF_RUNS,), of_command),
+    ("trainer/experiments/ablations.py", (CATALOG,), of_ablations),
     ("trainer/experiments/catalog.py", (CATALOG,), of_catalog),
     ("pipeline/sources/photo_crops.py", (CROPS,), of_crops),
 )

@@ -9,7 +9,8 @@ import pytest
 from tests.helpers.recipes import CONFIGS, recipe
 from trainer.config import Config
 from trainer.errors import RecipeError
-from trainer.experiments.catalog import EXPERIMENTS, TRUE_NETS, TRUE_SCHEDULES, make_experiment
+from trainer.experiments.ablations import TRUE_NETS, TRUE_SCHEDULES
+from trainer.experiments.catalog import EXPERIMENTS, make_experiment
 from trainer.experiments.variants import OF_EVERY_RUN, Variant
 
 RECIPES = (
