@@ -107,6 +107,8 @@ def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
     """
     check_address(arguments.address)
     os.environ.setdefault(STAY_ON_LOOPBACK, "0")  # else Ray looks for a cluster of `up --local` elsewhere, for ever
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # who names a token wants it to be sent
     import ray
     from ray.exceptions import RayError
 

@@ -140,7 +140,7 @@ def _figure_4(base: Config) -> Experiment:
         metrics=(
             Metric("same_class_fc7", "neighbors of the same class, by fc7, %", 100, 1),
             Metric("same_class_pixels", "neighbors of the same class, by pixels, %", 100, 1),
-            Metric("same_class_gain", "difference, points", 100, 1),
+            Metric("same_class_gain", "neighbors of the same class, fc7 less pixels, points", 100, 1),
             TOP1,
             TOP5,
         ),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest, read_manifest
 from trainer import stopping
 from trainer.config import Config, to_toml
@@ -94,8 +95,7 @@ def make_plan(arguments: argparse.Namespace, base: Config) -> Plan:
     cores = len(os.sched_getaffinity(0))
     most = max(task.processes for task in tasks)
     cpus = arguments.cpus or (most if arguments.address else max(1, cores // arguments.parallel))
-    source = str(arguments.source)
-    data = source if "://" in source else str(arguments.data.absolute())
+    data = str(arguments.source) if is_url(arguments.source) else str(arguments.data.absolute())
     record = Record(arguments.name, to_toml(base), data, manifest.fingerprint)
     return Plan(experiment, tuple(tasks), configs, record, arguments.data, arguments.parallel, cpus)
 

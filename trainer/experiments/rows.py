@@ -82,7 +82,8 @@ def read_rows(folder: Path) -> dict[tuple[str, int], Row]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows[str(row["variant"]), int(row["seed"])] = row
+            if row["status"] in (OK, FAILED):
+                rows[str(row["variant"]), int(row["seed"])] = row
         except (ValueError, KeyError, TypeError):
             continue
     return rows
