@@ -156,3 +156,11 @@ def test_names_are_folders_and_each_is_compared_with_one_that_is_there(name: str
         assert variant.recipe(recipe("photo-crops"))
     some = experiment.only([names[-1]])
     assert {variant.against for variant in some.variants} - {""} <= {variant.name for variant in some.variants}
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "photo-crops", "handsoff"])
+def test_without_normalization_everything_else_stays_in_its_order(name: str) -> None:
+    base = recipe(name, "model.hidden=[64, 64]")  # not the original's net, which has a way of its own
+    left = variants("ablations", base)["no-normalization"].recipe(base).model.post_ops
+    assert left == tuple(tuple(op for op in ops if not op.startswith("lrn")) for ops in base.model.post_ops)
+    assert sum(map(len, left)) < sum(map(len, base.model.post_ops))
