@@ -20,6 +20,7 @@ from pipeline.statistics_file import read_statistics_file
 from twotower.words import one_line, pluralize, shortened
 
 MAX_PIXELS = 2**29  # of one image that is shown
+SMALL_PIXELS = 2**16  # an image of so few costs nothing, whatever the manifest says
 CELL_PX = 112
 CAPTION_PX = 14
 COLUMNS = 8
@@ -146,7 +147,9 @@ def open_image(sample: StoredSample, manifest: Manifest) -> Image.Image:
             raise DatasetError(f"{sample.shard}: sample {sample.key} is no raw image of the data set's size")
         pixels = np.frombuffer(sample.image, np.uint8).reshape(shape)
     else:
-        limit = sized or min(manifest.settings.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
+        limit = (
+            max(sized, SMALL_PIXELS) if sized else min(manifest.settings.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
+        )
         settings = ImageSettings(resize_px=None, channels=form.channels, max_pixels=limit, max_bytes=MAX_PIXELS * 4)
         try:
             pixels = decode(sample.image, settings).pixels

@@ -1,11 +1,16 @@
 """Checks a data set against its manifest, down to the sample, and names what is wrong."""
 
 import dataclasses
+import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError, SourceError
 from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord
 from pipeline.preparation.output import file_damage, shard_damage
@@ -15,6 +20,8 @@ from pipeline.quarantine import read_quarantine
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 from twotower.verbosity import log
 from twotower.words import pluralize
+
+DEFAULT = ImageSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +89,23 @@ def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
                 for sample in read_samples(folder / shard.name):
                     image = sample.members[0]
                     file.seek(image.offset)
-                    if not dali_accepts(file.read(image.size)):
+                    data = file.read(image.size)
+                    if is_larger(data, manifest):
+                        problems.append(Problem(shard.name, f"sample {sample.key} is larger than the manifest says"))
+                    elif not dali_accepts(data):
                         problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
     return problems
+
+
+def is_larger(data: bytes, manifest: Manifest) -> bool:
+    """Whether an image says that it has more pixels than its data set's have: its decoding may take all memory."""
+    form = manifest.image
+    limit = (form.height_px or 0) * (form.width_px or 0) or manifest.settings.get("max_pixels") or DEFAULT.max_pixels
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            return bool(image.width * image.height > limit)
+    except Exception:  # it is damaged, which the decoder will say
+        return False
 
 
 def read_samples(tar: Path) -> list[TarSample]:

@@ -53,6 +53,7 @@ PIXEL_BYTES = {
 ALLOWED_PIXEL_BYTES = 10
 SCANS_AT_MOST_PIXELS = 20  # scans of an image of --max-pixels; of a smaller one more. Usual are 10, whatever the size
 START_OF_SCAN_MARKER = b"\xff\xda"
+SPARE_BYTES = 16 * 2**20  # a copy of a file that is no larger is nothing beside a worker's own memory
 STRIP_PIXELS = 2**22
 FIRST_FRAME = "first of several frames"
 MODES = {"1": "1-bit", "L": "gray", "LA": "gray with alpha", "P": "palette", "PA": "palette with alpha"}
@@ -118,7 +119,7 @@ def _check_size(width: int, height: int, settings: ImageSettings) -> None:
 
 def _check_cost(width: int, height: int, settings: ImageSettings, kind: str, extra_bytes: int = 0) -> None:
     """Refuses what would take more memory than a worker has declared to Ray (:func:`decoding_bytes`)."""
-    needed = width * height * PIXEL_BYTES[kind] + extra_bytes
+    needed = width * height * PIXEL_BYTES[kind] + max(0, extra_bytes - SPARE_BYTES)
     if needed > decoding_bytes(settings):
         raise ImageError(
             f"{width}x{height} {kind} takes {PIXEL_BYTES[kind]} bytes a pixel to decode, in all "

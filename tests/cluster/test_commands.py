@@ -273,7 +273,7 @@ def test_the_port_of_the_local_cluster_must_be_one_of_its_processes(tmp_path, ca
     """A process in a session of its own stands for the head; then another program has the port."""
     code = "import socket, time\ns = socket.create_server(('127.0.0.1', 0))\n"
     code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, local.PROGRAM]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as head,
         serving(lambda handler: b"{}") as other,

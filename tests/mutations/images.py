@@ -11,6 +11,7 @@ PIXELS = "tests/pipeline/loader/test_pixels.py"
 SHARE = "tests/pipeline/loader/test_share.py"
 SPLIT = "tests/pipeline/loader/test_split.py"
 STATISTICS = "tests/pipeline/preparation/test_statistics.py"
+HOSTILE = "tests/pipeline/test_hostile_data.py"
 IMAGENET = "tests/pipeline/sources/test_imagenet.py"
 FOLDER = "tests/pipeline/sources/test_folder_and_webdataset.py"
 LAYOUT = "tests/pipeline/sources/test_layout.py"
@@ -203,6 +204,31 @@ def of_devkit() -> Iterator[Change]:
     )
 
 
+def of_index_checks() -> Iterator[Change]:
+    """pipeline/index_checks.py: what DALI would believe."""
+    yield "index: any place", "if len(wrong):", "if False:"
+    yield "index: beyond the tar", "int(begin[-1] + size[-1]) > tar_bytes", "False"
+    yield "index: any label", "(sizes[:, 1] > MAX_LABEL_BYTES).any()", "False"
+
+
+def of_record_checks() -> Iterator[Change]:
+    """pipeline/record_checks.py: names and numbers of a manifest."""
+    yield "manifest: any shard's name", 'if found is None or not found["folder"]', 'if False and not found["folder"]'
+    yield "manifest: any file's name", "_name(name in FILES,", "_name(True,"
+    yield "manifest: true is a number", "type(value) is int and low <= value", "isinstance(value, int) and low <= value"
+
+
+def of_addresses() -> Iterator[Change]:
+    """pipeline/addresses.py: protocols."""
+    yield "addresses: any protocol", "    if refused:\n", "    if False:\n"
+    yield "addresses: chains", "len(links) > 1 and links[0] not in asked", "False"
+
+
+def of_tar_reader() -> Iterator[Change]:
+    """pipeline/sources/tar_reader.py: sizes."""
+    yield "tars: sizes with underscores", 'OCTAL = re.compile(rb"[0-7]*")', 'OCTAL = re.compile(rb"[0-7_]*")'
+
+
 def of_folder() -> Iterator[Change]:
     """pipeline/sources/folder.py."""
     yield "labels: folders in reverse order", "key=os.fsencode)\n", "key=os.fsencode, reverse=True)\n"
@@ -309,6 +335,10 @@ GROUPS = (
     ("pipeline/preparation/image.py", (IMAGE, DECODE), of_image),
     ("pipeline/sources/imagenet.py", (IMAGENET,), of_imagenet),
     ("pipeline/sources/devkit.py", (IMAGENET,), of_devkit),
+    ("pipeline/index_checks.py", (HOSTILE,), of_index_checks),
+    ("pipeline/record_checks.py", (HOSTILE,), of_record_checks),
+    ("pipeline/addresses.py", (HOSTILE,), of_addresses),
+    ("pipeline/sources/tar_reader.py", (HOSTILE,), of_tar_reader),
     ("pipeline/sources/folder.py", (FOLDER, LAYOUT, LABELS), of_folder),
     ("pipeline/sources/labels.py", (LABELS,), of_labels),
     ("pipeline/sources/walk.py", (WALK, LAYOUT), of_walk),

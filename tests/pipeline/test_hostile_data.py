@@ -21,6 +21,8 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError, ImageError, SourceError
+from pipeline.index_checks import check_index
+from pipeline.inspection.verify import is_larger
 from pipeline.loader import staging
 from pipeline.loader.batches import EvaluationLoader
 from pipeline.loader.config import LoaderConfig
@@ -171,6 +173,15 @@ def test_no_entry_of_an_index_leads_dali_astray(data: Path, field: int, number: 
         EvaluationLoader(data, CONFIG, batch_size=4, split="train")
 
 
+def test_an_index_claims_no_more_than_its_tar_has_and_no_label_of_kilobytes() -> None:
+    line = b"v1.2 1\njpg 512 10 a.jpg cls 1536 %d a.cls json 2560 %d a.json\n"
+    check_index(line % (64, 2), 1, 4096)
+    with pytest.raises(ValueError, match="claims 12,559 bytes, and the tar has 4,096"):
+        check_index(line % (64, 9999), 1, 4096)
+    with pytest.raises(ValueError, match="claims a label"):
+        check_index(line % (65, 2), 1, 4096)
+
+
 @pytest.mark.parametrize("change", ["swap", "double", "drop", "space", "name", "not ascii"])
 def test_no_line_of_an_index_is_out_of_order(data: Path, change: str) -> None:
     name = "train/train-000000.idx"
@@ -256,7 +267,14 @@ def test_a_folder_of_a_data_set_that_is_a_link_is_refused_where_it_would_be_writ
 
 
 @pytest.mark.parametrize(
-    "address", ["simplecache::memory://set", "zip://a.zip::memory://set", "reference://x", "github://a:b@c/d"]
+    "address",
+    [
+        "simplecache::memory://set",
+        "file::memory://set",
+        "zip://a.zip::memory://set",
+        "reference://x",
+        "github://a:b@c/d",
+    ],
 )
 def test_only_listed_protocols_are_opened(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -401,6 +419,17 @@ def test_a_picture_that_takes_more_memory_than_a_worker_declares_is_left_out_wit
     with pytest.raises(ImageError, match=r"^100x100 WebP takes 18 bytes a pixel to decode, in all .* allows"):
         decode(webp, SMALL)
     assert decode(webp, dataclasses.replace(SMALL, max_pixels=18_000)).pixels.shape == (100, 100, 3)
+
+
+@pytest.mark.parametrize(("side", "larger"), [(16, False), (17, True)])
+def test_verify_tells_a_stored_picture_that_is_larger_than_the_manifest_says(
+    data: Path, side: int, larger: bool
+) -> None:
+    """The loader's decoder would decode it before anyone can tell."""
+    manifest = read_manifest(data)
+    for form in ("JPEG", "PNG"):
+        assert is_larger(saved(photo(side, side), form), manifest) == larger
+    assert not is_larger(b"no picture", manifest)
 
 
 def test_a_picture_is_the_same_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_who_does_not_know_the_secret_is_found_out(monkeypatch: pytest.MonkeyPat
         said_to_stranger = join_as_stranger("guessed", meeting[STORE])
         said = tower_a.communicate(timeout=100)[1]
     assert tower_a.returncode and "process 1 does not know the secret of this run" in said, said
-    assert "process 0 does not know the secret" in said_to_stranger, "and learns no secret to show it to another"
+    assert any(words in said_to_stranger for words in ("does not know the secret", "cannot find each other"))
     assert meeting[SECRET] not in said_to_stranger + said
 
 
