@@ -35,14 +35,13 @@ def of_measures() -> Iterator[Change]:
         "color_share(energy[order[half:]])) < gap",
     )
     yield "epochs: not between", "(after - before) * (high - level)", "(after - before) * (level - low)"
-    yield "neighbors: the farthest", "squares = np.square(first)", "squares = -np.square(first)"
+    yield "neighbors: the farthest", "- 2 * first @ second.T", "+ 2 * first @ second.T"
     yield "views: not averaged", "shares.unflatten(0, (-1, 10)).mean(1)", "shares.unflatten(0, (-1, 10))[:, 0]"
 
 
 def of_rows() -> Iterator[Change]:
     """trainer/experiments/rows.py."""
     yield "rows: accuracy for error", "(total - round(share * total)) / total", "round(share * total) / total"
-    yield "rows: a failed run has figures", 'row["status"] != OK or row.get(key) is None', "row.get(key) is None"
 
 
 def of_summary() -> Iterator[Change]:
@@ -55,7 +54,6 @@ def of_summary() -> Iterator[Change]:
 def of_command() -> Iterator[Change]:
     """trainer/experiments/command.py."""
     yield "experiment: a failure is no exit code", "DONE_IN_PART if failed or stop.name", "DONE_IN_PART if stop.name"
-    yield "experiment: failed runs stay failed", 'row["status"] != rows.OK or not', "not"
     yield "experiment: a stop is a failure", "if stop.name and ending.status:", "if stop.name and not ending.status:"
 
 

@@ -121,7 +121,7 @@ def _place(names: Sequence[str], name: str) -> int:
 def values_of(rows: Iterable[Row], variant: str, key: str) -> dict[int, float]:
     """Seed -> figure of the runs that have it; failed runs and absent figures are NaN, so that they are told."""
     return {
-        int(row["seed"]): math.nan if row["status"] != OK or row.get(key) is None else float(row[key])
+        int(row["seed"]): math.nan if row.get(key) is None else float(row[key])
         for row in rows
         if row["variant"] == variant
     }
