@@ -50,7 +50,7 @@ def differences(compared: Sequence[Compared]) -> Markup:
         axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.spines["bottom"].set_color(COLORS["soft"])
-        figure.text(0, 1 - 14 / height, f"Less {against_words(compared)}", size=13.5, weight="bold")
+        figure.text(0, 1 - 14 / height, f"Difference from {against_words(compared)}", size=13.5, weight="bold")
         words = ", ".join(f"{each.variant.title} {metric.show(each.found.mean, sign=True)}" for each in compared)
         return inline_svg(figure, f"Difference in {metric.title}: {words}")
 
