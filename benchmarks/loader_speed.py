@@ -80,7 +80,7 @@ def bare(folder: Path, threads: int) -> Iterator[torch.Tensor]:
             index_paths=list(split.indexes),
             ext=["jpg", "cls"],
             random_shuffle=True,
-            initial_fill=PAPER.shuffle_buffer,
+            initial_fill=4096,  # samples
         )
         window = {
             "crop": (CROP, CROP),

@@ -80,13 +80,20 @@ def fashion_mnist(table: dict[str, Any]) -> Iterator[Row]:
     yield "Fashion-MNIST, top-1 of the test images by seed", f"{seeds}; at most {table['minutes']['max']:.0f} min"
 
 
+def scale(table: dict[str, Any]) -> Iterator[Row]:
+    """Exponents of growth."""
+    for row in table["rows"]:
+        exponent = "not known" if row["exponent"] is None else f"{row['exponent']:.2f}"
+        yield f"{row['name']}, {row['unit']}: exponent over {row['grows']}", exponent
+
+
 def demo(table: dict[str, Any]) -> Iterator[Row]:
     """The demo."""
     yield "make demo", f"top-1 {table['result']['top1']:.3f}, {table['make_demo_wall_s']:.0f} s"
 
 
 SCRIPTS: tuple[Callable[[dict[str, Any]], Iterator[Row]], ...] = (
-    prepare_speed, loader_speed, step_speed, overlap, end_to_end, job_overhead, fashion_mnist, demo
+    prepare_speed, loader_speed, step_speed, overlap, end_to_end, job_overhead, fashion_mnist, scale, demo
 )  # fmt: skip
 
 

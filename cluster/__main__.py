@@ -16,7 +16,7 @@ from cluster.local import default_folder
 from cluster.training import ray_train
 from twotower import verbosity
 from twotower.command_line import Parser
-from twotower.words import one_line
+from twotower.words import MOST_OF_A_LINE, cut, one_line
 
 Add = Callable[..., argparse.ArgumentParser]
 EXIT_CODES = (
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except ClusterError as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {cut(one_line(str(error)), MOST_OF_A_LINE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

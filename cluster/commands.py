@@ -20,12 +20,13 @@ from cluster.jobs import job_secrets, submission
 from cluster.jobs.addresses import dashboard_address, is_loopback
 from cluster.jobs.client import TERMINAL, Client, ServerError
 from cluster.jobs.entry import command_of
+from cluster.jobs.overview import Overview, job_row, overview, print_table
 from cluster.jobs.paths import absolute_paths, shared_paths
-from cluster.jobs.progress import BarStream, Progress, latest
+from cluster.jobs.progress import BarStream
 from cluster.jobs.tree import Tree, choose
 from cluster.training import ray_train
 from twotower import verbosity, version
-from twotower.words import one_line, pluralize
+from twotower.words import listed, one_line, pluralize
 
 FULL_PERCENT = 95.0  # Ray places no work on a node with a fuller disk
 
@@ -180,71 +181,23 @@ def _follow(client: Client, job_id: str, started: float | None = None) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Show jobs."""
+    """Show jobs, the newest first."""
     client = _client(arguments)
-    records = [client.job(arguments.id)] if arguments.id else client.jobs()
-    rows = [_row(client, record) for record in records]
+    if arguments.id:
+        table = Overview((job_row(client, client.job(arguments.id)),), ())
+    else:
+        table = overview(client, client.jobs())
     if arguments.json:
-        print(json.dumps(rows, indent=1))
-    elif not rows:
+        print(json.dumps(table.rows, indent=1))
+    elif not table.rows:
         print(f"no jobs on {client.address}")
     else:
-        _print_table(rows)
+        print_table(table.rows)
+    if table.silent:
+        nodes = pluralize(len(table.silent), "node")
+        lacking = "their jobs lack progress, or show the exit code that Ray supposes"
+        _say(f"warning: {nodes} did not answer in time ({listed(table.silent)}): {lacking}")
     return 0
-
-
-def _row(client: Client, job: dict[str, Any]) -> dict[str, Any]:
-    over = job["status"] in TERMINAL
-    end = submission.ending(client, job) if over else None
-    progress = _progress(client, job)
-    entrypoint = submission.command_line(job)
-    now_ms = (job.get("end_time") if over else None) or time.time() * 1000
-    return {
-        "id": job["submission_id"],
-        "state": end.outcome if end else job["status"].lower(),
-        "exit_code": end.exit_code if end else None,
-        "elapsed_s": round((now_ms - (job.get("start_time") or now_ms)) / 1000, 1),
-        "stage": submission.stage_of(entrypoint.split()),
-        "done": progress.done if progress else None,
-        "total": progress.total if progress else None,
-        "images_per_s": progress.images_per_s if progress else None,
-        "left": progress.left if progress and not over else "",
-        "entrypoint": entrypoint,
-    }
-
-
-def _progress(client: Client, job: dict[str, Any]) -> Progress | None:
-    if not job.get("driver_node_id"):
-        return None
-    try:
-        text = client.log(job["submission_id"], job["driver_node_id"], lines=30)
-    except ServerError:
-        return None
-    return latest(text.decode(errors="replace"))
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    head = ("ID", "STATE", "EXIT", "TIME", "STAGE", "DONE", "IMAGES/S", "LEFT")
-    table = [head]
-    for row in rows:
-        done = f"{row['done']}/{row['total']}" if row["total"] is not None else ""
-        rate = f"{row['images_per_s']:.0f}" if row["images_per_s"] is not None else ""
-        code = "" if row["exit_code"] is None else str(row["exit_code"])
-        table.append(
-            (
-                one_line(row["id"]),
-                row["state"],
-                code,
-                f"{row['elapsed_s']:.0f} s",
-                row["stage"],
-                done,
-                rate,
-                row["left"],
-            )
-        )
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from cluster.errors import ClusterError
 from cluster.host_checks import Finding, bad, note, ok
 from cluster.jobs.addresses import is_loopback
 from cluster.jobs.client import Client, plain_session
+from twotower.words import listed
 
 CLOCK_TOLERANCE_S = 15.0  # a node's clock is reported every few seconds
 OLDEST_SAFE_RAY = (2, 55)
@@ -133,6 +134,6 @@ def check_binding(address: str, folder: Path) -> Iterator[Finding]:
     ports = host_checks.open_ports({pid for node in cluster.nodes for pid in local.session_members(node.pid)})
     if ports:
         fix = "whoever reaches this machine reaches them: `python -m cluster down`, then `up --local`"
-        yield bad("ports", f"not on loopback only: {', '.join(map(str, sorted(ports)))}", fix)
+        yield bad("ports", f"not on loopback only: {listed(sorted(ports))}", fix)
     else:
         yield ok("ports", "all of the local cluster's listen on loopback only")

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.preparation import faults
 from twotower import verbosity
 from twotower.command_line import Parser
-from twotower.words import one_line
+from twotower.words import MOST_OF_A_LINE, cut, one_line
 
 COMMANDS = ("prepare", "verify", "status", "inspect", "statistics", "reindex", "bench")
 EXIT_CODES = (
@@ -53,7 +53,7 @@ def main() -> int:
         return args.run(args)
     except PipelineError as error:
         verbosity.log.debug("the error arose here:", exc_info=True)
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {cut(one_line(str(error)), MOST_OF_A_LINE)}", file=sys.stderr)
         return 2
 
 

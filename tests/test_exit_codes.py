@@ -18,6 +18,7 @@ from pipeline.commands import prepare
 from pipeline.errors import PipelineError
 from trainer import cli
 from trainer.errors import LostError, TrainerError
+from twotower.words import MOST_OF_A_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPS = {signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -79,6 +80,15 @@ def test_the_same_end_has_the_same_code(package, monkeypatch, capsys):
     assert (code, said) == (2, "error: mend it\n") and "something to fix" in TABLE["2"]
     with pytest.raises(ZeroDivisionError):  # a bug of ours: Python's own 1
         run(package, ZeroDivisionError(), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("package", ERRORS)
+def test_no_error_is_a_million_characters(package, monkeypatch, capsys):
+    """Whatever it names: the last net under all messages; what to do stands at the end."""
+    text = ", ".join(f"train-{number:08d}" for number in range(100_000))
+    code, said = run(package, ERRORS[package](f"{text}: run prepare again"), monkeypatch, capsys)
+    assert code == 2 and len(said) < MOST_OF_A_LINE + 20
+    assert said.startswith("error: train-00000000, ") and said.endswith(": run prepare again\n")
 
 
 @pytest.mark.parametrize("package", ["trainer", "cluster"])

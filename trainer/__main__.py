@@ -206,16 +206,18 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _scale(arguments: argparse.Namespace, config: "Config") -> int:
     """Prints what a step sends on many GPUs."""
     from trainer.errors import RecipeError
-    from trainer.planning.scale import WORLDS, Wires, print_scale, scale_table
+    from trainer.planning.scale import WORLDS, Sizes, Wires, print_scale, scale_table
 
     if config.model.towers == 1:
         raise RecipeError("model.towers = 1: a net of one tower runs in one process, and nothing is sent")
     given = (arguments.bandwidth_gb_s, arguments.latency_us, arguments.tflops)
     if any(given) and not all(given):
         raise RecipeError("--bandwidth-gb-s, --latency-us and --tflops belong together: the model needs all three")
-    wires = Wires(*given, arguments.pair_bandwidth_gb_s or given[0]) if all(given) else None
+    pair = arguments.pair_bandwidth_gb_s or given[0]
+    wires = Wires(*given, pair, arguments.loader_images_s) if all(given) else None
     images = arguments.per_pair or config.train.batch_size
-    table = scale_table(config, WORLDS, images=images, wires=wires)
+    sizes = Sizes(arguments.samples, arguments.evaluated)
+    table = scale_table(config, WORLDS, images=images, wires=wires, sizes=sizes)
     if arguments.json:
         print(json.dumps(table, indent=1))
     else:

@@ -18,6 +18,7 @@ EXIT_CODES = (
     "4 another process of the run was lost (train), "
     "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
+PAGED = "write a page with the images besides; of more than 200 images several, FILE, FILE-2 and so on"
 TRAIN_EXAMPLE = "python -m trainer train --config configs/digits.toml --data demo/digits --run demo/run --processes 2"
 
 
@@ -299,7 +300,7 @@ def _add_predict(commands: Commands) -> None:
     )
     _device_option(predict)
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
-    predict.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+    predict.add_argument("--html", type=Path, metavar="FILE", help=PAGED)
 
 
 def _net_options(parser: argparse.ArgumentParser) -> None:
@@ -340,7 +341,7 @@ def _add_neighbours(commands: Commands) -> None:
     )
     neighbours.add_argument("--count", type=_positive, default=6, metavar="N", help="shown for each image (default: 6)")
     neighbours.add_argument("--json", action="store_true", help="a line of JSON for each image instead of the table")
-    neighbours.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images besides")
+    neighbours.add_argument("--html", type=Path, metavar="FILE", help=PAGED)
 
 
 def _add_config(commands: Commands) -> None:
@@ -365,7 +366,8 @@ def _add_describe(commands: Commands) -> None:
         "--scale",
         action="store_true",
         help="what a step sends on 2, 4 ... 512 GPUs; with the options below, a MODEL of its time: "
-        "compute + crossing + max(0, sum - 2/3 compute) + control, each term's formula printed below the table",
+        "max(loading, compute + crossing + max(0, sum - 2/3 compute) + control), each term's formula printed below the "
+        "table; with epoch, evaluation and start-up",
     )
     describe.add_argument(
         "--per-pair", type=_positive, metavar="N", help="images a pair of towers takes in a step (default: the batch)"
@@ -375,8 +377,15 @@ def _add_describe(commands: Commands) -> None:
         ("--pair-bandwidth-gb-s", "between the towers of a pair (default: the same)"),
         ("--latency-us", "of a message, microseconds"),
         ("--tflops", "what a GPU reaches in training, 1e12 operations/s"),
+        ("--loader-images-s", "what one loader reaches alone, images/s (python -m pipeline bench)"),
     ):
         describe.add_argument(name, type=_positive_number, metavar="X", help=f"for --scale: {text}")
+    for name, size, text in (
+        ("--samples", 1_281_167, "images of an epoch"),
+        ("--evaluated", 50_000, "images evaluated after it"),
+    ):
+        words = f"for --scale: {text} (default: %(default)s, ILSVRC-2012)"
+        describe.add_argument(name, type=_positive, metavar="N", default=size, help=words)
     describe.add_argument("--svg", type=Path, metavar="FILE", help="draw the net into FILE instead")
 
 

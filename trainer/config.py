@@ -285,6 +285,8 @@ class TrainConfig:
         loggers: where the figures go besides metrics.jsonl: tensorboard (RUN/tensorboard), wandb (Weights & Biases),
             mlflow; each of the other two is an extra to install, and configured by its own variables.
         peer_timeout_s: seconds after which a silent other tower counts as lost.
+        start_timeout_s: the same until all processes are about to do their first step: one may have a data set to
+            fetch, or a file system that opens slowly.
     """
 
     epochs: Annotated[int, Limits(1, 1 << 30, unit="epochs")] = may_change(90)
@@ -301,6 +303,7 @@ class TrainConfig:
     threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))
     peer_timeout_s: Annotated[float, Limits(above=0, high=1e6, unit="s")] = may_change(60.0)
+    start_timeout_s: Annotated[float, Limits(above=0, high=1e6, unit="s")] = may_change(600.0)
 
     def __post_init__(self) -> None:
         """Checks limits, and what two fields must have in common."""

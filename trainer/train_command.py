@@ -168,7 +168,7 @@ def join_and_train(arguments: argparse.Namespace, config: "Config", world: "Worl
     from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train.peer_timeout_s)
+    mesh = join_mesh(world, device, config.train)
     verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
     return _work(arguments, config, mesh, device, is_new=is_new)
 

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from twotower.addresses import masked
-from twotower.words import one_line
+from twotower.words import MOST_OF_A_LINE, cut, one_line
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of a pipe, of a terminal, of a descriptor
 _LOST: dict[int, OSError] = {}
@@ -48,7 +48,7 @@ def _drop(number: int, error: OSError) -> None:
 
 def print_error(error: object) -> None:
     """The one place where a command says what is wrong: a line of its own, whatever names and addresses are in it."""
-    print(f"error: {one_line(masked(str(error)))}", file=sys.stderr, flush=True)
+    print(f"error: {cut(one_line(masked(str(error))), MOST_OF_A_LINE)}", file=sys.stderr, flush=True)
 
 
 def warn(text: object) -> None:

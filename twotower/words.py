@@ -11,6 +11,8 @@ IRREGULAR = {"class": "classes", "index": "indexes", "batch": "batches", "proces
 # spaces without width, escapes and bells are not printable by that measure.)
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
+MOST_OF_A_LINE = 4000  # characters of an error: a message that had to name a million things would hide them all
+
 
 def pluralize(number: int, noun: str) -> str:
     """``1 step``, ``1,437 steps``, ``2 damaged indexes``."""
@@ -21,6 +23,23 @@ def plural(noun: str) -> str:
     """The plural of a noun, whatever stands before it."""
     before, space, last = noun.rpartition(" ")
     return before + space + IRREGULAR.get(last, f"{last}s")
+
+
+def listed(names: Iterable[object], *, most: int = 8, between: str = ", ") -> str:
+    """``a, b, c``; of more than ``most`` names the first, and how many there are: ``a, b, ... (3,000)``.
+
+    A message stays readable whatever a folder, an archive or a list holds; each name is cut, see :func:`cut`.
+    """
+    words = list(names)
+    shown = between.join(cut(str(word)) for word in words[:most])
+    return shown if len(words) <= most else f"{shown}{between}... ({len(words):,})"
+
+
+def cut(text: str, length: int = 200) -> str:
+    """A text of at most ``length`` characters; of a longer one its beginning and its end."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 2 // 3]}...{text[-(length // 3) :]}"
 
 
 def one_line(text: str) -> str:

@@ -27,6 +27,7 @@ from twotower.verbosity import log
 from twotower.words import one_line
 
 TIMEOUT_S = 20.0
+MOST_CONNECTIONS = 64  # kept open; the table of jobs asks many nodes side by side
 SEND_TIMEOUT_S = 300.0  # the server stores up to 512 MiB before it answers
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 REASONS = ("msg", "message", "error", "detail")  # where answers in JSON have theirs
@@ -53,6 +54,8 @@ def plain_session() -> requests.Session:
     """
     session = requests.Session()
     session.trust_env = False
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MOST_CONNECTIONS))
     if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
         if not Path(bundle).exists():
             raise ClusterError(f"REQUESTS_CA_BUNDLE is {bundle!r}: expected a file of certificates; unset or mend it")
@@ -183,12 +186,12 @@ class Client:
             raise self._no_ray() from None
 
     def jobs(self) -> list[dict[str, Any]]:
-        """All submitted jobs, oldest first."""
+        """All submitted jobs, the newest first."""
         record = self.read("/api/jobs/")
         if not isinstance(record, list) or not all(isinstance(job, dict) for job in record):
             raise self._no_ray()
         jobs = [job for job in record if job.get("submission_id")]
-        return sorted(jobs, key=lambda job: job.get("start_time") or 0)
+        return sorted(jobs, key=lambda job: job.get("start_time") or 0, reverse=True)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """One job's record as the Jobs API has it; its `submission_id` is the id, also where Ray's own was given.
@@ -235,20 +238,21 @@ class Client:
         """Start a job; `job` has the fields of Ray's JobSubmitRequest."""
         self.call("POST", "/api/jobs/", json=job, timeout=SEND_TIMEOUT_S)
 
-    def log(self, job_id: str, node_id: str | None, lines: int = -1) -> bytes:
+    def log(self, job_id: str, node_id: str | None, lines: int = -1, timeout_s: float | None = None) -> bytes:
         """What a job has written so far, byte for byte.
 
         Args:
             job_id: the job.
             node_id: where it runs, `driver_node_id` of its record; None: it never came to a node, Ray has a message.
             lines: only so many of the last lines; -1: all.
+            timeout_s: that the node has for an answer; None: as any call.
 
         Raises:
             ServerError: there is no such file.
         """
         if node_id is None:
             return str(self.read(f"/api/jobs/{quote(job_id, safe='')}/logs").get("logs", "")).encode()
-        return self._log_file(node_id, _log_name(job_id), lines)
+        return self._log_file(node_id, _log_name(job_id), lines, timeout_s)
 
     def follow_log(self, job_id: str, node_id: str) -> Iterator[bytes]:
         """A job's log from its first byte on, as it grows; ends when the connection does."""
@@ -256,20 +260,22 @@ class Client:
         with self.call("GET", "/api/v0/logs/stream", params=query, stream=True, timeout=(TIMEOUT_S, None)) as answer:
             yield from answer.iter_content(chunk_size=None)
 
-    def result(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        """The result that entry.py wrote for a job, or None if it could not write one."""
+    def result(self, job: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The result that entry.py wrote for a job, or None if it could not write one; `timeout_s` as in `log`."""
         if not job.get("driver_node_id"):
             return None
         try:
             # entry.py writes it under this name into the folder of the job's log.
-            record = json.loads(self._log_file(job["driver_node_id"], f"job-result-{job['submission_id']}.json"))
+            name = f"job-result-{job['submission_id']}.json"
+            record = json.loads(self._log_file(job["driver_node_id"], name, timeout_s=timeout_s))
         except (ServerError, json.JSONDecodeError):
             return None
         return record if isinstance(record, dict) else None
 
-    def _log_file(self, node_id: str, name: str, lines: int = -1) -> bytes:
+    def _log_file(self, node_id: str, name: str, lines: int = -1, timeout_s: float | None = None) -> bytes:
         query: dict[str, Any] = {"node_id": node_id, "filename": name, "lines": lines}
-        return self.call("GET", "/api/v0/logs/file", params=query).content
+        limit = {} if timeout_s is None else {"timeout": timeout_s}
+        return self.call("GET", "/api/v0/logs/file", params=query, **limit).content
 
 
 def _log_name(job_id: str) -> str:

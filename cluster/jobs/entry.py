@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -53,6 +54,18 @@ def result_path(job_id: str | None) -> Path | None:
     except OSError:
         return None
     return log.parent / f"job-result-{job_id}.json" if job_id and log.name.startswith("job-driver-") else None
+
+
+def log_bytes() -> int | None:
+    """Size of the job's log, which is this process's output; None where that is no file.
+
+    At the end of the command it tells who has followed the log whether all of it was seen.
+    """
+    try:
+        about = os.fstat(1)
+    except OSError:  # closed
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
 def child_environment() -> dict[str, str]:
@@ -166,7 +179,7 @@ def main(arguments: list[str]) -> int:
         except Exception as error:  # of Ray's, of whatever class: the command must not run without them
             print(f"error: the job's secrets cannot be read ({type(error).__name__})", file=sys.stderr, flush=True)
             return 2
-    record = run(command)
+    record = run(command) | {"log_bytes": log_bytes()}
     if with_secrets:
         job_secrets.forget()
     if path := result_path(record["submission_id"]):

@@ -31,6 +31,7 @@ from twotower.words import one_line
 POLL_S = 0.5
 WRAPPER = "-m cluster.jobs.entry"
 LOST_CONTACT_S = 120.0
+CATCH_UP_S = 5.0  # that the end of a followed log may take to come, before all of it is fetched
 EXIT_LOST = 70  # the job ended without telling how: its node died, or it was killed together with its wrapper
 
 
@@ -169,8 +170,18 @@ class Ending:
 
 
 def ending(client: Client, job: dict[str, Any]) -> Ending:
-    """How a job in a terminal state ended: from its own result file, else (plain `ray job submit`) as Ray knows it."""
-    if record := client.result(job):
+    """How a job in a terminal state ended; asks for its result file."""
+    return ending_of(job, client.result(job))
+
+
+def ending_of(job: dict[str, Any], record: dict[str, Any] | None) -> Ending:
+    """How a job in a terminal state ended.
+
+    Args:
+        job: its record as the Jobs API has it.
+        record: its own result file; None (plain `ray job submit`, for example): as Ray knows it.
+    """
+    if record:
         note = f"by {record['signal']}" if record.get("signal") else record.get("error") or ""
         return Ending(str(record["outcome"]), int(record["exit_code"]), note)
     ours = WRAPPER in job["entrypoint"]
@@ -198,9 +209,9 @@ def command_line(job: dict[str, Any]) -> str:
 class LogFollower:
     """Copies a job's log to a stream while the job runs, and attaches again whenever the connection ends.
 
-    Following can end early (a proxy, a restart of the dashboard), so the number of bytes shown is counted and the rest
-    is fetched once the job is over. `unread` is the error of a stream that takes no more: its reader is gone, its disk
-    is full.
+    Following can end early (a proxy, a restart of the dashboard), so the number of bytes shown is counted. A job's
+    result says how long its log is: where all of that was shown, nothing is fetched a second time. `unread` is the
+    error of a stream that takes no more: its reader is gone, its disk is full.
     """
 
     def __init__(self, client: Client, job_id: str, stream: BinaryIO | BarStream) -> None:
@@ -212,15 +223,32 @@ class LogFollower:
         self.first_byte_at: float | None = None
         self.unread: OSError | None = None
 
+    @property
+    def follows(self) -> bool:
+        """Whether it was started: whether the job was met before its end."""
+        return self._thread is not None
+
     def start(self, node_id: str) -> None:
         """Follow in the background."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._follow, args=(node_id,), daemon=True)
             self._thread.start()
 
-    def finish(self, node_id: str | None) -> None:
-        """Show what has not been shown yet; the job must be over."""
+    def finish(self, node_id: str | None, size_bytes: int | None = None) -> None:
+        """Show what has not been shown yet; the job must be over.
+
+        Args:
+            node_id: where it ran.
+            size_bytes: of the whole log, if that is known.
+        """
+        if self._thread and size_bytes is not None:
+            deadline = time.monotonic() + CATCH_UP_S
+            while self._shown < size_bytes and not self.unread and time.monotonic() < deadline:
+                self._over.wait(POLL_S / 10)
         self._over.set()
+        with self._lock:  # what was shown is then written too
+            if size_bytes is not None and self._shown >= size_bytes:
+                return
         with contextlib.suppress(ServerError):
             whole = self._client.log(self._job_id, node_id)
             with self._lock:
@@ -255,6 +283,12 @@ class LogFollower:
             self._over.set()
 
 
+def _log_bytes(client: Client, job: dict[str, Any]) -> int | None:
+    """How long the log of a job is that is over, as its result says; None where that is not known."""
+    size = (client.result(job) or {}).get("log_bytes")
+    return size if isinstance(size, int) else None
+
+
 def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tuple[dict[str, Any], LogFollower | None]:
     """Poll a job until it is over, showing its log on the way.
 
@@ -281,12 +315,13 @@ def wait(client: Client, job_id: str, stream: BinaryIO | BarStream | None) -> tu
                 raise ClusterError(f"lost contact with the cluster while waiting for {job_id}: {error}") from error
             time.sleep(POLL_S)
             continue
-        if follower and job.get("driver_node_id"):
-            follower.start(job["driver_node_id"])
-        if job["status"] in TERMINAL and follower:
-            follower.finish(job.get("driver_node_id"))
+        over, node = job["status"] in TERMINAL, job.get("driver_node_id")
+        if follower and node and not over:
+            follower.start(node)
+        if follower and over:
+            follower.finish(node, _log_bytes(client, job) if follower.follows else None)
         if follower and follower.unread:
             raise follower.unread
-        if job["status"] in TERMINAL:
+        if over:
             return job, follower
         time.sleep(POLL_S)

@@ -24,7 +24,7 @@ from typing import Any
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import command_of
 from cluster.training.pair import PREEMPTED, PairSettings, run_of, run_pair, save_before_resize
-from twotower.words import pluralize
+from twotower.words import listed, pluralize
 
 WAIT_LINE_S = 10.0
 
@@ -70,7 +70,7 @@ def wait_for_room(need: Need, timeout_s: float) -> None:
     bundle = {"CPU": need.num_cpus} | ({"GPU": need.num_gpus} if need.num_gpus else {})
     try:
         while (found := fitting_pairs(_nodes(), need)) < need.num_replicas:
-            shows = ", ".join(f"{node.get('CPU', 0):g} CPUs {node.get('GPU', 0):g} GPUs" for node in _nodes())
+            shows = listed([f"{node.get('CPU', 0):g} CPUs {node.get('GPU', 0):g} GPUs" for node in _nodes()])
             if time.monotonic() >= deadline:
                 raise ClusterError(_missing(need, shows))
             print(f"waiting for resources: {found}/{need.num_replicas} pairs fit (nodes: {shows})", flush=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
 from twotower.verbosity import say_written
-from twotower.words import json_text, one_line, pluralize, say, say_lines
+from twotower.words import json_text, listed, one_line, pluralize, say, say_lines
 
 if TYPE_CHECKING:
     from pipeline.inspection.inspect import Contents
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Inspects."""
     manifest = read_manifest(args.folder)
     if args.split and args.split not in manifest.splits:
-        raise ConfigError(f"--split {args.split}: the data set has {', '.join(manifest.splits)}")
+        raise ConfigError(f"--split {args.split}: the data set has {listed(manifest.splits)}")
     if args.sample:
         _show_sample(args, manifest)
         return 0

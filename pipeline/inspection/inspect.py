@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError, ImageError
 from pipeline.files import read_range
+from pipeline.inspection.over_shards import over_shards
 from pipeline.manifest import Manifest, ShardRecord, path_inside, read_record
 from pipeline.preparation.decode import decode
 from pipeline.preparation.tar_writer import read_index
@@ -73,16 +74,29 @@ class StoredSample:
 
 def read_contents(folder: Path, manifest: Manifest, split: str) -> Contents:
     """Reads the label and JSON of every sample of a split."""
+    shards = manifest.splits[split].shards
+    size_bytes = sum(shard.size_bytes for shard in shards)
+    found = list(over_shards(_read_shard, (folder, manifest), shards, size_bytes=size_bytes))
+    classes, converted = Counter[int](), Counter[str]()
+    for each in found:
+        classes.update(each.classes)
+        converted.update(each.converted)
+    widths_px = np.concatenate([each.widths_px for each in found])
+    return Contents(classes, widths_px, np.concatenate([each.heights_px for each in found]), converted)
+
+
+def _read_shard(shared: tuple[Path, Manifest], shard: ShardRecord) -> Contents:
+    """The same of one shard."""
+    folder, manifest = shared
     classes: Counter[int] = Counter()
     converted: Counter[str] = Counter()
     sizes = []
-    for shard in manifest.splits[split].shards:
-        for sample in stored_samples(folder, shard):
-            _, label, about = sample.members
-            classes[_label(folder, shard, sample.key, _bytes(folder / shard.name, label), manifest)] += 1
-            row = _about(folder, shard, sample.key, _bytes(folder / shard.name, about))
-            sizes.append((row["width"], row["height"]))
-            converted.update(filter(None, row["converted"].split("; ")))
+    for sample in stored_samples(folder, shard):
+        _, label, about = sample.members
+        classes[_label(folder, shard, sample.key, _bytes(folder / shard.name, label), manifest)] += 1
+        row = _about(folder, shard, sample.key, _bytes(folder / shard.name, about))
+        sizes.append((row["width"], row["height"]))
+        converted.update(filter(None, row["converted"].split("; ")))
     pairs = np.array(sizes, np.int64).reshape(-1, 2)
     return Contents(classes, pairs[:, 0], pairs[:, 1], converted)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.config import ImageSettings
 from pipeline.errors import DatasetError, SourceError
+from pipeline.inspection.over_shards import over_shards
 from pipeline.manifest import QUARANTINE_NAME, Manifest, ShardRecord
 from pipeline.preparation.output import file_damage, shard_damage
 from pipeline.preparation.shard import seal_holds
@@ -19,7 +20,7 @@ from pipeline.preparation.tar_writer import END, INDEX_VERSION, header, index_li
 from pipeline.quarantine import read_quarantine
 from pipeline.sources.tar_reader import BLOCK, TarMember, TarSample, group_samples, range_reader, walk_tar
 from twotower.verbosity import log
-from twotower.words import pluralize
+from twotower.words import listed, pluralize
 
 DEFAULT = ImageSettings()
 
@@ -52,11 +53,18 @@ def check_dataset(
     problems = [Problem(name, reason) for name, reason in file_damage(folder, manifest).items()]
     problems += found_problems(folder, manifest)
     for split in manifest.splits.values():
-        for shard in split.shards:
-            problems += check_shard(folder, manifest, shard, level=level)
+        size_bytes = sum(shard.size_bytes for shard in split.shards)
+        found = over_shards(_check, (folder, manifest, level), split.shards, size_bytes=size_bytes)
+        for shard, in_shard in zip(split.shards, found, strict=True):
+            problems += in_shard
             log.debug("%s checked", shard.name)
             report(shard.num_samples)
     return problems + _strangers(folder, manifest)
+
+
+def _check(shared: tuple[Path, Manifest, str], shard: ShardRecord) -> list[Problem]:
+    folder, manifest, level = shared
+    return check_shard(folder, manifest, shard, level=level)
 
 
 def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: str) -> list[Problem]:
@@ -80,20 +88,25 @@ def check_shard(folder: Path, manifest: Manifest, shard: ShardRecord, *, level: 
 
 def undecodable(folder: Path, manifest: Manifest) -> list[Problem]:
     """The samples whose image DALI's decoder does not take, so that no training run is the first to find them."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    found = over_shards(_undecodable, (folder, manifest), shards, size_bytes=sum(shard.size_bytes for shard in shards))
+    return [problem for in_shard in found for problem in in_shard]
+
+
+def _undecodable(shared: tuple[Path, Manifest], shard: ShardRecord) -> list[Problem]:
     from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, which only --full needs
 
+    folder, manifest = shared
     problems = []
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            with (folder / shard.name).open("rb") as file:
-                for sample in read_samples(folder / shard.name):
-                    image = sample.members[0]
-                    file.seek(image.offset)
-                    data = file.read(image.size)
-                    if is_larger(data, manifest):
-                        problems.append(Problem(shard.name, f"sample {sample.key} is larger than the manifest says"))
-                    elif not dali_accepts(data):
-                        problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
+    with (folder / shard.name).open("rb") as file:
+        for sample in read_samples(folder / shard.name):
+            image = sample.members[0]
+            file.seek(image.offset)
+            data = file.read(image.size)
+            if is_larger(data, manifest):
+                problems.append(Problem(shard.name, f"sample {sample.key} is larger than the manifest says"))
+            elif not dali_accepts(data):
+                problems.append(Problem(shard.name, f"DALI cannot decode sample {sample.key}"))
     return problems
 
 
@@ -164,7 +177,7 @@ def _shape_problems(samples: list[TarSample], shard: ShardRecord, extensions: tu
     for sample in samples:
         found = tuple(member.extension for member in sample.members)
         if found != extensions:
-            yield f"sample {sample.key} has {', '.join(found)} instead of {', '.join(extensions)}"
+            yield f"sample {sample.key} has {listed(found)} instead of {', '.join(extensions)}"
 
 
 def found_problems(folder: Path, manifest: Manifest) -> list[Problem]:

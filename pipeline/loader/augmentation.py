@@ -118,11 +118,6 @@ def check_crop(config: LoaderConfig, height_px: int, width_px: int) -> None:
         )
 
 
-def reader_seed(seed: int) -> int:
-    """The reader's shuffling seed, 0..2**31 - 1; hashed, as DALI adds the epoch to it: seeds 1 and 2 would meet."""
-    return int.from_bytes(hashlib.blake2b(f"reader {seed}".encode(), digest_size=4).digest(), "little") >> 1
-
-
 def _uniform(seed: int, epoch: int, stream: int, first: int, count: int) -> np.ndarray:
     """(count, 4) float64 in [0, 1): row i belongs to counter first + i, whatever first and count are."""
     key = np.array([seed, 2 * epoch + stream], dtype=np.uint64)

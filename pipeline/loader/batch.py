@@ -1,13 +1,11 @@
-"""One batch, parts of one, and how keys and labels are read out of what DALI returns.
+"""One batch, parts of one, and what the labels' texts say.
 
 With ``decode = "sharded"`` each tower decodes half of a batch and the uint8 crops are exchanged. The exchange itself is
 the trainer's: it is handed in as a function, so that nothing here knows about process groups.
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,8 +24,10 @@ class Batch:
         draws: (N, 3) int32: crop x, crop y, mirror (0/1). Evaluation: the center crop.
         epoch: 0-based.
         position: batch number inside the epoch, 0-based.
-        fingerprint: 63-bit hash of keys, draws and color of the whole batch, also where these are a share's rows:
-            equal on all processes if and only if the batch is the same.
+        fingerprint: 63-bit hash of these rows' keys, draws and color: equal on both towers of a pair if and only if
+            they have the same.
+        order_fingerprint: 63-bit hash of all that decides the whole batch (data set, seed, batch size, epoch,
+            position...): equal on all replicas if and only if these are rows of the same batch. 0 in evaluation.
     """
 
     images: torch.Tensor
@@ -37,14 +37,16 @@ class Batch:
     epoch: int
     position: int
     fingerprint: int
+    order_fingerprint: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShare:
     """The rows of every batch that a data-parallel replica takes: an equal part, parts in order.
 
-    All replicas read the same batches, so order, draws and state do not depend on how many they are, and a run can go
-    on with another number of them. Each decodes its own rows only, and with ``mmap`` leaves the others' bytes alone.
+    Batches, draws and state do not depend on how many replicas there are, and a run can go on with another number of
+    them. Each reads its own rows only (:mod:`pipeline.loader.order`). In evaluation a replica takes an equal part of
+    the batches instead.
 
     Attributes:
         part: number of this replica, 0-based.
@@ -60,20 +62,21 @@ class BatchShare:
         Raises:
             ConfigError: it cannot be divided evenly.
         """
-        _check_part(self.part, self.parts)
-        if batch_size % self.parts:
-            raise ConfigError(f"batch size {batch_size} cannot be divided among {self.parts} replicas: use a multiple")
-        size = batch_size // self.parts
-        return slice(self.part * size, (self.part + 1) * size)
+        return _equal_part(
+            batch_size,
+            self.part,
+            self.parts,
+            f"batch size {batch_size} cannot be divided among {self.parts} replicas: use a multiple",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeed:
-    """This process' share of the decoding.
+    """This process' share of the decoding, where several processes train on the same rows.
 
     Attributes:
-        part: number of this process, 0-based: it decodes part ``part`` of each batch.
-        parts: processes that share a batch; must divide the batch size.
+        part: number of this process, 0-based: it decodes part ``part`` of the rows.
+        parts: processes that share them; must divide their number.
         exchange: gets this part's crops, (N / parts, C, S, S) uint8 on the loader's device, and returns those of all
             rows that this process trains on, parts in order. Called once a batch, by every process.
     """
@@ -82,40 +85,36 @@ class SplitFeed:
     parts: int
     exchange: Callable[[torch.Tensor], torch.Tensor]
 
-    def check(self, batch_size: int) -> None:
-        """Raises ConfigError for a batch that cannot be split evenly."""
-        _check_part(self.part, self.parts)
-        if batch_size % self.parts:
-            raise ConfigError(
-                f"batch size {batch_size} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'"
-            )
+    def rows(self, count: int) -> slice:
+        """Which of ``count`` rows are decoded here.
+
+        Raises:
+            ConfigError: they cannot be split evenly.
+        """
+        return _equal_part(
+            count,
+            self.part,
+            self.parts,
+            f"batch size {count} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'",
+        )
 
 
-def _check_part(part: int, parts: int) -> None:
+def _equal_part(count: int, part: int, parts: int, refusal: str) -> slice:
+    """One of equal parts of ``count`` rows; raises ConfigError with ``refusal`` where they are not equal."""
     if not 0 <= part < parts:
         raise ConfigError(f"part {part} of {parts}: expected 0..{parts - 1}")
+    if count % parts:
+        raise ConfigError(refusal)
+    size = count // parts
+    return slice(part * size, (part + 1) * size)
 
 
-def _texts(padded: Any) -> list[bytes]:
-    rows = padded.as_array()
-    return rows.view(f"S{rows.shape[1]}").ravel().tolist()
+def read_labels(texts: Sequence[bytes], keys: Sequence[str], num_classes: int) -> torch.Tensor:
+    """(N,) int64 out of label texts.
 
-
-def read_keys(source: Any) -> tuple[str, ...]:
-    """Keys out of DALI's source_info, ``PATH:OFFSET:KEY.EXTENSION``, a zero-padded uint8 array."""
-    names = (text.rsplit(b":", 1)[1].rsplit(b"/", 1)[-1] for text in _texts(source))
-    return tuple(name.split(b".", 1)[0].decode() for name in names)
-
-
-def read_shards(source: Any, folder: Path) -> tuple[str, ...]:
-    """Each sample's shard, as a path inside the data set, out of DALI's source_info."""
-    paths = (text.rsplit(b":", 2)[0].decode() for text in _texts(source))
-    return tuple(Path(path).relative_to(folder).as_posix() for path in paths)
-
-
-def read_labels(labels: Any, keys: tuple[str, ...], num_classes: int) -> torch.Tensor:
-    """(N,) int64 out of label texts, a zero-padded uint8 array."""
-    texts = _texts(labels)[: len(keys)]
+    Raises:
+        DatasetError: one is no class; names the sample.
+    """
     for text, key in zip(texts, keys, strict=True):
         if not text.isdigit() or int(text) >= num_classes:
             raise DatasetError(

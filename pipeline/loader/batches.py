@@ -1,14 +1,17 @@
 """Batches for the network: what the trainer uses. The way of an image:
 
-    reader -> decode -> crop, mirror, mean, color, scale  ->  mean image, standardize  ->  Batch
-    `-- DALI, in threads of its own: loader.graph -------'     `-- loader.normalize --'
+    order -> samples -> decode -> crop, mirror, mean, color, scale  ->  mean image, standardize  ->  Batch
+    `-- here ------'    `-- DALI, in threads of its own: graph --'      `-- normalize --------'
 
-The reader (webdataset tars with index) owns the order of the samples; every other random decision comes from
-:mod:`pipeline.loader.augmentation` through an external source, as a function of (seed, epoch, position). Both survive a
-restart: the reader through DALI's checkpoint (60 bytes of it), the draws because the iteration number says it all.
-One graph serves CPU and GPU; DALI's default executor hands its buffers over, so outputs reach torch without a copy.
+Which samples make a batch is arithmetic (:mod:`pipeline.loader.order`), and so is every other random decision
+(:mod:`pipeline.loader.augmentation`): functions of (seed, epoch, position). So a restart needs two numbers, and a
+replica reads its own rows only. The stored bytes are mapped tars (:mod:`pipeline.loader.samples`), which DALI reads in
+place. One graph serves CPU and GPU; DALI's default executor hands its buffers over, so outputs reach torch without a
+copy.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +32,23 @@ from pipeline.loader.augmentation import (
     fingerprint,
     ten_views,
 )
-from pipeline.loader.batch import Batch, BatchShare, SplitFeed, read_keys, read_labels
+from pipeline.loader.batch import Batch, BatchShare, SplitFeed, read_labels
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader, evaluation_graph, positions, split_graph, training_graph, with_decoder_share
+from pipeline.loader.graph import (
+    Decoding,
+    Feed,
+    evaluation_graph,
+    positions,
+    split_graph,
+    training_graph,
+    with_decoder_share,
+)
 from pipeline.loader.image_reader import ImageReader
 from pipeline.loader.normalize import Normalizer
-from pipeline.loader.open_split import OpenSplit, check_limits, open_split, read_statistics
-from pipeline.loader.running import QueueFill, RunningPipeline, describe_memory
+from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
+from pipeline.loader.order import Order
+from pipeline.loader.running import HELD, Fed, QueueFill, RunningPipeline, describe_memory
+from pipeline.loader.samples import SampleReader
 from pipeline.loader.staging import refuse_url, stage
 from pipeline.manifest import read_manifest
 from twotower.words import pluralize
@@ -97,52 +110,58 @@ class TrainingLoader:
         _check_batch_size(batch_size)
         self._share = share or BatchShare()
         self._rows = self._share.rows(batch_size)
+        count = self._rows.stop - self._rows.start
         self._split_feed = split_feed if config.decode == "sharded" else None
-        if self._split_feed:
-            self._split_feed.check(batch_size)
-        shuffle = config.shuffle == "epoch"
-        self._reader = with_decoder_share(Reader(split, config, batch_size, device, seed, shuffle))
-        self.steps_per_epoch = self._count_steps()
+        self._decoded = self._split_feed.rows(count) if self._split_feed else slice(0, count)
+        self._augmentation = Augmentation(
+            config, seed, split.height_px, split.width_px, color_steps(config, statistics)
+        )
+        self._normalizer = Normalizer(config, statistics, device=device)
+        self._order = Order(
+            split.counts, batch_size, seed, config.shuffle == "epoch", config.last_batch == "partial", self._rows
+        )
+        self.steps_per_epoch = self._check_steps(config)
         self.num_classes = len(split.manifest.classes)
         self.channels = split.manifest.image.channels
-        steps = color_steps(config, statistics)
-        self._augmentation = Augmentation(config, seed, split.height_px, split.width_px, steps)
-        self._normalizer = Normalizer(config, statistics, device=device)
-        self._restored = state
-        checkpoint, iteration = (None, 0) if state is None else loader_state.restore(self._reader, state)
-        self._running = RunningPipeline(
-            self._reader, self._graph, checkpointing=True, checkpoint=checkpoint, iteration=iteration
-        )
-        _LOGGER.info("%s", describe_memory(self._reader))
+        self._identity = loader_state.identity(split, config, self._order)
+        epoch, position = 0, 0
+        if state is not None:
+            epoch, position = loader_state.restore(self._identity, split, self.steps_per_epoch, state)
+        decoding = Decoding(split, config, self._decoded.stop - self._decoded.start, device)
+        self._decoding = with_decoder_share(decoding)
+        held = config.prefetch + HELD + 1
+        self._samples = SampleReader(split, self._order, mapped=config.mmap, held=held, epoch=epoch)
+        number = epoch * self.steps_per_epoch + position
+        self._running = RunningPipeline(self._decoding, self._graph, self._feed, number=number)
+        _LOGGER.info("%s", describe_memory(self._decoding, self._samples))
 
-    def _count_steps(self) -> int:
-        samples, batch_size = self._reader.split.num_samples, self._reader.batch_size
-        if self._reader.config.last_batch == "partial":
+    def _check_steps(self, config: LoaderConfig) -> int:
+        samples, batch_size = self._order.num_samples, self._order.batch_size
+        if config.last_batch == "partial":
             if self._share.parts > 1:
                 raise ConfigError("data.last_batch is 'partial': expected 'drop' with more than one replica")
-            return self._reader.batches_per_epoch
-        if batch_size > samples:
+        elif batch_size > samples:
             raise ConfigError(f"batch size {batch_size} is more than the {pluralize(samples, 'training sample')}")
-        return samples // batch_size
+        return self._order.steps
 
-    def _graph(self) -> tuple[Any, ...]:
-        feed, share = self._split_feed, self._share
-        if feed:
-            return split_graph(self._reader, self._draw, part=feed.part, parts=feed.parts)
-        return training_graph(self._reader, self._draw, part=share.part, parts=share.parts)
+    def _graph(self, feed: Feed) -> tuple[Any, ...]:
+        return (split_graph if self._split_feed else training_graph)(self._decoding, feed)
 
-    def _draw(self, info: Any) -> tuple[np.ndarray, ...]:
-        """What DALI's iteration ``info.iteration`` needs, for the external source: see :func:`training_graph`.
+    def _feed(self, number: int) -> Fed:
+        """What DALI needs for a batch: see :func:`pipeline.loader.graph.training_graph`.
 
         DALI asks for it some batches ahead; all of it follows from the number, also the end of the color noise.
         """
-        epoch, position = divmod(info.iteration, self._reader.batches_per_epoch)
-        size = self._reader.batch_size
-        draws = self._augmentation.draw(epoch, position * size, size)
-        x, y = positions(draws.geometry, self._reader)
-        mirror = np.ascontiguousarray(draws.geometry[:, 2])
-        mean, std = self._normalizer.affine(draws.shift, self._augmentation.divisor(epoch))
-        return draws.geometry, x, y, mirror, draws.shift, mean, std
+        epoch, position = divmod(number, self.steps_per_epoch)
+        samples = self._samples.read(number)
+        first = position * self._order.batch_size + self._rows.start
+        draws = self._augmentation.draw(epoch, first, len(samples.keys))
+        decoded = self._decoded
+        geometry, shift = draws.geometry[decoded], draws.shift[decoded]
+        x, y = positions(geometry, self._decoding)
+        mirror = np.ascontiguousarray(geometry[:, 2])
+        mean, std = self._normalizer.affine(shift, self._augmentation.divisor(epoch))
+        return Fed(samples, draws, (samples.images[decoded], x, y, mirror, mean, std))
 
     def next(self) -> Batch:
         """The next batch.
@@ -150,38 +169,29 @@ class TrainingLoader:
         Raises:
             DatasetError: an image cannot be decoded; names shard and key.
         """
-        while True:
-            epoch, position = self._place()
-            outputs = self._running.run()
-            self._restored = None
-            if position < self.steps_per_epoch:
-                return self._batch(outputs, epoch, position)
-
-    def _place(self) -> tuple[int, int]:
-        """Epoch and position of DALI's next batch; the position can be that of a batch to be dropped."""
-        return divmod(self._running.iteration, self._reader.batches_per_epoch)
-
-    def _batch(self, outputs: Any, epoch: int, position: int) -> Batch:
-        pixels, labels, source, geometry, shift = outputs
-        size = self._reader.batch_size
-        count = min(size, self._reader.split.num_samples - position * size)  # of a partial batch the rest is padding
-        keys = read_keys(source)[:count]
-        whole = Draws(np.array(geometry.as_array())[:count], np.array(shift.as_array())[:count])
-        draws = Draws(whole.geometry[self._rows], whole.shift[self._rows])
-        images, divisor = torch.from_dlpack(pixels.as_tensor())[:count], self._augmentation.divisor(epoch)
+        epoch, position = self._place()
+        fed, pixels = self._running.run()
+        assert fed.draws is not None
+        images, divisor = torch.from_dlpack(pixels.as_tensor()), self._augmentation.divisor(epoch)
         if self._split_feed:
-            images = self._normalizer(self._split_feed.exchange(images), draws, divisor)
+            images = self._normalizer(self._split_feed.exchange(images), fed.draws, divisor)
         else:
-            images = self._normalizer.finish(images, draws.geometry, divisor)
+            images = self._normalizer.finish(images, fed.draws.geometry, divisor)
+        keys = fed.samples.keys
         return Batch(
             images=images,
-            labels=read_labels(labels, keys, self.num_classes)[self._rows].to(self._reader.device),
-            keys=keys[self._rows],
-            draws=draws.geometry,
+            labels=read_labels(fed.samples.labels(), keys, self.num_classes).to(self._decoding.device),
+            keys=keys,
+            draws=fed.draws.geometry,
             epoch=epoch,
             position=position,
-            fingerprint=fingerprint(keys, whole, epoch=epoch, position=position),
+            fingerprint=fingerprint(keys, fed.draws, epoch=epoch, position=position),
+            order_fingerprint=_hash(self._identity | {"epoch": epoch, "position": position}),
         )
+
+    def _place(self) -> tuple[int, int]:
+        """Epoch and position of the next batch."""
+        return divmod(self._running.number, self.steps_per_epoch)
 
     @property
     def queue_fill(self) -> QueueFill:
@@ -190,18 +200,12 @@ class TrainingLoader:
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch that :meth:`next` returned, JSON-able; prefetching does not show in it."""
-        if self._restored is not None:  # nothing read since: DALI has no checkpoint of a restored iteration yet
-            return dict(self._restored)
         epoch, position = self._place()
-        if position >= self.steps_per_epoch:
-            epoch, position = epoch + 1, 0
-        iteration, checkpoint = self._running.iteration, self._running.checkpoint()
-        return loader_state.save(
-            self._reader, epoch=epoch, position=position, iteration=iteration, checkpoint=checkpoint
-        )
+        return self._identity | {"epoch": epoch, "position": position}
 
     def close(self) -> None:
-        """Stops DALI's threads and frees its buffers; batches handed out stay valid."""
+        """Stops DALI's threads, frees its buffers, lets go of the tars; batches handed out stay valid."""
+        self._samples.close()
         self._running.close()
 
 
@@ -218,9 +222,12 @@ class EvaluationLoader:
         skip_list: text file of sample keys to leave out, one a line.
         statistics: folder whose manifest and statistics.npz say what is subtracted: of the data set that the net was
             trained on, where that is another one. None for ``data``.
+        share: of several replicas: each gets an equal part of the batches, the first replica the first ones.
 
     Attributes:
-        num_samples: images that will be seen.
+        num_samples: images of the split that are seen, by all replicas together.
+        num_batches: batches that come here.
+        most_batches: batches that come to the replica that gets most of them.
         num_classes: rows of the class table.
         channels: of the images.
 
@@ -239,6 +246,7 @@ class EvaluationLoader:
         device: str = "cpu",
         skip_list: Path | None = None,
         statistics: Path | None = None,
+        share: BatchShare | None = None,
     ) -> None:
         if views not in ("center", "ten"):
             raise ConfigError(f"views is {views!r}: expected center or ten")
@@ -248,7 +256,12 @@ class EvaluationLoader:
         size = {"height_px": opened.height_px, "width_px": opened.width_px, "crop_px": config.crop_px}
         self._center = center_geometry(1, **size)
         self._views = ten_views(**size) if views == "ten" else self._center
-        self._reader = with_decoder_share(Reader(opened, config, batch_size, device, 0, False))
+        self._decoding = with_decoder_share(Decoding(opened, config, batch_size, device))
+        share = share or BatchShare()
+        self._order = Order(opened.counts, batch_size, part=share.part, parts=share.parts)
+        self.num_batches, self.most_batches = len(self._order.positions), -(-self._order.steps // share.parts)
+        held = config.prefetch + HELD + 1
+        self._samples = SampleReader(opened, self._order, mapped=config.mmap, held=held)
         self._normalizer = Normalizer(config, subtracted, device=device)
         self.num_samples = opened.num_samples
         self.num_classes = len(opened.manifest.classes)
@@ -256,22 +269,32 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         (mean,), (std,) = self._normalizer.affine(np.zeros((1, self.channels), np.float32))
-        running = RunningPipeline(self._reader, lambda: evaluation_graph(self._reader, self._views, mean, std))
-        for position in range(self._reader.batches_per_epoch):
-            begin = position * self._reader.batch_size
-            count = min(self.num_samples - begin, self._reader.batch_size)  # the rest of the last batch is padding
-            yield self._batch(running.run(), position, count)
-        running.close()
 
-    def _batch(self, outputs: Any, position: int, count: int) -> Batch:
-        pixels, labels, source = outputs
-        keys = read_keys(source)[:count]
-        views = torch.from_dlpack(pixels.as_tensor())[:count].flatten(0, -4)  # (N * V, C, S, S)
+        def graph(feed: Feed) -> tuple[Any, ...]:
+            return evaluation_graph(self._decoding, feed, self._views, mean, std)
+
+        running = RunningPipeline(self._decoding, graph, self._feed)
+        try:
+            for position in self._order.positions:
+                yield self._batch(*running.run(), position)
+        finally:
+            running.close()
+
+    def _feed(self, number: int) -> Fed:
+        if number >= self.num_batches:
+            raise StopIteration
+        samples = self._samples.read(number)
+        return Fed(samples, None, (samples.images,))
+
+    def _batch(self, fed: Fed, pixels: Any, position: int) -> Batch:
+        keys = fed.samples.keys
+        count = len(keys)
+        views = torch.from_dlpack(pixels.as_tensor()).flatten(0, -4)  # (N * V, C, S, S)
         images = self._normalizer.finish(views, np.tile(self._views, (count, 1)))
         draws = Draws(np.repeat(self._center, count, 0), np.zeros((count, self.channels), np.float32))
         return Batch(
             images=images.unflatten(0, (count, -1)) if len(self._views) > 1 else images,
-            labels=read_labels(labels, keys, self.num_classes).to(self._reader.device),
+            labels=read_labels(fed.samples.labels(), keys, self.num_classes).to(self._decoding.device),
             keys=keys,
             draws=draws.geometry,
             epoch=0,
@@ -280,12 +303,17 @@ class EvaluationLoader:
         )
 
 
+def _hash(facts: dict[str, Any]) -> int:
+    """63-bit hash of what JSON can hold."""
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def _open(
     data: Path, split: str, config: LoaderConfig, skip_list: Path | None, statistics: Path | None = None
 ) -> tuple[OpenSplit, Statistics]:
     refuse_url(data)
     opened = open_split(data, split, skip_list=skip_list)
-    check_limits(len(opened.tars), mmap=config.mmap)
     if statistics is not None:
         return opened, read_statistics(statistics, read_manifest(statistics))
     return opened, read_statistics(opened.folder, opened.manifest)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.loader.batch import read_keys
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader, build_pipeline, encoded_graph, measure_decoder_shares
-from pipeline.loader.open_split import check_limits, open_split
+from pipeline.loader.graph import Decoding, measure_decoder_shares
+from pipeline.loader.open_split import open_split
+from pipeline.loader.order import Order
 from pipeline.loader.stages import STAGES, open_stage
 from pipeline.loader.staging import stage
 
@@ -131,10 +131,7 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
     if options.threads is not None:
         config = dataclasses.replace(config, threads=options.threads)
     batch_size = options.batch_size or min(128, split.num_samples)
-    check_limits(len(split.tars), mmap=False)
-    reader = Reader(split, config, batch_size, options.device, 0, config.shuffle == "epoch")
-    if config.hw_decoder_load < 0:
-        reader = dataclasses.replace(reader, config=dataclasses.replace(config, hw_decoder_load=0.65))
+    decoding = Decoding(split, config, batch_size, options.device)
 
     def opener(name: str) -> Callable[[], Iterator[Any]]:
         return lambda: open_stage(name, folder, config, batch_size=batch_size, device=options.device)
@@ -147,9 +144,9 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
         batch_size=batch_size,
         repeats=options.repeats,
         stages=tuple(_measure(name, opener(name), split.sample_bytes, batch_size, options) for name in STAGES),
-        shuffle=measure_shuffle(folder, config, batch_size=batch_size),
+        shuffle=measure_shuffle(split.counts, config, batch_size=batch_size),
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-        hw_decoder_images_per_s={f"{k:.2f}": v for k, v in measure_decoder_shares(reader).items()}
+        hw_decoder_images_per_s={f"{k:.2f}": v for k, v in measure_decoder_shares(decoding).items()}
         if options.sweep
         else None,
     )
@@ -216,20 +213,23 @@ def _pairs(batch: np.ndarray) -> int:
     return int((sizes * (sizes - 1) // 2).sum())
 
 
-def read_orders(folder: Path, config: LoaderConfig, *, batch_size: int, seed: int, epochs: int) -> list[np.ndarray]:
-    """The orders in which the training samples come, as sample numbers; reads without decoding (100,000 samples/s)."""
-    reader = Reader(open_split(folder, "train"), config, batch_size, "cpu", seed, config.shuffle == "epoch")
-    pipeline = build_pipeline(reader, lambda: encoded_graph(reader))
-    numbers: dict[str, int] = {}
-    orders = []
-    for _ in range(epochs):
-        keys = [key for _ in range(reader.batches_per_epoch) for key in read_keys(pipeline.run()[1])]
-        keys = keys[: reader.split.num_samples]  # the rest is padding
-        orders.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys]))
-    return orders
+def orders(counts: np.ndarray, config: LoaderConfig, *, batch_size: int, seed: int, epochs: int) -> list[np.ndarray]:
+    """The orders in which the training samples come in the first epochs, as numbers in stored order.
+
+    Args:
+        counts: (num_tars,) samples of each tar.
+        config: the recipe.
+        batch_size: samples per batch.
+        seed: of the order.
+        epochs: how many.
+    """
+    order = Order(counts, batch_size, seed, shuffle=config.shuffle == "epoch", partial=True)
+    first = np.cumsum(counts) - counts
+    places = [[order.places(epoch, position) for position in range(order.steps)] for epoch in range(epochs)]
+    return [np.concatenate([first[batch.tars] + batch.members for batch in epoch]) for epoch in places]
 
 
-def measure_shuffle(folder: Path, config: LoaderConfig, *, batch_size: int, seed: int = 0) -> ShuffleQuality:
-    """The shuffle between the first two epochs of a data set."""
-    first, second = read_orders(folder, config, batch_size=batch_size, seed=seed, epochs=2)
+def measure_shuffle(counts: np.ndarray, config: LoaderConfig, *, batch_size: int, seed: int = 0) -> ShuffleQuality:
+    """The shuffle between the first two epochs of tars with these numbers of samples."""
+    first, second = orders(counts, config, batch_size=batch_size, seed=seed, epochs=2)
     return compare_orders(first, second, batch_size)

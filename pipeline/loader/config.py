@@ -37,21 +37,19 @@ class LoaderConfig:
             program, which thereby brings noisy images to the scale of test images; never applied in testing, nor once
             ``color_off_epoch`` is reached, nor where color is none (or color_sigma 0). ``normalize = "per_image"``
             comes after it and undoes it.
-        shuffle: ``epoch``: another order every epoch; ``once``: the stored order (``prepare`` has shuffled it), every
-            epoch the same batches in the same order, as the original program does.
+        shuffle: ``epoch``: another order every epoch, the same with any number of replicas (two samples of a batch
+            meet again in the next epoch 1.0 times as often as in a perfect shuffle, measured); ``once``: the stored
+            order (``prepare`` has shuffled it), every epoch the same batches in the same order, as the original
+            program does.
         last_batch: what an epoch's last samples become where they fill no batch. ``drop``: nothing; ``partial``: a
             smaller batch, as in the original program.
-        shuffle_buffer: samples held by the reader to be drawn from at random; of ``shuffle = "epoch"``. Costs
-            their encoded bytes. With 400,000 samples in tars of 4,000, two samples of a batch meet again in the next
-            epoch 85, 14, 2.1 and 1.04 times as often as in a perfect shuffle with buffers of 1,024, 4,096, 16,384 and
-            65,536 (measured).
         threads: decoding threads of one loader, 0: as many as this process may use cores.
         prefetch: batches prepared ahead. Each costs its float32 images, 77 MB for 128 of 224 px.
         decode: ``replicated``: each tower decodes the whole batch; ``sharded``: each decodes half, and they exchange
             uint8 pixels before the normalization (pays where decoding is the bottleneck and the link is fast).
         hw_decoder_load: share of a batch's JPEGs for the GPU's hardware decoder; -1: measured at start-up.
         mmap: tars are mapped into memory. False reads them as files, which suits most network file systems better and
-            holds one file descriptor per shard.
+            holds one file descriptor for each shard that this process reads in an epoch.
 
     Raises:
         ConfigError: a value outside its range, naming field, value and range.
@@ -68,7 +66,6 @@ class LoaderConfig:
     color_divisor: Annotated[float, Limits(above=0)] = 1.0
     shuffle: Literal["epoch", "once"] = "epoch"
     last_batch: Literal["drop", "partial"] = "drop"
-    shuffle_buffer: Annotated[int, Limits(1, 1 << 30, unit="samples")] = 4096
     threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     prefetch: Annotated[int, Limits(1, 64, unit="batches")] = may_change(2)
     decode: Literal["replicated", "sharded"] = "replicated"
@@ -78,9 +75,6 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         """Checks types and limits, and that no setting stands beside one that would not look at it."""
         check(self, "data", require)
-        unused = self.shuffle == "once" and self.shuffle_buffer != LoaderConfig.shuffle_buffer
-        expected = "none beside data.shuffle = 'once', which reads in stored order"
-        require(not unused, "data.shuffle_buffer", self.shuffle_buffer, expected)
         odd = self.last_batch == "partial" and self.decode == "sharded"
         expected = "'drop' with data.decode = 'sharded'; use decode = 'replicated'"
         require(not odd, "data.last_batch", self.last_batch, expected)

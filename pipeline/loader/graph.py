@@ -1,4 +1,6 @@
-"""The pipeline as DALI operators: reader, decoder, then crop, mirror, mean, color and scale in one. Only here is DALI.
+"""The pipeline as DALI operators: decoder, then crop, mirror, mean, color and scale in one. Only here is DALI.
+
+The stored bytes come from :mod:`pipeline.loader.samples`, as memory that DALI reads without a copy.
 
 One graph for CPU and GPU: the device is a parameter. DALI is imported when a pipeline is built, so everything that only
 describes a loader works where DALI is not installed.
@@ -6,17 +8,18 @@ describes a loader works where DALI is not installed.
 
 import dataclasses
 import logging
-import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import ConfigError, DatasetError
-from pipeline.loader.augmentation import reader_seed
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.open_split import OpenSplit
+from pipeline.loader.order import Order
+from pipeline.loader.samples import SampleReader
 
 DECODER_SHARES = (0.0, 0.25, 0.5, 0.65, 0.75, 0.85, 1.0)  # of a batch's JPEGs for the GPU's hardware decoder
 _DEFAULT_SHARE = 0.65  # DALI's own
@@ -32,24 +35,20 @@ def _dali() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """What DALI reads, and how.
+class Decoding:
+    """What DALI decodes, and how.
 
     Attributes:
         split: the samples.
         config: the recipe.
-        batch_size: samples per batch.
+        batch_size: images that this process decodes of a batch, at most.
         device: ``cpu`` or ``cuda:N``.
-        seed: of the order.
-        shuffle: whether every epoch has another order; else the stored one.
     """
 
     split: OpenSplit
     config: LoaderConfig
     batch_size: int
     device: str
-    seed: int
-    shuffle: bool
 
     @property
     def device_id(self) -> int | None:
@@ -59,43 +58,30 @@ class Reader:
             raise ConfigError(f"device is {self.device!r}: the loader knows cpu and cuda:N")
         return None if kind == "cpu" else int(number or 0)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that DALI makes of one epoch, the last one padded."""
-        return math.ceil(self.split.num_samples / self.batch_size)
+
+# Of a batch's number since the pipeline began: the stored images, and an array (N, ...) for each further input.
+Feed = Callable[[int], tuple[Any, ...]]
 
 
-def read_encoded(reader: Reader) -> tuple[Any, Any, Any]:
-    """The reader: encoded images, label text (padded), source of each sample (padded)."""
-    fn, seed = _dali().fn, reader_seed(reader.seed)
-    shuffling = {
-        "random_shuffle": True,
-        "initial_fill": reader.config.shuffle_buffer,
-        "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": seed,
-    }
-    encoded, labels = fn.readers.webdataset(
-        paths=list(reader.split.tars),
-        index_paths=list(reader.split.indexes),
-        ext=[reader.split.manifest.image.extension, "cls"],
-        missing_component_behavior="error",  # the default makes empty tensors, silently
-        name="Reader",
-        pad_last_batch=True,
-        dont_use_mmap=not reader.config.mmap,
-        tensor_init_bytes=1,  # grows as needed; the default of 1 MiB reserves 4 GiB for a shuffle buffer of 4,096
-        seed=seed,
-        **(shuffling if reader.shuffle else {}),
-    )
-    return encoded, fn.pad(labels), fn.pad(fn.get_property(encoded, key="source_info"))
+def _inputs(feed: Feed, count: int) -> Any:
+    """The inputs of a graph. DALI reads the arrays where they are, so whoever feeds them holds them meanwhile."""
+    dali = _dali()
+    tensor = dali.tensors.TensorCPU  # made here: DALI asks each array whether it is torch's, MXNet's, on a GPU...
+
+    def source(info: Any) -> tuple[Any, ...]:
+        images, *arrays = feed(info.iteration)
+        return ([tensor(image) for image in images], *arrays)
+
+    return dali.fn.external_source(source=source, batch=True, batch_info=True, num_outputs=count, no_copy=True)
 
 
-def decode(reader: Reader, encoded: Any, roi: dict[str, Any] | None = None) -> Any:
+def decode(decoding: Decoding, encoded: Any, roi: dict[str, Any] | None = None) -> Any:
     """The decoder: uint8 HWC pixels, on the reader's device; cropped to ``roi`` if given (CPU)."""
     fn, types = _dali().fn, _dali().types
-    image = reader.split.manifest.image
-    on_gpu = reader.device_id is not None
+    image = decoding.split.manifest.image
+    on_gpu = decoding.device_id is not None
     if image.encoding == "raw":
-        shape = [reader.split.height_px, reader.split.width_px, image.channels]
+        shape = [decoding.split.height_px, decoding.split.width_px, image.channels]
         return fn.reshape(encoded.gpu() if on_gpu else encoded, shape=shape, layout="HWC")
     options: dict[str, Any] = {
         "device": "mixed" if on_gpu else "cpu",
@@ -104,58 +90,49 @@ def decode(reader: Reader, encoded: Any, roi: dict[str, Any] | None = None) -> A
     }
     if on_gpu:
         options["jpeg_fancy_upsampling"] = True  # the CPU decoder's chroma, so that both give the same pixels
-        options["hw_decoder_load"] = reader.config.hw_decoder_load
+        options["hw_decoder_load"] = decoding.config.hw_decoder_load
     if roi is None:
         return fn.decoders.image(encoded, **options)
     return fn.decoders.image_crop(encoded, **options, **roi)
 
 
-def encoded_graph(reader: Reader) -> tuple[Any, ...]:
-    """Reads only: encoded images, source text."""
-    encoded, _, source = read_encoded(reader)
-    return encoded, source
+def decoded_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
+    """Decodes whole images."""
+    return (decode(decoding, _inputs(feed, 1)[0]),)
 
 
-def decoded_graph(reader: Reader) -> tuple[Any, ...]:
-    """Reads and decodes whole images."""
-    return (decode(reader, read_encoded(reader)[0]),)
-
-
-def define_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, checkpoint: bytes | None = None) -> Any:
+def define_pipeline(decoding: Decoding, graph: Any) -> Any:
     """Defines a DALI pipeline out of ``graph``, a function that returns its outputs; needs no GPU yet."""
     definition = _dali().pipeline_def(
         graph,
-        batch_size=reader.batch_size,
-        num_threads=reader.config.threads or len(os.sched_getaffinity(0)),
-        device_id=reader.device_id,
-        seed=reader_seed(reader.seed),
-        prefetch_queue_depth=reader.config.prefetch,
-        enable_checkpointing=checkpointing,
-        checkpoint=checkpoint,
+        batch_size=decoding.batch_size,
+        num_threads=decoding.config.threads or len(os.sched_getaffinity(0)),
+        device_id=decoding.device_id,
+        prefetch_queue_depth=decoding.config.prefetch,
     )
     return definition()
 
 
-def build_pipeline(reader: Reader, graph: Any, *, checkpointing: bool = False, checkpoint: bytes | None = None) -> Any:
+def build_pipeline(decoding: Decoding, graph: Any) -> Any:
     """Defines and builds a pipeline.
 
     Raises:
         ConfigError: there is no such device.
-        DatasetError: DALI cannot open the data set.
+        DatasetError: DALI cannot build it.
     """
-    if reader.device_id is not None:
+    if decoding.device_id is not None:
         import torch
 
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if reader.device_id >= found:
+        if decoding.device_id >= found:
             raise ConfigError(
-                f"device is {reader.device!r}: this machine has {found} CUDA devices; use cpu or an existing one"
+                f"device is {decoding.device!r}: this machine has {found} CUDA devices; use cpu or an existing one"
             )
     try:
-        pipeline = define_pipeline(reader, graph, checkpointing=checkpointing, checkpoint=checkpoint)
+        pipeline = define_pipeline(decoding, graph)
         pipeline.build()
     except RuntimeError as error:
-        raise DatasetError(f"DALI cannot open {reader.split.folder}: {reason_of(error)}") from error
+        raise DatasetError(f"DALI cannot open {decoding.split.folder}: {reason_of(error)}") from error
     return pipeline
 
 
@@ -167,61 +144,53 @@ def reason_of(error: BaseException) -> str:
     return (lines[0] if "encountered:" in text else lines[-1]) if lines else type(error).__name__
 
 
-def training_graph(reader: Reader, feed: Any, *, part: int = 0, parts: int = 1) -> tuple[Any, ...]:
-    """Outputs images, label text, source text, geometry, color shift; of the images one part of ``parts`` only.
+def training_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
+    """Outputs images: float32 CHW, cropped, mirrored, their mean subtracted and divided, all in one pass.
 
-    The images are float32 CHW, cropped, mirrored, their mean subtracted and divided, all in one pass. What is still to
-    be done is :meth:`pipeline.loader.normalize.Normalizer.finish`.
+    What is still to be done is :meth:`pipeline.loader.normalize.Normalizer.finish`.
 
     Args:
-        reader: what to read.
-        feed: callback of DALI's external source: BatchInfo to geometry (N, 3) int32, x and y (N,) float32, mirror (N,)
-            int32, shift, and what to subtract and to divide by, (N, C) float32 each.
-        part, parts: rows to decode: an equal part of the batch, see :class:`pipeline.loader.batch.BatchShare`.
+        decoding: what to decode.
+        feed: gives images, x and y (N,) float32, mirror (N,) int32, and what to subtract and to divide by, (N, C)
+            float32 each.
     """
-    encoded, labels, source = read_encoded(reader)
-    geometry, x, y, mirror, shift, mean, std = _draws(feed, 7)
-    encoded, x, y, mirror, mean, std = _part_of(reader, (encoded, x, y, mirror, mean, std), part, parts)
-    pixels, window = _decode_crops(reader, encoded, x, y)
+    encoded, x, y, mirror, mean, std = _inputs(feed, 6)
+    pixels, window = _decode_crops(decoding, encoded, x, y)
     images = _dali().fn.crop_mirror_normalize(pixels, mirror=mirror, mean=mean, std=std, output_layout="CHW", **window)
-    return images, labels, source, geometry, shift
+    return (images,)
 
 
-def split_graph(reader: Reader, feed: Any, *, part: int, parts: int) -> tuple[Any, ...]:
-    """As :func:`training_graph`, but decodes one part of each batch only, to uint8 CHW crops, mirrored.
-
-    Labels, sources and draws are those of the whole batch.
-    """
+def split_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
+    """As :func:`training_graph`, but outputs uint8 CHW crops, mirrored; fed without the last two."""
+    encoded, x, y, mirror = _inputs(lambda number: feed(number)[:4], 4)
     fn, types = _dali().fn, _dali().types
-    encoded, labels, source = read_encoded(reader)
-    geometry, x, y, mirror, shift = _draws(lambda info: feed(info)[:5], 5)
-    encoded, x, y, mirror = _part_of(reader, (encoded, x, y, mirror), part, parts)
-    pixels, window = _decode_crops(reader, encoded, x, y)
+    pixels, window = _decode_crops(decoding, encoded, x, y)
     crops = fn.crop_mirror_normalize(pixels, mirror=mirror, dtype=types.UINT8, output_layout="CHW", **window)
-    return crops, labels, source, geometry, shift
+    return (crops,)
 
 
-def cropped_graph(reader: Reader, feed: Any) -> tuple[Any, ...]:
-    """Reads and decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw images the crops."""
-    encoded = read_encoded(reader)[0]
-    x, y = _draws(lambda info: feed(info)[1:3], 2)
-    pixels, window = _decode_crops(reader, encoded, x, y)
-    if reader.split.manifest.image.encoding == "raw":
+def cropped_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
+    """Decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw images the crops."""
+    encoded, x, y = _inputs(lambda number: feed(number)[:3], 3)
+    pixels, window = _decode_crops(decoding, encoded, x, y)
+    if decoding.split.manifest.image.encoding == "raw":
         pixels = _dali().fn.crop(pixels, **window)
     return (pixels,)
 
 
-def evaluation_graph(reader: Reader, views: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[Any, ...]:
-    """Outputs images, (V, C, S, S) a sample or (C, S, S) for a single view, label text, source text.
+def evaluation_graph(
+    decoding: Decoding, feed: Feed, views: np.ndarray, mean: np.ndarray, std: np.ndarray
+) -> tuple[Any, ...]:
+    """Outputs images, (V, C, S, S) a sample or (C, S, S) for a single view.
 
     Args:
-        reader: what to read.
+        decoding: what to decode.
+        feed: gives images.
         views: (V, 3) crop x, crop y, mirror.
         mean, std: (C,), what is subtracted and divided by.
     """
     fn = _dali().fn
-    encoded, labels, source = read_encoded(reader)
-    pixels = decode(reader, encoded)
+    pixels = decode(decoding, _inputs(feed, 1)[0])
     images = [
         fn.crop_mirror_normalize(
             pixels,
@@ -229,74 +198,71 @@ def evaluation_graph(reader: Reader, views: np.ndarray, mean: np.ndarray, std: n
             mean=mean.tolist(),
             std=std.tolist(),
             output_layout="CHW",
-            **_window(reader, float(x), float(y)),
+            **_window(decoding, float(x), float(y)),
         )
-        for x, y, mirror in zip(*positions(views, reader), views[:, 2], strict=True)
+        for x, y, mirror in zip(*positions(views, decoding), views[:, 2], strict=True)
     ]
-    return images[0] if len(images) == 1 else fn.stack(*images), labels, source
+    return (images[0] if len(images) == 1 else fn.stack(*images),)
 
 
-def positions(geometry: np.ndarray, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+def positions(geometry: np.ndarray, decoding: Decoding) -> tuple[np.ndarray, np.ndarray]:
     """Crop offsets as DALI wants them: shares of their range, float32; its rounding gives the offset back exactly."""
-    x = geometry[:, 0] / max(1, reader.split.width_px - reader.config.crop_px)
-    y = geometry[:, 1] / max(1, reader.split.height_px - reader.config.crop_px)
+    x = geometry[:, 0] / max(1, decoding.split.width_px - decoding.config.crop_px)
+    y = geometry[:, 1] / max(1, decoding.split.height_px - decoding.config.crop_px)
     return x.astype(np.float32), y.astype(np.float32)
 
 
-def _draws(feed: Any, count: int) -> Any:
-    return _dali().fn.external_source(source=feed, batch=True, batch_info=True, num_outputs=count)
+def _window(decoding: Decoding, x: Any, y: Any) -> dict[str, Any]:
+    return {"crop": (decoding.config.crop_px,) * 2, "crop_pos_x": x, "crop_pos_y": y}
 
 
-def _part_of(reader: Reader, nodes: tuple[Any, ...], part: int, parts: int) -> tuple[Any, ...]:
-    """One part of a batch. ``_conditional.split`` is what DALI's own ``if`` compiles to; used directly it gives a
-    smaller batch instead of one merged again. DALI has no public operator that takes rows of a batch."""
-    if parts == 1:
-        return nodes
-    fn = _dali().fn
-    mine = np.arange(reader.batch_size) * parts // reader.batch_size == part
-    predicate = fn.external_source(source=lambda _: list(mine), batch=True, batch_info=True)
-    return tuple(fn._conditional.split(node, predicate=predicate)[0] for node in nodes)
-
-
-def _window(reader: Reader, x: Any, y: Any) -> dict[str, Any]:
-    return {"crop": (reader.config.crop_px,) * 2, "crop_pos_x": x, "crop_pos_y": y}
-
-
-def _decode_crops(reader: Reader, encoded: Any, x: Any, y: Any) -> tuple[Any, dict[str, Any]]:
+def _decode_crops(decoding: Decoding, encoded: Any, x: Any, y: Any) -> tuple[Any, dict[str, Any]]:
     """Pixels, and the window that is still to be cut out of them.
 
     On a CPU the decoder can stop at the crop's edge: 7 % faster, and the same pixels (tested).
     """
-    window = _window(reader, x, y)
-    if reader.device_id is None and reader.split.manifest.image.encoding in ("jpeg", "png"):
-        return decode(reader, encoded, window), {}
-    return decode(reader, encoded), window
+    window = _window(decoding, x, y)
+    if decoding.device_id is None and decoding.split.manifest.image.encoding in ("jpeg", "png"):
+        return decode(decoding, encoded, window), {}
+    return decode(decoding, encoded), window
 
 
-def measure_decoder_shares(reader: Reader) -> dict[float, float]:
+def measure_decoder_shares(decoding: Decoding) -> dict[float, float]:
     """Images a second of reading and decoding for each of :data:`DECODER_SHARES`; takes some seconds."""
-    return {share: _measure_share(reader, share) for share in DECODER_SHARES}
+    order = Order(decoding.split.counts, decoding.batch_size, partial=decoding.split.num_samples < decoding.batch_size)
+    held = _WARM_UP + _BATCHES + decoding.config.prefetch + 1
+    samples = SampleReader(decoding.split, order, mapped=decoding.config.mmap, held=held)
+    try:
+        return {share: _measure_share(decoding, samples, share) for share in DECODER_SHARES}
+    finally:
+        samples.close()
 
 
-def _measure_share(reader: Reader, share: float) -> float:
-    config = dataclasses.replace(reader.config, hw_decoder_load=share)
-    trial = dataclasses.replace(reader, config=config, shuffle=False)
-    pipeline = build_pipeline(trial, lambda: decoded_graph(trial))
+def _measure_share(decoding: Decoding, samples: SampleReader, share: float) -> float:
+    config = dataclasses.replace(decoding.config, hw_decoder_load=share)
+    trial = dataclasses.replace(decoding, config=config)
+    fed = []
+
+    def feed(number: int) -> tuple[Sequence[np.ndarray]]:
+        fed.append(samples.read(number))
+        return (fed[-1].images,)
+
+    pipeline = build_pipeline(trial, lambda: decoded_graph(trial, feed))
     for _ in range(_WARM_UP):
         pipeline.run()
     begin_s = time.perf_counter()
     for _ in range(_BATCHES):
         pipeline.run()
-    return _BATCHES * reader.batch_size / (time.perf_counter() - begin_s)
+    return _BATCHES * trial.batch_size / (time.perf_counter() - begin_s)
 
 
-def with_decoder_share(reader: Reader) -> Reader:
-    """The reader with ``hw_decoder_load`` decided: measured where the config says -1 and a GPU decodes JPEGs."""
-    if reader.config.hw_decoder_load >= 0:
-        return reader
+def with_decoder_share(decoding: Decoding) -> Decoding:
+    """With ``hw_decoder_load`` decided: measured where the config says -1 and a GPU decodes JPEGs."""
+    if decoding.config.hw_decoder_load >= 0:
+        return decoding
     share = _DEFAULT_SHARE
-    if reader.device_id is not None and reader.split.manifest.image.encoding in ("jpeg", "original"):
-        rates = measure_decoder_shares(reader)
+    if decoding.device_id is not None and decoding.split.manifest.image.encoding in ("jpeg", "original"):
+        rates = measure_decoder_shares(decoding)
         share = max(rates, key=lambda candidate: rates[candidate])
         _LOGGER.info("hw_decoder_load %.2f chosen out of %s images/s", share, {k: round(v) for k, v in rates.items()})
-    return dataclasses.replace(reader, config=dataclasses.replace(reader.config, hw_decoder_load=share))
+    return dataclasses.replace(decoding, config=dataclasses.replace(decoding.config, hw_decoder_load=share))

@@ -4,19 +4,17 @@ import dataclasses
 import hashlib
 import logging
 import resource
-import stat
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DatasetError
-from pipeline.index_checks import MAX_INDEX_LINE, check_index
 from pipeline.loader.augmentation import Statistics
-from pipeline.manifest import Manifest, ShardRecord, SplitRecord, path_inside, read_manifest
-from pipeline.statistics_file import REPAIR as _REPAIR
+from pipeline.loader.shards import check_tar, in_threads, read_checked, read_index
+from pipeline.manifest import Manifest, ShardRecord, SplitRecord, read_manifest
 from pipeline.statistics_file import read_statistics_file
-from twotower.untrusted import read_regular
+from twotower.words import listed
 
 _SPARE_FILES = 256  # descriptors and mappings that Python, torch, CUDA and the trainer hold beside the tars'
 _SPARE_MAPS = 4096
@@ -26,17 +24,17 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class OpenSplit:
-    """One split, checked.
+    """One split, as its manifest records it; its files are looked at by those who read them.
 
     Attributes:
         folder: the data set.
         manifest: its record.
         record: the split's record.
         tars, indexes: absolute paths, in order.
-        num_samples: samples that will be read: those of the record less the skipped ones.
+        counts: (num_tars,) samples of each tar that will be read: those of the record less the skipped ones.
+        kept: for a tar of which samples are skipped, by its number: the others.
         skipped: keys of this split that the skip list took out, sorted.
         height_px, width_px: size of every image.
-        index_folder: the shorter indexes that a skip list makes, there as long as this is held.
     """
 
     folder: Path
@@ -44,11 +42,16 @@ class OpenSplit:
     record: SplitRecord
     tars: tuple[str, ...]
     indexes: tuple[str, ...]
-    num_samples: int
+    counts: np.ndarray
+    kept: Mapping[int, np.ndarray]
     skipped: tuple[str, ...]
     height_px: int
     width_px: int
-    index_folder: "tempfile.TemporaryDirectory[str] | None" = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that will be read."""
+        return int(self.counts.sum())
 
     @property
     def sample_bytes(self) -> float:
@@ -57,7 +60,7 @@ class OpenSplit:
 
 
 def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> OpenSplit:
-    """Reads the manifest and checks the split's files against it: sizes of tars, hashes and counts of indexes.
+    """Reads the manifest; with a skip list also all indexes, to find its keys.
 
     Args:
         folder: a prepared data set on this machine.
@@ -65,25 +68,26 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
         skip_list: text file of sample keys to leave out, one a line.
 
     Raises:
-        DatasetError: anything missing or different, named; or the skip list cannot be read, or leaves nothing.
+        DatasetError: there is no such split, or its record contradicts itself; or the skip list cannot be read, or
+            leaves nothing.
     """
     folder = Path(folder).absolute()
     manifest = read_manifest(folder)
     if split not in manifest.splits:
-        raise DatasetError(f"{folder} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
+        raise DatasetError(f"{folder} has no split {split!r}: it has {listed(sorted(manifest.splits))}")
     record = manifest.splits[split]
     image = manifest.image
     if image.height_px is None or image.width_px is None:
         raise DatasetError(f"{folder} holds images of different sizes: prepare it with --resize to feed a network")
-    for shard in record.shards:
-        _check_shard(folder, shard)
+    counts = np.array([shard.num_samples for shard in record.shards], np.int64)
     opened = OpenSplit(
         folder=folder,
         manifest=manifest,
         record=record,
         tars=tuple(str(folder / shard.name) for shard in record.shards),
         indexes=tuple(str(folder / shard.index_name) for shard in record.shards),
-        num_samples=record.num_samples,
+        counts=counts,
+        kept={},
         skipped=(),
         height_px=image.height_px,
         width_px=image.width_px,
@@ -91,34 +95,20 @@ def open_split(folder: Path, split: str, *, skip_list: Path | None = None) -> Op
     return opened if skip_list is None else _skip(opened, read_skip_list(skip_list))
 
 
-def _check_shard(folder: Path, shard: ShardRecord) -> None:
-    tar = path_inside(folder, shard.name)
-    try:
-        found = tar.stat()
-    except FileNotFoundError:
-        raise DatasetError(f"{tar} is missing: {_REPAIR}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise DatasetError(f"{tar} is no regular file: {_REPAIR}")
-    if found.st_size != shard.size_bytes:
-        raise DatasetError(f"{tar} has {found.st_size} bytes, the manifest records {shard.size_bytes}: {_REPAIR}")
-    # An index of another tar is read silently by DALI, and one whose first line is too small shrinks the data set.
-    # Hashing all of them is cheap (60 bytes per sample), so it is always done. Who made the index made its hash too,
-    # so every number in it is checked as well.
-    path = path_inside(folder, shard.index_name)
-    index = _read(path, shard.num_samples * MAX_INDEX_LINE + MAX_INDEX_LINE)
-    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-        raise DatasetError(f"{path} is not the index that the manifest records: {_REPAIR}")
-    try:
-        check_index(index, shard.num_samples, shard.size_bytes)
-    except ValueError as error:
-        raise DatasetError(f"{path} {error}: {_REPAIR}") from None
+def check_files(split: OpenSplit) -> None:
+    """Checks all files of a split against the manifest, before a run begins: sizes of tars, all that indexes say.
 
+    A process that trains checks those that it reads. This reads all indexes, 100 bytes a sample.
 
-def _read(path: Path, most_bytes: int) -> bytes:
-    try:
-        return read_regular(path, most_bytes)
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error.strerror}): {_REPAIR}") from None
+    Raises:
+        DatasetError: anything missing or different, named.
+    """
+
+    def check(shard: ShardRecord) -> None:
+        check_tar(split.folder, shard)
+        read_checked(split.folder, shard)
+
+    in_threads(check, split.record.shards)
 
 
 def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
@@ -137,6 +127,13 @@ def read_statistics(folder: Path, manifest: Manifest) -> Statistics:
     )
 
 
+def describe_keys(keys: Sequence[str]) -> str:
+    """Number and hash of keys, in order: what is kept of a skip list, which may have a million of them."""
+    if not keys:
+        return "none"
+    return f"{len(keys)} of sha256 {hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
+
+
 def read_skip_list(path: Path) -> frozenset[str]:
     """Keys of a skip list: one a line; empty lines and what follows ``#`` are ignored.
 
@@ -151,41 +148,27 @@ def read_skip_list(path: Path) -> frozenset[str]:
 
 
 def _skip(split: OpenSplit, keys: frozenset[str]) -> OpenSplit:
-    """The split without some samples: DALI cannot skip, but it reads what the index says, so that is copied without."""
-    folder = tempfile.TemporaryDirectory(prefix="twotower-index-")
-    tars, indexes, skipped = [], [], []
-    for number, (tar, index) in enumerate(zip(split.tars, split.indexes, strict=True)):
-        lines = Path(index).read_text().splitlines()[1:]
-        dropped = [key for line in lines if (key := _key_of(line)) in keys]
-        kept = [line for line in lines if _key_of(line) not in keys]
-        if dropped:
-            index = str(Path(folder.name) / f"{number:06d}.idx")
-            Path(index).write_text("\n".join([f"v1.2 {len(kept)}", *kept]) + "\n")
-        if kept:
-            tars.append(tar)
-            indexes.append(index)
-        skipped += dropped
-    if not tars:
+    """The split without some samples."""
+    wanted = np.array(sorted(key.encode() for key in keys), "S")
+
+    def find(shard: ShardRecord) -> tuple[np.ndarray, np.ndarray]:
+        found = read_index(split.folder, shard, split.manifest.image.extension).keys
+        dropped = np.isin(found, wanted)
+        return np.flatnonzero(~dropped), found[dropped]
+
+    found = in_threads(find, split.record.shards)
+    skipped = sorted(key.decode() for _, dropped in found for key in dropped.tolist())
+    counts = np.array([len(rest) for rest, _ in found], np.int64)
+    if not counts.any():
         raise DatasetError(f"the skip list leaves nothing of {split.folder}")
     if len(skipped) < len(keys):
         _LOGGER.warning("%d of %d keys of the skip list are not in this split", len(keys) - len(skipped), len(keys))
-    return dataclasses.replace(
-        split,
-        tars=tuple(tars),
-        indexes=tuple(indexes),
-        num_samples=split.num_samples - len(skipped),
-        skipped=tuple(sorted(skipped)),
-        index_folder=folder,
-    )
-
-
-def _key_of(line: str) -> str:
-    """The key in a line of an index, ``EXT OFFSET SIZE NAME`` repeated."""
-    return line.split(" ", 4)[3].rsplit("/", 1)[-1].split(".", 1)[0]
+    kept = {number: rest for number, (rest, dropped) in enumerate(found) if len(dropped)}
+    return dataclasses.replace(split, counts=counts, kept=kept, skipped=tuple(skipped))
 
 
 def check_limits(num_shards: int, *, mmap: bool) -> None:
-    """Makes sure that all tars of a split can be open at once, as DALI's reader wants them.
+    """Makes sure that all tars that a process reads in an epoch can be open at once.
 
     Mapped tars cost one mapping each and no descriptor (measured); files cost a descriptor each. The soft limit of
     descriptors is raised as far as the hard one allows.

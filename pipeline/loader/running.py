@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from pipeline.errors import DatasetError
-from pipeline.loader.batch import read_keys, read_shards
-from pipeline.loader.graph import Reader, build_pipeline, encoded_graph, reason_of
-from pipeline.loader.state import graft, strip
+from pipeline.loader.augmentation import Draws
+from pipeline.loader.graph import Decoding, Feed, build_pipeline, reason_of
+from pipeline.loader.samples import SampleReader, Samples
 from twotower.words import pluralize
 
 _READY_S = 0.001  # handing over a batch that was ready takes 0.05 to 0.3 ms
+HELD = 2  # batches whose inputs are kept after their outputs: a GPU may still be copying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,40 +40,55 @@ class QueueFill:
         return self.ready / self.batches if self.batches else 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """What DALI has been given for a batch, and what belongs to it and DALI need not know.
+
+    Attributes:
+        samples: the rows that this process reads.
+        draws: the decisions for these rows; None where nothing is random.
+        inputs: of the graph, see :data:`pipeline.loader.graph.Feed`.
+    """
+
+    samples: Samples
+    draws: Draws | None
+    inputs: tuple[Any, ...]
+
+
 class RunningPipeline:
-    """Runs one pipeline; counts iterations from ``iteration``.
+    """Runs one pipeline over the batches of a process, which are numbered from 0 through all epochs.
 
     Args:
-        reader: what is read.
-        graph: function that makes the outputs.
-        checkpoint: of :meth:`checkpoint` after ``iteration`` iterations, to continue there; of any of our pipelines
-            with the same reader, whatever its device and recipe.
-        iteration: see above.
-        checkpointing: whether :meth:`checkpoint` is wanted.
+        decoding: what is decoded.
+        graph: makes the outputs out of what feeds it.
+        feed: gives a batch; raises StopIteration behind the last.
+        number: the first batch.
     """
 
     def __init__(
         self,
-        reader: Reader,
-        graph: Callable[[], tuple[Any, ...]],
+        decoding: Decoding,
+        graph: Callable[[Feed], tuple[Any, ...]],
+        feed: Callable[[int], Fed],
         *,
-        checkpointing: bool = False,
-        checkpoint: bytes | None = None,
-        iteration: int = 0,
+        number: int = 0,
     ) -> None:
         self._opened_s = time.perf_counter()
-        self._reader = reader
-        if checkpoint is not None:
-            fresh = build_pipeline(reader, graph, checkpointing=True)
-            checkpoint = graft(bytes(fresh.checkpoint()), checkpoint)
-            del fresh
-        self._pipeline = build_pipeline(reader, graph, checkpointing=checkpointing, checkpoint=checkpoint)
+        self._decoding, self._feed, self._first = decoding, feed, number
+        self._fed: dict[int, Fed] = {}
+        self._pipeline = build_pipeline(decoding, lambda: graph(self._give))
         self._fill = QueueFill(0, 0, 0.0, 0.0)
-        self.iteration = iteration
+        self.number = number
         self.started = False
 
-    def run(self) -> Any:
-        """The outputs of the next iteration, as DALI tensor lists that stay valid while they are held.
+    def _give(self, since_first: int) -> Any:
+        """The inputs of a batch, kept as long as DALI may read them: it has no copy."""
+        number = self._first + since_first
+        self._fed[number] = self._feed(number)
+        return self._fed[number].inputs
+
+    def run(self) -> tuple[Fed, Any]:
+        """The next batch: what was fed, and the graph's output as a DALI tensor list, valid while it is held.
 
         Raises:
             DatasetError: an image cannot be decoded, or reading failed.
@@ -80,21 +98,24 @@ class RunningPipeline:
         try:
             self._pipeline.schedule_run()
             begin_s = time.perf_counter()
-            outputs = self._pipeline.outputs(self._stream())
+            (output,) = self._pipeline.outputs(self._stream())
         except RuntimeError as error:
+            message = self._explain(reason_of(error))
             self.close()  # DALI's pipeline is lost after any error
-            raise DatasetError(explain(self._reader, self.iteration, reason_of(error))) from error
+            raise DatasetError(message) from error
         self._count(time.perf_counter() - begin_s)
-        self.iteration += 1
-        return outputs
+        fed = self._fed[self.number]
+        self._fed.pop(self.number - HELD, None)
+        self.number += 1
+        return fed, output
 
     def _stream(self) -> Any:
         """torch's stream: outputs are bound to it, so memory that torch gives back waits for torch's kernels."""
-        if self._reader.device_id is None:
+        if self._decoding.device_id is None:
             return None
         import torch
 
-        return torch.cuda.current_stream(self._reader.device_id)
+        return torch.cuda.current_stream(self._decoding.device_id)
 
     def _count(self, wait_s: float) -> None:
         fill = self._fill
@@ -110,67 +131,50 @@ class RunningPipeline:
         """The queue's fill so far."""
         return self._fill
 
-    def checkpoint(self) -> bytes:
-        """The reader's state after the last iteration that :meth:`run` returned, whatever has been prefetched since."""
-        return strip(bytes(self._pipeline.checkpoint()))
+    def _explain(self, reason: str) -> str:
+        """What to tell the user when DALI failed: which image it was, if it can be found.
+
+        DALI names the sample in some of its errors only. Their bytes are still here, so they are tried one by one:
+        those of the batch that was asked for, then of those that DALI has begun beside it.
+        """
+        split = self._decoding.split
+        for number in sorted(number for number in self._fed if number >= self.number):
+            samples = self._fed[number].samples
+            refused = [row for row, image in enumerate(samples.images) if not _accepts(self._decoding, image)]
+            if refused:
+                places = sorted({(split.record.shards[samples.tars[row]].name, samples.keys[row]) for row in refused})
+                named = "; ".join(f"{shard}: image {key}" for shard, key in places)
+                return (
+                    f"DALI cannot decode {named} ({reason}): prepare {split.folder} again with --on-error quarantine, "
+                    "or name the key in a --skip-list file"
+                )
+        return f"reading {split.folder} failed: {reason}"
 
     def close(self) -> None:
-        """Stops DALI's threads, frees its buffers, closes its files; outputs handed out stay valid."""
+        """Stops DALI's threads, frees its buffers, lets go of the inputs; outputs handed out stay valid."""
         self._pipeline = None
         gc.collect()  # DALI's pipelines hold themselves in a circle, and nothing else ends them
+        self._fed = {}
 
 
-def explain(reader: Reader, iteration: int, reason: str) -> str:
-    """What to tell the user when iteration ``iteration`` failed: which image it was, if it can be found."""
-    folder = reader.split.folder
-    refused = find_refused(reader, iteration)
-    if not refused:
-        return f"reading {folder} failed: {reason}"
-    named = "; ".join(f"{shard}: image {key}" for shard, key in refused)
-    return (
-        f"DALI cannot decode {named} ({reason}): prepare {folder} again with --on-error quarantine, "
-        "or name the key in a --skip-list file"
-    )
-
-
-def find_refused(reader: Reader, iteration: int) -> list[tuple[str, str]]:
-    """Shard and key of every image of an iteration that the decoder refuses.
-
-    DALI names the sample in some of its errors only. Reading without decoding repeats the order at over 100,000
-    samples per second, so the batch is read again and its images are tried one by one.
-    """
-    quiet = dataclasses.replace(reader, config=dataclasses.replace(reader.config, prefetch=1, threads=1))
-    pipeline = build_pipeline(quiet, lambda: encoded_graph(quiet))
-    try:
-        for _ in range(iteration):
-            pipeline.run()
-        encoded, source = pipeline.run()
-    except RuntimeError:
-        return []
-    samples = zip(read_shards(source, reader.split.folder), read_keys(source), strict=True)
-    refused = [sample for i, sample in enumerate(samples) if not _accepts(reader, encoded.at(i).tobytes())]
-    return sorted(set(refused))
-
-
-def _accepts(reader: Reader, data: bytes) -> bool:
-    image = reader.split.manifest.image
-    if image.encoding == "raw":
-        return len(data) == reader.split.height_px * reader.split.width_px * image.channels
+def _accepts(decoding: Decoding, image: np.ndarray) -> bool:
+    """Whether the decoder takes an image."""
+    split = decoding.split
+    if split.manifest.image.encoding == "raw":
+        return len(image) == split.height_px * split.width_px * split.manifest.image.channels
     from pipeline.preparation.decoder_check import dali_accepts  # loads the codec library, only needed after an error
 
-    return dali_accepts(data)
+    return dali_accepts(image.tobytes())
 
 
-def describe_memory(reader: Reader) -> str:
-    """What bounds the loader's memory, in words: the shuffle buffer and the batches prepared ahead."""
-    split, config = reader.split, reader.config
-    buffer = min(config.shuffle_buffer, split.num_samples) if reader.shuffle else 0
-    buffer_mb = buffer * split.sample_bytes / 1e6
+def describe_memory(decoding: Decoding, samples: SampleReader) -> str:
+    """What bounds the loader's memory, in words: the tars' index and the batches prepared ahead."""
+    split, config = decoding.split, decoding.config
     channels = split.manifest.image.channels
     pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
-    ahead_mb = (config.prefetch + 1) * reader.batch_size * pixels / 1e6
+    ahead_mb = (config.prefetch + 1) * decoding.batch_size * pixels / 1e6
     return (
-        f"{split.folder}: {pluralize(split.num_samples, 'sample')} in {pluralize(len(split.tars), 'shard')}; at "
-        f"most {buffer_mb:,.0f} MB in the "
-        f"shuffle buffer{' (mapped)' if config.mmap else ''} and about {ahead_mb:,.0f} MB in batches prepared ahead"
+        f"{split.folder}: {pluralize(split.num_samples, 'sample')} in {pluralize(len(split.tars), 'shard')}, "
+        f"{samples.num_open} of them {'mapped' if config.mmap else 'open'} here; about {ahead_mb:,.0f} MB in batches "
+        "prepared ahead"
     )

@@ -5,6 +5,7 @@ bench`` use these.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader, cropped_graph, encoded_graph
+from pipeline.loader.graph import Feed, cropped_graph
 from pipeline.loader.open_split import open_split
-from pipeline.loader.running import RunningPipeline
+from pipeline.loader.order import Order
+from pipeline.loader.samples import SampleReader
 
 STAGES = ("read", "decode", "whole")
 PAGE_BYTES = 4096
@@ -66,8 +68,8 @@ def describe_images(data: Path) -> StoredImages:
 class _Cropped(TrainingLoader):
     """The loader up to the decoder: the crops that training uses, uint8."""
 
-    def _graph(self) -> tuple[Any, ...]:
-        return cropped_graph(self._reader, self._draw)
+    def _graph(self, feed: Feed) -> tuple[Any, ...]:
+        return cropped_graph(self._decoding, feed)
 
     def run(self) -> None:
         """Decodes the next batch."""
@@ -94,13 +96,13 @@ def open_stage(
     """
     split = open_split(data, "train")
     config = dataclasses.replace(config, last_batch="drop")  # every batch measured is a whole one
-    loader: RunningPipeline | TrainingLoader
+    loader: SampleReader | TrainingLoader
     if stage == "read" and not (config.mmap and split.manifest.image.encoding == "raw"):
         # Mapped files that nobody decodes are never read, so this stage reads them as files.
-        copying = dataclasses.replace(config, mmap=False, hw_decoder_load=abs(config.hw_decoder_load))
-        reader = Reader(split, copying, batch_size, device, seed, config.shuffle == "epoch")
-        loader = reading = RunningPipeline(reader, lambda: encoded_graph(reader))
-        take: Callable[[], Any] = reading.run
+        order = Order(split.counts, batch_size, seed, shuffle=config.shuffle == "epoch", partial=False)
+        loader = reader = SampleReader(split, order, mapped=False)
+        numbers = itertools.count()
+        take: Callable[[], Any] = lambda: reader.read(next(numbers))  # noqa: E731
     elif stage != "whole":
         loader = cropped = _Cropped(data, config, batch_size=batch_size, seed=seed, device=device)
         take = cropped.run

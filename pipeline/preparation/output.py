@@ -40,6 +40,7 @@ from pipeline.preparation.tar_writer import restore_index
 from pipeline.record_checks import check_plan
 from twotower import locks
 from twotower.untrusted import read_regular
+from twotower.words import listed
 
 PLAN_NAME = "plan.json"
 HASH_THREADS = 4
@@ -127,8 +128,8 @@ def check_ours(output: Path) -> None:
         raise OutputError(f"--output {output}: is not a folder")
     names = sorted(path.name for path in output.iterdir())
     if names and MANIFEST_NAME not in names and WORK_NAME not in names:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise OutputError(f"--output {output}: holds something else ({shown}); give an empty or a new folder")
+        there = listed(names, most=3)
+        raise OutputError(f"--output {output}: holds something else ({there}); give an empty or a new folder")
 
 
 def sweep(output: Path) -> None:
@@ -213,14 +214,14 @@ def refuse_difference(
     ignored = set() if libraries else {"libraries"}
     keys = sorted(key for key in (there.keys() | asked.keys()) - ignored if there.get(key) != asked.get(key))
     if keys:
-        listed = "; ".join(
+        differ = "; ".join(
             "the input's files: their names, classes or sizes have changed since"
             if key == "input_sha256"
             else f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked"
             for key in keys
         )
         raise OutputError(
-            f"{output} was prepared with other settings ({listed}); give another --output or the same settings, or "
+            f"{output} was prepared with other settings ({differ}); give another --output or the same settings, or "
             "remove it"
         )
 

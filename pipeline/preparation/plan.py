@@ -28,7 +28,7 @@ from pipeline.sources import open_source, reasons
 from pipeline.sources.listing import Item, Listing, Source, Tally
 from pipeline.sources.split import shuffled
 from pipeline.sources.walk import FOLLOW, links_out
-from twotower.words import pluralize, say, say_lines
+from twotower.words import listed, pluralize, say, say_lines
 
 READ_BYTES = 8 * 2**20
 SAMPLE_IMAGES = 200  # of a dry run, for at most SAMPLE_S
@@ -173,7 +173,7 @@ def chosen_splits(listing: Listing, options: PrepareOptions) -> Listing:
     """
     unknown = [split for split in options.splits if split not in listing.splits]
     if unknown:
-        raise ConfigError(f"--splits {unknown[0]}: the source has {', '.join(sorted(listing.splits))}")
+        raise ConfigError(f"--splits {unknown[0]}: the source has {listed(sorted(listing.splits))}")
     kept = {split: rows for split, rows in listing.splits.items() if not options.splits or split in options.splits}
     tally = Tally()
     tally.extend(listing.passed_over)
@@ -201,8 +201,7 @@ def all_warnings(listing: Listing) -> list[str]:
 
 
 def _class_names(listing: Listing, labels: list[int]) -> str:
-    names = [listing.classes[label].name for label in labels[:SHOWN_CLASSES]]
-    return ", ".join(names) + (f", ... ({len(labels):,})" if len(labels) > SHOWN_CLASSES else "")
+    return listed([listing.classes[label].name for label in labels], most=SHOWN_CLASSES)
 
 
 def passed_over(listing: Listing, shards: list[ShardPlan]) -> tuple[PassedOver, ...]:

@@ -64,7 +64,7 @@ class FolderSource(Source):
             for split, rows in found.items()
         }
         if set(splits) == {ALL}:
-            splits = splits[ALL].train_and_val(self.val_fraction, self.seed)
+            splits = splits[ALL].train_and_val(self.val_fraction, self.seed, warnings)
         return Listing(
             classes=tuple(ClassRecord(name=name, title=name) for name in classes),
             label_order="alphabetical",

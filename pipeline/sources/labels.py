@@ -15,7 +15,7 @@ from pipeline.errors import SourceError
 from pipeline.files import AnyPath, read_whole
 from pipeline.pictures import has_picture_name
 from pipeline.sources.listing import nfc, printable
-from twotower.words import one_line
+from twotower.words import listed, one_line
 
 DELIMITERS = "\t,;"
 LABEL_HEADER = re.compile(
@@ -177,7 +177,7 @@ def _label_column(file: AnyPath, header: Row | None, rows: list[Row], name_colum
     numbers = [column for column in others if all(NUMBER.fullmatch(row.cell(column)) for row in rows)]
     if header is None and numbers == others[1:]:
         return others[0]  # boxes follow, as in Tiny-ImageNet's val_annotations.txt
-    what = ", ".join(_shown(header.cell(column)) for column in others) if header else f"{len(others)} columns"
+    what = listed([_shown(header.cell(column)) for column in others]) if header else f"{len(others)} columns"
     raise SourceError(f"{file}: {what}: any may be the label; keep name and label alone, or name the column label")
 
 

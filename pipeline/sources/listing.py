@@ -5,7 +5,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.files import AnyPath
 from pipeline.manifest import ClassRecord, PassedOver
 from pipeline.sources.split import stratified
+from twotower.words import pluralize
 
 EXAMPLES = 3  # names kept of the files passed over for one reason
 CHUNK = 65536  # names hashed at a time; part of the digest: the name at a border has no separator
@@ -93,11 +94,29 @@ class SplitListing:
             sizes=self.sizes[rows],
         )
 
-    def train_and_val(self, val_fraction: float, seed: int) -> dict[str, "SplitListing"]:
-        """Splits off about ``val_fraction`` of every class; a split that gets nothing is left out."""
+    def train_and_val(self, val_fraction: float, seed: int, warnings: list[str]) -> dict[str, "SplitListing"]:
+        """Splits off about ``val_fraction`` of every class; a split that gets nothing is left out.
+
+        Appends to ``warnings`` where classes are too small to give their share.
+        """
         chosen = stratified(self.labels, val_fraction, seed=seed)
         splits = {"train": self.take(np.flatnonzero(~chosen)), "val": self.take(np.flatnonzero(chosen))}
+        if val_fraction and len(self):
+            warnings += _few_held_out(self.labels, splits["val"].labels, val_fraction)
         return {split: rows for split, rows in splits.items() if len(rows)}
+
+
+def _few_held_out(labels: np.ndarray, held_out: np.ndarray, val_fraction: float) -> Iterator[str]:
+    """What to say where a share of a class is less than an image; ``labels`` of all images, ``held_out`` of val's."""
+    classes, covered = len(np.unique(labels)), len(np.unique(held_out))
+    if covered == classes:
+        return
+    fewest = int(np.bincount(labels)[np.unique(labels)].min())
+    small = f"--val-fraction {val_fraction:g} of a class of {pluralize(fewest, 'image')} is less than one image"
+    if not covered:
+        yield f"{small}: there is no split val, and so no accuracy on held-out images; use a larger share"
+    else:
+        yield f"{small}: val has images of {covered:,} of {classes:,} classes; use a larger share for all of them"
 
 
 class Tally:

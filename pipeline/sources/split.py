@@ -47,15 +47,24 @@ def shuffled(count: int, seed: int, purpose: str) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """Chooses about ``fraction`` of every class, at least one image of it staying out; (N,) bool, True = chosen."""
+    """Chooses about ``fraction`` of every class, at least one image of it staying out; (N,) bool, True = chosen.
+
+    Of classes so small that their share rounds to nothing, some give one image, so that together they give theirs: of
+    twenty classes of five images, a tenth is ten images of ten classes.
+    """
     order = shuffled(len(labels), seed, "stratified split")
     rank_of = np.empty(len(labels), np.int64)
     rank_of[order] = np.arange(len(labels))
     by_class = np.lexsort((rank_of, labels))  # class by class, shuffled inside
     chosen = np.zeros(len(labels), bool)
     starts = np.flatnonzero(np.r_[True, np.diff(labels[by_class]) != 0]) if len(labels) else np.zeros(0, int)
-    for start, end in zip(starts, np.r_[starts[1:], len(labels)], strict=True):
-        chosen[by_class[start : start + min(round((end - start) * fraction), end - start - 1)]] = True
+    sizes = np.diff(np.r_[starts, len(labels)])
+    takes = np.rint(sizes * fraction).astype(np.int64)
+    small = np.flatnonzero((takes == 0) & (sizes > 1))
+    small = small[shuffled(len(small), seed, "small classes")]
+    takes[small] = np.diff(np.floor(np.cumsum(sizes[small] * fraction) + 0.5), prepend=0)
+    for start, size, take in zip(starts, sizes, takes, strict=True):
+        chosen[by_class[start : start + min(take, size - 1)]] = True
     return chosen
 
 

@@ -24,6 +24,7 @@ from pipeline.pictures import HEAD_BYTES, has_picture_head, has_picture_name
 from pipeline.sources import reasons
 from pipeline.sources.listing import Tally, printable
 from pipeline.sources.split import split_of
+from twotower.words import listed
 
 SHOWN = 5
 FOLLOW = "--follow-links"
@@ -271,8 +272,7 @@ def join(folder: str, name: str) -> str:
 
 def shown(names: Iterable[str]) -> str:
     """The first few names, for a message."""
-    names = [printable(name) for name in names]
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names):,})" if len(names) > SHOWN else "")
+    return listed([printable(name) for name in names], most=SHOWN)
 
 
 def refuse_mixed_splits(folder: AnyPath, folders: list[Entry]) -> None:

@@ -63,8 +63,9 @@ class WebdatasetSource(Source):
             split: SplitListing.of([image._replace(label=row_of[image.label]) for image in images])
             for split, images in found.items()
         }
+        few: list[str] = []
         if ALL in splits:
-            splits = splits[ALL].train_and_val(self.val_fraction, self.seed)
+            splits = splits[ALL].train_and_val(self.val_fraction, self.seed, few)
         return Listing(
             classes,
             "source",
@@ -72,7 +73,7 @@ class WebdatasetSource(Source):
             encoded=True,
             channels=3,
             passed_over=walker.tally.records(),
-            warnings=(*walker.warnings, *_renumbered(row_of)),
+            warnings=(*walker.warnings, *_renumbered(row_of), *few),
         )
 
     def read(self, item: Item) -> bytes:

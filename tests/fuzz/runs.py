@@ -27,7 +27,8 @@ from trainer.report import figures, run_data
 from trainer.training import checkpoint, history, resume, run_folder, run_lock
 from trainer.training.epochs import EpochTable
 from trainer.training.evaluate import load_network
-from trainer.training.metrics import MetricsLog, read_metrics
+from trainer.training.metrics import MetricsLog
+from trainer.training.rows import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.channels=[4,4,4,4,4]", "model.hidden=[8,8]", "train.loggers=[]", "train.batch_size=8")
@@ -138,7 +139,10 @@ def _read_all(folder: Path, made: tuple[str, bytes | str]) -> None:
     run_folder.is_begun(run)
     config = run_folder.read_run_config(run)
     resume.noted_options(run), history.read_past(run, 44), history.read_elapsed_s(run), run_lock.read_holder(run)
-    EpochTable(run, read_metrics(run)).write()
+    table = EpochTable(run)
+    for row in read_metrics(run):
+        table.add(row)
+    table.write()
     MetricsLog(run, config, 3).close("stopped")
     found = run_data.read_run(run)
     run_data.headline(found), run_data.facts(found, ""), figures.traffic_of(found)

@@ -9,7 +9,7 @@ import torch
 from pipeline.loader.batch import SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import DECODER_SHARES, Reader, measure_decoder_shares, with_decoder_share
+from pipeline.loader.graph import DECODER_SHARES, Decoding, measure_decoder_shares, with_decoder_share
 from pipeline.loader.open_split import open_split
 from tests.helpers.loader_data_set import make_data_set
 
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 CROP, BATCH = 56, 8
 LEVELS = 3.0  # the GPU's inverse DCT and color conversion round otherwise than libjpeg-turbo's
-CONFIG = LoaderConfig(crop_px=CROP, color="deviation", shuffle_buffer=8, threads=2)
+CONFIG = LoaderConfig(crop_px=CROP, color="deviation", threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_split_feed_equals_each(folders: dict[str, Path]) -> None:
 def test_the_sweep_measures_every_share_and_chooses_one(folders: dict[str, Path]) -> None:
     config = LoaderConfig(**{**vars(CONFIG), "hw_decoder_load": -1})
     split = open_split(folders["jpeg"], "train")
-    chosen = with_decoder_share(Reader(split, config, BATCH, "cuda:0", 0, True))
+    chosen = with_decoder_share(Decoding(split, config, BATCH, "cuda:0"))
     assert chosen.config.hw_decoder_load in DECODER_SHARES
-    rates = measure_decoder_shares(Reader(split, CONFIG, BATCH, "cuda:0", 0, True))
+    rates = measure_decoder_shares(Decoding(split, CONFIG, BATCH, "cuda:0"))
     assert set(rates) == set(DECODER_SHARES) and min(rates.values()) > 0

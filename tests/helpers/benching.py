@@ -19,7 +19,6 @@ from trainer.parallel.mesh import Mesh
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
 SMALL = (
     "model.in_channels=3", "model.channels=[4, 4, 4, 4, 4]", "model.hidden=[16, 16]", "train.batch_size=16",
-    "data.shuffle_buffer=8",
 )  # fmt: skip
 DELAY_S = 0.05
 SETTINGS = BenchSettings(seconds=0.1, rounds=2)

@@ -94,14 +94,14 @@ def hold_at(stage: str) -> None:
 def _hold_in_evaluation(trainer: Any) -> None:
     inner = trainer._until_stopped
 
-    def batches(self: Any, found: Iterable[Any]) -> Iterator[Any]:
+    def batches(self: Any, found: Iterable[Any], most: int) -> Iterator[Any]:
         def slowly() -> Iterator[Any]:
             for number, batch in enumerate(found):
                 if number == BATCH:
                     hold()
                 yield batch
 
-        return inner(self, slowly())
+        return inner(self, slowly(), most)
 
     trainer._until_stopped = batches
 

@@ -136,7 +136,7 @@ def train_rows(
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = dict.fromkeys(net.towers, 1.0)
-        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, True, False, 0, norms, loss), "a test").loss)
+        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, 1, True, False, 0, norms, loss), "a test").loss)
         if step == 0:
             record["gradients"] = gradients_of(net)
         optimizer.step()
@@ -163,7 +163,8 @@ def disagree(mesh: Mesh, what: str) -> str:
     """The last rank (of the batch: the last replica) tells something else than the others; what each is told."""
     odd = mesh.coord.replica == mesh.coord.replicas - 1 and (mesh.coord.tower == "b" or what == "batch")
     notes = LocalStatus(
-        fingerprint=2 if odd and what == "batch" else 1,
+        fingerprint=2 if odd and what == "rows" else 1,
+        order_fingerprint=2 if odd and what == "batch" else 1,
         finite=not (odd and what == "finite"),
         stop=odd and what == "stop",
         plateaus=3 if odd and what == "plateaus" else 1,

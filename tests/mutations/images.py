@@ -6,6 +6,7 @@ from tests.mutations import Change
 
 RECIPES = "tests/trainer/test_recipes.py"
 DRAWS = "tests/pipeline/loader/test_draws.py"
+ORDER = "tests/pipeline/loader/test_order.py"
 ORIGINAL = "tests/pipeline/loader/test_original.py"
 PIXELS = "tests/pipeline/loader/test_pixels.py"
 SHARE = "tests/pipeline/loader/test_share.py"
@@ -130,36 +131,60 @@ def of_batches() -> Iterator[Change]:
     """pipeline/loader/batches.py: what each batch is given."""
     yield (
         "divisor: DALI has none",
-        "affine(draws.shift, self._augmentation.divisor(epoch))",
-        "affine(draws.shift)",
+        "affine(shift, self._augmentation.divisor(epoch))",
+        "affine(shift)",
     )
     yield (
         "divisor: the mean image has none",
-        "self._normalizer.finish(images, draws.geometry, divisor)",
-        "self._normalizer.finish(images, draws.geometry)",
+        "self._normalizer.finish(images, fed.draws.geometry, divisor)",
+        "self._normalizer.finish(images, fed.draws.geometry)",
     )
     yield (
         "divisor: none where towers share the decoding",
-        "self._split_feed.exchange(images), draws, divisor)",
-        "self._split_feed.exchange(images), draws)",
+        "self._split_feed.exchange(images), fed.draws, divisor)",
+        "self._split_feed.exchange(images), fed.draws)",
     )
     yield (
         "divisor in testing",
         "np.zeros((1, self.channels), np.float32))",
-        "np.zeros((1, self.channels), np.float32), self._reader.config.color_divisor)",
+        "np.zeros((1, self.channels), np.float32), self._decoding.config.color_divisor)",
     )
     yield (
         "divisor of the mean image in testing",
         "np.tile(self._views, (count, 1)))",
-        "np.tile(self._views, (count, 1)), self._reader.config.color_divisor)",
+        "np.tile(self._views, (count, 1)), self._decoding.config.color_divisor)",
     )
-    yield "draws: same for every batch", "position * size, size)", "0, size)"
-    yield "draws: same in every epoch", "draw(epoch, position", "draw(0, position"
+    yield "draws: same for every batch", "first = position * self._order.batch_size + ", "first = "
+    yield "draws: same in every epoch", "draw(epoch, first", "draw(0, first"
 
 
 def of_batch() -> Iterator[Change]:
     """pipeline/loader/batch.py: rows of a replica."""
-    yield "replicas: all take the first rows", "slice(self.part * size, (self.part + 1) * size)", "slice(0, size)"
+    yield "replicas: all take the first rows", "slice(part * size, (part + 1) * size)", "slice(0, size)"
+
+
+def of_order() -> Iterator[Change]:
+    """pipeline/loader/order.py: which sample is which row of which batch."""
+    yield (
+        "order: tars as stored",
+        'np.argsort(self._draw(_TARS, 0, len(order.counts)), kind="stable")',
+        "np.arange(len(order.counts))",
+    )
+    yield (
+        "order: same in every epoch",
+        'f"{self._order.seed} {self._epoch} {purpose}"',
+        'f"{self._order.seed} {purpose}"',
+    )
+    yield "order: same with every seed", 'f"{self._order.seed} {self._epoch} {purpose}"', 'f"{self._epoch} {purpose}"'
+    yield "order: stretches begin at their first sample", "(shares * self._lengths).astype(np.int64)", "0 * rows"
+    yield (
+        "order: blocks of a replica drawn for the first rows",
+        "self._draw_rows(_BLOCKS, int(rows[0])",
+        "self._draw_rows(_BLOCKS, 0",
+    )
+    yield "order: inside a block as drawn for the first rows", "block * size + rows.start", "block * size"
+    yield "order: block size", "BLOCK = 32", "BLOCK = 16"
+    yield "order: the rest's order of other rows' samples", "rest[:, None]", "BLOCK"
 
 
 def of_statistics() -> Iterator[Change]:
@@ -329,6 +354,7 @@ GROUPS = (
     ("pipeline/loader/normalize.py", (PIXELS, ORIGINAL, SPLIT), of_normalize),
     ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
     ("pipeline/loader/batch.py", (SHARE,), of_batch),
+    ("pipeline/loader/order.py", (ORDER,), of_order),
     ("pipeline/preparation/statistics.py", (STATISTICS,), of_statistics),
     ("pipeline/preparation/orientation.py", (ORIENTATION,), of_orientation),
     ("pipeline/preparation/decode.py", (DECODE, ORIENTATION, IMAGE), of_decode),

@@ -86,14 +86,17 @@ def of_dropout() -> Iterator[Change]:
     yield "dropout: same mask in all steps", draw, "stable_seed(self.seed, 0, tower, layer)"
     yield "dropout: same mask in both layers", draw, 'stable_seed(self.seed, self.step, tower, "fc6")'
     yield "dropout: same mask in all runs", draw, "stable_seed(0, self.step, tower, layer)"
-    yield "dropout: keeps what it should drop", "bernoulli_(1 - rate,", "bernoulli_(rate,"
+    yield "dropout: keeps what it should drop", "(lanes >= least)", "(lanes < least)"
     yield (
         "dropout: rate",
         "self.rate, self.inverted = config.dropout,",
         "self.rate, self.inverted = config.dropout / 2,",
     )
     yield "dropout: the other kind", 'config.dropout_kind == "inverted"', 'config.dropout_kind != "inverted"'
-    yield "dropout: a piece takes the first rows", "whole[self.first : self.first + len(like)]", "whole[: len(like)]"
+    yield "dropout: a piece takes the first rows", "_counted(begin, self.first * words,", "_counted(begin, 0,"
+    yield "dropout: rows overlap", "_counted(begin, self.first * words,", "_counted(begin, self.first,"
+    yield "dropout: a lane too few", "LANES * words)[:, :units]", "LANES * words)[:, 1 : units + 1]"
+    yield "dropout: another hash", "(words >> 27)", "(words >> 28)"
     yield "dropout: mask of the first tower only", "draws.mask(tower, self.layer,", 'draws.mask("a", self.layer,'
     yield "dropout: not halved in testing", "x if self.inverted else x * (1 - self.rate)", "x"
     yield "dropout: halved in training", "x / (1 - self.rate) if self.inverted else x", "x / (1 - self.rate)"

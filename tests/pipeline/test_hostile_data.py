@@ -24,10 +24,10 @@ from pipeline.errors import DatasetError, ImageError, SourceError
 from pipeline.index_checks import check_index
 from pipeline.inspection.verify import is_larger
 from pipeline.loader import staging
-from pipeline.loader.batches import EvaluationLoader
+from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.image_reader import ImageReader
-from pipeline.loader.open_split import open_split
+from pipeline.loader.open_split import check_files, open_split
 from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, _canonical, read_manifest
 from pipeline.preparation.decode import decode
 from pipeline.sources.tar_reader import MOST_REST, walk_file
@@ -38,7 +38,7 @@ from tests.helpers.tars import sample, write_tar
 from tests.helpers.trees import tree
 from twotower.words import one_line
 
-CONFIG = LoaderConfig(crop_px=12, mean="channel", shuffle_buffer=6, threads=1)
+CONFIG = LoaderConfig(crop_px=12, mean="channel", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,9 @@ def test_no_line_of_an_index_is_out_of_order(data: Path, change: str) -> None:
         lines[1] = lines[1].replace("cls", "c\x1bs" if change == "name" else "cl\u00e9", 1)
     put(data, name, ("\n".join(lines) + "\n").encode())
     with pytest.raises(DatasetError, match=r"train-000000\.idx "):
-        open_split(data, "train")
+        check_files(open_split(data, "train"))
+    with pytest.raises(DatasetError, match=r"train-000000\.idx "):
+        TrainingLoader(data, CONFIG, batch_size=2, seed=0)
 
 
 def packed(arrays: dict[str, np.ndarray], *, pack: bool) -> bytes:

@@ -170,7 +170,7 @@ Words = Callable[[Place], list[object]]
 # mistake, command, words of the line. All of these also with --dry-run.
 TRAIN: list[tuple[str, Words, str]] = [
     ("unknown field", lambda p: train(p, p.new, sets=("train.epoch=3",)), "did you mean train.epochs"),
-    ("value", lambda p: train(p, p.new, sets=("train.epochs=0",)), "expected 1 or more"),
+    ("value", lambda p: train(p, p.new, sets=("train.epochs=0",)), "expected 1 to 1,073,741,824"),
     ("no recipe", lambda p: ["train", "--config", p.tmp / "x", "--data", p.data, "--run", p.new], "no recipe at"),
     ("replicas", lambda p: train(p, p.new, "--processes", 2, "--replicas", 3), "cannot be divided"),
     ("one process", lambda p: train(p, p.new, "--replicas", 2), "add --processes 2"),

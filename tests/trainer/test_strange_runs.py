@@ -239,7 +239,7 @@ def test_rows_that_are_none_are_left_out(run: Path, trainer: Call) -> None:
     rows += ['{"kind":"evaluation","step":7,"epoch":1,"loss":1,"top1":"x","top5":1,"num_samples":5}']
     path.write_text("\n".join([*rows, whole]))
     assert trainer("report", "--run", run)[0] == 0
-    from trainer.training.metrics import read_metrics
+    from trainer.training.rows import read_metrics
 
     assert [json.dumps(row) for row in read_metrics(run)] == whole.splitlines()
 

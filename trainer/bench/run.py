@@ -106,7 +106,7 @@ def run_tower(job: Path) -> None:
     world = read_world(None)
     assert world is not None
     device = choose_device(told.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train.peer_timeout_s)
+    mesh = join_mesh(world, device, config.train)
     quiet = mesh.coord.rank or not settings.stages
     say = (lambda _: None) if quiet else print_line
     part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)

@@ -122,7 +122,8 @@ def _differences(summary: Summary) -> list[Markup]:
         words = (
             "Visible from: a mean difference smaller than this would not be told from zero with these seeds, spread "
             "as they are. Same sign: seeds whose difference has the sign of the mean. The bootstrap resamples seeds. "
-            "With few of them its interval is too narrow, so that of t decides. The paper's figures are those of its own."
+            "With few of them its interval is too narrow, so that of t decides. The paper's figures are of its own "
+            "data set."
         )
         parts.append(html.paragraph(words))
     return parts

@@ -13,7 +13,7 @@ from trainer.experiments.folder import Row, RunTask
 from trainer.experiments.variants import Experiment
 from trainer.planning.describe import to_dict
 from trainer.training import run_folder
-from trainer.training.metrics import read_metrics
+from trainer.training.rows import read_metrics
 
 ROWS_NAME, TABLE_NAME = "results.jsonl", "results.csv"
 OK, FAILED = "ok", "failed"

@@ -1,6 +1,7 @@
 """What the commands about a trained net do, once its run and its outputs have been checked."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from trainer.inference import neighbours as neighbours_
 from trainer.inference import predict as predict_
 from trainer.inference.features import check_features_file, write_features
 from trainer.inference.import_weights import import_weights
-from trainer.inference.trained_net import FeatureRow, TrainedNet
+from trainer.inference.trained_net import FeatureRow, Prediction, TrainedNet
 from trainer.parallel.launch import choose_device
 from twotower import terminal, verbosity
 
@@ -32,21 +33,27 @@ def _rows(net: TrainedNet, paths: list[Path], layer: str, *, images: bool) -> It
 def predict(arguments: argparse.Namespace) -> int:
     """Prints the likeliest classes of images; status 3 where some could not be used."""
     net = _net(arguments, views=arguments.views)
-    results = []
+    results: list[Prediction] = []
+    refused: list[Prediction] = []
     paths = predict_.find_images(arguments.images)
-    for result in net.predict(paths, top=arguments.top, images=arguments.html is not None):
-        results.append(result)
+    pages = predict_.html_pages(arguments.html, arguments.run, refused) if arguments.html else None
+    for result in net.predict(paths, top=arguments.top, images=pages is not None):
+        results.append(dataclasses.replace(result, image=None))  # a page that is written needs it no more
         predict_.print_error(result)
+        if result.error:
+            refused.append(result)
+        elif pages:
+            pages.add(result)
         if arguments.json:
             predict_.print_json(result)
             if arguments.html is None and terminal.lost_output():
                 break  # nobody reads the rest
     if not arguments.json:
         predict_.print_table(results)
-    if arguments.html:
-        predict_.write_html(arguments.html, results, arguments.run)
+    if pages:
+        pages.close()
         verbosity.say_written(arguments.html)
-    return LEFT_OUT if any(result.error for result in results) else 0
+    return LEFT_OUT if refused else 0
 
 
 def features(arguments: argparse.Namespace) -> int:

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.inference.trained_net import FeatureRow
 from trainer.report.page import render
+from trainer.report.pages import Pages, Place
 from twotower.words import json_text, one_line
 
 SHOWN_IN_TABLE = 3
@@ -104,14 +104,18 @@ def print_json(found: Sequence[Neighbourhood]) -> None:
 def write_html(
     path: Path, found: Sequence[Neighbourhood], refused: Sequence[FeatureRow], run: Path, layer: str
 ) -> None:
-    """Writes a self-contained page: a row for each image, the image first.
+    """Writes self-contained pages: a row for each image, the image first.
 
     Raises:
-        RunError: the file cannot be written.
+        RunError: a file cannot be written.
     """
     template = Path(__file__).with_name("neighbours.html.j2")
-    page = render(template, name=run.resolve().name, found=found, refused=refused, layer=layer, name_of=_short)
-    try:
-        write_atomic(path, page.encode(errors="replace"))
-    except OSError as error:
-        raise RunError(f"--html {path} cannot be written: {error.strerror}") from None
+
+    def draw(rows: Sequence[Neighbourhood], place: Place) -> str:
+        values = {"found": rows, "refused": () if place.after else refused, "place": place}
+        return render(template, name=run.resolve().name, layer=layer, name_of=_short, **values)
+
+    pages = Pages(path, draw)
+    for each in found:
+        pages.add(each)
+    pages.close()

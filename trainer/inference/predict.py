@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.manifest import write_atomic
 from trainer.errors import RunError
 from trainer.inference.trained_net import FeatureRow, Prediction
 from trainer.report.page import percent, render
+from trainer.report.pages import Pages, Place
 from twotower import terminal
 from twotower.words import json_text, one_line
 
@@ -76,20 +76,18 @@ def print_error(result: Prediction | FeatureRow) -> None:
         terminal.print_error(f"{result.path}: {result.error}")
 
 
-def write_html(path: Path, results: Sequence[Prediction], run: Path) -> None:
-    """Writes a self-contained page with every image as the net saw it, and what it said.
+def html_pages(path: Path, run: Path, refused: Sequence[Prediction]) -> Pages[Prediction]:
+    """Self-contained pages with every image as the net saw it, and what it said; they take used predictions.
 
-    Raises:
-        RunError: the file cannot be written.
+    Args:
+        path: of the first page.
+        run: run folder.
+        refused: those without classes, for the end of the last page; may still grow until the pages are closed.
     """
     template = Path(__file__).with_name("predictions.html.j2")
-    page = render(
-        template,
-        name=run.resolve().name,
-        used=[result for result in results if not result.error],
-        refused=[result for result in results if result.error],
-    )
-    try:
-        write_atomic(path, page.encode())
-    except OSError as error:
-        raise RunError(f"--html {path} cannot be written: {error.strerror}") from None
+
+    def draw(used: Sequence[Prediction], place: Place) -> str:
+        shown = () if place.after else refused
+        return render(template, name=run.resolve().name, used=used, refused=shown, place=place)
+
+    return Pages(path, draw)

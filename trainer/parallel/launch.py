@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from trainer import stopping
-from trainer.config import TOWERS
+from trainer.config import TOWERS, TrainConfig
 from trainer.errors import PeerError, RunError
 from trainer.model import kernels
 from trainer.parallel.mesh import Mesh, connect
@@ -55,8 +55,8 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     return f"cuda:{rank % count}"
 
 
-def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
-    """Connects this process to the others of its world.
+def join_mesh(world: World, device: str, train: TrainConfig) -> Mesh:
+    """Connects this process to the others of its world; they are waited for as long as the recipe says.
 
     NCCL needs a GPU a rank; towers on CPUs, or on one GPU together, talk through gloo.
 
@@ -69,7 +69,8 @@ def join_mesh(world: World, device: str, timeout_s: float) -> Mesh:
     own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    return connect(timeout_s, "nccl" if own_gpu else "gloo")
+    backend = "nccl" if own_gpu else "gloo"
+    return connect(train.start_timeout_s, backend, peer_timeout_s=train.peer_timeout_s)
 
 
 def tower_environment(rank: int, meeting: Mapping[str, str], world: int = 2) -> dict[str, str]:

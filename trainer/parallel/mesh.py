@@ -25,7 +25,7 @@ from trainer.parallel.proof import prove_secret, store_prefix
 from trainer.parallel.world import NEEDED, PLACES
 from twotower.meeting import SECRET, STORE
 from twotower.private import NotPrivateError, check_folder
-from twotower.words import one_line
+from twotower.words import listed, one_line
 
 ENDED = " ended: "
 MOST_FAILURE = 2000  # characters of a failure's text
@@ -140,6 +140,7 @@ class Replicas:
         ledger: Ledger,
     ) -> None:
         self.coord, self._group, self._control, self._failures, self._ledger = coord, group, control, failures, ledger
+        self.groups = (group, control)
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._way = f"{coord.tower}->{coord.tower}"
 
@@ -174,7 +175,7 @@ class Replicas:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""
         others = [rank for rank in self.coord.same_tower if rank != self.coord.rank]
         reason = str(error).splitlines()[0][:160]
-        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
+        ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {listed(others)}"
         # The process that is lost here may only have ended because it lost another: that one said so before it ended.
         return self._failures.lost(f"tower {self.coord.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
 
@@ -189,6 +190,7 @@ class Mesh:
         replicas: the same tower elsewhere; None with one pair.
         control: gloo group of all processes, for what is compared at the start.
         failures: where failures are reported.
+        peer_timeout: after which a silent process counts as lost, once all are about to do their first step.
     """
 
     coord: MeshCoord
@@ -196,26 +198,40 @@ class Mesh:
     replicas: Replicas | None
     control: dist.ProcessGroup
     failures: FailureStore
+    peer_timeout: datetime.timedelta
+
+    def begin_steps(self) -> None:
+        """From now on a silent process is lost after ``peer_timeout``; called where all have just compared notes."""
+        groups = [
+            self.control,
+            self.link.group,
+            self.link.control_group,
+            *(self.replicas.groups if self.replicas else ()),
+        ]
+        for group in {id(group): group for group in groups}.values():
+            dist.set_timeout(self.peer_timeout, group)
 
 
-def connect(timeout_s: float, backend: str) -> Mesh:
+def connect(timeout_s: float, backend: str, *, peer_timeout_s: float | None = None) -> Mesh:
     """Joins the processes that the environment describes (RANK, WORLD_SIZE; TWOTOWER_STORE, or MASTER_ADDR and _PORT).
 
     Args:
-        timeout_s: seconds after which a silent peer counts as lost.
+        timeout_s: seconds after which a silent peer counts as lost, until all are about to do their first step.
         backend: ``nccl`` or ``gloo``.
+        peer_timeout_s: the same from then on; None: as long.
 
     Raises:
         PeerError: the world is not pairs of processes, or one does not come.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
+    later = timeout if peer_timeout_s is None else datetime.timedelta(seconds=peer_timeout_s)
     try:
         store, rank, world = _open_store(timeout)
         check_world(world)
         # torchrun's store outlives its --max-restarts: what the start before wrote there is not for this one.
         store = dist.PrefixStore(store_prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout)
+        return make_mesh(MeshCoord(rank, world), store, backend=backend, timeout=timeout, peer_timeout=later)
     except (RuntimeError, ValueError, NotPrivateError, OSError) as error:
         where = ", ".join(f"{name}={os.environ[name]}" for name in (*NEEDED, *PLACES) if name in os.environ)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -238,7 +254,14 @@ def _open_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:
     return store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.timedelta) -> Mesh:
+def make_mesh(
+    coord: MeshCoord,
+    store: Any,
+    *,
+    backend: str,
+    timeout: datetime.timedelta,
+    peer_timeout: datetime.timedelta | None = None,
+) -> Mesh:
     """The mesh over the default process group, which must be there; called by all ranks.
 
     Args:
@@ -246,7 +269,9 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
         store: the store of the default group.
         backend: of the tensors: ``nccl``, ``gloo``, or ``fake`` to count what would be sent.
         timeout: of the groups that are made.
+        peer_timeout: theirs from the first step on; None: the same.
     """
+    later = timeout if peer_timeout is None else peer_timeout
     world = cast(dist.ProcessGroup, dist.group.WORLD)
     failures = FailureStore(store)
     needs_control = backend == "nccl"  # gloo's own group serves both
@@ -259,13 +284,14 @@ def make_mesh(coord: MeshCoord, store: Any, *, backend: str, timeout: datetime.t
     _proven(control, "gloo" if needs_control else backend)
     if coord.replicas == 1:
         link = Link(coord.tower, 1 - coord.rank, world, control, failures)
-        return Mesh(coord, link, None, control, failures)
+        return Mesh(coord, link, None, control, failures, later)
     pair = join(coord.pair, backend)
     pair_control = join(coord.pair, "gloo") if needs_control else pair
     same = join(coord.same_tower, backend)
     same_control = join(coord.same_tower, "gloo") if needs_control else same
     link = Link(coord.tower, sum(coord.pair) - coord.rank, pair, pair_control, failures)
-    return Mesh(coord, link, Replicas(coord, same, same_control, failures, link.ledger), control, failures)
+    replicas = Replicas(coord, same, same_control, failures, link.ledger)
+    return Mesh(coord, link, replicas, control, failures, later)
 
 
 def _proven(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:

@@ -5,7 +5,7 @@ import itertools
 import math
 import platform
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import TOWERS
@@ -26,7 +26,8 @@ class LocalStatus:
     """What one process knows of a step before its update.
 
     Attributes:
-        fingerprint: of the batch.
+        fingerprint: of this process's rows of the batch, which both towers of a pair have.
+        order_fingerprint: of what decides the whole batch, for all replicas.
         finite: loss and gradients are finite here.
         stop: a signal has come.
         plateaus: plateaus of the held-out error so far; 0 where it is not known.
@@ -37,6 +38,7 @@ class LocalStatus:
     """
 
     fingerprint: int
+    order_fingerprint: int
     finite: bool
     stop: bool
     plateaus: int
@@ -99,9 +101,9 @@ def all_reduce_status(mesh: Mesh | None, notes: LocalStatus, where: str) -> Glob
 def _agree_replicas(replicas: Replicas, notes: LocalStatus, mine: tuple[int, float], where: str) -> tuple[int, float]:
     """The same between the replicas of a tower; ``mine``: flags and gradient norm. Returns flags and mean loss."""
     flags, norm = mine
-    rows = replicas.gather([notes.fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
+    rows = replicas.gather([notes.order_fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
     for number, row in enumerate(rows):
-        if row[0] != notes.fingerprint:
+        if row[0] != notes.order_fingerprint:
             raise PeerError(f"{where}: replicas {replicas.coord.replica} and {number} have different batches")
         flags = _both(flags, row[1])
     for number, row in enumerate(rows):
@@ -188,6 +190,16 @@ def all_could(could: bool, mesh: Mesh | None) -> bool:
         return could
     could = bool(mesh.link.control([int(could), 0, 0])[0]) and could
     return all(row[0] for row in mesh.replicas.gather([int(could)])) if mesh.replicas else could
+
+
+def sum_over_replicas(replicas: Replicas, counts: Sequence[int], figure: float) -> tuple[Any, ...]:
+    """Counts and one figure of this tower, summed over its replicas; the last count is not summed, its greatest counts.
+
+    Added in the order of the replicas, so that all get the same.
+    """
+    *words, greatest = zip(*replicas.gather([*counts[:-1], _bits_of(figure), counts[-1]]), strict=True)
+    sums = [sum(column) for column in words[:-1]]
+    return (*sums, max(greatest), math.fsum(map(_double_of, words[-1])))
 
 
 def _bits_of(number: float) -> int:

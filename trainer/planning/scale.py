@@ -28,11 +28,17 @@ from twotower.words import pluralize
 
 WORLDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMEOUT = datetime.timedelta(seconds=60)
+OPEN_US = 1.1  # of a sample whose index a process reads
 FORMULA = (
-    "MODEL, not measured: step = compute + crossing + max(0, sum - 2/3 compute) + control; "
+    "MODEL, not measured: step = max(loading, compute + crossing + max(0, sum - 2/3 compute) + control); "
     "crossing = bytes / pair bandwidth + messages x latency; "
     "sum = 2 (R - 1) / R x bytes / bandwidth + sums x 2 (R - 1) x latency; control = R x latency; "
-    "the slower tower; no loading, evaluation or checkpoints"
+    "the slower tower; loading = images / the loader's rate, the same with any number of replicas, for each reads its "
+    "own rows; evaluation = batches / R x (forward + crossing / 2 + control); no checkpoints"
+)
+MEASURED = (
+    f"start-up = samples / R x {OPEN_US:g} us: what a process takes to open its tars, measured with 1.25 million "
+    "samples in 626 shards on 2 cores with a warm cache; finding each other and importing come to it"
 )
 
 
@@ -66,12 +72,23 @@ class Wires:
         latency_us: of one message.
         tflops: what one GPU computes in training, 1e12 operations/s (what it reaches, not what its leaflet says).
         pair_bandwidth_gb_s: between the two towers of a pair, one way.
+        loader_images_s: what one process's loader reaches alone (``python -m pipeline bench``), images/s; None: it is
+            not in the model.
     """
 
     bandwidth_gb_s: float
     latency_us: float
     tflops: float
     pair_bandwidth_gb_s: float
+    loader_images_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The data set: images to train on in an epoch, and to evaluate after it. The default is ILSVRC-2012."""
+
+    samples: int = 1_281_167
+    evaluated: int = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +99,18 @@ class Prediction:
     crossing_s: float
     sum_s: float
     control_s: float
+    load_s: float = 0.0
 
     @property
     def step_s(self) -> float:
-        """A step: what the sum takes longer than the backward is waited for."""
-        return self.compute_s + self.crossing_s + max(0.0, self.sum_s - self.compute_s * 2 / 3) + self.control_s
+        """A step: what the sum takes longer than the backward is waited for; the next batch is loaded meanwhile."""
+        training = self.compute_s + self.crossing_s + max(0.0, self.sum_s - self.compute_s * 2 / 3) + self.control_s
+        return max(self.load_s, training)
+
+    @property
+    def evaluation_step_s(self) -> float:
+        """A batch of an evaluation: forward only."""
+        return max(self.load_s, self.compute_s / 3 + self.crossing_s / 2 + self.control_s)
 
 
 def count_traffic(config: Config, world: int, images: int) -> list[Traffic]:
@@ -150,7 +174,8 @@ def predict(config: Config, traffic: Traffic, wires: Wires, *, replicas: int, im
     for row in count_layers(config.model):
         share = (1 if traffic.tower == "a" else 0) if row.layer == "fc8" else 0.5
         operations += 2 * (2 if row.layer == "conv1" else 3) * int(row.multiply_accumulates * share)
-    return predict_step(operations * images / (wires.tflops * 1e12), traffic, wires, replicas=replicas)
+    step = predict_step(operations * images / (wires.tflops * 1e12), traffic, wires, replicas=replicas)
+    return dataclasses.replace(step, load_s=images / wires.loader_images_s if wires.loader_images_s else 0.0)
 
 
 def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: int) -> Prediction:
@@ -163,7 +188,7 @@ def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: 
     - control = L + (R - 1) x L;
     - step = compute + crossing + max(0, sum - backward) + control.
 
-    Loading, evaluation, checkpoints, stragglers and shared links are not in it.
+    Checkpoints, stragglers and shared links are not in it; loading is added by :func:`predict`.
     """
     latency_s, steps = wires.latency_us * 1e-6, replicas - 1
     ring_bytes = 2 * steps / replicas * traffic.sum_bytes
@@ -175,7 +200,9 @@ def predict_step(compute_s: float, traffic: Traffic, wires: Wires, *, replicas: 
     )
 
 
-def scale_table(config: Config, worlds: Sequence[int], *, images: int, wires: Wires | None) -> list[dict[str, Any]]:
+def scale_table(
+    config: Config, worlds: Sequence[int], *, images: int, wires: Wires | None, sizes: Sizes = Sizes()
+) -> list[dict[str, Any]]:
     """A row for every number of GPUs: the count of the busier tower and, where ``wires`` are given, the model."""
     table = []
     for world in worlds:
@@ -187,8 +214,18 @@ def scale_table(config: Config, worlds: Sequence[int], *, images: int, wires: Wi
             steps = [predict(config, traffic, wires, **options) for traffic in towers]
             slower = max(steps, key=lambda step: step.step_s)
             row |= {"model": dataclasses.asdict(slower) | {"step_s": slower.step_s}}
+            row["model"] |= _predict_epoch(slower, sizes, replicas=world // 2, images=images)
         table.append(row)
     return table
+
+
+def _predict_epoch(step: Prediction, sizes: Sizes, *, replicas: int, images: int) -> dict[str, float]:
+    """Seconds of an epoch's training, of the evaluation after it, and of opening the data set before the first."""
+    return {
+        "epoch_s": sizes.samples // (images * replicas) * step.step_s,
+        "evaluation_s": -(-sizes.evaluated // (images * replicas)) * step.evaluation_step_s,
+        "start_s": sizes.samples / replicas * OPEN_US * 1e-6,
+    }
 
 
 def print_scale(table: Sequence[dict[str, Any]], images: int, wires: Wires | None) -> None:
@@ -204,9 +241,11 @@ def print_scale(table: Sequence[dict[str, Any]], images: int, wires: Wires | Non
         return
     console.print(_predicted(table))
     console.out(FORMULA)
+    console.out(MEASURED)
+    loader = f", {wires.loader_images_s:,.0f} images/s a loader" if wires.loader_images_s else ", no loader"
     console.out(
         f"given: {wires.bandwidth_gb_s:g} GB/s between replicas, {wires.pair_bandwidth_gb_s:g} GB/s in a pair, "
-        f"{wires.latency_us:g} us per message, {wires.tflops:g} TFLOP/s a GPU"
+        f"{wires.latency_us:g} us per message, {wires.tflops:g} TFLOP/s a GPU{loader}"
     )
 
 
@@ -224,13 +263,17 @@ def _counted(table: Sequence[dict[str, Any]]) -> Table:
 
 def _predicted(table: Sequence[dict[str, Any]]) -> Table:
     """The model."""
-    shown = Table(title="predicted (a model), ms", title_justify="left")
-    for heading in ("GPUs", "compute", "crossing", "sum", "control", "step", "images/s", "of 2 GPUs x n"):
+    shown = Table(title="predicted (a model), ms; epoch, evaluation and start-up in s", title_justify="left")
+    headings = ("GPUs", "loading", "compute", "crossing", "sum", "control", "step", "images/s", "of 2 GPUs x n")
+    for heading in (*headings, "epoch", "evaluation", "start-up"):
         shown.add_column(heading, justify="right")
     first = table[0]["batch_size"] / table[0]["gpus"] / table[0]["model"]["step_s"]
     for row in table:
         model = row["model"]
-        cells = [f"{1e3 * model[f'{part}_s']:.2f}" for part in ("compute", "crossing", "sum", "control", "step")]
+        cells = [
+            f"{1e3 * model[f'{part}_s']:.2f}" for part in ("load", "compute", "crossing", "sum", "control", "step")
+        ]
         rate = row["batch_size"] / model["step_s"]
-        shown.add_row(f"{row['gpus']}", *cells, f"{rate:,.0f}", f"{rate / row['gpus'] / first:.0%}")
+        times = [f"{model[f'{part}_s']:,.1f}" for part in ("epoch", "evaluation", "start")]
+        shown.add_row(f"{row['gpus']}", *cells, f"{rate:,.0f}", f"{rate / row['gpus'] / first:.0%}", *times)
     return shown

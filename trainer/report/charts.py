@@ -39,7 +39,8 @@ class Line:
     Attributes:
         name: written at the line's end.
         xs: positions, ascending, shape (n,).
-        ys: values, shape (n,); not-finite ones are left out.
+        ys: values, shape (n,); or (n, 3): of neighbors that were put together, median, least and greatest. Those that
+            are not finite are left out.
         css: color of the page: ``ink``, ``soft``, ``a`` or ``b``.
         summarize: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
         steps: hold each value until the next (for a learning rate).
@@ -124,7 +125,8 @@ def line_chart(lines: Sequence[Line], axis: Axis, *, x_label: str = "step") -> M
 def _curve(line: Line) -> _Curve | None:
     """Finite points of a line, summarized to at most ``MOST_POINTS`` bins; None where there are none."""
     xs, ys = np.asarray(line.xs, dtype=float), np.asarray(line.ys, dtype=float)
-    finite = np.isfinite(xs) & np.isfinite(ys)
+    ys = ys if ys.ndim == 2 else np.repeat(ys[:, None], 3, axis=1)
+    finite = np.isfinite(xs) & np.isfinite(ys[:, 0])
     xs, ys = xs[finite], ys[finite]
     if not len(xs):
         return None
@@ -132,15 +134,16 @@ def _curve(line: Line) -> _Curve | None:
         low, high = (np.asarray(edge, dtype=float)[finite] for edge in line.band)
         return _Curve(line, xs, ys, low, high)
     if line.steps:  # both ends of every level, or a drop would be drawn as a slope
-        keep = np.flatnonzero(np.r_[True, ys[1:] != ys[:-1]] | np.r_[ys[1:] != ys[:-1], True])
+        changes = ys[1:, 0] != ys[:-1, 0]
+        keep = np.flatnonzero(np.r_[True, changes] | np.r_[changes, True])
         xs, ys = xs[keep], ys[keep]
     if not line.summarize or len(xs) <= MOST_POINTS:
         chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), 4 * MOST_POINTS)).round().astype(int))
-        xs, ys = xs[chosen], ys[chosen]
-        return _Curve(line, xs, ys, ys, ys)
+        band = ys[chosen] if line.summarize else ys[chosen][:, [0, 0, 0]]
+        return _Curve(line, xs[chosen], *band.T)
     size = -(-len(xs) // MOST_POINTS)  # one size for all bins: where they were smaller, the line would look noisier
     bins = np.array_split(np.arange(len(xs)), -(-len(xs) // size))
-    take = [(xs[b].mean(), np.median(ys[b]), ys[b].min(), ys[b].max()) for b in bins]
+    take = [(xs[b].mean(), np.median(ys[b, 0]), ys[b, 1].min(), ys[b, 2].max()) for b in bins]
     x, middle, low, high = (np.array(column) for column in zip(*take, strict=True))
     x[0], x[-1] = xs[0], xs[-1]
     return _Curve(line, x, middle, low, high)

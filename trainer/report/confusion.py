@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NAMED_CLASSES = 50  # up to here the axes carry names
 COUNTED_CLASSES = 25  # up to here the cells carry counts
 TITLE_LENGTH = 24  # longer names are cut in the image
+MOST_CELLS = 256  # a row; with more classes, neighbors share a cell
+MOST_ROWS = 100  # of the table
 CELL_PX, SIDE_PX = 33, 1100  # of a cell, and of the whole matrix at most, at 72 dpi
 PNG_DPI = 150
 
@@ -66,29 +68,49 @@ class ClassScore:
 
 
 def count_pairs(result: "Evaluation", classes: int) -> NDArray[np.int64]:
-    """Images of class i taken for class j, shape (classes, classes), int64."""
-    counts = np.bincount(result.labels * classes + result.predicted, minlength=classes * classes)
-    return counts.reshape(classes, classes)
+    """Images of class i taken for class j, shape (classes, classes), int64; for few classes."""
+    return _binned(result, classes, 1)
+
+
+def _binned(result: "Evaluation", classes: int, size: int) -> NDArray[np.int64]:
+    """The same of ``size`` neighboring classes together, shape (bins, bins)."""
+    bins = -(-classes // size)
+    places = result.labels // size * bins + result.predicted // size
+    return np.bincount(places, minlength=bins * bins).reshape(bins, bins)
+
+
+def _cells(result: "Evaluation", classes: int) -> NDArray[np.int64]:
+    """Rows of (label, predicted, images) that hold an image, ascending: no more than images, however many classes."""
+    pairs, counts = np.unique(result.labels * classes + result.predicted, return_counts=True)
+    return np.stack([pairs // classes, pairs % classes, counts], axis=1)
 
 
 def score_classes(result: "Evaluation", titles: Sequence[str]) -> list[ClassScore]:
     """Every class, in the order of labels."""
-    pairs = count_pairs(result, len(titles))
-    in_top5 = np.bincount(result.labels[result.in_top5], minlength=len(titles))
+
+    def count(chosen: NDArray[np.bool_]) -> list[int]:
+        found: list[int] = np.bincount(result.labels[chosen], minlength=len(titles)).tolist()
+        return found
+
+    images = count(np.ones(len(result.labels), bool))
+    right, in_top5 = count(result.labels == result.predicted), count(result.in_top5)
+    cells = _cells(result, len(titles))
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    wrong = wrong[np.lexsort((wrong[:, 1], -wrong[:, 2], wrong[:, 0]))]  # of each class the most frequent first
+    _, first = np.unique(wrong[:, 0], return_index=True)
+    others = {int(label): (int(other), int(number)) for label, other, number in wrong[first]}
     scores = []
     for label, title in enumerate(titles):
-        wrong = pairs[label].copy()
-        wrong[label] = 0
-        other = int(wrong.argmax())
+        other, number = others.get(label, (0, 0))
         scores.append(
             ClassScore(
                 label=label,
                 title=title,
-                num_samples=int(pairs[label].sum()),
-                num_correct_top1=int(pairs[label, label]),
-                num_correct_top5=None if result.top5 is None else int(in_top5[label]),
-                taken_for=titles[other] if wrong[other] else "",
-                num_taken_for=int(wrong[other]),
+                num_samples=images[label],
+                num_correct_top1=right[label],
+                num_correct_top5=None if result.top5 is None else in_top5[label],
+                taken_for=titles[other] if number else "",
+                num_taken_for=number,
             )
         )
     return scores
@@ -96,26 +118,27 @@ def score_classes(result: "Evaluation", titles: Sequence[str]) -> list[ClassScor
 
 def to_dict(result: "Evaluation", titles: Sequence[str]) -> dict[str, Any]:
     """For JSON: ``per_class`` rows, and ``confusion`` as its cells above zero, ``[label, predicted, count]``."""
-    pairs = count_pairs(result, len(titles))
-    cells = np.argwhere(pairs)
     return {
         "per_class": [
             dataclasses.asdict(score) | {"top1": score.top1, "top5": score.top5}
             for score in score_classes(result, titles)
         ],
-        "confusion": [[int(i), int(j), int(pairs[i, j])] for i, j in cells],
+        "confusion": _cells(result, len(titles)).tolist(),
     }
 
 
 def print_classes(result: "Evaluation", titles: Sequence[str], console: Console | None = None) -> None:
-    """Prints the classes, the worst first; those without images last."""
+    """Prints the classes, the worst first; those without images last. Of more than ``MOST_ROWS`` the worst ones."""
     scores = sorted(score_classes(result, titles), key=lambda score: (score.top1 is None, score.top1 or 0, score.label))
-    table = Table(title=f"{pluralize(len(titles), 'class')}, the worst first", title_justify="left")
+    title = f"{pluralize(len(titles), 'class')}, the worst first"
+    if len(scores) > MOST_ROWS:
+        title = f"the worst {MOST_ROWS} of {pluralize(len(titles), 'class')}; --json has all"
+    table = Table(title=title, title_justify="left")
     for heading in ("class", "taken most often for"):
         table.add_column(heading)
     for heading in ("images", "top-1", "top-5")[: 2 if result.top5 is None else 3]:
         table.add_column(heading, justify="right")
-    for score in scores:
+    for score in scores[:MOST_ROWS]:
         mistaken = f"{score.taken_for} ({score.num_taken_for})" if score.taken_for else ""
         shares = (score.top1,) if result.top5 is None else (score.top1, score.top5)
         rates = ("" if rate is None else f"{rate:.4f}" for rate in shares)
@@ -130,7 +153,7 @@ def check_name(path: Path) -> None:
 
 
 def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
-    """Writes the confusion matrix as a PNG, on white.
+    """Writes the confusion matrix as a PNG, on white; of more than ``MOST_CELLS`` classes, neighbors share a cell.
 
     Raises:
         RunError: the file cannot be written.
@@ -138,8 +161,9 @@ def draw(path: Path, result: "Evaluation", titles: Sequence[str]) -> None:
     views = "ten views" if result.views == "ten" else "center crop"
     heading = f"top-1 {result.top1:.4f}, {pluralize(result.num_samples, 'image')}, {views}"
     buffer = io.BytesIO()
+    size = -(-len(titles) // MOST_CELLS)
     with drawing(1, 1) as figure:
-        _draw_matrix(figure, count_pairs(result, len(titles)), titles, heading)
+        _draw_matrix(figure, _binned(result, len(titles), size), titles, heading, size)
         figure.savefig(buffer, format="png", dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.2)
     try:
         write_atomic(path, buffer.getvalue())
@@ -159,8 +183,12 @@ def confusion_svg(counts: NDArray[np.int64], titles: Sequence[str]) -> Markup:
         return inline_svg(figure, "which class was taken for which", tight=True)
 
 
-def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[str], heading: str) -> None:
+def _draw_matrix(
+    figure: "Figure", counts: NDArray[np.int64], titles: Sequence[str], heading: str, size: int = 1
+) -> None:
     """Rows are the true classes, columns the predicted ones; the diagonal is right, the rest is wrong.
+
+    With more than one class a cell, ``size`` neighbors, the diagonal is what stays among those neighbors.
 
     Right cells are tinted by their share of the row, wrong ones by theirs beside that of the worst: on one scale,
     single mistakes of a good net could not be seen.
@@ -168,7 +196,8 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba
 
-    classes = len(titles)
+    classes = len(counts)  # or bins of them
+    unit = "class" if size == 1 else f"class, {size} neighbors a cell"
     side = min(SIDE_PX, CELL_PX * classes) / figure.dpi
     figure.set_size_inches(side, side)
     axes = figure.add_axes((0, 0, 1, 1))  # names lie outside; the cut around what is drawn makes room for them
@@ -189,10 +218,10 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
     axes.xaxis.set_label_position("top")
     axes.tick_params(length=0, labelsize=12, labelcolor=COLORS["soft"])
     axes.set_xlabel("predicted", color=COLORS["soft"], size=12, labelpad=8)
-    axes.set_ylabel("class", color=COLORS["soft"], size=12, labelpad=8)
+    axes.set_ylabel(unit, color=COLORS["soft"], size=12, labelpad=8)
     axes.set_title(heading, size=13.5, pad=14)
     axes.spines[:].set_color(COLORS["hair"])
-    if classes <= NAMED_CLASSES:
+    if len(titles) <= NAMED_CLASSES:
         shown = [one_line(title) for title in titles]
         names = [title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1] + "\u2026" for title in shown]
         axes.set_xticks(range(classes), names)
@@ -204,6 +233,6 @@ def _draw_matrix(figure: "Figure", counts: NDArray[np.int64], titles: Sequence[s
         axes.set_yticks(np.arange(0.5, classes - 1), minor=True)
         axes.tick_params(which="minor", length=0)
         axes.grid(which="minor", color=COLORS["hair"], linewidth=0.6, clip_on=False)
-    if classes <= COUNTED_CLASSES:
+    if len(titles) <= COUNTED_CLASSES:
         for i, j in cells:
             axes.text(j, i, f"{counts[i, j]}", ha="center", va="center_baseline", size=12, gid="count")

@@ -46,7 +46,7 @@ def curves(run: RunRecord) -> list[tuple[Markup, str, str]]:
     Returns:
         Chart (empty where there is nothing to draw), caption, and what to say in its place; [] before the first step.
     """
-    if not run.steps:
+    if not run.steps.num:
         return []
     charts = [*_curves_of_learning(run), *_curves_of_steps(run)]
     return [(line_chart(lines, axis), caption, empty) for caption, empty, axis, lines in charts]
@@ -65,7 +65,7 @@ def _curves_of_learning(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]
             "No loss.",
             Axis("Loss, nats", "{:.3g}".format, "{:.2g}".format, log=True),
             [
-                Line("training", run.column("step"), run.column("loss"), "soft", summarize=True),
+                Line("training", run.steps.at, run.steps.column("loss"), "soft", summarize=True),
                 Line("held out", at, [row["loss"] for row in evaluations]),
             ],
         ),
@@ -83,15 +83,16 @@ def _curves_of_learning(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]
 
 def _curves_of_steps(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]]]:
     """Throughput, waiting, gradients and learning rate, in the same form."""
-    steps, waits = run.column("step"), 100 * run.column("data_wait_share")
-    measured = np.isfinite(waits)
-    wait = float(np.median(waits[measured])) if measured.any() else None
+    steps, column = run.steps.at, run.steps.column
+    waits = 100 * column("data_wait_share")
+    measured = np.isfinite(waits[:, 0])
+    wait = float(np.median(waits[measured, 0])) if measured.any() else None
     return [
         (
             "Throughput. Images of one step over its wall time; median and range of neighboring steps.",
             "No throughput was recorded.",
             Axis("Images/s", _rate, low=0),
-            [Line("median", steps, run.column("images_per_s"), summarize=True, shown=run.images_per_s)],
+            [Line("median", steps, column("images_per_s"), summarize=True, shown=run.images_per_s)],
         ),
         (
             "Waiting. Share of a step's time spent waiting for the next batch.",
@@ -103,13 +104,13 @@ def _curves_of_steps(run: RunRecord) -> list[tuple[str, str, Axis, list[Line]]]:
             "Gradients. Euclidean norm of all gradients of a tower.",
             "No gradient norms were recorded.",
             Axis("Gradient norm", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
-            [Line(f"tower {t}", steps, run.column("gradient_norm", t), t, summarize=True) for t in "ab"],
+            [Line(f"tower {t}", steps, column(f"gradient_norm_{t}"), t, summarize=True) for t in "ab"],
         ),
         (
             "Learning rate. Of the weights.",
             "No learning rate was recorded.",
             Axis("Learning rate", "{:.3g}".format, "{:.2g}".format, log=True, low=0),
-            [Line("weights", steps, run.column("learning_rate"), steps=True)],
+            [Line("weights", steps, column("learning_rate"), steps=True)],
         ),
     ]
 

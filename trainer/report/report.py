@@ -146,7 +146,7 @@ def render_report(report: Report) -> str:
     run, found = report.run, report.images
     model = run.config.model if run.config else None
     words = {
-        "steps": pluralize(len(run.steps), "step"),
+        "steps": pluralize(run.steps.num, "step"),
         "evaluations": pluralize(len(run.evaluations), "evaluation"),
     }
     return render(

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import math
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from numpy.typing import NDArray
 
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, RunError
+from trainer.report.step_series import StepSeries, read_series
 from trainer.training.checkpoint import choose
-from trainer.training.metrics import read_metrics
 from trainer.training.run_files import RESULT, check_inside, parse_object, sound_environment, wrong_field
 from trainer.training.run_folder import OURS
 from twotower.untrusted import read_regular_text
 from twotower.words import pluralize, shortened
 
-KINDS = ("step", "evaluation")  # of rows of metrics.jsonl
 MOST_DRAWN = 1 << 22  # values of conv1's weights
 OF_A_PART = ("commit", "python", "torch", "system", "processor", "cores", "gpus", "kernels", "data")
 
@@ -32,7 +30,7 @@ class RunRecord:
 
     Attributes:
         folder: the run folder.
-        steps: rows of kind ``step``, ascending, one per step.
+        steps: what the steps were, ascending.
         evaluations: rows of kind ``evaluation``, ascending, one a step; center crop only, as ten views score higher.
         result: result.json, or {} while the run has not ended.
         environment: environment.json, or {}.
@@ -43,7 +41,7 @@ class RunRecord:
     """
 
     folder: Path
-    steps: Sequence[dict[str, Any]]
+    steps: StepSeries
     evaluations: Sequence[dict[str, Any]]
     result: dict[str, Any]
     environment: dict[str, Any]
@@ -55,7 +53,7 @@ class RunRecord:
     @property
     def last_step(self) -> int:
         """Finished updates."""
-        return int(self.result.get("step") or (self.steps[-1]["step"] if self.steps else 0))
+        return int(self.result.get("step") or (self.steps.last.get("step", 0)))
 
     @property
     def accuracy(self) -> dict[str, Any]:
@@ -69,15 +67,8 @@ class RunRecord:
         """Median over the steps, as the result says or as counted here."""
         if self.result.get("images_per_s"):
             return float(self.result["images_per_s"])
-        rates = [row["images_per_s"] for row in self.steps if row.get("images_per_s") is not None]
-        return statistics.median(rates) if rates else None
-
-    def column(self, key: str, tower: str | None = None) -> NDArray[np.float64]:
-        """One figure of every step, NaN where it was not written; shape (number of steps,)."""
-        values = [row.get(key) for row in self.steps]
-        if tower is not None:
-            values = [value.get(tower) if isinstance(value, dict) else None for value in values]
-        return np.array([np.nan if value is None else value for value in values], dtype=float)
+        rates = self.steps.column("images_per_s")[:, 0]
+        return float(np.nanmedian(rates)) if np.isfinite(rates).any() else None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -98,14 +89,13 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _read(folder: Path) -> RunRecord:
-    rows = [row for row in read_metrics(folder) if row.get("views", "center") == "center"]
-    steps, evaluations = ({row["step"]: row for row in rows if row.get("kind") == kind} for kind in KINDS)
+    steps, evaluations = read_series(folder)
     recipe = folder / "config.toml"
     kernels_step, kernels = _read_kernels(folder)
     return RunRecord(
         folder=folder,
-        steps=[steps[step] for step in sorted(steps)],
-        evaluations=[evaluations[step] for step in sorted(evaluations)],
+        steps=steps,
+        evaluations=evaluations,
         result=_read_result(folder / "result.json"),
         environment=sound_environment(_read_json(folder / "environment.json")),
         config=load_config(recipe) if recipe.is_file() else None,
@@ -187,7 +177,7 @@ def headline(run: RunRecord) -> list[tuple[str, str, str]]:
 
 def _wall_time(run: RunRecord) -> list[tuple[str, str, str]]:
     """Minutes of all parts of the run: as its result says, or its last row."""
-    elapsed_s = max([run.result.get("elapsed_s") or 0.0, *(row.get("elapsed_s", 0.0) for row in run.steps[-1:])])
+    elapsed_s = max([run.result.get("elapsed_s") or 0.0, run.steps.last.get("elapsed_s", 0.0)])
     if not elapsed_s:
         return []
     minutes, starts = elapsed_s / 60, 1 + len(run.environment.get("resumed", ()))

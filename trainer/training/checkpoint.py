@@ -31,7 +31,7 @@ from trainer.training.run_files import is_count, is_share, parse_object
 from twotower.terminal import warn
 from twotower.typed import build
 from twotower.untrusted import open_regular
-from twotower.words import shortened
+from twotower.words import listed, shortened
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint needs no torch, which takes a second to import
     from torch import Tensor
@@ -267,7 +267,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
     if which != "newest":
         folder = _best(run) if which == "best" else _of_step(found, which)
         if folder is None:
-            have = ", ".join(str(_step_of(path.name)) for path in found) or "none"
+            have = listed([_step_of(path.name) for path in found]) or "none"
             reason = "no checkpoint has been evaluated" if which == "best" else f"it has checkpoints of steps {have}"
             raise CheckpointError(f"--checkpoint {which}: {reason} in {run}; newest is always there after a save")
         return Choice(folder, read_record(folder))
@@ -283,7 +283,7 @@ def choose(run: Path, which: str = "newest", *, quiet: bool = False) -> Choice |
                 warn(f"{error}; going back to the checkpoint before")
     if found:
         raise CheckpointError(
-            f"no complete checkpoint in {run}: all of {', '.join(path.name for path in found)} are damaged; put back a "
+            f"no complete checkpoint in {run}: all of {listed([path.name for path in found])} are damaged; put back a "
             "copy of one, or train into another --run folder"
         )
     return None
@@ -330,7 +330,7 @@ def _check_record(record: CheckpointRecord, folder: Path) -> None:
     if folder.name != f"step-{record.step:08d}":
         raise ValueError(f"it is of step {record.step}")
     if record.files.keys() not in _FILE_SETS:
-        raise ValueError(f"its files are {', '.join(record.files) or 'none'}")
+        raise ValueError(f"its files are {listed(record.files) or 'none'}")
     for name, facts in record.files.items():
         size, digest = facts.get("size_bytes"), facts.get("sha256")
         if not (is_count(size) and int(size or 0) <= MOST_TOWER_BYTES and re.fullmatch("[0-9a-f]{64}", str(digest))):

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ COLUMNS = (
     "top5",
     "held_out_loss",  # nats
 )
+FIGURES = ("loss", "learning_rate", "images_per_s", "data_wait_share")  # of a step; means become the epoch's, but for
+REDUCED: Mapping[str, Callable[[list[float]], float]] = {
+    "learning_rate": lambda values: values[-1],
+    "images_per_s": statistics.median,
+}
 
 
 class EpochTable:
@@ -31,30 +36,32 @@ class EpochTable:
 
     Args:
         run: run folder.
-        rows: what a resumed run has already logged.
     """
 
-    def __init__(self, run: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, run: Path) -> None:
         self._path = run / NAME
         self._lines: dict[int, dict[str, Any]] = {}
-        self._epoch = -1
-        self._steps: list[dict[str, Any]] = []
-        for row in rows:
-            self.add(row)
+        self._epoch, self._steps = -1, 0
+        self._values: dict[str, list[float]] = {}  # of the steps of the epoch at hand
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes one row of metrics.jsonl."""
         if row["kind"] == "evaluation":
             self._reduce()
             line = self._lines.setdefault(math.ceil(row["epoch"]) - 1, {})
-            line |= {"top1": row["top1"], "top5": row["top5"], "held_out_loss": row["loss"]}
+            line |= {"top1": row["top1"], "top5": row.get("top5"), "held_out_loss": row["loss"]}
             return
         if row["kind"] != "step":
             return
         if row["epoch"] != self._epoch:
             self._reduce()
-            self._epoch, self._steps = row["epoch"], []
-        self._steps.append(row)
+            self._epoch, self._steps, self._values = row["epoch"], 0, {}
+        self._steps += 1
+        norms = row.get("gradient_norm") or {}
+        figures = {name: row.get(name) for name in FIGURES}
+        for name, value in (figures | {f"gradient_norm_{tower}": norm for tower, norm in norms.items()}).items():
+            if value is not None:
+                self._values.setdefault(name, []).append(value)
 
     def write(self) -> None:
         """Replaces ``epochs.csv``."""
@@ -72,15 +79,6 @@ class EpochTable:
         if not self._steps:
             return
         line = self._lines.setdefault(self._epoch, {})
-        line["steps"] = len(self._steps)
-        means: list[tuple[str, Callable[[list[float]], float]]] = [
-            ("learning_rate", lambda values: values[-1]),
-            ("images_per_s", statistics.median),
-            *((name, statistics.fmean) for name in ("loss", "data_wait_share")),
-        ]
-        for name, mean in means:
-            if values := [row[name] for row in self._steps if row.get(name) is not None]:
-                line[name] = mean(values)
-        norms = [row["gradient_norm"] for row in self._steps if row.get("gradient_norm")]
-        for tower in norms[-1] if norms else ():
-            line[f"gradient_norm_{tower}"] = statistics.fmean(row[tower] for row in norms if tower in row)
+        line |= {"steps": self._steps}
+        for name, values in self._values.items():
+            line[name] = REDUCED.get(name, statistics.fmean)(values)

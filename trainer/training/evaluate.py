@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy of a net on held-out images."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from trainer.config import Config
 from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.status import sum_over_replicas
 from trainer.training.checkpoint import check_holds, choose, load_towers
 from trainer.training.fit import TOP5_CLASSES, check_fits
 from trainer.training.kept_data import compare_data
@@ -24,9 +26,13 @@ from trainer.training.resume import check_edited
 from trainer.training.run_folder import read_run_config
 
 
+class StoppedEvaluation(Exception):
+    """An evaluation was given up because a process was asked to stop; resumed, the run makes it first."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Counts and rates over a split, and every prediction.
+class Counts:
+    """Counts and rates over a split.
 
     Attributes:
         num_samples: images.
@@ -35,11 +41,6 @@ class Evaluation:
             says nothing.
         loss: mean cross entropy, nats.
         views: ``center`` or ``ten``.
-        keys: sample keys, in the order of the data set.
-        labels: (num_samples,) int64.
-        predicted: (num_samples,) int64, the likeliest class.
-        confidence: (num_samples,) float32, its probability.
-        in_top5: (num_samples,) bool, whether the label is among the five likeliest.
     """
 
     num_samples: int
@@ -47,11 +48,6 @@ class Evaluation:
     num_correct_top5: int | None
     loss: float
     views: str
-    keys: tuple[str, ...]
-    labels: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    in_top5: np.ndarray
 
     @property
     def top1(self) -> float:
@@ -75,7 +71,98 @@ class Evaluation:
         return f"top-1 {self.top1:.4f} ({self.num_correct_top1} of {total}), {top5}{self.views}, loss {self.loss:.4f}"
 
 
-@torch.no_grad()
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Counts):
+    """Counts over a split, and every prediction.
+
+    Attributes:
+        keys: sample keys, in the order of the data set.
+        labels: (num_samples,) int64.
+        predicted: (num_samples,) int64, the likeliest class.
+        confidence: (num_samples,) float32, its probability.
+        in_top5: (num_samples,) bool, whether the label is among the five likeliest.
+    """
+
+    keys: tuple[str, ...]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    in_top5: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """What is kept of a batch: of each image some bytes, however many classes there are. All (N,), on the CPU."""
+
+    keys: tuple[str, ...]
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    in_top5: Tensor
+    log_likelihood: Tensor  # of the label
+    num_classes: int
+
+
+class _Columns:
+    """What is kept of all images, in one array each: small pieces of every batch would leave holes in the heap."""
+
+    def __init__(self) -> None:
+        self._num = 0
+        self._arrays: dict[str, np.ndarray] = {
+            "labels": np.empty(0, np.int64),
+            "predicted": np.empty(0, np.int64),
+            "confidence": np.empty(0, np.float32),
+            "in_top5": np.empty(0, bool),
+        }
+
+    def add(self, scores: _Scores) -> None:
+        """Takes a batch."""
+        end = self._num + len(scores.labels)
+        for name, array in self._arrays.items():
+            if end > len(array):
+                array = self._arrays[name] = np.concatenate([array, np.empty(max(end, 4096), array.dtype)])
+            array[self._num : end] = getattr(scores, name).numpy()
+        self._num = end
+
+    def arrays(self) -> dict[str, Any]:
+        """Those of :class:`Evaluation`."""
+        return {name: array[: self._num].copy() for name, array in self._arrays.items()}
+
+
+class _Tally:
+    """Adds up batches."""
+
+    def __init__(self) -> None:
+        self.words = [0, 0, 0]  # images, right ones, those with the label among the five likeliest
+        self.num_classes, self.log_likelihood = 0, 0.0
+
+    def add(self, scores: _Scores) -> None:
+        """Takes a batch."""
+        right = scores.predicted == scores.labels
+        found = (len(scores.labels), int(right.sum()), int(scores.in_top5.sum()))
+        self.words = [before + more for before, more in zip(self.words, found, strict=True)]
+        self.log_likelihood += float(scores.log_likelihood.double().sum())
+        self.num_classes = scores.num_classes
+
+    def gather(self, mesh: Mesh | None) -> None:
+        """Adds what the other replicas have counted; all processes that hold this tower must call it."""
+        if mesh and mesh.replicas:
+            *self.words, self.num_classes, self.log_likelihood = sum_over_replicas(
+                mesh.replicas, [*self.words, self.num_classes], self.log_likelihood
+            )
+
+    def fields(self, views: str) -> dict[str, Any]:
+        """Those of :class:`Counts`."""
+        samples, top1, top5 = self.words
+        return {
+            "num_samples": samples,
+            "num_correct_top1": top1,
+            "num_correct_top5": top5 if self.num_classes >= TOP5_CLASSES else None,
+            "loss": -self.log_likelihood / max(1, samples),
+            "views": views,
+        }
+
+
 def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") -> Evaluation | None:
     """Runs every image through the net. Both towers must call it, where they are in two processes.
 
@@ -87,37 +174,59 @@ def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") 
     Returns:
         The evaluation where tower a is held, None elsewhere.
     """
-    keys: list[str] = []
-    labels, probabilities = [], []
+    tally, kept, keys = _Tally(), _Columns(), list[str]()
+    for scores in _score_batches(net, batches, views):
+        tally.add(scores)
+        kept.add(scores)
+        keys += scores.keys
+    if "a" not in net.towers:
+        return None
+    return Evaluation(**tally.fields(views), keys=tuple(keys), **kept.arrays())
+
+
+def count_net(net: AlexNet, batches: Iterable[Batch], mesh: Mesh | None = None) -> Counts | None:
+    """As :func:`evaluate_net` of the center crop, without the predictions, over all replicas together.
+
+    Args:
+        net: the net, or this process's tower.
+        batches: this replica's share of the split.
+        mesh: the other processes; all of them must call it.
+    """
+    tally = _Tally()
+    for scores in _score_batches(net, batches, "center"):
+        tally.add(scores)
+    if "a" not in net.towers:
+        return None
+    tally.gather(mesh)
+    return Counts(**tally.fields("center"))
+
+
+@torch.no_grad()
+def _score_batches(net: AlexNet, batches: Iterable[Batch], views: str) -> Iterator[_Scores]:
+    """Batch after batch, nothing where tower a is not held; the net is left in the mode that it was in."""
     was_training = net.training
     net.eval()
     for batch in batches:
         output = net(batch.images.flatten(0, 1) if views == "ten" else batch.images)
         if "a" in net.towers:
             shares = functional.softmax(output.float(), dim=1)
-            probabilities.append((shares.unflatten(0, (-1, 10)).mean(1) if views == "ten" else shares).cpu())
-            labels.append(batch.labels.cpu())
-            keys += batch.keys
+            shares = shares.unflatten(0, (-1, 10)).mean(1) if views == "ten" else shares
+            yield _score(shares, batch)
     net.train(was_training)
-    return _summarize(torch.cat(probabilities), torch.cat(labels), keys, views) if "a" in net.towers else None
 
 
-def _summarize(probabilities: Tensor, labels: Tensor, keys: list[str], views: str) -> Evaluation:
-    """Counts; probabilities (N, classes), labels (N,)."""
+def _score(probabilities: Tensor, batch: Batch) -> _Scores:
+    """What is kept of a batch; probabilities (N, classes). Copies: a view would keep all that it is a part of."""
+    labels = batch.labels[:, None]
     ranked = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
-    hits = ranked.indices == labels[:, None]
-    likelihood = probabilities.gather(1, labels[:, None]).clamp_min(1e-30)
-    return Evaluation(
-        num_samples=len(labels),
-        num_correct_top1=int(hits[:, 0].sum()),
-        num_correct_top5=int(hits.any(1).sum()) if probabilities.shape[1] >= TOP5_CLASSES else None,
-        loss=float(-likelihood.log().mean()),
-        views=views,
-        keys=tuple(keys),
-        labels=labels.numpy(),
-        predicted=ranked.indices[:, 0].numpy(),
-        confidence=ranked.values[:, 0].numpy(),
-        in_top5=hits.any(1).numpy(),
+    return _Scores(
+        keys=batch.keys,
+        labels=batch.labels.cpu(),
+        predicted=ranked.indices[:, 0].clone().cpu(),
+        confidence=ranked.values[:, 0].clone().cpu(),
+        in_top5=(ranked.indices == labels).any(1).cpu(),
+        log_likelihood=probabilities.gather(1, labels)[:, 0].clamp_min(1e-30).log().cpu(),
+        num_classes=probabilities.shape[1],
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.manifest import Manifest
 from trainer.config import Config
 from trainer.errors import RecipeError
-from twotower.words import pluralize
+from twotower.words import listed, pluralize
 
 SMALL_CROP = 0.5  # of the stored side: a crop below sees so little of an image that training is on details
 TOP5_CLASSES = 6  # with fewer classes the five likeliest are all of them
@@ -100,7 +100,7 @@ def misfits(config: Config, manifest: Manifest, splits: Sequence[str] | None = N
     found += _of_sizes(config, manifest)
     if splits is None:
         return found + _of_training(config, manifest)
-    has = ", ".join(manifest.splits)
+    has = listed(manifest.splits)
     return found + [Misfit(f"it has no split {name!r}: it has {has}") for name in splits if name not in manifest.splits]
 
 
@@ -121,7 +121,7 @@ def _of_training(config: Config, manifest: Manifest) -> list[Misfit]:
     train, splits = config.train, manifest.splits
     found = []
     if "train" not in splits:
-        found.append(Misfit(f"it has no split 'train': it has {', '.join(splits)}"))
+        found.append(Misfit(f"it has no split 'train': it has {listed(splits)}"))
     elif splits["train"].num_samples < train.batch_size and config.data.last_batch == "drop":
         count = splits["train"].num_samples
         fitting = count - count % train.accumulate
@@ -129,7 +129,7 @@ def _of_training(config: Config, manifest: Manifest) -> list[Misfit]:
         found.append(Misfit(text, f"train.batch_size={fitting}" if fitting else ""))
     if train.evaluate_split not in splits:
         others = [name for name in splits if name != "train"]
-        name, has = train.evaluate_split, ", ".join(splits)
+        name, has = train.evaluate_split, listed(splits)
         text = f"train.evaluate_split = {name!r}, and it has no split {name!r}: it has {has}"
         if not others:
             text += "; prepare splits one off with --val-fraction, which every class must have images enough for"

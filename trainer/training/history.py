@@ -1,10 +1,12 @@
 """What a run did before this start of it, so that what it says of itself is about all its parts."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-from trainer.training.metrics import read_metrics
+from trainer.training.epochs import EpochTable
+from trainer.training.rows import Thinned, iterate_rows, last_rows
 from trainer.training.run_files import is_number, read_object
 
 
@@ -17,32 +19,48 @@ class Past:
         evaluations: rows of metrics.jsonl, one a step, ascending.
         elapsed_s: wall time of all parts, also of steps that were lost and are made again.
         ledger: what crossed in one step; nothing where one process held both towers.
+        last: the last step's row; {} without one.
+        epochs: the run as a table; goes on with what is added.
+        kept_bytes: length of metrics.jsonl without the rows that will be repeated.
     """
 
-    images_per_s: tuple[float, ...] = ()
+    epochs: EpochTable
+    images_per_s: Thinned = dataclasses.field(default_factory=Thinned)
     evaluations: tuple[dict[str, Any], ...] = ()
     elapsed_s: float = 0.0
     ledger: tuple[dict[str, Any], ...] = ()
+    last: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept_bytes: int = 0
 
 
-def read_past(run: Path, step: int) -> Past:
-    """Reads what was before ``step``; nothing where a run begins."""
-    if not step:
-        return Past()
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
-    evaluations = {row["step"]: row for row in rows if row["kind"] == "evaluation"}
-    return Past(
-        images_per_s=tuple(row["images_per_s"] for row in rows if row["kind"] == "step" and row.get("images_per_s")),
-        evaluations=tuple(evaluations[at] for at in sorted(evaluations)),
-        elapsed_s=read_elapsed_s(run),
-        ledger=next((tuple(row["rows"]) for row in reversed(rows) if row["kind"] == "ledger"), ()),
-    )
+def read_past(run: Path, step: float = math.inf) -> Past:
+    """Reads what was up to ``step``, in one go; nothing where a run begins."""
+    past = Past(EpochTable(run), elapsed_s=read_elapsed_s(run) if step else 0.0)
+    evaluations: dict[int, dict[str, Any]] = {}
+    ledger: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
+    kept_bytes = 0
+    for end, row in iterate_rows(run) if step else ():
+        if row["step"] > step:  # a run writes its rows in order: all that follows will be repeated
+            break
+        kept_bytes = end
+        past.epochs.add(row)
+        if row["kind"] == "step":
+            last = row
+            if row.get("images_per_s"):
+                past.images_per_s.append(row["images_per_s"])
+        elif row["kind"] == "evaluation":
+            evaluations[row["step"]] = row
+        elif row["kind"] == "ledger":
+            ledger = row["rows"]
+    ordered = tuple(evaluations[at] for at in sorted(evaluations))
+    return dataclasses.replace(past, evaluations=ordered, ledger=tuple(ledger), last=last, kept_bytes=kept_bytes)
 
 
 def read_elapsed_s(run: Path) -> float:
-    """Wall time of a run so far, s: of its last result, its last row, or the beginning of its last part."""
+    """Wall time of a run so far, s: of its last result, its last rows, or the beginning of its last part."""
     parts = read_object(run / "environment.json").get("resumed")
-    rows = [*read_metrics(run), *(parts if isinstance(parts, list) else ()), read_object(run / "result.json")]
+    rows = [*last_rows(run), *(parts if isinstance(parts, list) else ()), read_object(run / "result.json")]
     return max(map(_seconds, rows))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, 
 from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
-from trainer.training.evaluate import evaluate_net
+from trainer.training.evaluate import StoppedEvaluation, count_net
 from trainer.training.history import read_past
 from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress
@@ -32,13 +31,9 @@ from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
-from trainer.training.step import ForwardBackward
+from trainer.training.step import ForwardBackward, gradient_norms
 from twotower import terminal
 from twotower.words import pluralize
-
-
-class StoppedEvaluation(Exception):
-    """An evaluation was given up because a process was asked to stop; resumed, the run makes it first."""
 
 
 class Trainer:
@@ -95,10 +90,10 @@ class Trainer:
         self.loader = self._open_loader(state)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = train.epochs * self.steps_per_epoch
-        past = read_past(self.run, self.step if self.leads else 0)  # only rank 0 writes about the run
+        self.past = past = read_past(self.run, self.step if self.leads else 0)  # only rank 0 writes about the run
         self.last_evaluation: dict[str, Any] = past.evaluations[-1] if past.evaluations else {}
         self.held_out_errors = [1 - row["top1"] for row in past.evaluations]
-        self.images_per_s = list(past.images_per_s)
+        self.images_per_s = past.images_per_s
         self.elapsed_before_s = past.elapsed_s
         self.ledger = list(past.ledger)
         self.ledger_rows = 0
@@ -115,7 +110,7 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(self.coord.rank, self.coord.world, link.exchange_pixels) if link else None,
+            split_feed=SplitFeed(self.coord.rank % 2, 2, link.exchange_pixels) if link else None,
             share=BatchShare(self.coord.replica, self.coord.replicas),
         )
 
@@ -143,6 +138,8 @@ class Trainer:
             "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
         }
         check_consistency(self.mesh, facts)
+        if self.mesh:
+            self.mesh.begin_steps()
 
     def train(self) -> Result:
         """Trains to the end, to a signal, or to an error; writes result.json in every case.
@@ -156,7 +153,7 @@ class Trainer:
         self.progress = TrainingProgress(self.total_steps, done=self.step, quiet=not self.leads)
         reason, sentence = "failed", ""
         try:
-            self.log = MetricsLog(self.run, self.config, self.step) if self.leads else None
+            self.log = MetricsLog(self.run, self.config, self.step, self.past) if self.leads else None
             with self.progress:
                 stopped = self._loop()
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
@@ -266,7 +263,8 @@ class Trainer:
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
             self._note_ledger([row.to_dict() for row in self.link.ledger.rows()], rows)
         elapsed_s = time.perf_counter() - begin
-        self.images_per_s.append(rows * self.coord.replicas / elapsed_s)
+        images_per_s = rows * self.coord.replicas / elapsed_s
+        self.images_per_s.append(images_per_s)
         if self.log:
             row = {
                 "kind": "step",
@@ -274,7 +272,7 @@ class Trainer:
                 "epoch": batch.epoch,  # 0 is the first
                 "loss": verdict.loss,  # mean over the batch before this step's update, nats
                 "learning_rate": learning_rates.weights,
-                "images_per_s": self.images_per_s[-1],  # of all replicas, over the step's wall time
+                "images_per_s": images_per_s,  # of all replicas, over the step's wall time
                 "data_wait_share": waited_s / elapsed_s,  # of the step's wall time, 0..1
                 "queue_ready_share": self.loader.queue_fill.ready_share,  # batches ready over the queue's depth, 0..1
                 "gradient_norm": verdict.norms,  # Euclidean, {tower: norm}
@@ -296,10 +294,11 @@ class Trainer:
         Raises:
             DivergedError: loss or gradient not finite anywhere.
         """
-        norms = self._gradient_norms()
+        norms = gradient_norms(self.net)
         finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
         notes = LocalStatus(
             fingerprint=batch.fingerprint,
+            order_fingerprint=batch.order_fingerprint,
             finite=finite,
             stop=self.stop.name is not None,
             plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
@@ -320,28 +319,20 @@ class Trainer:
             )
         return verdict
 
-    def _gradient_norms(self) -> dict[str, float]:
-        """Euclidean norm of all gradients, by tower held here."""
-        gradients = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
-        towers = self.net.split_towers(gradients).items()
-        return {
-            name: float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts.values())))))
-            for name, parts in towers
-        }
-
     def _evaluate(self) -> bool:
         """Top-1 and top-5 on the held-out split; False where a stop came before all of it was seen."""
         train = self.config.train
         loader = EvaluationLoader(
             self.data,
             self.config.data,
-            batch_size=train.batch_size,
+            batch_size=max(1, train.batch_size // self.coord.replicas),
             split=train.evaluate_split,
             device=self.device,
             skip_list=self.skip_list,
+            share=BatchShare(self.coord.replica, self.coord.replicas),
         )
         try:
-            evaluation = evaluate_net(self.net, self._until_stopped(loader))
+            evaluation = count_net(self.net, self._until_stopped(loader, loader.most_batches), self.mesh)
         except StoppedEvaluation:
             return False
         if evaluation is None or self.log is None:
@@ -357,20 +348,25 @@ class Trainer:
         self.progress.say(
             f"epoch {epoch:g}/{train.epochs}: top-1 {evaluation.top1:.4f}{top5} "
             f"on {pluralize(evaluation.num_samples, 'held-out image')}, "
-            f"{statistics.median(self.images_per_s or [0.0]):.0f} images/s"
+            f"{self.images_per_s.median():.0f} images/s"
         )
         return True
 
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an evaluation, as long as no process is asked to stop; both towers see the same of them.
+    def _until_stopped(self, batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+        """This replica's batches of an evaluation, as long as no process is asked to stop.
+
+        All agree on that ``most`` times, the batches of the replica that has most of them.
 
         Raises:
             StoppedEvaluation: one is.
         """
-        for batch in batches:
+        found = iter(batches)
+        for _ in range(most):
+            batch = next(found, None)
             if not all_could(self.stop.name is None, self.mesh):
                 raise StoppedEvaluation
-            yield batch
+            if batch is not None:
+                yield batch
 
     def _save(self) -> None:
         """Begins a checkpoint; it is written beside the steps that follow.
@@ -400,7 +396,7 @@ class Trainer:
             top5=evaluation.get("top5"),
             num_samples=evaluation.get("num_samples", 0),
             elapsed_s=self._elapsed_s(),
-            images_per_s=statistics.median(self.images_per_s or [0.0]),
+            images_per_s=self.images_per_s.median(),
             processes=self.coord.world if self.mesh else 1,
             batch_size=self.config.train.batch_size,
             ledger=self.ledger,

@@ -5,26 +5,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.manifest import write_atomic
 from trainer.config import Config
-from trainer.training.epochs import EpochTable
+from trainer.training.history import Past, read_past
 from trainer.training.loggers import Loggers
-from trainer.training.run_files import is_row
+from trainer.training.rows import NAME
 from twotower import verbosity, version
 from twotower.addresses import masked_words
-from twotower.untrusted import parse_json, read_regular
 from twotower.words import one_line
 
-NAME = "metrics.jsonl"
-MOST_BYTES = 1 << 30  # 90 epochs of ImageNet in batches of 128 are 0.3 GB
-MOST_LINE_BYTES = 1 << 20
 PLAIN_LINE_EVERY_S = 5.0
 WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
 
@@ -65,15 +59,16 @@ class MetricsLog:
         run: run folder.
         config: its recipe.
         from_step: finished steps at the start; later lines are dropped.
+        past: what the run was up to then, if that was read already.
     """
 
-    def __init__(self, run: Path, config: Config, from_step: int) -> None:
+    def __init__(self, run: Path, config: Config, from_step: int, past: Past | None = None) -> None:
+        past = past or read_past(run, from_step)
         path = run / NAME
         if path.exists():
-            kept = [line for line, row in _rows_of(run) if row["step"] <= from_step]
-            write_atomic(path, b"".join(line + b"\n" for line in kept))
+            _cut(path, past.kept_bytes)
         self._file = path.open("a", encoding="utf-8")
-        self._epochs = EpochTable(run, read_metrics(run))
+        self._epochs = past.epochs
         self._loggers = Loggers(run, config, from_step + 1)
         self._rows: list[tuple[float, dict[str, Any]]] = []
 
@@ -110,24 +105,14 @@ class MetricsLog:
         self._loggers.close(exit_reason)
 
 
-def _rows_of(run: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines that are rows, and what they say; a truncated last line is none, nor one of a stranger's making."""
-    for line in read_regular(run / NAME, MOST_BYTES, follow=False).splitlines():
-        try:
-            row: Any = parse_json(line, nan=True) if len(line) <= MOST_LINE_BYTES else None
-        except ValueError:
-            continue
-        if is_row(row):
-            yield line, row
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows of metrics.jsonl; an empty list where there is none.
-
-    Raises:
-        OSError: it cannot be read, is a link, or larger than any run's.
-    """
-    return [row for _, row in _rows_of(run)] if os.path.lexists(run / NAME) else []
+def _cut(path: Path, size_bytes: int) -> None:
+    """Shortens the file in place; what is kept ends in a whole line."""
+    with path.open("r+b") as file:
+        file.truncate(size_bytes)
+        if size_bytes and file.seek(size_bytes - 1) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class TrainingProgress:

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader.open_split import OpenSplit
+from pipeline.loader.open_split import OpenSplit, describe_keys
 from pipeline.loader.staging import is_url
 from pipeline.manifest import Manifest
 from trainer.config import Config, from_toml
@@ -16,7 +16,7 @@ from trainer.training.kept_data import kept_manifest
 from trainer.training.run_files import is_count, is_text
 from twotower.addresses import masked
 from twotower.fields import MAY_CHANGE
-from twotower.words import pluralize
+from twotower.words import cut, pluralize
 
 MOST_REPLICAS = 1024
 OPTIONS = ("processes", "replicas", "device", "skip_list")  # of a start, in environment.json
@@ -140,11 +140,11 @@ def check_data_set(
             f"--data {data} is not the data set that {run} was trained on{where}: go on with that one (it may have "
             "moved), or give another --run folder"
         )
-    if loader.get("skipped keys", list(opened.skipped)) != list(opened.skipped):
+    skipped = describe_keys(opened.skipped)
+    if loader.get("skipped keys", skipped) != skipped:
         raise RunError(
-            f"--skip-list: it leaves {pluralize(len(opened.skipped), 'training sample')} out, and {run} was "
-            f"trained without "
-            f"{len(loader['skipped keys'])}, or others: go on with the same list"
+            f"--skip-list: it leaves {pluralize(len(opened.skipped), 'training sample')} out ({skipped}), and {run} "
+            f"was trained with {cut(str(loader['skipped keys']))} left out: go on with the same list"
         )
     return (f"{run}: its data set has moved from {noted} to {data}",) if noted not in (None, data) else ()
 

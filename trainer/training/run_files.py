@@ -136,7 +136,7 @@ EVALUATION_ROW: Mapping[str, Check] = {
 LEDGER_ROW: Mapping[str, Check] = {"step": is_count, "rows": is_ledger}
 ROWS = {  # of metrics.jsonl, by kind: what a row must have, and what each field is
     "step": (("step", "epoch", "loss"), STEP_ROW),
-    "evaluation": (("step", "epoch", "loss", "top1", "top5", "num_samples"), EVALUATION_ROW),
+    "evaluation": (("step", "epoch", "loss", "top1", "num_samples"), EVALUATION_ROW),
     "ledger": (("step", "rows"), LEDGER_ROW),
 }
 _PART: Mapping[str, Check] = {

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from trainer.config import Config, load_config
 from trainer.errors import RecipeError, RunError
 from trainer.training.checkpoint import CHECKPOINTS_NAME, checkpoints
 from trainer.training.history import read_past
-from trainer.training.metrics import read_metrics
+from trainer.training.rows import iterate_rows
 from trainer.training.run_files import check_inside, read_object
 from trainer.training.run_lock import LOCK_NAME
 from twotower import terminal
+from twotower.words import listed
 
 CONFIG_NAME = "config.toml"
 RESULT_NAME = "result.json"
@@ -101,7 +101,7 @@ def is_begun(run: Path) -> bool:
         check_inside(run, OURS if left else frozenset())
         others = sorted(names - OURS if left else names)
         if others:
-            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            shown = listed(others, most=3)
             raise RunError(
                 f"{run} holds something that is not a run ({shown}; no {CONFIG_NAME}): give another --run folder"
             )
@@ -114,7 +114,7 @@ def is_begun(run: Path) -> bool:
     if ENVIRONMENT_NAME not in names and CHECKPOINTS_NAME not in names:
         raise RunError(f"{run} holds a recipe and no run: give another --run folder, or move {CONFIG_NAME} away")
     try:
-        return bool(checkpoints(run)) or any(row["kind"] == "step" for row in read_metrics(run))
+        return bool(checkpoints(run)) or any(row["kind"] == "step" for _, row in iterate_rows(run))
     except OSError as error:
         raise RunError(f"{error.filename or run} cannot be read: {error.strerror}") from None
 
@@ -308,20 +308,18 @@ def ensure_result(run: Path, status: int, *, processes: int = 2) -> None:
 
 def _failed(run: Path, status: int, processes: int) -> Result:
     """What is known of a run whose towers could not say it themselves."""
-    rows = [row for row in read_metrics(run) if row["kind"] == "step"]
-    last: dict[str, Any] = rows[-1] if rows else {"step": 0, "epoch": 0}
-    past = read_past(run, last["step"])
+    past = read_past(run)
     evaluation = past.evaluations[-1] if past.evaluations else {}
     return Result(
         exit_reason="failed",
         reason=f"the towers ended with status {status}",
-        step=last["step"],
-        epoch=last["epoch"],
+        step=past.last.get("step", 0),
+        epoch=past.last.get("epoch", 0),
         top1=evaluation.get("top1"),
         top5=evaluation.get("top5"),
         num_samples=evaluation.get("num_samples", 0),
         elapsed_s=past.elapsed_s,
-        images_per_s=statistics.median(past.images_per_s or (0.0,)),
+        images_per_s=past.images_per_s.median(),
         processes=processes,
         batch_size=read_run_config(run).train.batch_size,
         ledger=list(past.ledger),

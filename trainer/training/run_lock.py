@@ -27,7 +27,7 @@ LOCK_NAME = ".lock"
 MOST_BYTES = 4096
 BEAT_S = 5.0
 WATCH_S = 20.0  # four beats
-PATIENCE_S = 45.0  # less than the default of train.peer_timeout_s, in which the other ranks wait for rank 0
+PATIENCE_S = 45.0  # less than the default of train.start_timeout_s, in which the other ranks wait for rank 0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
+from pipeline.loader.open_split import OpenSplit, check_files, open_split, read_statistics
 from pipeline.loader.staging import is_url
-from pipeline.manifest import Manifest, read_manifest, write_atomic
+from pipeline.manifest import read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
 from trainer.training import checkpoint, fit, run_folder
@@ -89,14 +89,20 @@ def check_start(
         overwrite: replace the run that is there, if there is one.
         skip_list: keys of samples to leave out.
         source: where the data set came from, noted in environment.json; None for ``data`` itself.
-        quiet: do not say which damaged checkpoints are passed over.
+        quiet: another process of the run does what one is enough for: it looks at all files of the data set, and says
+            which damaged checkpoints are passed over.
 
     Raises:
         TrainerError, PipelineError: it cannot; says why.
     """
     manifest = read_manifest(data)
     config = fit.check_fits(config, manifest, data, extend=not resume)
-    opened = _open_data(config, manifest, data, skip_list)
+    opened = open_split(data, "train", skip_list=skip_list)
+    if not quiet:
+        check_files(opened)
+        if config.train.evaluate_split != "train":
+            check_files(open_split(data, config.train.evaluate_split))
+    read_statistics(data, manifest)
     run_folder.refuse_nested(run)
     noted = masked(str(source)) if source is not None and is_url(source) else str(data.absolute())
     begun = run_folder.is_begun(run)
@@ -121,15 +127,6 @@ def check_start(
         notes.append(f"{drops} places its drops by train.epochs; the steps that are done keep their rates")
     finished = _is_finished(run, config, opened, choice)
     return Start(run, config, data, noted, True, False, choice, changes, finished, tuple(notes))
-
-
-def _open_data(config: Config, manifest: Manifest, data: Path, skip_list: Path | None) -> OpenSplit:
-    """The training split of a data set of which nothing is damaged."""
-    opened = open_split(data, "train", skip_list=skip_list)
-    if config.train.evaluate_split != "train":
-        open_split(data, config.train.evaluate_split)
-    read_statistics(data, manifest)
-    return opened
 
 
 def _is_finished(run: Path, config: Config, opened: OpenSplit, choice: Choice | None) -> bool:

@@ -63,7 +63,7 @@ class ForwardBackward:
             if self._sum and begin + size == rows:
                 self._sum.prepare_for_backward()
             piece = slice(begin, begin + size)
-            draws = DropoutDraws(self._config.seed, step, first=first + begin, total=total)
+            draws = DropoutDraws(self._config.seed, step, first=first + begin)
             with self._timed("forward"), self._precision():
                 loss = self._net.loss(images[piece], labels[piece], draws)
             with self._timed("backward"):
@@ -79,3 +79,12 @@ class ForwardBackward:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self._device.split(":")[0], torch.bfloat16)
+
+
+def gradient_norms(net: AlexNet) -> dict[str, float]:
+    """Euclidean norm of all gradients, by tower held here."""
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {
+        name: float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts.values())))))
+        for name, parts in net.split_towers(gradients).items()
+    }

@@ -40,7 +40,7 @@ def test_the_command_prints_one_json_object(data: Path) -> None:
 
 def test_rates_and_megabytes_agree(data: Path) -> None:
     options = BenchOptions(batch_size=6, seconds=0.02, repeats=3, threads=1)
-    result = run_bench(data, LoaderConfig(crop_px=8, shuffle_buffer=4), options)
+    result = run_bench(data, LoaderConfig(crop_px=8), options)
     total = sum(path.stat().st_size for path in (data / "train").glob("*.tar"))
     for row in result.stages:
         assert row.mb_per_s == pytest.approx(row.images_per_s * total / 24 / 1e6)

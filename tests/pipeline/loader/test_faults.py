@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DatasetError
-from pipeline.loader import batches as loader
 from pipeline.loader import open_split as loader_open_split
 from pipeline.loader import running as loader_running
+from pipeline.loader import samples as loader_samples
 from pipeline.loader import staging
+from pipeline.loader.batch import BatchShare
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader
+from pipeline.loader.graph import Decoding
 from pipeline.loader.open_split import check_limits, open_split
-from pipeline.loader.running import RunningPipeline
+from pipeline.loader.running import Fed, RunningPipeline
+from pipeline.loader.samples import Samples
 from pipeline.loader.staging import stage
 from pipeline.manifest import MANIFEST_NAME, STATISTICS_NAME, read_manifest
 from pipeline.preparation.statistics import to_npz
 from tests.helpers.loader_data_set import make_data_set
 
-CONFIG = LoaderConfig(crop_px=12, mean="channel", shuffle_buffer=6, threads=1)
+CONFIG = LoaderConfig(crop_px=12, mean="channel", threads=1)
 BAD = ("train-00000003", "train-00000016")
 
 
@@ -143,7 +146,7 @@ def test_the_descriptor_limit_is_raised_for_many_shards(
     folder = make(tmp_path, train=100, shard_size=1)
     config = dataclasses.replace(CONFIG, mmap=False)
     with monkeypatch.context() as context:
-        context.setattr(loader, "check_limits", lambda *_, **__: None)
+        context.setattr(loader_samples, "check_limits", lambda *_, **__: None)
         with pytest.raises(DatasetError, match="Too many open files"):  # what it is there for
             TrainingLoader(folder, config, batch_size=4, seed=1)
     assert len(TrainingLoader(folder, config, batch_size=4, seed=1).next().keys) == 4
@@ -223,24 +226,33 @@ class FakePipeline:
 
     def __init__(self, delays_s: list[float]) -> None:
         self.delays_s, self.now_s = delays_s, 0.0
+        self.give, self.given = None, 0
 
     def perf_counter(self) -> float:
         return self.now_s
 
     def schedule_run(self) -> None:
         self.now_s += 0.5  # the trainer's own work, which is no waiting
+        self.give(self.given)
+        self.given += 1
 
-    def outputs(self, _stream: object) -> tuple[()]:
+    def outputs(self, _stream: object) -> tuple[None]:
         self.now_s += self.delays_s.pop(0)
-        return ()
+        return (None,)
 
 
 def test_the_queue_tells_how_often_the_trainer_starved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakePipeline([3.0, 0.0001, 0.25, 0.0002, 0.0])
-    monkeypatch.setattr(loader_running, "build_pipeline", lambda *_, **__: fake)
+    monkeypatch.setattr(loader_running, "build_pipeline", lambda _, graph: graph() and fake)
     monkeypatch.setattr(loader_running.time, "perf_counter", fake.perf_counter)
     split = open_split(make(tmp_path), "train")
-    running = RunningPipeline(Reader(split, CONFIG, 4, "cpu", 1, True), tuple)
+
+    def graph(give: Any) -> tuple[Any]:
+        fake.give = give
+        return (None,)
+
+    samples = Samples((), (), (), list)
+    running = RunningPipeline(Decoding(split, CONFIG, 4, "cpu"), graph, lambda _: Fed(samples, None, ()))
     for _ in range(5):
         running.run()
     fill = running.queue_fill
@@ -265,10 +277,10 @@ def test_a_closed_loader_says_so(tmp_path: Path) -> None:
 
 def test_the_bound_of_memory_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make(tmp_path, encoding="raw", train=50, size=(100, 80))
-    config = LoaderConfig(crop_px=50, mean="channel", shuffle_buffer=1000, threads=1, prefetch=3)
+    config = LoaderConfig(crop_px=50, mean="channel", threads=1, prefetch=3)
     with caplog.at_level(logging.INFO):
-        TrainingLoader(folder, config, batch_size=10, seed=1).close()
-    tars_mb = sum(path.stat().st_size for path in folder.glob("train/*.tar")) / 1e6
-    batches_mb = 4 * 10 * 3 * (100 * 80 + 4 * 50 * 50) / 1e6
-    assert "50 samples in 10 shards" in caplog.text
-    assert f"at most {tars_mb:.0f} MB in the shuffle buffer (mapped) and about {batches_mb:.0f} MB" in caplog.text
+        TrainingLoader(folder, config, batch_size=10, seed=1, share=BatchShare(1, 5)).close()
+    batches_mb = 4 * 2 * 3 * (100 * 80 + 4 * 50 * 50) / 1e6
+    assert re.search(r"opened \d of 10 shards with 1\d samples in \d+\.\d s; their index takes 0\.0 MB", caplog.text)
+    assert "50 samples in 10 shards, 2 of them mapped here; " in caplog.text or "shards, 3 of them" in caplog.text
+    assert f"about {batches_mb:.0f} MB in batches prepared ahead" in caplog.text

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.loader.augmentation import ten_views
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Reader, define_pipeline, evaluation_graph, split_graph, training_graph
+from pipeline.loader.graph import Decoding, define_pipeline, evaluation_graph, split_graph, training_graph
 from pipeline.loader.open_split import open_split
 from tests.helpers.loader_data_set import make_data_set
 
@@ -37,16 +37,16 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
     """Operator name -> devices of its instances."""
     config = LoaderConfig(**{"crop_px": 12, **fields})
     split = open_split(folder, "train")
-    reader = Reader(split, config, 2, device, 0, graph != "evaluation")
+    decoding = Decoding(split, config, 2, device)
     views = ten_views(height_px=16, width_px=16, crop_px=12)
     zeros, ones = np.zeros(split.manifest.image.channels), np.ones(split.manifest.image.channels)
     graphs = {
-        "training": lambda: training_graph(reader, lambda _: ()),
-        "split": lambda: split_graph(reader, lambda _: (), part=1, parts=2),
-        "evaluation": lambda: evaluation_graph(reader, views[2:3], zeros, ones),
-        "ten": lambda: evaluation_graph(reader, views, zeros, ones),
+        "training": lambda: training_graph(decoding, lambda _: ()),
+        "split": lambda: split_graph(decoding, lambda _: ()),
+        "evaluation": lambda: evaluation_graph(decoding, lambda _: (), views[2:3], zeros, ones),
+        "ten": lambda: evaluation_graph(decoding, lambda _: (), views, zeros, ones),
     }
-    pipeline = define_pipeline(reader, graphs[graph], checkpointing=graph in ("training", "split"))
+    pipeline = define_pipeline(decoding, graphs[graph])
     found: dict[str, list[str]] = {}
     pipeline._build_graph()  # what build() does first, before it asks for the device
     for operator in pipeline._ops:
@@ -65,7 +65,7 @@ def test_the_gpu_decodes_and_crops(folders: dict[str, Path], name: str, graph: s
     ]
     assert decoders == ([] if name == "raw" else ["mixed"])
     assert set(found["CropMirrorNormalize"]) == {"gpu"}
-    assert found["readers__Webdataset"] == ["cpu"]
+    assert set(found["ExternalSource"]) == {"cpu"}
 
 
 def test_the_cpu_graph_stays_on_the_cpu(folders: dict[str, Path]) -> None:

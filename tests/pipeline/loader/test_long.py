@@ -22,7 +22,7 @@ from pipeline.loader.batches import TrainingLoader
 data, log, prefetch, steps = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 lines = log.read_text().splitlines() if log.exists() else []
 state = json.loads(lines[-1])["state"] if lines else None
-config = LoaderConfig(crop_px=24, color="deviation", shuffle_buffer=16, threads=1, prefetch=prefetch)
+config = LoaderConfig(crop_px=24, color="deviation", threads=1, prefetch=prefetch)
 loader = TrainingLoader(pathlib.Path(data), config, batch_size=7, seed=11, state=state)
 with log.open("a") as file:
     for step in range(len(lines), steps):
@@ -75,7 +75,7 @@ def anonymous_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 def test_memory_is_flat_over_many_epochs(tmp_path: Path) -> None:
     data = make_data_set(tmp_path, train=320, size=(128, 128), shard_size=40)
-    config = LoaderConfig(crop_px=112, color="deviation", shuffle_buffer=64, threads=2)
+    config = LoaderConfig(crop_px=112, color="deviation", threads=2)
     loader = TrainingLoader(data, config, batch_size=16, seed=1)
     found = []
     for _ in range(32):

@@ -103,7 +103,7 @@ OTHER_DATA = [
 @pytest.mark.parametrize(("data", "recipe"), [*(("jpeg", recipe) for recipe in RECIPES), *OTHER_DATA])
 def test_training_images_equal_numpy(data_sets: dict[str, Path], data: str, recipe: dict[str, object]) -> None:
     folder = data_sets[data]
-    config = LoaderConfig(**{"crop_px": CROP, "shuffle_buffer": 7, "threads": 1, **recipe})
+    config = LoaderConfig(**{"crop_px": CROP, "threads": 1, **recipe})
     loader = TrainingLoader(folder, config, batch_size=BATCH, seed=3)
     arrays, images = dict(np.load(folder / "statistics.npz")), load_reference(folder)
     manifest = read_manifest(folder)
@@ -183,7 +183,7 @@ def test_the_gpus_mean_image_is_the_cpus() -> None:
 
 
 def test_batches_stay_valid_while_later_ones_are_made(data_sets: dict[str, Path]) -> None:
-    config = LoaderConfig(crop_px=CROP, shuffle_buffer=4, threads=2, prefetch=3)
+    config = LoaderConfig(crop_px=CROP, threads=2, prefetch=3)
     loader = TrainingLoader(data_sets["png"], config, batch_size=BATCH, seed=1)
     held: list[tuple[Batch, np.ndarray]] = []
     for _ in range(12):

@@ -13,7 +13,7 @@ from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
 from tests.helpers.loader_data_set import make_encodings
 
-CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, color="deviation")
+CONFIG = LoaderConfig(crop_px=12, threads=1, color="deviation")
 BATCH = 6
 
 
@@ -27,7 +27,8 @@ def assert_rows(whole: Batch, parts: list[Batch]) -> None:
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
     assert sum((part.keys for part in parts), ()) == whole.keys
     assert np.array_equal(np.concatenate([part.draws for part in parts]), whole.draws)
-    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    assert {part.order_fingerprint for part in parts} == {whole.order_fingerprint}
+    assert len({part.fingerprint for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "raw"])
@@ -48,19 +49,25 @@ def test_the_shares_are_the_batch(folders: dict[str, Path], encoding: str, parts
 
 
 def test_a_state_serves_any_number_of_replicas(folders: dict[str, Path]) -> None:
-    """Two replicas go on where one stopped, and three where a replica of two stopped."""
+    """Four replicas of two towers, then two where they stopped, then three, then one: the undisturbed batches."""
+    size = 12
 
-    def opened(part: int, parts: int, state: dict | None) -> TrainingLoader:
+    def opened(part: int, parts: int, state: dict | None, tower: str = "a") -> TrainingLoader:
+        config = CONFIG if tower == "a" else dataclasses.replace(CONFIG, prefetch=4, threads=2, mmap=False)
         share = BatchShare(part, parts)
-        return TrainingLoader(folders["jpeg"], CONFIG, batch_size=BATCH, seed=5, share=share, state=state)
+        return TrainingLoader(folders["raw"], config, batch_size=size, seed=5, share=share, state=state)
 
-    undisturbed = TrainingLoader(folders["jpeg"], CONFIG, batch_size=BATCH, seed=5)
+    undisturbed = opened(0, 1, None)
     state = None
-    for parts in (1, 2, 3):
-        shares = [opened(part, parts, state) for part in range(parts)]
+    for parts in (4, 2, 3, 1):
+        towers = [[opened(part, parts, state, tower) for part in range(parts)] for tower in "ab"]
         for _ in range(2):
-            assert_rows(undisturbed.next(), [loader.next() for loader in shares])
-        states = [loader.state() for loader in shares]
+            expected = undisturbed.next()
+            a, b = ([loader.next() for loader in loaders] for loaders in towers)
+            assert_rows(expected, a)
+            assert_rows(expected, b)
+            assert [batch.fingerprint for batch in a] == [batch.fingerprint for batch in b]
+        states = [loader.state() for loaders in towers for loader in loaders]
         assert all(other == states[0] for other in states)
         state = states[-1]
 
@@ -74,7 +81,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
             crops[tower] = own
             return torch.cat([own] * 3)
 
-        feed = SplitFeed(3 + tower, 6, keep)
+        feed = SplitFeed(tower, 3, keep)
         config = dataclasses.replace(CONFIG, decode="sharded")
         share = BatchShare(1, 2)
         loader = TrainingLoader(folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=share)
@@ -84,7 +91,7 @@ def test_split_feeding_inside_a_replica(folders: dict[str, Path]) -> None:
         read_part(tower)
     union = torch.cat([crops[tower] for tower in range(3)])
     config = dataclasses.replace(CONFIG, decode="sharded")
-    feed = SplitFeed(0, 1, lambda own: union)  # decodes all, and gets the replica's rows from elsewhere
+    feed = SplitFeed(0, 1, lambda own: union)  # decodes all rows, and gets them from elsewhere
     found = TrainingLoader(
         folders["jpeg"], config, batch_size=BATCH, seed=5, split_feed=feed, share=BatchShare(1, 2)
     ).next()

@@ -16,7 +16,7 @@ from tests.helpers.loader_data_set import make_encodings
 
 pytestmark = pytest.mark.numeric
 
-CONFIG = LoaderConfig(crop_px=12, shuffle_buffer=6, threads=1, color="deviation")
+CONFIG = LoaderConfig(crop_px=12, threads=1, color="deviation")
 BATCH = 6
 
 

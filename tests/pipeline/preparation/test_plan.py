@@ -12,6 +12,7 @@ from pipeline.preparation.plan import all_settings, check_source, chosen_splits,
 from pipeline.preparation.shard import key_of
 from pipeline.sources import open_source
 from pipeline.sources.imagenet import MD5
+from pipeline.sources.listing import Item, SplitListing
 from pipeline.sources.split import shuffled, stratified
 from tests.helpers import ilsvrc
 
@@ -75,6 +76,36 @@ def test_stratified_takes_the_share_of_every_class_and_never_all() -> None:
     assert np.bincount(labels[chosen], minlength=4).tolist() == [0, 0, 1, 10]
     assert stratified(labels, 0.99, seed=5).sum() == 0 + 1 + 9 + 99
     assert stratified(labels, 0.0, seed=5).sum() == 0
+
+
+def test_small_classes_give_their_share_together() -> None:
+    """A tenth of five images is half of one: of every second class one is held out, of others as many as before."""
+    labels = np.repeat(np.arange(1001), [5] * 1000 + [40])
+    chosen = stratified(labels, 0.1, seed=5)
+    counts = np.bincount(labels[chosen], minlength=1001)
+    assert set(counts[:1000].tolist()) == {0, 1} and counts[:1000].sum() == 500 and counts[1000] == 4
+    assert 200 < counts[:500].sum() < 300, "not the first classes, but any"
+    assert not np.array_equal(chosen, stratified(labels, 0.1, seed=6))
+    assert stratified(np.arange(1000), 0.1, seed=5).sum() == 0, "the only image of a class is for training"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ([5, 5, 40], ["--val-fraction 0.1 of a class of 5 images is less than one image: val has images of 2 of 3"]),
+        ([2, 1], ["--val-fraction 0.1 of a class of 1 image is less than one image: there is no split val"]),
+        ([40, 40], []),
+    ],
+)
+def test_a_share_that_is_less_than_an_image_is_told(sizes: list[int], words: list[str]) -> None:
+    items = [Item(f"{label}/{n}", label, "a", 0, 1) for label, size in enumerate(sizes) for n in range(size)]
+    told: list[str] = []
+    splits = SplitListing.of(items).train_and_val(0.1, 0, told)
+    assert len(told) == len(words) and all(map(str.startswith, told, words))
+    assert ("val" in splits) == (sizes != [2, 1])
+    told.clear()
+    SplitListing.of(items).train_and_val(0.0, 0, told)
+    assert not told, "nothing was asked to be held out"
 
 
 def test_a_million_images_are_planned_in_columns() -> None:

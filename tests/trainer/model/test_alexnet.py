@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.side_by_side import SideBySide, lone_tower
 from trainer.config import LAYERS, TOWERS, load_config
 from trainer.model.alexnet import AlexNet
-from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops
+from trainer.model.layers import Dropout, DropoutDraws, WholeNetLayers, post_ops, stable_seed
 from trainer.planning.describe import count_crossings, count_layers, to_dict
 
 pytestmark = pytest.mark.numeric
@@ -151,7 +152,7 @@ def test_dropout_masks_are_pure_and_differ() -> None:
     for other in (
         DropoutDraws(1, 8).mask("a", "fc6", like, 0.5),
         DropoutDraws(2, 7).mask("a", "fc6", like, 0.5),
-        DropoutDraws(1, 7, first=1, total=len(like) + 1).mask("a", "fc6", like, 0.5),
+        DropoutDraws(1, 7, first=1).mask("a", "fc6", like, 0.5),
         DropoutDraws(1, 7).mask("b", "fc6", like, 0.5),
         DropoutDraws(1, 7).mask("a", "fc7", like, 0.5),
     ):
@@ -163,10 +164,69 @@ def test_dropout_masks_are_pure_and_differ() -> None:
 def test_a_piece_of_a_batch_has_its_rows_of_the_mask() -> None:
     """However a batch of 12 is shared, the pieces' masks are the whole's."""
     whole = DropoutDraws(1, 7).mask("b", "fc7", torch.empty(12, 50), 0.5)
-    for size in (2, 3, 12):
+    for size in (1, 2, 3, 12):
         like = torch.empty(size, 50)
-        pieces = [DropoutDraws(1, 7, first, 12).mask("b", "fc7", like, 0.5) for first in range(0, 12, size)]
+        pieces = [DropoutDraws(1, 7, first).mask("b", "fc7", like, 0.5) for first in range(0, 12, size)]
         assert torch.equal(torch.cat(pieces), whole)
+
+
+class _Elements(TorchDispatchMode):
+    """Counts the elements of everything that torch computes."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        self.num += found.numel()
+        return found
+
+
+def test_a_replica_draws_its_own_rows_only() -> None:
+    """Pair 63 of 64 computes as much as a pair alone: some passes over a random word for four units."""
+    like, counts = torch.empty(128, 1000), []
+    for first in (0, 63 * 128):
+        with _Elements() as counted:
+            DropoutDraws(1, 7, first).mask("a", "fc6", like, 0.5)
+        counts.append(counted.num)
+    assert counts[0] == counts[1] < 12 * like.numel()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.9, 0.99999])
+def test_units_and_rows_are_dropped_by_themselves(rate: float) -> None:
+    """Every unit at the rate asked for, whatever its neighbors, its row above and its place in a random word do."""
+    mask = DropoutDraws(3, 5).mask("a", "fc6", torch.empty(2048, 512, dtype=torch.float64), rate)
+    deviation = (rate * (1 - rate)) ** 0.5
+    assert abs(mask.mean() - (1 - rate)) < 5 * deviation / mask.numel() ** 0.5 + 1 / 65536
+    for lane in range(4):
+        assert abs(mask[:, lane::4].mean() - (1 - rate)) < 5 * deviation / (mask.numel() / 4) ** 0.5 + 1 / 65536
+    if rate < 0.99:
+        centered = (mask - mask.mean()) / mask.std()
+        for rows, units in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (128, 0)):
+            other = centered.roll((rows, units), (0, 1))
+            assert abs((centered * other).mean()) < 5 / mask.numel() ** 0.5, (rows, units)
+
+
+def test_the_mask_is_written_down() -> None:
+    """The draws of a seed stay what they are: a run goes on with them on another machine, device or version."""
+    mask = DropoutDraws(1, 7, first=5).mask("b", "fc7", torch.empty(2, 10), 0.5)
+    assert mask.int().tolist() == MASK
+    seed, first = stable_seed(1, 7, "b", "fc7"), 5 * 3  # 10 units are three words of four
+    words = [_splitmix64(seed + (first + number) * 0x9E3779B97F4A7C15) for number in range(6)]
+    lanes = [word >> 16 * lane & 0xFFFF for word in words for lane in range(4)]
+    kept = [int((lane ^ 0x8000) >= 32768) for lane in lanes]  # int16 compares the upper half as negative
+    assert [kept[:10], kept[12:22]] == MASK
+
+
+MASK = [[1, 1, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 1, 0, 1]]  # rows 5 and 6
+
+
+def _splitmix64(z: int) -> int:
+    """Steele, Lea and Flood, 2014, figure 17, in Python's own numbers."""
+    word = (1 << 64) - 1
+    z &= word
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & word
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & word
+    return z ^ z >> 31
 
 
 @pytest.mark.parametrize("kind", ["original", "inverted"])

@@ -1,5 +1,6 @@
 """What a step sends on many GPUs: the count by the trainer's own step against closed formulas; the model by hand."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,7 +9,16 @@ import pytest
 from trainer.__main__ import main
 from trainer.config import load_config
 from trainer.planning.describe import to_dict
-from trainer.planning.scale import Prediction, Traffic, Wires, count_traffic, predict
+from trainer.planning.scale import (
+    OPEN_US,
+    Prediction,
+    Sizes,
+    Traffic,
+    Wires,
+    count_traffic,
+    predict,
+    scale_table,
+)
 
 PARAMETERS = {"a": 32_531_112, "b": 28_434_112}  # counted by hand from the paper's figure 2
 CROSSING_BYTES = {"a": 113_152, "b": 121_344}  # an image, forward, sent
@@ -53,6 +63,23 @@ def test_the_model_by_hand() -> None:
     waited = found.sum_s - found.compute_s * 2 / 3
     assert found.step_s == pytest.approx(found.compute_s + found.crossing_s + waited + found.control_s)
     assert Prediction(3.0, 1.0, 1.0, 0.5).step_s == 4.5  # a sum that the backward hides
+    fed = predict(config, traffic, dataclasses.replace(wires, loader_images_s=50), replicas=4, images=100)
+    assert fed.load_s == 2.0 and dataclasses.replace(fed, load_s=0.0) == found
+    assert fed.step_s == max(2.0, found.step_s) and Prediction(3.0, 1.0, 1.0, 0.5, 7.0).step_s == 7.0
+    assert Prediction(3.0, 1.0, 1.0, 0.5).evaluation_step_s == 1.0 + 0.5 + 0.5
+
+
+def test_an_epoch_by_hand() -> None:
+    """Loading takes the same with any number of replicas; what is left to do is divided among them."""
+    config = load_config(None)
+    wires = Wires(25, 10, 50, 25, loader_images_s=100.0)  # slower than all else
+    options = {"images": 128, "wires": wires, "sizes": Sizes(128_000, 12_800)}
+    for row in scale_table(config, (2, 16), **options):
+        replicas, model = row["gpus"] // 2, row["model"]
+        assert model["load_s"] == model["step_s"] == 1.28
+        assert model["epoch_s"] == pytest.approx(1280 / replicas)
+        assert model["evaluation_s"] == pytest.approx(1.28 * -(-100 // replicas))
+        assert model["start_s"] == pytest.approx(128_000 * OPEN_US * 1e-6 / replicas)
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +94,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr("trainer.planning.scale.WORLDS", (2, 8))
     monkeypatch.setattr(sys, "argv", [*words, *numbers])
     assert main() == 0
-    assert "MODEL, not measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MODEL, not measured" in said and "measured with 1.25 million samples" in " ".join(said.split())
     monkeypatch.setattr(sys, "argv", [*words, *numbers[:2]])
     assert main() == 2
     assert "belong together" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_wall_time_is_that_of_all_parts(run: Path) -> None:
     record = read_run(run)
     assert "1.6minutes, evaluation included" in parse(render_report(Report(record))).text  # 93 s
     later = {"step": 40, "command": "python -m trainer train --resume run", "changed": {"train.epochs": [2, 3]}}
-    steps = [*record.steps[:-1], record.steps[-1] | {"elapsed_s": 240.0}]
+    steps = dataclasses.replace(record.steps, last={**record.steps.last, "elapsed_s": 240.0})
     killed = dataclasses.replace(record, result={}, steps=steps, environment=record.environment | {"resumed": [later]})
     text = parse(render_report(Report(killed))).text
     assert "4.0minutes, evaluation included; 2 starts" in text

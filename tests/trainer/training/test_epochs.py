@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.training.epochs import NAME
-from trainer.training.metrics import MetricsLog, read_metrics
+from trainer.training.metrics import MetricsLog
+from trainer.training.rows import iterate_rows
 
 
 def read(run: Path) -> list[dict[str, str]]:
@@ -17,7 +18,7 @@ def read(run: Path) -> list[dict[str, str]]:
 def test_one_line_an_epoch(tmp_path: Path) -> None:
     """Means over the steps of the epoch, and the evaluation in the line of the epoch that it ended."""
     run = make_run(tmp_path / "run", digits_config(), steps=66)
-    rows = read_metrics(run)
+    rows = [row for _, row in iterate_rows(run)]
     lines = read(run)
     assert [line["epoch"] for line in lines] == ["1", "2", "3"]
     assert [line["steps"] for line in lines] == ["22"] * 3

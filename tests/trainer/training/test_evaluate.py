@@ -2,6 +2,9 @@
 
 import io
 import json
+import struct
+import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -10,14 +13,15 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional
 
-from pipeline.loader.batch import Batch
+from pipeline.loader.batch import Batch, BatchShare
 from pipeline.loader.batches import EvaluationLoader
 from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.__main__ import main
 from trainer.errors import RunError
 from trainer.report import confusion
-from trainer.training.evaluate import evaluate_net, evaluate_run, load_network
+from trainer.training import evaluate as evaluate_module
+from trainer.training.evaluate import Evaluation, count_net, evaluate_net, evaluate_run, load_network
 
 pytestmark = pytest.mark.numeric
 
@@ -98,6 +102,44 @@ def test_ten_views_average_probabilities_not_logits():
     assert not np.allclose(found.confidence, by_logits.max(1).values, rtol=1e-2)
 
 
+def test_what_is_kept_of_a_batch_does_not_grow_with_the_classes():
+    """Bytes an image: label, prediction, confidence, hit, likelihood; a view would hold all its probabilities."""
+
+    def kept_bytes(classes: int) -> int:
+        logits = torch.zeros(8, classes, 1, 1)
+        (scores,) = evaluate_module._score_batches(Lookup(), [batch_of(logits, [0] * 8)], "center")
+        tensors = [value for value in vars(scores).values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    assert kept_bytes(10) == kept_bytes(20_000) < 8 * 40
+
+
+def test_counts_alone_equal_those_with_predictions(four):
+    rows = torch.randn(20, 7, 1, 1, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(20) % 7
+    batches = [batch_of(rows[begin : begin + 6], labels[begin : begin + 6].tolist()) for begin in range(0, 20, 6)]
+    assert count_net(Lookup(), batches).to_dict() == evaluate_net(Lookup(), batches).to_dict()
+
+
+def test_replicas_add_what_they_counted():
+    """Also one that had no batch: it does not know how many classes there are."""
+
+    class Replicas:
+        def gather(self, words):
+            mine = list(words)
+            return [mine, [3, 2, 3, *_bits(-1.5), 7], [0, 0, 0, *_bits(0.0), 0]]
+
+    def _bits(figure):
+        return [struct.unpack("<q", struct.pack("<d", figure))[0]]
+
+    mesh = types.SimpleNamespace(replicas=Replicas())
+    found = count_net(Lookup(), [batch_of(torch.eye(7)[:, :, None, None] * 100, list(range(7)))], mesh)
+    assert (found.num_samples, found.num_correct_top1, found.num_correct_top5) == (10, 9, 10)
+    assert found.loss == pytest.approx(0.15)
+    nothing = count_net(Lookup(), [], mesh)
+    assert (nothing.num_samples, nothing.num_correct_top5) == (3, 3)
+
+
 def test_classes_by_hand(four):
     scores = confusion.score_classes(four, TITLES)
     assert [score.num_samples for score in scores] == [2, 1, 1, 0, 0, 0, 0]
@@ -135,6 +177,43 @@ def test_image_shows_what_was_counted(tmp_path):
     assert np.ptp(changed[:, 1]) > width * 0.4
 
 
+def many(classes: int, images: int) -> Evaluation:
+    """A made-up evaluation: every image of class i is taken for class i or i + 1."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, classes, images)
+    predicted = (labels + random.integers(0, 2, images)) % classes
+    shares = np.ones(images, np.float32)
+    return Evaluation(images, 0, 0, 0.0, "center", ("k",) * images, labels, predicted, shares, labels == predicted)
+
+
+def test_thousands_of_classes_take_memory_of_images_not_of_classes_squared(tmp_path):
+    """A dense matrix of 21,841 classes would be 3.8 GB; the table has the worst, the drawing neighbors together."""
+    found, titles = many(21_841, 1000), [f"class {label}" for label in range(21_841)]
+    tracemalloc.start()
+    table = confusion.to_dict(found, titles)
+    text = io.StringIO()
+    confusion.print_classes(found, titles, Console(file=text, width=100))
+    confusion.draw(tmp_path / "confusion.png", found, titles)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    assert sum(count for _, _, count in table["confusion"]) == 1000 and len(table["per_class"]) == 21_841
+    assert text.getvalue().splitlines()[0].startswith("the worst 100 of 21,841 classes; --json has all")
+    assert len(text.getvalue().splitlines()) == 100 + 5
+
+
+def test_neighbors_that_share_a_cell_are_added_up():
+    found = many(1000, 3000)
+    dense, binned = confusion.count_pairs(found, 1000), confusion._binned(found, 1000, 4)
+    assert np.array_equal(binned, dense.reshape(250, 4, 250, 4).sum((1, 3)))
+    scores = confusion.score_classes(found, [str(label) for label in range(1000)])
+    for score in scores:
+        row = dense[score.label].copy()
+        assert (score.num_samples, score.num_correct_top1) == (row.sum(), row[score.label])
+        row[score.label] = 0
+        assert score.taken_for == (str(row.argmax()) if row.max() else "") and score.num_taken_for == row.max()
+
+
 def test_confusion_wants_a_png(tmp_path):
     with pytest.raises(RunError, match=r"ends in .png"):
         confusion.check_name(tmp_path / "confusion.svg")
@@ -164,6 +243,24 @@ def test_command_prints_table_image_and_json(run_and_data, tmp_path, monkeypatch
     assert sum(row["num_samples"] for row in found["per_class"]) == 33
     assert sum(row["num_correct_top1"] for row in found["per_class"]) == found["num_correct_top1"]
     assert f"({found['num_correct_top1']} of 33)" in text
+
+
+def test_replicas_share_the_batches_of_a_split(run_and_data):
+    """Every image once, in order; also where there are more replicas than batches."""
+    _, data = run_and_data
+
+    def shared(parts):
+        shares = (BatchShare(part, parts) for part in range(parts))
+        return [EvaluationLoader(data, digits_config().data, batch_size=4, share=share) for share in shares]
+
+    loaders = shared(2)
+    keys = [[key for batch in loader for key in batch.keys] for loader in loaders]
+    whole = EvaluationLoader(data, digits_config().data, batch_size=4)
+    assert [key for part in keys for key in part] == [key for batch in whole for key in batch.keys]
+    for parts in (1, 2, 3, 12):
+        counts = [loader.num_batches for loader in shared(parts)]
+        assert max(counts) == shared(parts)[0].most_batches == -(-9 // parts)
+        assert sum(counts) == 9 and min(counts) == 9 // parts
 
 
 def test_ten_views_of_a_run_by_hand(run_and_data):

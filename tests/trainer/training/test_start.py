@@ -38,6 +38,7 @@ MAY = {  # what a run may change on its way
         "loggers",
         "threads",
         "peer_timeout_s",
+        "start_timeout_s",
     },
 }
 Call = Callable[..., tuple[int, str, str]]
