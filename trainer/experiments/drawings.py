@@ -66,11 +66,9 @@ def curves(summary: Summary) -> list[tuple[Markup, str]]:
         other = lines.get(variant.against)
         if own is None or (not variant.against and any(each.against for each in summary.experiment.variants)):
             continue
-        shown = [Line("this", *own[:2], "a", band=own[2])]
+        shown = [Line("this", *own, "a", summarize=True)]
         if other is not None:
-            shown.insert(
-                0, Line(_short(summary.experiment.variant(variant.against)), *other[:2], "soft", band=other[2])
-            )
+            shown.insert(0, Line(_short(summary.experiment.variant(variant.against)), *other, "soft", summarize=True))
         axis = Axis(what, "{:g}".format, "{:.2f}".format)
         charts.append((line_chart(shown, axis, x_label="epoch"), f"{variant.title}. {variant.about}"))
     return charts
@@ -86,7 +84,7 @@ def against_words(compared: Sequence[Compared]) -> str:
     return names[0] if len(names) == 1 else "the one with the same rate"
 
 
-Curve = tuple[list[float], list[float], tuple[list[float], list[float]]]
+Curve = tuple[list[float], list[list[float]]]  # epochs; mean, least and greatest of each
 
 
 def _line(summary: Summary, variant: Variant) -> Curve | None:
@@ -101,8 +99,7 @@ def _line(summary: Summary, variant: Variant) -> Curve | None:
     if not epochs:
         return None
     values = [found[epoch] for epoch in epochs]
-    band = [min(row) for row in values], [max(row) for row in values]
-    return epochs, [sum(row) / len(row) for row in values], band
+    return epochs, [[sum(row) / len(row), min(row), max(row)] for row in values]
 
 
 def _errors(run: Path) -> list[tuple[float, float]]:

@@ -45,7 +45,6 @@ class Line:
         summarize: draw the median of bins, and a band from their least to their greatest value (for noisy figures).
         steps: hold each value until the next (for a learning rate).
         shown: the figure written at the line's end; None for its last value.
-        band: lower and upper edge of a band around the line, each of shape (n,); None for none.
     """
 
     name: str
@@ -55,7 +54,6 @@ class Line:
     summarize: bool = False
     steps: bool = False
     shown: float | None = None
-    band: tuple[ArrayLike, ArrayLike] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +128,6 @@ def _curve(line: Line) -> _Curve | None:
     xs, ys = xs[finite], ys[finite]
     if not len(xs):
         return None
-    if line.band is not None:
-        low, high = (np.asarray(edge, dtype=float)[finite] for edge in line.band)
-        return _Curve(line, xs, ys, low, high)
     if line.steps:  # both ends of every level, or a drop would be drawn as a slope
         changes = ys[1:, 0] != ys[:-1, 0]
         keep = np.flatnonzero(np.r_[True, changes] | np.r_[changes, True])
