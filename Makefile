@@ -73,6 +73,7 @@ bench: setup  ## measure everything on this machine and print the table (about 2
 	$(PY) benchmarks/end_to_end.py --work $(BENCH)/end_to_end
 	$(PY) benchmarks/job_overhead.py --work $(BENCH)/job
 	$(PY) benchmarks/scale.py
+	$(PY) benchmarks/large_set.py --work $(BENCH)/large
 	@if [ -d $(FASHION) ]; then $(PY) benchmarks/fashion_mnist.py --work $(BENCH)/fashion --input $(FASHION); else echo "no Fashion-MNIST in FASHION=$(FASHION) (Debian: dataset-fashion-mnist): left out"; fi
 	@$(PY) benchmarks/summary_table.py
 
