@@ -36,6 +36,7 @@ FLOORS = {
         "stopping",
         "config_toml",
         "config",
+        "precision",
         "model",
         "parallel",
         "training",

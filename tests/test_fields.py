@@ -162,7 +162,8 @@ def test_config_prints_every_field_with_what_is_known_of_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = said_by(monkeypatch, capsys, "config", "--config", "configs/paper.toml", "--set", "train.epochs=3")
-    about = "Passes over the training split. (whole number, 1 to 1,073,741,824; in epochs; default 90; may change on resume)"
+    limits = "whole number, 1 to 1,073,741,824; in epochs; default 90; may change on resume"
+    about = f"Passes over the training split. ({limits})"
     assert status == 0 and f"{about} epochs = 3" in " ".join(out.replace("\n# ", " ").split())
     fields = {f"{section}.{name}" for section, table in tomllib.loads(out).items() for name in table}
     assert fields == {

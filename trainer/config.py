@@ -275,7 +275,10 @@ class TrainConfig:
         checkpoint_every_epochs: epochs between checkpoints; one is always written at the end.
         checkpoint_every_steps: steps between checkpoints besides; 0 for none.
         keep_checkpoints: newest checkpoints kept; the best one (held-out top-1) is kept besides.
-        precision: fp32, or bf16 (matrix products in bfloat16, weights and sums in float32).
+        precision: fp32; bf16 (matrix products in bfloat16, weights and sums in float32); tf32 (fp32, but a GPU rounds
+            what it multiplies in fully connected layers to tf32, as cuDNN does in convolutions with fp32, too; a CPU
+            does not); auto: bf16 on a GPU of 2020 or later and on processors with bf16 instructions (AVX512_BF16,
+            AMX_BF16), fp32 elsewhere. What auto came to stands in RUN/config.toml, and the run keeps it.
         comm_dtype: number format in which activations and their gradients cross between towers: same (as computed:
             fp32, or bf16 where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37)
             or bf16.
@@ -298,7 +301,7 @@ class TrainConfig:
     checkpoint_every_epochs: Annotated[int, Limits(1, unit="epochs")] = may_change(1)
     checkpoint_every_steps: Annotated[int, Limits(0, unit="steps")] = may_change(0)
     keep_checkpoints: Annotated[int, Limits(1, unit="checkpoints")] = may_change(2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
     threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import typing
 from pathlib import Path
@@ -44,6 +45,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Checks everything, then holds the run and starts the towers; under torchrun this process is one of them."""
     from trainer.errors import RecipeError
     from trainer.parallel.world import read_world
+    from trainer.precision import resolve_precision, slow_warning
     from trainer.training import command, run_folder
     from trainer.training.init_from import freeze
 
@@ -64,9 +66,13 @@ def train(arguments: argparse.Namespace) -> int:
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
+    start = dataclasses.replace(start, config=resolve_precision(start.config, device))
     if start.finished:
         print(command.finished_line(start), flush=True)
         return 0
+    warning = slow_warning(start.config, device)
+    if warning and (world is None or world.rank == 0):
+        verbosity.remark(f"warning: {warning}")
     if arguments.dry_run:
         command.learned_weights(arguments, start)
         command.print_notes(start)

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
-from tests.trainer.model.test_kernels_triton import check_norm, check_not_finite, check_update
+from tests.helpers.gpu_kernels import CHECKS
+from trainer.config import ModelConfig, OptimizerConfig
 from trainer.model import kernels
+from trainer.model.alexnet import AlexNet
 from trainer.model.response_norm import response_norm
+from trainer.training.optimizer import PaperSGD
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("check", [check_norm, check_not_finite, check_update])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_kernels_equal_the_formulas(check) -> None:
     functions = kernels.load_triton()
     assert functions is not None and kernels.describe("cuda:0") == "Triton"
@@ -21,9 +25,62 @@ def test_equal_to_the_kernels_of_the_processor() -> None:
     x = (torch.randn(4, 96, 27, 27) * 30).to(memory_format=torch.channels_last)
     found = []
     for device in ("cpu", "cuda"):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         y = response_norm(leaf, size=5, alpha=1e-4, beta=0.75, k=2.0, maps=48, rectify=True)
         y.backward(x.to(device))
         found.append((y.detach().cpu(), leaf.grad.cpu()))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def small_net(dtype: torch.dtype) -> AlexNet:
+    """The paper's structure, narrow, on the GPU; every layer has weights that matter."""
+    config = ModelConfig(channels=(16, 16, 24, 24, 16), hidden=(32, 32), classes=10, image_px=67, dropout=0.0)
+    net = AlexNet(config).to("cuda", dtype, memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def gradients(net: AlexNet, *, low: bool) -> list[torch.Tensor]:
+    """Loss and gradients of one batch."""
+    torch.manual_seed(1)
+    x = (torch.randn(6, 3, 67, 67, device="cuda") * 9).to(next(net.parameters()).dtype)
+    x, labels = x.contiguous(memory_format=torch.channels_last), torch.arange(6, device="cuda")
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=low):
+        loss = net.loss(x, labels)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in net.parameters())]
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_the_net_equals_float64(low: bool) -> None:
+    """Dense convolutions, blocks of pixels, fused pooling and all; gradients lie in memory as their weights do."""
+    exact = gradients(small_net(torch.float64), low=False)
+    net = small_net(torch.float32)
+    found = gradients(net, low=low)
+    for ours, wanted in zip(found, exact, strict=True):
+        scale = wanted.abs().max()
+        assert (ours.double() - wanted).abs().max() <= (0.1 if low else 5e-3) * scale  # convolutions may be tf32
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in net.parameters())
+
+
+def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
+    """From the second step on: the update has written what the forward multiplies."""
+    net = small_net(torch.float32)
+    optimizer = PaperSGD(net.named_parameters(), OptimizerConfig())
+    for _ in range(2):
+        gradients(net, low=True)
+        optimizer.step()
+    copies = {parameter: parameter.low_copy.tensor for parameter in net.parameters()}
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradients(net, low=True)
+        optimizer.step()
+        torch.cuda.synchronize()
+    launches = {event.key: event.count for event in profile.key_averages()}
+    assert launches["update_all_kernel"] == 1 and "update_kernel" not in launches
+    for parameter, copy in copies.items():
+        assert parameter.low_copy.tensor is copy and torch.equal(copy, parameter.bfloat16())

@@ -8,6 +8,9 @@ ALEXNET = "tests/trainer/model/test_alexnet.py"
 RUN_145 = "tests/trainer/model/test_run_145.py"
 NORM = "tests/trainer/model/test_response_norm.py"
 KERNELS = "tests/trainer/model/test_kernels.py"
+GPU_LAYERS = "tests/trainer/model/test_gpu_layers.py"
+INTERPRETED = "tests/trainer/model/test_kernels_triton.py::test_interpreted_kernels_equal_the_formulas"
+PRECISION = "tests/trainer/test_precision.py"
 RECIPES = "tests/trainer/test_recipes.py"
 OPTIMIZER = "tests/trainer/training/test_optimizer.py"
 CROSSING = "tests/trainer/parallel/test_crossing.py"
@@ -182,6 +185,40 @@ def of_kernels() -> Iterator[Change]:
     )
 
 
+def of_gpu_layers() -> Iterator[Change]:
+    """trainer/model/gpu_layers.py: the same sums otherwise."""
+    yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
+    yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
+    yield "dense towers: each sees the other's channels", "x.chunk(groups, dim=1)]", "reversed(x.chunk(groups, dim=1))]"
+    yield "copy in bfloat16: never made anew", "found.version != parameter._version or ", ""
+
+
+def of_gpu_norm() -> Iterator[Change]:
+    """trainer/model/kernels/triton_norm.py, by Triton's interpreter."""
+    yield "norm, GPU: the gradient's factor", "1.5 * alpha * values", "2 * alpha * values"
+    yield "norm, GPU: no ReLU in the gradient", "tl.where(values[j] <= 0, 0.0, change)", "change"
+
+
+def of_gpu_pool() -> Iterator[Change]:
+    """trainer/model/kernels/triton_pool.py."""
+    yield "pool, GPU: the last of those that tie", "(value > best) | ", "(value >= best) | "
+    yield "pool, GPU: a gradient through zeros", "tl.where(best <= 0, NOTHING", "tl.where(best < 0, NOTHING"
+
+
+def of_gpu_update() -> Iterator[Change]:
+    """trainer/model/kernels/triton_update.py."""
+    yield "update, GPU: no decay", "- decay * weight - rate", "- rate"
+    yield "update, GPU: rates of the first", "kinds.index(member.factors))", "0)"
+    yield "update, GPU: the old weights are copied", "at, weight.to(tl.bfloat16)", "at, velocity.to(tl.bfloat16)"
+
+
+def of_precision() -> Iterator[Change]:
+    """trainer/precision.py: what auto comes to."""
+    yield "auto: bf16 everywhere", "not flags.isdisjoint(BF16_FLAGS)", "True"
+    yield "auto: a run does not keep it", "precision=before.train.precision", 'precision="bf16"'
+    yield "auto: oneDNN's variable", " and not NARROWED.fullmatch(held)", ""
+
+
 def of_crossing() -> Iterator[Change]:
     """trainer/parallel/crossing.py: halves that cross, and their gradients."""
     yield "crossing: tower b's half first", 'return (a, b) if self.link.tower == "a" else (b, a)', "return a, b"
@@ -267,6 +304,11 @@ GROUPS = (
     ("trainer/model/alexnet.py", (GAUSSIAN, ALIKE, ALEXNET), of_start),
     ("trainer/model/response_norm.py", (NARROW, BY_HAND, NORM, KERNELS), of_response_norm),
     ("trainer/model/kernels/kernels.cpp", (NORM, OPTIMIZER, KERNELS), of_kernels),
+    ("trainer/model/gpu_layers.py", (GPU_LAYERS,), of_gpu_layers),
+    ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
+    ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
+    ("trainer/model/kernels/triton_update.py", (INTERPRETED,), of_gpu_update),
+    ("trainer/precision.py", (PRECISION,), of_precision),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),
     ("trainer/parallel/crossing.py", (f"{OVERLAP}::test_variants_equal_serial",), of_comm_dtype),
     ("trainer/config.py", (RECIPES, ALEXNET), of_config),

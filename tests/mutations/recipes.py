@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 FACTS = "tests/trainer/test_recipes.py::test_facts_of_the_recipes"
 OF_2012 = ("paper", "original", "original-2010", "handsoff", "half")
 OTHER_WORDS = {
+    "auto": "fp32",
     "true": "false",
     "false": "true",
     "original": "inverted",

@@ -32,7 +32,7 @@ def test_recipes_say_how_to_run_them(path: Path) -> None:
         ("model.hiden=3", "unknown field model.hiden: did you mean model.hidden?"),
         ("train.epochs=many", "train.epochs is 'many': expected a value of type int"),
         ("train.epochs=0", "train.epochs is 0: expected 1 to 1,073,741,824"),
-        ("train.precision=fp8", "train.precision is 'fp8': expected one of fp32, bf16"),
+        ("train.precision=fp8", "train.precision is 'fp8': expected one of auto, fp32, tf32, bf16"),
         ("model.channels=[1, 2]", "model.channels is (1, 2): expected five values"),
         ("model.lrn.size=4", "model.lrn.size is 4: expected an odd number"),
         ("model.crossings=['conv3']", "fc8 among them"),

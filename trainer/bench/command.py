@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.bench.record import BenchRecord, read_record, to_json, write_record
 from trainer.config import Config
 from trainer.errors import BenchError
+from twotower.verbosity import remark
 
 
 def run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Config]) -> int:
@@ -57,6 +58,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
     """Runs the benchmark."""
     from trainer.bench.run import BenchSettings, print_line, run_bench
+    from trainer.parallel.launch import choose_device
+    from trainer.precision import resolve_precision, slow_warning
     from trainer.training.fit import check_fits, check_resolved
 
     if arguments.data:
@@ -64,6 +67,10 @@ def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
 
         config = check_fits(config, read_manifest(arguments.data), arguments.data, extend=True)
     check_resolved(config)
+    device = choose_device(arguments.device)
+    config = resolve_precision(config, device)
+    if warning := slow_warning(config, device):
+        remark(f"warning: {warning}")
     if config.model.towers == 1 and arguments.processes == 2:
         raise BenchError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
     recipe = (arguments.config or Path("paper.toml")).name

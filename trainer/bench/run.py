@@ -269,6 +269,7 @@ def _bounds(part: Part, workload: Workload, work: Work) -> dict[str, tuple[str, 
     rates = {ceiling.name: ceiling.figure.median for ceiling in part.ceilings}
     on_tf32 = workload.precision == "fp32" and "matrix tf32" in rates  # cuDNN's convolutions use it for fp32
     matrix = "matrix tf32" if on_tf32 else f"matrix {workload.precision}"
+    matrix = matrix if matrix in rates else "matrix fp32"  # a CPU has no tf32
     disk = "cached read" if (workload.cached or 0) > 0.9 else "disk read"
     optimizer_bytes = OPTIMIZER_PASSES * FLOAT_BYTES * work.parameters
     amounts = {  # over the ceiling's rate it gives milliseconds

@@ -1,7 +1,8 @@
 """The layers of a process that holds the whole net, and what follows each layer, whoever holds it.
 
 Both towers live in one tensor, tower a's channels before tower b's. A layer that sees both towers is then dense, one
-that sees its own tower is grouped: the usual way to write two towers down, and on a CPU the fastest.
+that sees its own tower is grouped: the usual way to write two towers down, and on a CPU the fastest. A GPU computes
+the same otherwise: see :mod:`trainer.model.gpu_layers`.
 """
 
 import dataclasses
@@ -15,6 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import TOWERS, ModelConfig
+from trainer.model.gpu_layers import (
+    LowLinear,
+    block_conv2d,
+    dtype_of_products,
+    fresh_copy,
+    has_blocks,
+    lowered,
+    split_conv2d,
+)
+from trainer.model.pooling import PostOps
 from trainer.model.response_norm import LocalResponseNorm, WithinChannelNorm
 
 BATCH_NORM_MOMENTUM = 0.1  # share of a new batch in the running statistics
@@ -43,6 +54,7 @@ class Conv2d(nn.Conv2d):
         padding = before if before == after else 0  # else by hand, in :meth:`pad`
         super().__init__(inputs, outputs, kernel_px, stride_px, padding, groups=groups)
         self.zeros = zeros
+        self.has_blocks = has_blocks(inputs, stride_px, groups)
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is: :class:`trainer.model.alexnet.AlexNet` fills it."""
@@ -54,7 +66,16 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H', W')."""
-        return super().forward(self.pad(x))
+        return self.rearranged(x) if x.is_cuda else super().forward(self.pad(x))
+
+    def rearranged(self, x: Tensor) -> Tensor:
+        """The same as a GPU computes it (see :mod:`trainer.model.gpu_layers`)."""
+        dtype = dtype_of_products(x)
+        assert self.bias is not None and not isinstance(self.padding, str)
+        x, weight, bias = x.to(dtype), lowered(self.weight, dtype), lowered(self.bias, dtype)
+        if self.has_blocks:
+            return block_conv2d(x, weight, bias, self.stride[0], self.zeros)
+        return split_conv2d(self.pad(x), weight, bias, self.stride, self.padding, self.groups)
 
 
 class Linear(nn.Linear):
@@ -76,9 +97,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
         if self.groups == 1:
-            return super().forward(x)
+            return self.on_gpu(x) if x.is_cuda else super().forward(x)
         chunks = (x.chunk(self.groups, dim=1), self.weight.chunk(self.groups), self.bias.chunk(self.groups))
         return torch.cat([functional.linear(*parts) for parts in zip(*chunks, strict=True)], dim=1)
+
+    def on_gpu(self, x: Tensor) -> Tensor:
+        """The same as a GPU computes it (see :mod:`trainer.model.gpu_layers`)."""
+        dtype = dtype_of_products(x)
+        if dtype != torch.bfloat16 or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return LowLinear.apply(x.to(dtype), self.weight, self.bias, fresh_copy(self.weight), fresh_copy(self.bias))
 
 
 class WholeNetLayers:
@@ -105,7 +133,7 @@ class WholeNetLayers:
         return 1 if layer in self._config.crossings else len(self.towers)
 
 
-def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
+def post_ops(config: ModelConfig, index: int, num_towers: int) -> PostOps:
     """What follows convolution ``index`` (0: conv1), for the channels of ``num_towers`` towers: see ``ModelConfig``."""
     channels = config.channels[index]
     modules: list[tuple[str, nn.Module]] = []
@@ -128,7 +156,7 @@ def post_ops(config: ModelConfig, index: int, num_towers: int) -> nn.Sequential:
         modules.append((name, module))
     taken = [name for name, _ in modules]
     names = [name if taken.count(name) == 1 else f"{name}{number}" for number, name in enumerate(taken)]
-    return nn.Sequential(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
+    return PostOps(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
 
 
 class BatchNorm2d(nn.BatchNorm2d):

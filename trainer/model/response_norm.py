@@ -3,8 +3,8 @@
 Source: paper section 3.3; layers ``rnorm1`` and ``rnorm2`` of ``layers-145.cfg``. torch's ``nn.LocalResponseNorm``
 takes half of a plain training step, in ``pow`` and in many passes over memory. Here ``d^-0.75`` is ``rsqrt(d) *
 sqrt(rsqrt(d))``, one tensor is saved, and memory is passed over once: by ``kernels/kernels.cpp`` on a CPU, by
-``kernels/triton.py`` on a GPU. Where these cannot be had, torch operations do the same, on a CPU over blocks that stay
-in the cache.
+``kernels/triton_norm.py`` on a GPU. Where these cannot be had, torch operations do the same, on a CPU over blocks that
+stay in the cache.
 """
 
 from collections.abc import Callable
@@ -264,6 +264,12 @@ class LocalResponseNorm(nn.Module):
         super().__init__()
         self.channels, self.rectify = channels, rectify
         self.config = config
+
+    def as_norm(self, x: Tensor) -> Norm | None:
+        """What a kernel must know of this layer on channels_last x; None where none does it."""
+        c = self.config
+        known = c.size in SIZES and c.beta == BETA
+        return Norm(x.numel() // self.channels, self.channels, c.size, c.alpha, c.k, self.rectify) if known else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""

@@ -24,6 +24,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from trainer.config import Config, ModelConfig
 from trainer.model.alexnet import AlexNet
+from trainer.model.gpu_layers import dtype_of_products, lowered
 from trainer.model.layers import Conv2d, Linear, WholeNetLayers
 from trainer.parallel.link import COMM_DTYPES, Link
 
@@ -169,12 +170,10 @@ class SendToA(nn.Module):
 
 
 def _lowered(module: Conv2d | Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the dtype that the layer multiplies in: autocast's where it is on, that of x elsewhere."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    """Weight and bias in the dtype that the layer multiplies in."""
     assert module.bias is not None
-    return module.weight.to(dtype), module.bias.to(dtype)
+    dtype = dtype_of_products(x)
+    return lowered(module.weight, dtype), lowered(module.bias, dtype)
 
 
 class TowerLayers:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.parallel.link import CONTROL_WORDS, Link
+from trainer.precision import autocast
 from trainer.training.checkpoint import choose
 from trainer.training.optimizer import PaperSGD
 from twotower.words import pluralize
@@ -255,7 +256,8 @@ def _kept_bytes(config: Config, net: AlexNet, count: int) -> int:
         return tensor
 
     images, labels = _made_up_batch(config, count, "cpu")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _precision(config, "cpu"):
+    precision = autocast(config.train.precision, "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
         loss = net.loss(images, labels, DropoutDraws(0, 0))  # alive until counted, and with it what it keeps
     size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in parameters)
     del loss
@@ -270,13 +272,6 @@ def _made_up_batch(config: Config, count: int, device: str) -> tuple[Tensor, Ten
     images *= 128 if config.data.normalize == "none" else 1
     labels = torch.arange(count) % model.classes
     return images.to(device).contiguous(memory_format=torch.channels_last), labels.to(device)
-
-
-def _precision(config: Config, device: str) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products where the recipe asks for them, as in :class:`trainer.training.loop.Trainer`."""
-    if config.train.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], torch.bfloat16)
 
 
 def _own_devices(device: str, processes: int) -> bool:
@@ -328,7 +323,7 @@ def _time_step(config: Config, net: AlexNet, optimizer: PaperSGD, batch: tuple[T
     begin = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
     for images, labels in zip(*(part.chunk(config.train.accumulate) for part in batch), strict=True):
-        with _precision(config, device):
+        with autocast(config.train.precision, device):
             loss = net.loss(images, labels, DropoutDraws(0, 0))
         loss.backward()
     optimizer.step()

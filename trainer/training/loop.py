@@ -131,6 +131,9 @@ class Trainer:
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
         facts = {
+            "train.precision (auto is what a machine is fast in: name one, with --set train.precision=fp32)": Fact(
+                self.config.train.precision
+            ),
             "the recipe": Fact(tuple(to_toml(self.config).splitlines())),
             "the data set": Fact(read_manifest(self.data).fingerprint, shown=f"{self.data} on {platform.node()}"),
             "torch version": Fact(torch.__version__),

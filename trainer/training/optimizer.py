@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from trainer.config import OptimizerConfig
 from trainer.model import kernels
 from trainer.model.alexnet import layer_of
-from trainer.model.kernels.interface import Factors
+from trainer.model.gpu_layers import low_copy
+from trainer.model.kernels.interface import Factors, Member, UpdateAll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class PaperSGD(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self.state[parameter]["velocity"] = torch.zeros_like(parameter)
         self.set_rates(Rates(config.learning_rate, config.bias_learning_rate))
+        self._launch: UpdateAll | None = None  # of all parameters on a GPU, made at the first step
 
     def set_rates(self, rates: Rates) -> None:
         """Sets every learning rate from now on (see :func:`rates_at`)."""
@@ -83,27 +85,57 @@ class PaperSGD(torch.optim.Optimizer):
             guard: a scalar on the parameters' device; where it is 0, nothing changes. A GPU looks at it itself, so that
                 nobody waits for it (with Triton).
         """
+        members: list[tuple[Tensor, Factors]] = []
         for group in self.param_groups:
             weights: list[Tensor] = group["params"]
             rate = group["rate"]
             if not weights or rate == 0:
                 continue
             factors = (group["momentum"], rate * group["weight_decay"], rate)
-            rest = [parameter for parameter in weights if not self._fused(parameter, factors, guard)]
+            on_gpu = [parameter for parameter in weights if kernels.on_gpu(parameter) and self._fits(parameter)]
+            members += [(parameter, factors) for parameter in on_gpu]
+            left = weights if not on_gpu else [parameter for parameter in weights if not self._fits(parameter)]
+            rest = [parameter for parameter in left if not self._fused(parameter, factors, guard)]
             if rest and (guard is None or guard):
                 self._foreach(rest, factors)
+        if members:
+            self._update_all(members, guard)
 
-    def _fused(self, parameter: Tensor, factors: Factors, guard: Tensor | None) -> bool:
-        """The rule in one pass over memory, where there is a kernel for it."""
+    def _fits(self, parameter: Tensor) -> bool:
+        """Whether weights, velocity and gradient lie in memory alike, without gaps, and are of one dtype."""
         velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
         dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
         alike = parameter.stride() == velocity.stride() == gradient.stride()
-        functions = kernels.of(parameter) if dense and alike and parameter.dtype != torch.bfloat16 else None
-        if functions is None or not parameter.dtype == velocity.dtype == gradient.dtype:
+        return dense and alike and parameter.dtype == velocity.dtype == gradient.dtype != torch.bfloat16
+
+    def _fused(self, parameter: Tensor, factors: Factors, guard: Tensor | None) -> bool:
+        """The rule in one pass over memory, where there is a kernel for it."""
+        functions = kernels.of(parameter) if self._fits(parameter) else None
+        if functions is None:
             return False
+        velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
         functions.update(parameter, velocity, gradient, factors, guard)
         torch.autograd.graph.increment_version((parameter, velocity))
         return True
+
+    def _update_all(self, members: list[tuple[Tensor, Factors]], guard: Tensor | None) -> None:
+        """The rule for all parameters on a GPU in one launch, which writes their bfloat16 copies too."""
+        if self._launch is None:
+            functions = kernels.on_gpu(members[0][0])
+            assert functions is not None
+            self._launch = functions.make_update(members[0][0].device)
+        copies = [low_copy(parameter) for parameter, _ in members]
+        rows = []
+        for (parameter, factors), copy in zip(members, copies, strict=True):
+            velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
+            current = copy is not None and copy.version == parameter._version
+            rows.append(Member(parameter, velocity, gradient, copy.tensor if copy and current else None, factors))
+        self._launch(rows, guard)
+        changed = [tensor for row in rows for tensor in (row.w, row.v)]
+        torch.autograd.graph.increment_version(changed)
+        for (parameter, _), copy, row in zip(members, copies, rows, strict=True):
+            if copy is not None and row.low is not None:
+                copy.version = parameter._version
 
     def _foreach(self, weights: list[Tensor], factors: Factors) -> None:
         """The rule in four passes, for any tensors."""

@@ -19,6 +19,7 @@ from pipeline.loader.staging import is_url
 from pipeline.manifest import read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
+from trainer.precision import keep_precision
 from trainer.training import checkpoint, fit, run_folder
 from trainer.training.checkpoint import Choice
 from trainer.training.history import read_elapsed_s
@@ -112,6 +113,7 @@ def check_start(
     if not resume:
         raise RunError(f"{run} holds a run: continue it with --resume auto, or replace it with --overwrite")
     before = run_folder.read_run_config(run)
+    config = keep_precision(config, before)
     changes = allowed_changes(run, before, config)
     choice = checkpoint.choose(run, quiet=quiet)
     if choice:
@@ -219,7 +221,7 @@ def prepare_start(start: Start, options: dict[str, Any], initial: Initial | None
 def _environment(start: Start, options: dict[str, Any]) -> dict[str, Any]:
     """environment.json: of the first start, with every later one under ``resumed``."""
     now = describe_environment(["python", "-m", "trainer", *sys.argv[1:]])
-    now |= {"data": start.source, **options}
+    now |= {"data": start.source, "precision": start.config.train.precision, **options}
     before = None if start.choice is None else run_folder.read_environment(start.run)
     if not before:
         return now

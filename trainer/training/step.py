@@ -13,6 +13,7 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import DropoutDraws
 from trainer.parallel.data_parallel import GradientSum
 from trainer.parallel.mesh import Mesh, MeshCoord
+from trainer.precision import allow_tf32, autocast
 
 
 class ForwardBackward:
@@ -36,7 +37,8 @@ class ForwardBackward:
         timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._net, self._config, self._device, self._timed = net, config, device, timed
-        self.precision = config.precision  # the benchmark measures another one on the same net
+        self.precision: str = config.precision  # the benchmark measures another one on the same net
+        allow_tf32(self.precision, device)
         self._coord = mesh.coord if mesh else MeshCoord(0, 2)
         several = mesh.replicas if mesh else None
         self._sum = GradientSum(list(net.parameters()), several) if several else None
@@ -64,7 +66,7 @@ class ForwardBackward:
                 self._sum.prepare_for_backward()
             piece = slice(begin, begin + size)
             draws = DropoutDraws(self._config.seed, step, first=first + begin)
-            with self._timed("forward"), self._precision():
+            with self._timed("forward"), autocast(self.precision, self._device):
                 loss = self._net.loss(images[piece], labels[piece], draws)
             with self._timed("backward"):
                 (loss * (size / total)).backward()  # an image's share is that in the mean over the whole batch
@@ -73,12 +75,6 @@ class ForwardBackward:
             with self._timed("backward"):
                 self._sum.finish()
         return float(torch.stack(losses).mean()) if "a" in self._net.towers else math.nan
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 matrix products where the recipe asks for them."""
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.split(":")[0], torch.bfloat16)
 
 
 def gradient_norms(net: AlexNet) -> dict[str, float]:

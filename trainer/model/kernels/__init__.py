@@ -12,9 +12,10 @@ from torch import Tensor
 
 from trainer.errors import RunError
 from trainer.model.kernels.cpp import CppKernels, KernelError, open_library
-from trainer.model.kernels.interface import DTYPES, Kernels
+from trainer.model.kernels.interface import DTYPES, GpuKernels, Kernels
 from twotower.verbosity import remark
 
+MOST_ELEMENTS = 1 << 34  # of a tensor: its groups and rows are counted in 32 bits on a GPU
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only
 
 
@@ -33,7 +34,13 @@ def of(x: Tensor) -> Kernels | None:
     """The kernels that work on tensors like x, if there are any; built at the first call."""
     if x.device.type == "cpu":
         return load() if x.dtype in DTYPES else None
-    return load_triton() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
+    return on_gpu(x)
+
+
+def on_gpu(x: Tensor) -> GpuKernels | None:
+    """As :func:`of`, where x is on a GPU: what only those can."""
+    fits = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and x.numel() < MOST_ELEMENTS
+    return load_triton() if fits else None
 
 
 def describe(device: str) -> str:
@@ -56,7 +63,7 @@ def load() -> CppKernels | None:
 
 
 @functools.cache
-def load_triton() -> Kernels | None:
+def load_triton() -> GpuKernels | None:
     """The kernels of a GPU, or None, likewise."""
     if os.environ.get(SWITCH) == "off":
         return None

@@ -1,6 +1,8 @@
 """What compiled kernels do, whatever they are written in, and for which tensors."""
 
 import ctypes
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # as by_type() in kernels.cpp numbers them
 SIZES, BETA = (3, 5, 7), 0.75  # of the response normalization; the paper's are 5 and 0.75
+MOST_POOL_PX = 15  # side of a pooling's window: a place in it, and "nowhere", fit into a byte
 Factors = tuple[float, float, float]  # momentum, weight decay times rate, rate
 
 
@@ -22,6 +25,46 @@ class Norm(ctypes.Structure):
         ("k", ctypes.c_double),
         ("rectify", ctypes.c_bool),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Max pooling without padding.
+
+    Attributes:
+        px: side of the window, at most ``MOST_POOL_PX``.
+        stride: of both directions, at most px.
+        ceil: a window may hang over the bottom and right edge.
+        rectify: pool ReLU(x).
+    """
+
+    px: int
+    stride: int
+    ceil: bool
+    rectify: bool = False
+
+    def side(self, side: int) -> int:
+        """Outputs of a side of ``side`` px."""
+        return (side - self.px + (self.stride - 1 if self.ceil else 0)) // self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A parameter and what its update needs; dense, float32, all of one layout.
+
+    Attributes:
+        w: weights.
+        v: velocity.
+        g: gradient.
+        low: bfloat16 copy of the weights, written too; None where there is none.
+        factors: momentum, decay times rate, rate.
+    """
+
+    w: Tensor
+    v: Tensor
+    g: Tensor
+    low: Tensor | None
+    factors: Factors
 
 
 class Kernels(Protocol):
@@ -43,3 +86,26 @@ class Kernels(Protocol):
             factors: momentum, decay times rate, rate.
             guard: a scalar on the same device; where it is 0, nothing is done.
         """
+
+
+class UpdateAll(Protocol):
+    """:meth:`Kernels.update` of many parameters in one launch."""
+
+    def __call__(self, members: Sequence[Member], guard: Tensor | None) -> None:
+        """Updates them all; ``guard`` as there."""
+
+
+class GpuKernels(Kernels, Protocol):
+    """What is written by hand for a GPU only: elsewhere torch's own are as good."""
+
+    def pool_forward(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Maxima, and their places (uint8), of x (N, C, H, W), channels_last; both channels_last."""
+
+    def pool_backward(self, gradient: Tensor, place: Tensor, shape: torch.Size, pool: Pool) -> Tensor:
+        """The gradient to x of shape ``shape``; ``gradient`` is channels_last."""
+
+    def pooled_norm_backward(self, x: Tensor, gradient: Tensor, place: Tensor, norm: Norm, pool: Pool) -> Tensor:
+        """The gradient to x, normalized and then pooled; ``gradient`` and ``place`` are the pooling's."""
+
+    def make_update(self, device: torch.device) -> UpdateAll:
+        """One launch for all parameters on a device."""

@@ -1,76 +1,27 @@
-"""The loops of ``kernels.cpp`` for a GPU, in Triton; imported only where Triton is.
+"""The kernels of a GPU, in Triton; imported only where Triton is. Nothing here waits for the GPU.
 
-One thread an element: neighbors are loaded again by each of their neighbors, from the first-level cache. Nothing here
-waits for the GPU.
+What they do stands in ``triton_norm.py``, ``triton_pool.py`` and ``triton_update.py``; here is who launches them, and
+in what portions.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernels.interface import Factors, Norm
+from trainer.model.kernels.interface import Factors, Norm, Pool
+from trainer.model.kernels.triton_norm import norm_backward_kernel, norm_forward_kernel
+from trainer.model.kernels.triton_pool import pool_backward_kernel, pool_forward_kernel
+from trainer.model.kernels.triton_update import UpdateAll
 
 BLOCK = 1024  # elements a program
-FUSED = {
-    "enable_fp_fusion": True
-}  # multiply and add in one instruction, as kernels.cpp does; said, because Triton 3.9 asks
-
-
-@triton.jit
-def _square(x, at, map_, offset, maps, inside, RECTIFY: tl.constexpr):
-    """Square of the neighbor ``offset`` maps further on; 0 outside the row."""
-    near = map_ + offset
-    value = tl.load(x + at + offset, mask=inside & (near >= 0) & (near < maps), other=0.0).to(tl.float32)
-    if RECTIFY:
-        value = tl.where(value < 0, 0.0, value)
-    return value * value
-
-
-@triton.jit
-def _inverse(x, at, map_, maps, inside, alpha, k, HALF: tl.constexpr, RECTIFY: tl.constexpr):
-    """1 / (k + alpha * sum of squares over the window)."""
-    total = _square(x, at, map_, -HALF, maps, inside, RECTIFY)
-    for offset in tl.static_range(1 - HALF, HALF + 1):
-        total += _square(x, at, map_, offset, maps, inside, RECTIFY)
-    return 1.0 / (k + alpha * total)
-
-
-@triton.jit
-def forward_kernel(x, y, count, maps, alpha, k, HALF: tl.constexpr, RECTIFY: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x d^-0.75 of ``BLOCK`` elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside, map_ = at < count, at % maps
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if RECTIFY:
-        value = tl.where(value < 0, 0.0, value)
-    root = tl.sqrt(_inverse(x, at, map_, maps, inside, alpha, k, HALF, RECTIFY))
-    tl.store(y + at, (value * root * tl.sqrt(root)).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def backward_kernel(x, g, dx, count, maps, alpha, k, HALF: tl.constexpr, RECTIFY: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = g d^-0.75 - 1.5 alpha x * sum(g x d^-1.75) of ``BLOCK`` elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside, map_ = at < count, at % maps
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    root = tl.sqrt(_inverse(x, at, map_, maps, inside, alpha, k, HALF, RECTIFY))
-    slope = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * root * tl.sqrt(root)
-    total = tl.zeros_like(slope)
-    for offset in tl.static_range(-HALF, HALF + 1):
-        near = map_ + offset
-        there = inside & (near >= 0) & (near < maps)
-        other = tl.load(x + at + offset, mask=there, other=0.0).to(tl.float32)
-        if RECTIFY:
-            other = tl.where(other < 0, 0.0, other)
-        inverse = _inverse(x, at + offset, near, maps, there, alpha, k, HALF, RECTIFY)
-        root = tl.sqrt(inverse)
-        total += tl.load(g + at + offset, mask=there, other=0.0).to(tl.float32) * other * root * tl.sqrt(root) * inverse
-    slope -= 1.5 * alpha * value * total
-    if RECTIFY:
-        slope = tl.where(value <= 0, 0.0, slope)
-    tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=inside)
+LANES, WARPS = 32, 4
+VECTOR_BYTES = 16  # the widest load of a thread
+# multiply and add in one instruction, as kernels.cpp does; said, because Triton 3.9 asks
+FUSED = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -87,34 +38,95 @@ def update_kernel(w, v, g, guard, count, momentum, decay, rate, GUARDED: tl.cons
 
 
 class TritonKernels:
-    """As :class:`trainer.model.kernels.CppKernels`, on CUDA tensors."""
+    """:class:`.interface.GpuKernels` of CUDA tensors."""
 
     def norm_forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """See :class:`trainer.model.kernels.Kernels`."""
+        """See :class:`.interface.Kernels`."""
         y = torch.empty_like(x)
+        vec, pieces, lanes, grid = norm_tile(x, norm)
         with torch.cuda.device_of(x):
-            forward_kernel[_grid(x)](x, y, *_arguments(x, norm), **FUSED)
+            norm_forward_kernel[grid](x, y, *_constants(norm), norm.maps, vec, pieces, lanes, **FUSED)
         return y
 
     def norm_backward(self, x: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
-        """See :class:`trainer.model.kernels.Kernels`."""
+        """See :class:`.interface.Kernels`."""
         dx = torch.empty_like(x)
+        vec, pieces, lanes, grid = norm_tile(x, norm)
+        alpha, half = (norm.rows, norm.alpha, norm.k), (norm.size // 2, norm.rectify)
         with torch.cuda.device_of(x):
-            backward_kernel[_grid(x)](x, gradient, dx, *_arguments(x, norm), **FUSED)
+            norm_backward_kernel[grid](
+                x, gradient, gradient, dx, *alpha, 0, 0, 0, 0, *half, norm.maps, 1, False, 1, 1, vec, pieces, lanes,
+                **FUSED,
+            )  # fmt: skip
+        return dx
+
+    def pooled_norm_backward(self, x: Tensor, gradient: Tensor, place: Tensor, norm: Norm, pool: Pool) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        dx, sides = torch.empty_like(x), (*x.shape[2:], *place.shape[2:])
+        vec, pieces, lanes, grid = norm_tile(x, norm)
+        alpha, half = (norm.rows, norm.alpha, norm.k), (norm.size // 2, norm.rectify)
+        with torch.cuda.device_of(x):
+            norm_backward_kernel[grid](
+                x, gradient, place, dx, *alpha, *sides, *half, norm.maps, x.shape[1] // norm.maps, True, pool.px,
+                pool.stride, vec, pieces, lanes, **FUSED,
+            )  # fmt: skip
+        return dx
+
+    def pool_forward(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        """See :class:`.interface.GpuKernels`."""
+        images, channels, height, width = x.shape
+        shape = (images, channels, pool.side(height), pool.side(width))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        place = torch.empty_like(y, dtype=torch.uint8)
+        vec, block, grid = pool_tile(y)
+        sides = (y.numel() // channels, *x.shape[2:], *y.shape[2:])
+        with torch.cuda.device_of(x):
+            pool_forward_kernel[grid](
+                x, y, place, *sides, channels, pool.px, pool.stride, pool.rectify, vec, block, **FUSED
+            )
+        return y, place
+
+    def pool_backward(self, gradient: Tensor, place: Tensor, shape: torch.Size, pool: Pool) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        like = gradient
+        dx = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        vec, block, grid = pool_tile(dx)
+        sides = (dx.numel() // shape[1], *shape[2:], *gradient.shape[2:])
+        with torch.cuda.device_of(dx):
+            pool_backward_kernel[grid](gradient, place, dx, *sides, shape[1], pool.px, pool.stride, vec, block, **FUSED)
         return dx
 
     def update(self, w: Tensor, v: Tensor, g: Tensor, factors: Factors, guard: Tensor | None) -> None:
-        """See :class:`trainer.model.kernels.Kernels`."""
+        """See :class:`.interface.Kernels`."""
         flag = w if guard is None else guard  # a pointer must be given
+        grid = (triton.cdiv(w.numel(), BLOCK),)
         with torch.cuda.device_of(w):
-            update_kernel[_grid(w)](w, v, g, flag, w.numel(), *factors, guard is not None, BLOCK, **FUSED)
+            update_kernel[grid](w, v, g, flag, w.numel(), *factors, guard is not None, BLOCK, **FUSED)
+
+    def make_update(self, device: torch.device) -> UpdateAll:
+        """See :class:`.interface.GpuKernels`."""
+        return UpdateAll(device)
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    """Programs for all elements."""
-    return (triton.cdiv(x.numel(), BLOCK),)
+def norm_tile(x: Tensor, norm: Norm) -> tuple[int, int, int, tuple[int]]:
+    """Channels a thread, pieces a program, lanes a piece, and the programs for all rows.
+
+    A piece is a warp's, unless a row has more groups than a warp has lanes.
+    """
+    vec = math.gcd(norm.maps, VECTOR_BYTES // x.element_size())
+    groups = norm.maps // vec
+    lanes = max(LANES, triton.next_power_of_2(groups))
+    pieces = max(1, WARPS * LANES // lanes)
+    return vec, pieces, lanes, (triton.cdiv(norm.rows, pieces * (lanes // groups)),)
 
 
-def _arguments(x: Tensor, norm: Norm) -> tuple[int | float | bool, ...]:
-    """What both normalization kernels take after their tensors."""
-    return x.numel(), norm.maps, norm.alpha, norm.k, norm.size // 2, norm.rectify, BLOCK
+def pool_tile(written: Tensor) -> tuple[int, int, tuple[int]]:
+    """Channels a thread, groups a program, and the programs for all that is written."""
+    vec = math.gcd(written.shape[1], VECTOR_BYTES // written.element_size())
+    block = WARPS * LANES
+    return vec, block, (triton.cdiv(written.numel() // vec, block),)
+
+
+def _constants(norm: Norm) -> tuple[int | float | bool, ...]:
+    """What the forward takes after its tensors, up to the maps."""
+    return norm.rows, norm.alpha, norm.k, norm.size // 2, norm.rectify

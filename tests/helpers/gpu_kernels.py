@@ -1,0 +1,188 @@
+"""The GPU's kernels against formulas in float64, on any device: run by Triton's interpreter on a CPU, and by a GPU."""
+
+import itertools
+import math
+import unittest.mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.config import ModelConfig, OptimizerConfig
+from trainer.model import kernels
+from trainer.model.gpu_layers import fresh_copy
+from trainer.model.kernels.interface import GpuKernels, Member, Norm, Pool
+from trainer.model.layers import post_ops
+from trainer.model.response_norm import _KernelResponseNorm, response_norm
+from trainer.training.optimizer import PaperSGD
+
+CONSTANTS = {"alpha": 0.2, "beta": 0.75, "k": 2.0}
+DTYPES = ((torch.float32, 2e-6), (torch.bfloat16, 2**-7))  # and the size of a rounding step, with room
+
+
+def maps(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Noise, channels_last."""
+    return (torch.randn(shape, device=device) * 3).to(dtype).to(memory_format=torch.channels_last)
+
+
+def norm_by_formula(x: Tensor, size: int, channels: int, rectify: bool) -> tuple[Tensor, Tensor]:
+    """x in float64 as a leaf, and its normalization by torch operations."""
+    exact = x.detach().double().contiguous().requires_grad_()
+    rectified = exact.relu() if rectify else exact
+    return exact, response_norm(rectified, size=size, maps=channels, **CONSTANTS)
+
+
+def check_norm(functions: GpuKernels, device: str) -> None:
+    """Values and gradients of all sizes and dtypes; groups of 1, 2, 4 and 8 channels, rows wider than a warp."""
+    cases = [  # all maps, a tower's, window
+        *((18, 9, 3), (16, 8, 5), (24, 12, 7), (4, 2, 5), (66, 33, 5)),
+        *(((18, 9, 7), (96, 48, 5), (256, 128, 5), (600, 300, 3)) if device != "cpu" else ()),
+    ]
+    for number, (all_maps, channels, size) in enumerate(cases):
+        for (dtype, step), rectify in itertools.product(DTYPES, (False, True)):
+            if device == "cpu" and number > 1 and rectify != (dtype == torch.bfloat16):
+                continue  # Triton's interpreter takes its time
+            x = maps((1, all_maps, 3, 5) if device == "cpu" else (3, all_maps, 5, 7), dtype, device).requires_grad_()
+            g = torch.randn_like(x)
+            norm = Norm(x.numel() // channels, channels, size, CONSTANTS["alpha"], CONSTANTS["k"], rectify)
+            y = _KernelResponseNorm.apply(x, norm, functions)
+            y.backward(g)
+            exact, wanted = norm_by_formula(x, size, channels, rectify)
+            wanted.backward(g.double())
+            torch.testing.assert_close(y.double(), wanted, rtol=step, atol=step)
+            torch.testing.assert_close(x.grad.double(), exact.grad, rtol=step, atol=4 * step)
+
+
+def check_not_finite(functions: GpuKernels, device: str) -> None:
+    """NaN comes out where it goes in and beside it, and nowhere else; pooling passes it on, and its gradient to it."""
+    for place, rectify in ((5, False), (0, True), (11, True)):
+        x = torch.randn(1, 12, 2, 2, device=device).to(memory_format=torch.channels_last)
+        x[0, place, 1, 1] = float("nan")
+        y = functions.norm_forward(x, Norm(4, 12, 5, 0.2, 2.0, rectify))
+        reached = [channel for channel in range(place - 2, place + 3) if 0 <= channel < 12]
+        assert [index[1] for index in y.isnan().nonzero().tolist()] == reached
+    for bad in (float("nan"), float("inf")):
+        x = maps((2, 4, 5, 5), torch.float32, device)
+        x[0, 3, 2, 2] = bad
+        x[1] = float("-inf")
+        y, place = functions.pool_forward(x, Pool(3, 2, ceil=False))
+        wanted, indices = functional.max_pool2d(x, 3, 2, return_indices=True)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(places_of(indices, 5, Pool(3, 2, ceil=False)), place.long())
+
+
+def places_of(indices: Tensor, width: int, pool: Pool) -> Tensor:
+    """Places in their windows, from torch's indices in the whole map."""
+    row, column = (torch.arange(side, device=indices.device) * pool.stride for side in indices.shape[2:])
+    return (indices // width - row[:, None]) * pool.px + indices % width - column
+
+
+def check_pool(functions: GpuKernels, device: str) -> None:
+    """Maxima and gradients against torch in float64: odd sizes, ceil mode, no overlap, many ties, with a ReLU."""
+    three = [Pool(3, 2, ceil, rectify) for ceil in (False, True) for rectify in (False, True)]
+    others = [Pool(2, 2, ceil=True), Pool(4, 3, ceil=True), Pool(3, 1, ceil=False), Pool(1, 1, ceil=False)]
+    shapes = ((2, 16, 13, 11), (1, 6, 7, 8), (3, 5, 6, 6))
+    cases = list(itertools.product(DTYPES, shapes, [*three, *others]))
+    if device == "cpu":  # Triton's interpreter takes its time
+        cases = [
+            *itertools.product(DTYPES[1:], shapes[1:2], three[:3]),
+            *itertools.product(DTYPES[:1], shapes[2:], [three[3], *others[:2]]),
+            (DTYPES[1], (1, 16, 5, 4), three[1]),
+        ]
+    for (dtype, step), shape, pool in cases:
+        x = maps(shape, dtype, device).round()  # values tie
+        y, place = functions.pool_forward(x, pool)
+        exact = x.double().contiguous().requires_grad_()
+        rectified = exact.relu() if pool.rectify else exact
+        wanted = functional.max_pool2d(rectified, pool.px, pool.stride, ceil_mode=pool.ceil)
+        assert y.shape == wanted.shape and torch.equal(y.double(), wanted)
+        g = maps(tuple(y.shape), dtype, device)
+        wanted.backward(g.double())
+        found = functions.pool_backward(g, place, x.shape, pool)
+        torch.testing.assert_close(found.double(), exact.grad, rtol=step, atol=4 * step)
+
+
+def check_pooled_norm(functions: GpuKernels, device: str) -> None:
+    """The gradient through pooling and normalization in one pass: two towers, odd sides, with a ReLU and without."""
+    cases = (
+        (DTYPES[0], (2, 16, 7, 5), 8, Pool(3, 2, ceil=False), False),
+        (DTYPES[1], (1, 16, 6, 5), 8, Pool(3, 2, ceil=True), True),
+        (DTYPES[0], (1, 10, 5, 4), 5, Pool(2, 2, ceil=False), True),
+    )
+    for (dtype, step), shape, channels, pool, rectify in cases:
+        x = maps(shape, dtype, device)
+        norm = Norm(x.numel() // channels, channels, 5, CONSTANTS["alpha"], CONSTANTS["k"], rectify)
+        _, place = functions.pool_forward(functions.norm_forward(x, norm), pool)
+        g = maps(tuple(place.shape), dtype, device)
+        exact, normalized = norm_by_formula(x, 5, channels, rectify)
+        # the same places are taken, also where bfloat16 has made two values alike
+        normalized.backward(functions.pool_backward(g.float(), place, x.shape, pool).double().contiguous())
+        found = functions.pooled_norm_backward(x, g, place, norm, pool)
+        torch.testing.assert_close(found.double(), exact.grad, rtol=step, atol=8 * step)
+
+
+def check_update(functions: GpuKernels, device: str) -> None:
+    """One tensor against the formula; guards of 0 and 1."""
+    for guard in (None, 1.0, 0.0):
+        w, v, g = torch.randn(3, 2500, device=device)
+        flag = None if guard is None else torch.tensor(guard, device=device)
+        velocity = v if guard == 0.0 else 0.9 * v - 0.005 * w - 0.1 * g
+        weights = w if guard == 0.0 else w + velocity
+        ours = w.clone(), v.clone()
+        functions.update(*ours, g, (0.9, 0.005, 0.1), flag)
+        torch.testing.assert_close(ours[0], weights)
+        torch.testing.assert_close(ours[1], velocity)
+
+
+def check_update_all(functions: GpuKernels, device: str) -> None:
+    """All in one launch, to the bit as one by one: moved gradients, dropped rates, guards, odd counts, no copy."""
+    update = functions.make_update(torch.device(device))
+    counts = (1, 7, 1024, 2051)
+    tensors = [tuple(torch.randn(count, device=device) for _ in range(3)) for count in counts]
+    lows = [torch.zeros(count, dtype=torch.bfloat16, device=device) if count != 7 else None for count in counts]
+    for step, guard in enumerate((None, 1.0, 0.0, None)):
+        factors = [(0.9, 0.005 * number, 0.1 / (step // 2 + 1)) for number in range(len(counts))]
+        flag = None if guard is None else torch.tensor(guard, device=device)
+        gradients = [
+            torch.randn(math.prod(w.shape) + step, device=device)[step:] for w, *_ in tensors
+        ]  # unaligned, too
+        wanted = [(w.clone(), v.clone()) for w, v, _ in tensors]
+        for (w, v), g, row in zip(wanted, gradients, factors, strict=True):
+            functions.update(w, v, g.clone(), row, flag)
+        rows = zip(tensors, gradients, lows, factors, strict=True)
+        update([Member(w, v, g, low, row) for (w, v, _), g, low, row in rows], flag)
+        for (w, v, _), (exact_w, exact_v), low in zip(tensors, wanted, lows, strict=True):
+            assert torch.equal(w, exact_w) and torch.equal(v, exact_v)
+            if low is not None and guard != 0.0:  # the interpreter cuts off where a GPU rounds
+                torch.testing.assert_close(low, w.bfloat16(), rtol=2**-7 if device == "cpu" else 0, atol=0)
+
+
+def check_layers(functions: GpuKernels, device: str) -> None:
+    """What follows the convolutions, and the optimizer: they take the kernels, and equal what they do without them."""
+    images, low = maps((1, 16, 5, 4), torch.float32, device), {}
+    for names in (("relu", "lrn", "maxpool"), ("relu", "maxpool"), ("tanh", "maxpool")):
+        config = ModelConfig(channels=(8,) * 5, post_ops=(names, (), (), (), ("relu",)), image_px=200)
+        found = []
+        for on in (lambda _: None, lambda _: functions):
+            with unittest.mock.patch.object(kernels, "on_gpu", on), unittest.mock.patch.object(kernels, "of", on):
+                x = images.clone(memory_format=torch.preserve_format).requires_grad_()
+                y = post_ops(config, 0, 2).to(device)(x * 1.0)
+                y.backward(torch.ones_like(y))
+                found.append((y.detach(), x.grad))
+        for plain, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    net = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Linear(5, 6)).to(device, memory_format=torch.channels_last)
+    with unittest.mock.patch.object(kernels, "on_gpu", lambda _: functions):
+        optimizer = PaperSGD(net.named_parameters(), OptimizerConfig())
+        for step in range(2):
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+                low[parameter] = fresh_copy(parameter)
+            optimizer.step()
+            for parameter, copy in low.items():  # written by the update: not made anew
+                assert fresh_copy(parameter) is copy, step
+                step_size = 2**-7 if device == "cpu" else 0  # the interpreter cuts off where a GPU rounds
+                torch.testing.assert_close(copy.float(), parameter.bfloat16().float(), rtol=step_size, atol=0)
+
+
+CHECKS = (check_layers, check_norm, check_not_finite, check_pool, check_pooled_norm, check_update, check_update_all)
