@@ -215,7 +215,7 @@ def _color(base: Config) -> Variant | str:
 
 
 def _wire(base: Config) -> Variant | str:
-    if base.model.towers != 2 or base.train.comm_dtype != "same" or base.train.precision != "fp32":
+    if base.model.towers != 2 or base.train.comm_dtype != "same" or base.train.precision == "bf16":
         return "fp16 on the wire: this recipe's towers do not send fp32"
     return Variant(
         "fp16-wire",

@@ -25,6 +25,7 @@ def print_estimate(
 ) -> None:
     """Prints a row for each variant, and the sums; steps are measured one variant after the other."""
     from trainer.planning.dry_run import plan_run
+    from trainer.precision import resolve_precision
 
     table = Table(title=experiment.title, title_justify="left")
     for heading in ("variant", "runs", "steps a run", "s a step", "hours", "disk, GiB"):
@@ -33,7 +34,7 @@ def print_estimate(
     for variant in experiment.variants:
         config = configs[variant.name]
         runs = sum(task.variant == variant.name for task in tasks)
-        found = plan_run(config, data, device=device)
+        found = plan_run(resolve_precision(config, device), data, device=device)
         size = runs * KEPT * 8 * to_dict(config.model)["parameters"] / 2**30
         disk += size
         if found.remaining_s is None:

@@ -107,6 +107,7 @@ def test_what_a_recipe_has_not_is_left_out() -> None:
     left_out = make_experiment("ablations", recipe("half", "model.dropout=0")).left_out
     assert len(left_out) == 5 and any("one tower" in sentence for sentence in left_out)
     assert "no response normalization" in make_experiment("ablations", recipe("fashion")).left_out[0]
+    assert "fp16-wire" not in variants("ablations", recipe("original", "train.precision=bf16"))
 
 
 def test_pooling_without_overlap_says_whether_fc6_changes() -> None:
