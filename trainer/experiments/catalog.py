@@ -151,6 +151,9 @@ def _figure_4(base: Config) -> Experiment:
 
 def _views(base: Config) -> Experiment:
     """One view, ten views, several nets."""
+    mirrored = (
+        "Five of the ten views are mirrored, and this recipe trains without mirror images: they are strange to it."
+    )
     return Experiment(
         name="views",
         title="Center, ten views, and the average of several nets",
@@ -169,6 +172,7 @@ def _views(base: Config) -> Experiment:
         notes=(
             "Paper: 39.0 / 18.3 % center and 37.5 / 17.0 % with ten views (ILSVRC-2010 test); one net 40.7 / 18.2 %, "
             "the average of five 38.1 / 16.4 % (ILSVRC-2012 val, ten views).",
+            *(() if base.data.mirror else (mirrored,)),
         ),
     )
 

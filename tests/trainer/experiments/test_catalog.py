@@ -165,3 +165,8 @@ def test_without_normalization_everything_else_stays_in_its_order(name: str) -> 
     left = variants("ablations", base)["no-normalization"].recipe(base).model.post_ops
     assert left == tuple(tuple(op for op in ops if not op.startswith("lrn")) for ops in base.model.post_ops)
     assert sum(map(len, left)) < sum(map(len, base.model.post_ops))
+
+
+def test_views_say_so_where_mirrored_views_are_strange_to_the_net() -> None:
+    notes = {mirror: make_experiment("views", recipe("digits", f"data.mirror={mirror}")).notes for mirror in (0.0, 0.5)}
+    assert "trains without mirror images" in notes[0.0][-1] and len(notes[0.5]) == len(notes[0.0]) - 1
