@@ -43,6 +43,7 @@ FLOORS = {
         "planning",
         "report",
         "inference",
+        "experiments",
         "bench",
         "guesses",
         "train_command",

@@ -252,6 +252,14 @@ def _bench_tower(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _experiment(arguments: argparse.Namespace) -> int:
+    """Runs one of the paper's experiments."""
+    stage_data(arguments)
+    from trainer.experiments import command
+
+    return command.run(arguments, load_recipe)
+
+
 HANDLERS = {
     "train": train,
     "tower": tower,
@@ -266,6 +274,7 @@ HANDLERS = {
     "import": _import,
     "bench": _bench,
     "bench-tower": _bench_tower,
+    "experiment": _experiment,
 }
 
 

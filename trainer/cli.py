@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trainer.config import LAYERS
+from trainer.experiments import options as experiment_options
 from trainer.guesses import TrainerParser
 from twotower import verbosity
 
@@ -13,7 +14,8 @@ Handler = Callable[[argparse.Namespace], int]
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 a bug of ours, 2 something to fix (one line says what), 3 stopped by a signal, and saved "
-    "(train), or some images could not be used (predict), 4 another process of the run was lost (train), "
+    "(train), some images could not be used (predict) or some runs are missing (experiment), "
+    "4 another process of the run was lost (train), "
     "128 + N ended by signal N; those of all commands are in docs/commands.md"
 )
 PAGED = "write a page with the images besides; of more than 200 images several, FILE, FILE-2 and so on"
@@ -75,6 +77,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _add_export(commands)
     _add_import(commands)
     _add_bench(commands)
+    _add_experiment(commands)
     commands.finish(parser)
     return parser
 
@@ -241,6 +244,13 @@ def _add_bench(commands: Commands) -> None:
     bench.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="two results of --json side by side")
     tower = commands.add_hidden("bench-tower")
     tower.add_argument("--job", type=Path, required=True)
+
+
+def _add_experiment(commands: Commands) -> None:
+    experiment = commands.add("experiment", experiment_options.SUMMARY, experiment_options.EXAMPLE)
+    _recipe_options(experiment)
+    experiment_options.add_options(experiment, _positive, _names)
+    _device_option(experiment)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ OPTIONS = {
         "bench": "--config:recipe --set --data:data --processes --device --seconds --batch-sizes --json:path "
         "--html:path --project --tower-link --replica-link --read:path+ --compare:path2",
         "bench-tower": "--job:path",
+        "experiment": "name --config:recipe --set --data:data --output:path --seeds --variants --parallel --processes "
+        "--address --cpus --gpus --device",
     },
     "pipeline": {
         "prepare": "--source --input:data --labels:data --output:data --seed --shard-size --val-fraction --resize "

@@ -22,6 +22,7 @@ SOURCES = {
     "mnist": "pipeline.sources.idx",
     "fashion-mnist": "pipeline.sources.idx",
     "digits": "pipeline.sources.digits",
+    "photo-crops": "pipeline.sources.photo_crops",
     "webdataset": "pipeline.sources.webdataset",
 }
 AT_URLS = ("imagenet", "folder", "webdataset")  # the others are small enough to be copied first

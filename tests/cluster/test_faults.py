@@ -1,5 +1,6 @@
 """The real commands on a cluster of two nodes: equal to direct runs, also when workers and nodes are killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -24,9 +25,11 @@ from tests.helpers.digits_jobs import (
     train_command,
     train_directly,
 )
+from tests.helpers.experiments import tiny_words
 from tests.helpers.frozen import has_pending, hold, release
-from tests.helpers.local_cluster import Machine, started, wait_until
+from tests.helpers.local_cluster import ROOT, Machine, started, wait_until
 from tests.helpers.small_disk import remount, small_disk
+from tests.helpers.tiny_run import make_tiny_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -168,6 +171,71 @@ def test_training_survives_a_killed_tower_worker_and_node(machine, data, weights
     assert done.stdout.count("restart: going on from the last checkpoint") == 3
     assert final_weights(run) == weights
     add_node(machine)
+
+
+def trainings_of(run: Path) -> list[int]:
+    """The process of a run that has a checkpoint."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline") if has_checkpoint(run) else ():
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if words[1:4] == [b"-m", b"trainer", b"train"] and os.fsencode(run) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_an_experiment_survives_a_killed_node(machine, tmp_path):
+    """Two runs, a node each, of which one is killed in the middle of its run: the rows are those without Ray."""
+    data = make_tiny_data(tmp_path / "data")
+    more = ("--variants", "no-dropout", "--cpus", 2, "--set", "train.epochs=12")
+    here, there = (tiny_words("ablations", data, tmp_path / name, *more, seeds=1) for name in ("here", "there"))
+    job = machine.submit("python", "-m", "trainer", *map(str, there), "--address", "auto")
+    (held,) = hold(lambda: trainings_of(tmp_path / "there" / "runs" / "no-dropout" / "seed-0"), "a training")
+    host = os.getsid(held)
+    (node,) = [node for node in living(machine.cluster) if node.pid == host]
+    assert not node.head, "a run of two CPUs must not fit on the head"
+    local.stop_node(node, kill=True)
+    command = [sys.executable, "-m", "trainer", *map(str, here)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    done = machine.run("logs", "--follow", job)
+    assert done.returncode == 0 and "runs 2/2" in done.stdout, done.stdout
+    for name in ("results.jsonl", "summary.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    add_node(machine)
+
+
+def test_a_task_is_told_of_with_its_own_status(machine, tmp_path):
+    programs = {
+        "fine": "print('hello')",
+        "seven": "raise SystemExit(7)",
+        "killed": "import os; os.kill(os.getpid(), 9)",
+    }
+    tasks = [
+        {"name": name, "command": ["python", "-c", program], "log": str(tmp_path / f"{name}.log")}
+        for name, program in programs.items()
+    ]
+    words = ("cluster.training.tasks", "--address", machine.cluster.gcs, "--stop-file", str(tmp_path / "stop"))
+
+    def statuses() -> dict[str, int]:
+        lines = "".join(json.dumps(task) + "\n" for task in tasks)
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            input=lines,
+            cwd=ROOT,
+            env=machine.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        )
+        first, *rows = map(json.loads, done.stdout.splitlines())
+        assert first == {"ready": True}
+        return {row["name"]: row["status"] for row in rows}
+
+    assert statuses() == {"fine": 0, "seven": 7, "killed": 137}
+    assert (tmp_path / "fine.log").read_text() == "hello\n"
+    (tmp_path / "stop").touch()
+    assert set(statuses().values()) == {128 + signal.SIGTERM}, "none is begun once it was asked to stop"
 
 
 def test_two_replicas_equal_a_direct_run_also_after_a_kill(machine, data, tmp_path):

@@ -25,7 +25,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.mutations import Mutation, images, inference, neighbours, net, of_groups, recipes, training, trust
+from tests.mutations import (
+    Mutation,
+    experiments,
+    images,
+    inference,
+    neighbours,
+    net,
+    of_groups,
+    recipes,
+    training,
+    trust,
+)
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tests/trainer", "tests/pipeline")
@@ -63,6 +74,7 @@ def mutations() -> list[Mutation]:
         *of_groups(training.GROUPS),
         *of_groups(images.GROUPS),
         *of_groups(inference.GROUPS),
+        *of_groups(experiments.GROUPS),
         *of_groups(neighbours.GROUPS),
         *of_groups(trust.GROUPS),
         *recipes.of_recipes(),

@@ -1,0 +1,65 @@
+"""An experiment that is killed in the middle of a run, and given again, ends with the same rows."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.experiments import tiny_words
+from tests.helpers.frozen import POLL_S
+from tests.helpers.training_commands import ROOT, environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NAMES = ("results.jsonl", "results.csv", "summary.json", "table.md")
+
+
+def start(words: list[object]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "trainer", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_a_checkpoint(folder: Path, experiment: "subprocess.Popen[bytes]") -> None:
+    """Until the second run has one; the experiment is then held, so that it writes no more."""
+    while not list(folder.glob("runs/no-dropout/seed-0/checkpoints/step-*")):
+        assert experiment.poll() is None, experiment.communicate()
+        time.sleep(POLL_S)
+    os.kill(experiment.pid, signal.SIGSTOP)
+
+
+def trainers_of(folder: Path) -> list[int]:
+    """Processes that train in an experiment's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train" in words and any(word.startswith(os.fsencode(folder / "runs")) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_killed_in_the_middle_and_given_again(tiny_data: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves no training behind, and the next start needs no look at what was there."""
+    more = ("--variants", "no-dropout", "--set", "train.epochs=12")
+    words = {name: tiny_words("ablations", tiny_data, tmp_path / name, *more, seeds=1) for name in ("whole", "killed")}
+    whole = start(words["whole"])
+    said = whole.communicate(timeout=600)[0]
+    assert whole.returncode == 0, said
+    experiment = start(words["killed"])
+    wait_for_a_checkpoint(tmp_path / "killed", experiment)
+    experiment.kill()
+    experiment.wait()
+    deadline = time.monotonic() + 300
+    while trainers_of(tmp_path / "killed"):
+        assert time.monotonic() < deadline, "a training goes on although its experiment was killed"
+        time.sleep(POLL_S)
+    again = start(words["killed"])
+    said = again.communicate(timeout=600)[0]
+    assert again.returncode == 0 and b"runs 1/2 are done already" in said, said
+    for name in NAMES:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
