@@ -13,7 +13,7 @@ from trainer.experiments.folder import Row, RunTask
 from trainer.experiments.variants import Experiment
 from trainer.planning.describe import to_dict
 from trainer.training import run_folder
-from trainer.training.rows import read_metrics
+from trainer.training.rows import iterate_rows
 
 ROWS_NAME, TABLE_NAME = "results.jsonl", "results.csv"
 OK, FAILED = "ok", "failed"
@@ -29,7 +29,7 @@ def finished_row(task: RunTask, measured: Mapping[str, float | None]) -> Row:
     result = run_folder.read_result(task.run)
     if result.get("exit_reason") != "finished" or result.get("top1") is None:
         raise RunError(f"{task.run}: its result.json tells of no evaluation at the end")
-    evaluation = next(row for row in reversed(read_metrics(task.run)) if row.get("kind") == "evaluation")
+    *_, evaluation = (row for _, row in iterate_rows(task.run) if row.get("kind") == "evaluation")
     total, top5 = result["num_samples"], result.get("top5")
     return {
         "variant": task.variant,
