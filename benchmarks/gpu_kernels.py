@@ -114,6 +114,7 @@ def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
         Member(w, torch.zeros_like(w), torch.zeros_like(w), w.bfloat16() if dtype == "bf16" else None, (0.9, 0.0, 0.0))
         for w in (parameter.detach() for parameter in make_net(Config(), None, device="cuda").parameters())
     ]
+    update.send(members)
     return found | {"update": lambda: update(members, None)}
 
 

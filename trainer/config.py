@@ -279,6 +279,10 @@ class TrainConfig:
             what it multiplies in fully connected layers to tf32, as cuDNN does in convolutions with fp32, too; a CPU
             does not); auto: bf16 on a GPU of 2020 or later and on processors with bf16 instructions (AVX512_BF16,
             AMX_BF16), fp32 elsewhere. What auto came to stands in RUN/config.toml, and the run keeps it.
+        cuda_graph: whether the GPU repeats a whole step by itself (a CUDA graph) once three were launched kernel by
+            kernel. auto: where one process trains on a GPU, and ``data.last_batch`` is drop; on: also beside a partial
+            last batch, which is launched kernel by kernel, and with two processes over NCCL; off: never. Where it
+            cannot be had, one line says why, and all else stays as it is.
         comm_dtype: number format in which activations and their gradients cross between towers: same (as computed:
             fp32, or bf16 where ``precision`` is bf16), fp16 (measured by the original: top-1 error -0.01, top-5 +0.37)
             or bf16.
@@ -302,6 +306,7 @@ class TrainConfig:
     checkpoint_every_steps: Annotated[int, Limits(0, unit="steps")] = may_change(0)
     keep_checkpoints: Annotated[int, Limits(1, unit="checkpoints")] = may_change(2)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
+    cuda_graph: Literal["auto", "on", "off"] = may_change("auto")
     comm_dtype: Literal["same", "fp16", "bf16"] = "same"
     threads: Annotated[int, Limits(0, 1024, unit="threads")] = may_change(0)
     loggers: Annotated[tuple[str, ...], Limits(choices=LOGGERS)] = may_change(("tensorboard",))

@@ -150,7 +150,9 @@ def check_update_all(functions: GpuKernels, device: str) -> None:
         for (w, v), g, row in zip(wanted, gradients, factors, strict=True):
             functions.update(w, v, g.clone(), row, flag)
         rows = zip(tensors, gradients, lows, factors, strict=True)
-        update([Member(w, v, g, low, row) for (w, v, _), g, low, row in rows], flag)
+        members = [Member(w, v, g, low, row) for (w, v, _), g, low, row in rows]
+        update.send(members)
+        update(members, flag)
         for (w, v, _), (exact_w, exact_v), low in zip(tensors, wanted, lows, strict=True):
             assert torch.equal(w, exact_w) and torch.equal(v, exact_v)
             if low is not None and guard != 0.0:  # the interpreter cuts off where a GPU rounds

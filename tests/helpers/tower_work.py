@@ -21,7 +21,7 @@ from trainer.model.layers import DropoutDraws
 from trainer.parallel import crossing
 from trainer.parallel.link import COMM_DTYPES, Link, Transfer
 from trainer.parallel.mesh import Mesh, MeshCoord
-from trainer.parallel.status import LocalStatus, all_reduce_status
+from trainer.parallel.status import GlobalStatus, LocalStatus, PendingStatus, exchange_status
 from trainer.training.optimizer import PaperSGD
 from trainer.training.step import ForwardBackward
 
@@ -136,7 +136,7 @@ def train_rows(
         images, labels = a_batch(config, step, batch_size)
         loss = gradients(images[rows].to(dtype), labels[rows], step)
         norms = dict.fromkeys(net.towers, 1.0)
-        record["losses"].append(all_reduce_status(mesh, LocalStatus(1, 1, True, False, 0, norms, loss), "a test").loss)
+        record["losses"].append(compare_notes(mesh, LocalStatus(1, 1, False, 0), norms, float(loss), "a test").loss)
         if step == 0:
             record["gradients"] = gradients_of(net)
         optimizer.step()
@@ -159,20 +159,31 @@ def count_replica_step(mesh: Mesh, name: str, batch_size: int, accumulate: int) 
     return {"calls": counter.calls, "ledger": ledger, "parameters": sum(p.numel() for p in net.parameters())}
 
 
+def compare_notes(
+    mesh: Mesh | None, notes: LocalStatus, norms: Mapping[str, float], loss: float, where: str, *, finite: bool = True
+) -> GlobalStatus:
+    """What all processes know after the control messages of a step."""
+    figures = {tower: torch.tensor(norm, dtype=torch.float64) for tower, norm in norms.items()}
+    mean = torch.tensor(loss, dtype=torch.float64)
+    told, sound = exchange_status(mesh, torch.tensor(notes.words), torch.tensor(finite), figures, mean)
+    verdict = PendingStatus(mesh, tuple(norms), told, where).read()
+    assert bool(sound) == verdict.finite  # what the device knows, the host knows
+    return verdict
+
+
 def disagree(mesh: Mesh, what: str) -> str:
     """The last rank (of the batch: the last replica) tells something else than the others; what each is told."""
     odd = mesh.coord.replica == mesh.coord.replicas - 1 and (mesh.coord.tower == "b" or what == "batch")
     notes = LocalStatus(
         fingerprint=2 if odd and what == "rows" else 1,
         order_fingerprint=2 if odd and what == "batch" else 1,
-        finite=not (odd and what == "finite"),
         stop=odd and what == "stop",
         plateaus=3 if odd and what == "plateaus" else 1,
-        norms={mesh.coord.tower: 2.0 if odd and what == "gradients" else 1.0},
-        loss=float(mesh.coord.replica),
     )
+    norms = {mesh.coord.tower: 2.0 if odd and what == "gradients" else 1.0}
+    finite = not (odd and what == "finite")
     try:
-        verdict = all_reduce_status(mesh, notes, "step 7")
+        verdict = compare_notes(mesh, notes, norms, float(mesh.coord.replica), "step 7", finite=finite)
     except PeerError as error:
         return str(error)
     return f"finite {verdict.finite}, stop {verdict.stop}, plateaus {verdict.plateaus}"
@@ -267,7 +278,7 @@ def first_gradients(link: Link | None, overrides: Sequence[str], batch_size: int
     reference = None if link else SideBySide(net, COMM_DTYPES[config.train.comm_dtype])
     images, labels = a_batch(config, 0, batch_size)
     loss = ForwardBackward(cast(AlexNet, reference or net), config.train, mesh=mesh)(images.to(dtype), labels, 0)
-    return {"loss": loss} | (reference.by_tower(gradients=True) if reference else gradients_of(net))
+    return {"loss": float(loss)} | (reference.by_tower(gradients=True) if reference else gradients_of(net))
 
 
 def overlap_facts(link: Link, variants: Sequence[Sequence[str]], batch_size: int) -> dict[str, Any]:

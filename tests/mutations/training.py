@@ -74,16 +74,16 @@ def of_step() -> Iterator[Change]:
 
 def of_loop() -> Iterator[Change]:
     """trainer/training/loop.py: rates at each step."""
-    yield "run: rates never set", "self.optimizer.set_rates(learning_rates)", "pass"
+    yield "run: rates never set", "self.optimizer.set_rates(rates)", "pass"
     yield (
         "run: whole epochs only",
-        "epoch = self.step / self.steps_per_epoch\n        learning_rates",
-        "epoch = self.step // self.steps_per_epoch\n        learning_rates",
+        "self.config.train, self.step / self.steps_per_epoch",
+        "self.config.train, self.step // self.steps_per_epoch",
     )
     yield (
         "run: dropout of the first step always",
-        "batch.images, batch.labels, self.step)",
-        "batch.images, batch.labels, 0)",
+        "self._notes(batch).words, self.step)",
+        "self._notes(batch).words, 0)",
     )
 
 

@@ -115,10 +115,14 @@ def lowered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 def fresh_copy(parameter: Tensor) -> Tensor:
     """The bfloat16 of a parameter as it is now; cast only where somebody else than the optimizer has changed it."""
     found = low_copy(parameter)
-    if found is None or found.version != parameter._version or found.tensor.device != parameter.device:
+    if found is None or found.tensor.device != parameter.device:
         with torch.no_grad():
             found = LowCopy(parameter.detach().to(torch.bfloat16), parameter._version)
         parameter.low_copy = found  # type: ignore[attr-defined]
+    elif found.version != parameter._version:  # in place: a CUDA graph reads the copy where it was
+        with torch.no_grad():
+            found.tensor.copy_(parameter)
+        found.version = parameter._version
     return found.tensor
 
 

@@ -8,7 +8,7 @@ the same otherwise: see :mod:`trainer.model.gpu_layers`.
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -202,11 +202,17 @@ class DropoutDraws:
         seed: seed of the run.
         step: step of the run, from 0.
         first: first row, of the whole batch, of the images at hand.
+        starts: what :meth:`start` would give, as scalars on the device: a captured step is given others each time.
     """
 
     seed: int
     step: int
     first: int = 0
+    starts: Mapping[tuple[str, str], Tensor] | None = None
+
+    def start(self, tower: str, layer: str) -> int:
+        """Where the words of a tower's mask begin, 0..2**63 - 1."""
+        return stable_seed(self.seed, self.step, tower, layer)
 
     def mask(self, tower: str, layer: str, like: Tensor, rate: float) -> Tensor:
         """0/1 mask with the shape, dtype and device of ``like``; 1 keeps a unit, with probability 1 - rate.
@@ -215,7 +221,7 @@ class DropoutDraws:
         """
         units = like[:1].numel()
         words = -(-units // LANES)  # a row; the same row has the same words whoever draws it
-        begin = stable_seed(self.seed, self.step, tower, layer)
+        begin = self.starts[tower, layer] if self.starts else self.start(tower, layer)
         numbers = _counted(begin, self.first * words, len(like) * words, like.device)
         lanes = numbers.view(torch.int16).view(len(like), LANES * words)[:, :units]
         least = min(round(rate * 65536), 65535) - 32768  # int16 goes from -32768 to 32767
@@ -249,14 +255,14 @@ class Dropout(nn.Module):
         return x / (1 - self.rate) if self.inverted else x
 
 
-def _counted(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+def _counted(seed: int | Tensor, first: int, count: int, device: torch.device) -> Tensor:
     """Random words number ``first`` to ``first + count`` of a seed: splitmix64 (Steele, Lea, Flood 2014), int64.
 
     For four units it is three products and three shifts: a CPU needs a seventh of the time of ``bernoulli_``. torch
     shifts the sign in, which the constants with ``&`` take away again; products and sums wrap around as they should.
     """
     words = torch.arange(first, first + count, device=device)
-    words.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(seed))
+    words.mul_(_signed(0x9E3779B97F4A7C15)).add_(seed)
     words.bitwise_xor_((words >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(0xBF58476D1CE4E5B9))
     words.bitwise_xor_((words >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(0x94D049BB133111EB))
     return words.bitwise_xor_((words >> 31).bitwise_and_((1 << 33) - 1))

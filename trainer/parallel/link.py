@@ -141,6 +141,7 @@ class Link:
         self.last_transfer = "none yet"
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
+        self.waits = self._on_cpu  # messages hold up the host
         self._outwards = "a->b" if tower == "a" else "b->a"
         self._inwards = "b->a" if tower == "a" else "a->b"
 
@@ -199,16 +200,28 @@ class Link:
 
     def control(self, words: Sequence[int]) -> list[int]:
         """Exchanges ``CONTROL_WORDS`` int64 words with the peer on the CPU; returns the peer's."""
-        mine = torch.tensor(words, dtype=torch.int64)
-        assert mine.shape == (CONTROL_WORDS,)
+        return self.exchange_words(torch.tensor(words, dtype=torch.int64)).tolist()
+
+    def exchange_words(self, mine: Tensor) -> Tensor:
+        """As :meth:`control`, of a tensor; NCCL takes one that is on a GPU, and then the host does not wait."""
+        assert mine.shape == (CONTROL_WORDS,) and mine.dtype == torch.int64
         theirs = torch.empty_like(mine)
         self._finish_sending()
-        group = self.control_group
-        works = [dist.isend(mine, self.peer, group), dist.irecv(theirs, self.peer, group)]
-        self._wait("control", works, on_gloo=True)
+        on_gloo, works = mine.device.type == "cpu", list[Any]()
+        self.last_transfer = "control"
+        try:
+            if on_gloo:
+                group = self.control_group
+                works = [dist.isend(mine, self.peer, group), dist.irecv(theirs, self.peer, group)]
+            else:
+                ends = ((dist.isend, mine), (dist.irecv, theirs))
+                works = dist.batch_isend_irecv([dist.P2POp(end, words, self.peer, self.group) for end, words in ends])
+        except RuntimeError as error:
+            raise self._lost(error) from None
+        self._wait("control", works, on_gloo=on_gloo)
         for direction in (self._outwards, self._inwards):
             self.ledger.add("control", "flags and fingerprint", "step", direction, mine.nbytes)
-        return theirs.tolist()
+        return theirs
 
     def _packed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it travels: channels last, contiguous, in ``dtype``, on the CPU for gloo."""

@@ -163,14 +163,19 @@ class Replicas:
 
     def gather(self, words: Sequence[int]) -> list[list[int]]:
         """The int64 words of every replica, in their order."""
-        mine = torch.tensor(words, dtype=torch.int64)
+        return self.gather_words(torch.tensor(words, dtype=torch.int64)).tolist()
+
+    def gather_words(self, mine: Tensor) -> Tensor:
+        """As :meth:`gather`: (words,) -> (replicas, words); NCCL takes a tensor that is on a GPU, and no host waits."""
         everyone = [torch.zeros_like(mine) for _ in range(self.coord.replicas)]
+        on_gloo = mine.device.type == "cpu"
+        group = self._control if on_gloo else self._group
         try:
-            wait_for(dist.all_gather(everyone, mine, group=self._control, async_op=True), self.timeout)
+            wait_for(dist.all_gather(everyone, mine, group=group, async_op=True), self.timeout if on_gloo else None)
         except RuntimeError as error:
             raise self._lost("control", error) from None
         self._ledger.add("control", "replicas agree", "step", self._way, mine.nbytes)
-        return [row.tolist() for row in everyone]
+        return torch.stack(everyone)
 
     def _lost(self, what: str, error: Exception) -> PeerError:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""

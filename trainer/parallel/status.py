@@ -1,4 +1,8 @@
-"""What the processes of a run must agree on: where they start, every step before its update, every checkpoint."""
+"""What the processes of a run must agree on: where they start, every step before its update, every checkpoint.
+
+The words of a step are a tensor on the device that computes it: a GPU knows from them whether the update may be applied
+(:func:`exchange_status`), and the host reads them when it likes (:class:`PendingStatus`).
+"""
 
 import dataclasses
 import hashlib
@@ -10,6 +14,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer.config import TOWERS
 from trainer.errors import PeerError
 from trainer.parallel.mesh import Mesh, Replicas
@@ -19,48 +26,49 @@ from twotower.words import one_line
 
 FINITE, STOP, WRITTEN, FAILED = 1, 2, 4, 8  # flag bits of the control message; above them, tower a's count of plateaus
 PLATEAUS_SHIFT = 8
-REPLICA_WORDS = 4  # int64 a replica and step
+PAIR_WORDS, REPLICA_WORDS, HOST_WORDS = 3, 4, 3  # int64: from the peer, from each replica, of this process
 NORM_TOLERANCE = 1e-5  # machines of several kinds may add up the same gradients in another order
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalStatus:
-    """What one process knows of a step before its update.
+    """What the host of one process knows of a step before it is made.
 
     Attributes:
         fingerprint: of this process's rows of the batch, which both towers of a pair have.
         order_fingerprint: of what decides the whole batch, for all replicas.
-        finite: loss and gradients are finite here.
         stop: a signal has come.
         plateaus: plateaus of the held-out error so far; 0 where it is not known.
-        norms: Euclidean norm of all gradients, by tower held here.
-        loss: of the images of this replica; nan on tower b, which does not know it.
         written: this process's part of the checkpoint under way is on the disk.
         unsaved: it could not be written.
     """
 
     fingerprint: int
     order_fingerprint: int
-    finite: bool
     stop: bool
     plateaus: int
-    norms: Mapping[str, float]
-    loss: float
     written: bool = False
     unsaved: bool = False
 
     @property
-    def flags(self) -> int:
-        """Flags and plateaus as one word."""
+    def words(self) -> tuple[int, int, int]:
+        """Both fingerprints; flags and plateaus as one word, without what only the device knows."""
         saving = WRITTEN * self.written | FAILED * self.unsaved
-        return FINITE * self.finite | STOP * self.stop | saving | self.plateaus << PLATEAUS_SHIFT
+        return self.fingerprint, self.order_fingerprint, STOP * self.stop | saving | self.plateaus << PLATEAUS_SHIFT
 
 
 @dataclasses.dataclass(frozen=True)
 class GlobalStatus:
-    """What all processes know after the control messages of a step: as :class:`LocalStatus`, for all of them together.
+    """What all processes know after the control messages of a step.
 
-    Every process is finite and has written; at least one must stop, or could not save.
+    Attributes:
+        finite: loss and gradients are, in all of them.
+        stop: one must.
+        plateaus: of the held-out error so far.
+        norms: Euclidean norm of all gradients, by tower.
+        loss: of all images; nan where tower a is not held.
+        written: each process's part of the checkpoint under way is on the disk.
+        unsaved: one could not write it.
     """
 
     finite: bool
@@ -72,52 +80,108 @@ class GlobalStatus:
     unsaved: bool
 
 
-def all_reduce_status(mesh: Mesh | None, notes: LocalStatus, where: str) -> GlobalStatus:
+def exchange_status(
+    mesh: Mesh | None, words: Tensor, finite: Tensor, norms: Mapping[str, Tensor], loss: Tensor
+) -> tuple[Tensor, Tensor]:
     """Compares notes before an update: same batch, same gradients in all replicas, finite numbers, stop or go on.
 
-    The towers of each pair swap words first, then the same towers of all pairs, so that all know the same.
+    The towers of each pair swap words first, then the same towers of all pairs, so that all know the same. Where the
+    words are on a GPU, NCCL carries them, and the host does not wait.
 
     Args:
         mesh: the other processes, or None where this one is alone.
-        notes: this process's.
-        where: the step, for messages.
+        words: :attr:`LocalStatus.words`, (3,) int64; on the CPU where gloo carries the messages.
+        finite: loss and gradients are finite here, a scalar.
+        norms: of the gradients, by tower held here, scalars.
+        loss: a scalar.
 
-    Raises:
-        PeerError: a process is gone, has another batch, or other gradients.
+    Returns:
+        All that was told, int64, for :class:`PendingStatus`; and whether all is finite and the batches are the same,
+        a scalar bool: the update may be applied.
     """
-    flags, norms, loss = notes.flags, dict(notes.norms), notes.loss
+    figures = torch.stack([figure.double() for figure in (*norms.values(), loss)]).view(torch.int64)
+    figures, finite = figures.to(words.device), finite.to(words.device)
+    fingerprint, order, flags = words.unbind()
+    flags = flags | FINITE * finite
+    told, sound = [torch.stack((fingerprint, order, flags)), figures], finite
     if mesh:
-        link, norm = mesh.link, norms[mesh.link.tower]
-        theirs = link.control([notes.fingerprint, flags, _bits_of(norm)])
-        if theirs[0] != notes.fingerprint:
-            raise PeerError(f"{where}: the towers have different batches")
-        norms[TOWERS[1 - TOWERS.index(link.tower)]] = _double_of(theirs[2])
+        theirs = mesh.link.exchange_words(torch.stack((fingerprint, flags, figures[0])))
         flags = _both(flags, theirs[1])
+        sound = (flags & FINITE).bool() & (theirs[0] == fingerprint)
+        told.append(theirs)
         if mesh.replicas:
-            flags, loss = _agree_replicas(mesh.replicas, notes, (flags, norm), where)
-    finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
-    written, unsaved = bool(flags & WRITTEN), bool(flags & FAILED)
-    return GlobalStatus(finite, stop, plateaus, dict(sorted(norms.items())), loss, written, unsaved)
+            rows = mesh.replicas.gather_words(torch.stack((order, flags, *figures)))
+            sound = sound & (rows[:, 1] & FINITE).bool().all() & (rows[:, 0] == order).all()
+            told.append(rows.flatten())
+    return torch.cat(told), sound
 
 
-def _agree_replicas(replicas: Replicas, notes: LocalStatus, mine: tuple[int, float], where: str) -> tuple[int, float]:
-    """The same between the replicas of a tower; ``mine``: flags and gradient norm. Returns flags and mean loss."""
-    flags, norm = mine
-    rows = replicas.gather([notes.order_fingerprint, flags, _bits_of(norm), _bits_of(notes.loss)])
-    for number, row in enumerate(rows):
-        if row[0] != notes.order_fingerprint:
-            raise PeerError(f"{where}: replicas {replicas.coord.replica} and {number} have different batches")
-        flags = _both(flags, row[1])
-    for number, row in enumerate(rows):
-        if flags & FINITE and not math.isclose(norm, _double_of(row[2]), rel_tol=NORM_TOLERANCE):
-            raise PeerError(f"{where}: replicas {replicas.coord.replica} and {number} have different gradients")
-    return flags, math.fsum(_double_of(row[3]) for row in rows) / len(rows)
+class PendingStatus:
+    """What was told of a step, on its way to this host.
+
+    Args:
+        mesh: the other processes, or None where this one is alone.
+        towers: those held here, in the order in which their norms were given.
+        told: of :func:`exchange_status`.
+        where: the step, for messages.
+    """
+
+    def __init__(self, mesh: Mesh | None, towers: Sequence[str], told: Tensor, where: str) -> None:
+        self._mesh, self._towers, self._where = mesh, towers, where
+        self._event: Any = None
+        if told.is_cuda:  # into memory of its own: the next step may write where this one wrote
+            self._told = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+            self._told.copy_(told, non_blocking=True)
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(told.device))
+        else:
+            self._told = told.clone()
+
+    def read(self) -> GlobalStatus:
+        """Waits until it has come, and compares.
+
+        Raises:
+            PeerError: another process has another batch, or other gradients.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        told = self._told.tolist()
+        fingerprint, order, flags = told[:HOST_WORDS]
+        *norms, loss = map(_double_of, told[HOST_WORDS : HOST_WORDS + len(self._towers) + 1])
+        by_tower, rest = dict(zip(self._towers, norms, strict=True)), told[HOST_WORDS + len(norms) + 1 :]
+        if self._mesh:
+            theirs, rows = rest[:PAIR_WORDS], rest[PAIR_WORDS:]
+            if theirs[0] != fingerprint:
+                raise PeerError(f"{self._where}: the towers have different batches")
+            by_tower[TOWERS[1 - TOWERS.index(self._towers[0])]] = _double_of(theirs[2])
+            flags = _both(flags, theirs[1])
+            if rows:
+                everyone = [rows[at : at + REPLICA_WORDS] for at in range(0, len(rows), REPLICA_WORDS)]
+                flags, loss = self._compare_replicas(everyone, order, flags)
+        finite, stop, plateaus = bool(flags & FINITE), bool(flags & STOP), flags >> PLATEAUS_SHIFT
+        written, unsaved = bool(flags & WRITTEN), bool(flags & FAILED)
+        return GlobalStatus(finite, stop, plateaus, dict(sorted(by_tower.items())), loss, written, unsaved)
+
+    def _compare_replicas(self, rows: list[list[int]], order: int, flags: int) -> tuple[int, float]:
+        """The flags of all replicas, and their mean loss."""
+        assert self._mesh
+        mine = self._mesh.coord.replica
+        for number, row in enumerate(rows):
+            if row[0] != order:
+                raise PeerError(f"{self._where}: replicas {mine} and {number} have different batches")
+            flags = _both(flags, row[1])
+        norm = _double_of(rows[mine][2])
+        for number, row in enumerate(rows):
+            if flags & FINITE and not math.isclose(norm, _double_of(row[2]), rel_tol=NORM_TOLERANCE):
+                raise PeerError(f"{self._where}: replicas {mine} and {number} have different gradients")
+        return flags, math.fsum(_double_of(row[3]) for row in rows) / len(rows)
 
 
-def _both(mine: int, theirs: int) -> int:
-    """Two processes' flags as one, see :class:`GlobalStatus`; the larger count of plateaus."""
-    plateaus = max(mine, theirs) >> PLATEAUS_SHIFT
-    return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus << PLATEAUS_SHIFT
+def _both(mine: Any, theirs: Any) -> Any:
+    """Two processes' flags as one, ints or tensors, see :class:`GlobalStatus`; the larger count of plateaus."""
+    more = torch.maximum(mine, theirs) if isinstance(mine, Tensor) else max(mine, theirs)
+    plateaus = more >> PLATEAUS_SHIFT << PLATEAUS_SHIFT
+    return mine & theirs & (FINITE | WRITTEN) | (mine | theirs) & (STOP | FAILED) | plateaus
 
 
 @dataclasses.dataclass(frozen=True)

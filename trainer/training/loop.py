@@ -1,10 +1,8 @@
 """The training loop. One process holds both towers, or two processes hold one each; the loop is the same."""
 
 import contextlib
-import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,17 @@ import torch
 
 from pipeline.loader.batch import Batch, BatchShare, SplitFeed
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
-from pipeline.manifest import read_manifest
 from trainer.config import Config, to_toml
-from trainer.errors import DivergedError, LostError, RunError
-from trainer.model import kernels
+from trainer.errors import LostError, RunError
 from trainer.model.layers import freeze_statistics
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
-from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
+from trainer.parallel.status import GlobalStatus, LocalStatus, all_could, check_consistency
 from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
-from trainer.training.evaluate import StoppedEvaluation, count_net
+from trainer.training.consistency import facts_of_start
+from trainer.training.evaluate import StoppedEvaluation, count_net, until_stopped
 from trainer.training.history import read_past
 from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress
@@ -31,8 +28,10 @@ from trainer.training.optimizer import PaperSGD, count_plateaus, rates_at
 from trainer.training.profiling import StepProfiler
 from trainer.training.run_folder import START_NAME, Result, blame, write_result
 from trainer.training.start import commit_start
-from trainer.training.step import ForwardBackward, gradient_norms
-from twotower import terminal
+from trainer.training.step import ForwardBackward, StepInputs, StepWork
+from trainer.training.step_graph import GraphBackend, StepRunner, find_backend
+from trainer.training.verdicts import LaunchedStep, Verdicts, default_lag, step_row
+from twotower import terminal, verbosity
 from twotower.words import pluralize
 
 
@@ -52,6 +51,8 @@ class Trainer:
             ``backward``, ``check``, ``optimizer``. The benchmark's clock; the default does nothing and takes 0.2 us.
         is_new: begin with the prepared start's weights, or new ones, whatever checkpoints are there: the run may
             replace another one.
+        lag: steps that the host reads late, 0 or 1; None: as the device works. The same in all processes.
+        graphs: of the steps; None: as the recipe and the device have them.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Trainer:
         stop: StopRequest | None = None,
         timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         is_new: bool = False,
+        lag: int | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         self.timed, self.is_new = timed, is_new
         self.config, self.data, self.run, self.mesh, self.device = config, data, run, mesh, device
@@ -84,6 +87,14 @@ class Trainer:
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)
         self.saver = AsyncCheckpointer(run, self.net, self.optimizer, mesh=mesh, keep=train.keep_checkpoints)
         self.gradients = ForwardBackward(self.net, train, mesh=mesh, device=device, timed=timed)
+        self.verdicts = Verdicts(default_lag(device, mesh) if lag is None else lag)
+        lagging = self.verdicts.lag > 0
+        self.work = StepWork(self.net, self.gradients, self.optimizer, mesh=mesh, guarded=lagging)
+        say = verbosity.remark if self.leads else (lambda _: None)
+        graphs = graphs or find_backend(config, device, mesh, lag=self.verdicts.lag, say=say)
+        rows = train.batch_size // self.coord.replicas
+        self.runner = StepRunner(self.work, rows=rows, seed=train.seed, backend=graphs, say=say)
+        self.plateaus = self._known_plateaus()  # as all processes know them
         self.step = 0
         self.log: MetricsLog | None = None
         state = self._resume()
@@ -130,17 +141,7 @@ class Trainer:
 
     def _check_consistency(self) -> None:
         """Refuses to start where the processes would not do the same work."""
-        facts = {
-            "train.precision (auto is what a machine is fast in: name one, with --set train.precision=fp32)": Fact(
-                self.config.train.precision
-            ),
-            "the recipe": Fact(tuple(to_toml(self.config).splitlines())),
-            "the data set": Fact(read_manifest(self.data).fingerprint, shown=f"{self.data} on {platform.node()}"),
-            "torch version": Fact(torch.__version__),
-            "step to start from": Fact(self.step),
-            "kernels (see TWOTOWER_KERNELS in docs/commands.md)": Fact(kernels.describe(self.device)),
-        }
-        check_consistency(self.mesh, facts)
+        check_consistency(self.mesh, facts_of_start(self.config, self.data, self.step, self.device))
         if self.mesh:
             self.mesh.begin_steps()
 
@@ -197,8 +198,10 @@ class Trainer:
         stop = False
         complete = self._make_up_evaluation()
         while self.step < self.total_steps and complete and not stop:
-            stop = self._one_step().stop
+            stop = self._one_step()
             profiler.step()
+            if stop or self._evaluation_is_due() or self._checkpoint_is_due():
+                stop = self._settle() or stop  # what follows is about this very step
             complete = not self._evaluation_is_due() or self._evaluate()
             if stop or not complete or self._checkpoint_is_due():
                 self._save()
@@ -243,84 +246,102 @@ class Trainer:
         by_epoch = ended and ended % train.checkpoint_every_epochs == 0
         return bool(self.step == self.total_steps or by_step or by_epoch)
 
-    def _one_step(self) -> GlobalStatus:
-        """One update; logs a row."""
-        begin = time.perf_counter()
+    def _one_step(self) -> bool:
+        """Launches one update, and reads what is due; whether a process was asked to stop."""
+        begin_s = time.perf_counter()
         if self.link:
             self.link.ledger.clear()
         with self.timed("wait"):
             batch = self.loader.next()
-        waited_s = time.perf_counter() - begin
-        loss = self.gradients(batch.images, batch.labels, self.step)
-        with self.timed("check"):
-            verdict = self._agree(batch, loss)
-        epoch = self.step / self.steps_per_epoch
-        learning_rates = rates_at(
-            self.config.optimizer, epoch, epochs=self.config.train.epochs, plateaus=verdict.plateaus
+        launched = LaunchedStep(
+            step=self.step,
+            epoch=batch.epoch,
+            keys=batch.keys,
+            begin_s=begin_s,
+            waited_s=time.perf_counter() - begin_s,
+            queue_ready_share=self.loader.queue_fill.ready_share,
         )
-        self.optimizer.set_rates(learning_rates)
-        with self.timed("optimizer"):
-            self.optimizer.step()
+        inputs = StepInputs(batch.images, batch.labels, self._notes(batch).words, self.step)
+        if self.verdicts.lag and self.plateaus is not None:
+            launched.learning_rate = self._set_rates(self.plateaus)
+            launched.begin(self.mesh, self.net.towers, self.runner(inputs))
+            self.verdicts.add(launched)
+            self._went(launched)
+            return self._settle(leave=self.verdicts.lag)
+        stop = self._settle()
+        launched.begin(self.mesh, self.net.towers, self.runner.measure(inputs))
+        with self.timed("check"):
+            verdict = self._read(launched)
+        self.plateaus = verdict.plateaus
+        launched.learning_rate = self._set_rates(verdict.plateaus)
+        self.work.update()
+        self._went(launched)
+        self._note(launched, verdict)
+        return stop or verdict.stop
+
+    def _notes(self, batch: Batch) -> LocalStatus:
+        """What this process tells the others of a step."""
+        return LocalStatus(
+            fingerprint=batch.fingerprint,
+            order_fingerprint=batch.order_fingerprint,
+            stop=self.stop.name is not None,
+            plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
+            written=self.saver.written,
+            unsaved=self.saver.failed,
+        )
+
+    def _set_rates(self, plateaus: int) -> float:
+        """Sets the learning rates of the step to be made; returns the weights'."""
+        train, epoch = self.config.train, self.step / self.steps_per_epoch
+        rates = rates_at(self.config.optimizer, epoch, epochs=train.epochs, plateaus=plateaus)
+        self.optimizer.set_rates(rates)
+        return rates.weights
+
+    def _went(self, launched: LaunchedStep) -> None:
+        """A step was launched, to its end."""
         self.step += 1
-        rows = len(batch.keys)
+        rows = len(launched.keys)
         if self.link and rows > self.ledger_rows:  # a run may go on with a partial batch
             self._note_ledger([row.to_dict() for row in self.link.ledger.rows()], rows)
-        elapsed_s = time.perf_counter() - begin
-        images_per_s = rows * self.coord.replicas / elapsed_s
-        self.images_per_s.append(images_per_s)
+
+    def _settle(self, *, leave: int = 0) -> bool:
+        """Reads what became of steps, until ``leave`` are left; whether a process was asked to stop."""
+        stop = False
+        for launched in self.verdicts.due(leave=leave):
+            verdict = self._read(launched)
+            self._note(launched, verdict)
+            stop = stop or verdict.stop
+        return stop
+
+    def _read(self, launched: LaunchedStep) -> GlobalStatus:
+        """What became of a step, in all processes.
+
+        Raises:
+            DivergedError: loss or gradient not finite anywhere; no update was applied, of this step or a later one.
+        """
+        verdict = launched.read()
+        self.saver.advance(verdict)
+        if not verdict.finite:
+            self.step = launched.step
+            self.saver.finish()
+            raise launched.diverged(verdict)
+        return verdict
+
+    def _note(self, launched: LaunchedStep, verdict: GlobalStatus) -> None:
+        """Writes the row of a step that was applied."""
+        took_s = self.verdicts.took_s(launched)
+        row = step_row(launched, verdict, took_s=took_s, replicas=self.coord.replicas)
+        self.images_per_s.append(row["images_per_s"])
         if self.log:
-            row = {
-                "kind": "step",
-                "step": self.step,  # 1 is the first
-                "epoch": batch.epoch,  # 0 is the first
-                "loss": verdict.loss,  # mean over the batch before this step's update, nats
-                "learning_rate": learning_rates.weights,
-                "images_per_s": images_per_s,  # of all replicas, over the step's wall time
-                "data_wait_share": waited_s / elapsed_s,  # of the step's wall time, 0..1
-                "queue_ready_share": self.loader.queue_fill.ready_share,  # batches ready over the queue's depth, 0..1
-                "gradient_norm": verdict.norms,  # Euclidean, {tower: norm}
-                "elapsed_s": self._elapsed_s(),  # wall time since the run began, of all its parts
-            }
+            row["elapsed_s"] = self._elapsed_s()  # wall time since the run began, of all its parts
             self.log.write(row)
             self.progress.step(row)
-        return verdict
 
     def _note_ledger(self, ledger: list[dict[str, Any]], rows: int) -> None:
         """Keeps what crossed in the largest step so far; also for a later part of the run that makes no step."""
         if self.log and ledger != self.ledger:
             self.log.write({"kind": "ledger", "step": self.step, "rows": ledger})
         self.ledger, self.ledger_rows = ledger, rows
-
-    def _agree(self, batch: Batch, loss: float) -> GlobalStatus:
-        """Compares notes with the other processes before the update.
-
-        Raises:
-            DivergedError: loss or gradient not finite anywhere.
-        """
-        norms = gradient_norms(self.net)
-        finite = all(map(math.isfinite, norms.values())) and (math.isfinite(loss) or "a" not in self.net.towers)
-        notes = LocalStatus(
-            fingerprint=batch.fingerprint,
-            order_fingerprint=batch.order_fingerprint,
-            finite=finite,
-            stop=self.stop.name is not None,
-            plateaus=count_plateaus(self.held_out_errors, self.config.optimizer),
-            norms=norms,
-            loss=loss,
-            written=self.saver.written,
-            unsaved=self.saver.failed,
-        )
-        verdict = all_reduce_status(self.mesh, notes, f"step {self.step} (first key here {batch.keys[0]})")
-        self.saver.advance(verdict)
-        if not verdict.finite:
-            self.saver.finish()
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in verdict.norms.items())
-            raise DivergedError(
-                f"step {self.step}: not finite (loss {verdict.loss:.4g}, gradient norms {shown}); the update was not "
-                f"applied; batch keys {', '.join(batch.keys[:4])}, ...; lower optimizer.learning_rate or inspect these "
-                "images"
-            )
-        return verdict
 
     def _evaluate(self) -> bool:
         """Top-1 and top-5 on the held-out split; False where a stop came before all of it was seen."""
@@ -335,9 +356,11 @@ class Trainer:
             share=BatchShare(self.coord.replica, self.coord.replicas),
         )
         try:
-            evaluation = count_net(self.net, self._until_stopped(loader, loader.most_batches), self.mesh)
+            batches = until_stopped(loader, loader.most_batches, self.stop, self.mesh)
+            evaluation = count_net(self.net, batches, self.mesh)
         except StoppedEvaluation:
             return False
+        self.plateaus = self._known_plateaus()
         if evaluation is None or self.log is None:
             return True
         self.held_out_errors.append(1 - evaluation.top1)
@@ -355,21 +378,9 @@ class Trainer:
         )
         return True
 
-    def _until_stopped(self, batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-        """This replica's batches of an evaluation, as long as no process is asked to stop.
-
-        All agree on that ``most`` times, the batches of the replica that has most of them.
-
-        Raises:
-            StoppedEvaluation: one is.
-        """
-        found = iter(batches)
-        for _ in range(most):
-            batch = next(found, None)
-            if not all_could(self.stop.name is None, self.mesh):
-                raise StoppedEvaluation
-            if batch is not None:
-                yield batch
+    def _known_plateaus(self) -> int | None:
+        """None where the next step has to ask: only rank 0 knows the evaluations, and tells all in each step."""
+        return None if self.config.optimizer.schedule == "plateau" else 0
 
     def _save(self) -> None:
         """Begins a checkpoint; it is written beside the steps that follow.

@@ -5,7 +5,7 @@ it outside, which is the same rule at a constant rate and another one for some s
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,30 +76,61 @@ class PaperSGD(torch.optim.Optimizer):
         """The velocity of a parameter, same shape and dtype."""
         return self.state[parameter]["velocity"]
 
+    def factors(self) -> tuple[Factors, ...]:
+        """Of every group, as :func:`set_rates` has left them; those of rate 0 are not updated."""
+        return tuple(
+            (group["momentum"], group["rate"] * group["weight_decay"], group["rate"]) for group in self.param_groups
+        )
+
     @torch.no_grad()
-    def step(self, closure: Any = None, *, guard: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Any = None, *, guard: Tensor | None = None, captured: bool = False
+    ) -> None:
         """Applies the rule to every parameter; gradients must be there.
 
         Args:
             closure: not used; torch's interface has it.
             guard: a scalar on the parameters' device; where it is 0, nothing changes. A GPU looks at it itself, so that
-                nobody waits for it (with Triton).
+                nobody waits for it.
+            captured: this is captured in a CUDA graph, which needs :meth:`is_one_launch`; addresses and rates are then
+                sent by :meth:`send`, before the graph runs.
         """
+        assert not captured or self.is_one_launch()
         members: list[tuple[Tensor, Factors]] = []
-        for group in self.param_groups:
-            weights: list[Tensor] = group["params"]
-            rate = group["rate"]
-            if not weights or rate == 0:
-                continue
-            factors = (group["momentum"], rate * group["weight_decay"], rate)
-            on_gpu = [parameter for parameter in weights if kernels.on_gpu(parameter) and self._fits(parameter)]
-            members += [(parameter, factors) for parameter in on_gpu]
-            left = weights if not on_gpu else [parameter for parameter in weights if not self._fits(parameter)]
+        for weights, factors in self._moving():
+            launched = [parameter for parameter in weights if self._is_launched(parameter)]
+            members += [(parameter, factors) for parameter in launched]
+            left = weights if not launched else [parameter for parameter in weights if not self._is_launched(parameter)]
             rest = [parameter for parameter in left if not self._fused(parameter, factors, guard)]
-            if rest and (guard is None or guard):
+            if rest and guard is None:
                 self._foreach(rest, factors)
+            elif rest:
+                self._guarded_foreach(rest, factors, cast(Tensor, guard))
         if members:
-            self._update_all(members, guard)
+            self._update_all(members, guard, captured=captured)
+
+    def is_one_launch(self) -> bool:
+        """Whether :meth:`step` is one launch, of a kernel that reads the rates on the device; gradients must be there.
+
+        What is not, has its rates in what is launched: a graph would repeat them for good.
+        """
+        return all(self._is_launched(parameter) for weights, _ in self._moving() for parameter in weights)
+
+    def send(self) -> None:
+        """Tells a captured launch where gradients lie now, and the rates of the next step."""
+        if self._launch is not None:
+            members = [(parameter, factors) for weights, factors in self._moving() for parameter in weights]
+            self._launch.send(self._rows(members))
+
+    def _moving(self) -> Iterator[tuple[list[Tensor], Factors]]:
+        """The parameters that are updated, by group."""
+        for group, factors in zip(self.param_groups, self.factors(), strict=True):
+            if group["params"] and group["rate"]:
+                yield group["params"], factors
+
+    def _is_launched(self, parameter: Tensor) -> bool:
+        """Whether the one launch updates it."""
+        return kernels.on_gpu(parameter) is not None and self._fits(parameter)
 
     def _fits(self, parameter: Tensor) -> bool:
         """Whether weights, velocity and gradient lie in memory alike, without gaps, and are of one dtype."""
@@ -118,22 +149,29 @@ class PaperSGD(torch.optim.Optimizer):
         torch.autograd.graph.increment_version((parameter, velocity))
         return True
 
-    def _update_all(self, members: list[tuple[Tensor, Factors]], guard: Tensor | None) -> None:
+    def _rows(self, members: list[tuple[Tensor, Factors]]) -> list[Member]:
+        """The members of the one launch, each with its bfloat16 copy where that is of its weights as they are."""
+        rows = []
+        for parameter, factors in members:
+            copy, velocity, gradient = low_copy(parameter), self.velocity(parameter), cast(Tensor, parameter.grad)
+            current = copy is not None and copy.version == parameter._version
+            rows.append(Member(parameter, velocity, gradient, copy.tensor if copy and current else None, factors))
+        return rows
+
+    def _update_all(self, members: list[tuple[Tensor, Factors]], guard: Tensor | None, *, captured: bool) -> None:
         """The rule for all parameters on a GPU in one launch, which writes their bfloat16 copies too."""
         if self._launch is None:
             functions = kernels.on_gpu(members[0][0])
             assert functions is not None
             self._launch = functions.make_update(members[0][0].device)
-        copies = [low_copy(parameter) for parameter, _ in members]
-        rows = []
-        for (parameter, factors), copy in zip(members, copies, strict=True):
-            velocity, gradient = self.velocity(parameter), cast(Tensor, parameter.grad)
-            current = copy is not None and copy.version == parameter._version
-            rows.append(Member(parameter, velocity, gradient, copy.tensor if copy and current else None, factors))
+        rows = self._rows(members)
+        if not captured:
+            self._launch.send(rows)
         self._launch(rows, guard)
         changed = [tensor for row in rows for tensor in (row.w, row.v)]
         torch.autograd.graph.increment_version(changed)
-        for (parameter, _), copy, row in zip(members, copies, rows, strict=True):
+        for (parameter, _), row in zip(members, rows, strict=True):
+            copy = low_copy(parameter)
             if copy is not None and row.low is not None:
                 copy.version = parameter._version
 
@@ -147,6 +185,20 @@ class PaperSGD(torch.optim.Optimizer):
         gradients = [cast(Tensor, parameter.grad) for parameter in weights]
         torch._foreach_add_(velocities, gradients, alpha=-rate)
         torch._foreach_add_(weights, velocities)
+
+    def _guarded_foreach(self, weights: list[Tensor], factors: Factors, guard: Tensor) -> None:
+        """The same bits, unless the guard is 0; nobody waits for it."""
+        momentum, decay, rate = factors
+        velocities = [self.velocity(parameter) for parameter in weights]
+        found = torch._foreach_mul(velocities, momentum)
+        if decay:
+            torch._foreach_add_(found, weights, alpha=-decay)
+        gradients = [cast(Tensor, parameter.grad) for parameter in weights]
+        torch._foreach_add_(found, gradients, alpha=-rate)
+        moved = torch._foreach_add(weights, found)
+        is_open = guard != 0
+        for old, new in zip((*velocities, *weights), (*found, *moved), strict=True):
+            old.copy_(torch.where(is_open, new, old))
 
 
 def rates_at(config: OptimizerConfig, epoch: float, *, epochs: float, plateaus: int = 0) -> Rates:

@@ -91,8 +91,11 @@ class Kernels(Protocol):
 class UpdateAll(Protocol):
     """:meth:`Kernels.update` of many parameters in one launch."""
 
+    def send(self, members: Sequence[Member]) -> None:
+        """Tells the device where the members' memory is, and their factors; a launch finds what was sent last."""
+
     def __call__(self, members: Sequence[Member], guard: Tensor | None) -> None:
-        """Updates them all; ``guard`` as there."""
+        """Updates them all, once they were sent; ``guard`` as there. A graph that holds this may be sent others."""
 
 
 class GpuKernels(Kernels, Protocol):

@@ -3,8 +3,9 @@
 Bytes a parameter: reads weight, velocity and gradient (12), writes weight and velocity (8) and, where asked for, the
 bfloat16 copy (2). The paper's 61 million: 1.34 GB.
 
-Three small tables lie on the device: where each tensor's memory is, which part of which tensor a program has, and the
-factors. The first is sent anew when a tensor has moved, the last when a rate has changed; both without a wait.
+Three small tables lie on the device: where each tensor's memory is, which part of which tensor a program has, and each
+tensor's factors. The first is sent anew when a tensor has moved, the last when a rate has changed; both without a wait,
+and into the same memory, so that a launch in a CUDA graph reads what was sent last.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -71,8 +72,8 @@ def update_all_kernel(
 class UpdateAll:
     """:class:`.interface.UpdateAll` on CUDA tensors; keeps the tables between steps.
 
-    A step that is captured in a CUDA graph must find its tables there: gradients keep their memory, and a step was made
-    before.
+    A launch that is captured in a CUDA graph must find its tables there: as many members were sent before. Nothing may
+    be sent while it is captured, and the gradients that the graph has made must be sent before it runs.
     """
 
     device: torch.device
@@ -81,22 +82,25 @@ class UpdateAll:
     _tensors_table: Tensor | None = None
     _parts_table: Tensor | None = None
     _factors_table: Tensor | None = None
-    _aligned: bool = False
+
+    def send(self, members: Sequence[Member]) -> None:
+        """See :class:`.interface.UpdateAll`; costs the host a comparison where nothing has changed."""
+        addresses = tuple((*_addresses(member), number) for number, member in enumerate(members))
+        factors = tuple(member.factors for member in members)
+        if addresses != self._addresses:
+            self._send_addresses(addresses)
+        if factors != self._factors:
+            self._factors_table = self._send(factors, torch.float32, self._factors_table)
+            self._factors = factors
 
     def __call__(self, members: Sequence[Member], guard: Tensor | None) -> None:
         """See :class:`.interface.UpdateAll`."""
-        kinds = tuple(dict.fromkeys(member.factors for member in members))
-        addresses = tuple((*_addresses(member), kinds.index(member.factors)) for member in members)
-        if addresses != self._addresses:
-            self._send_addresses(addresses)
-        if kinds != self._factors:
-            self._factors_table = self._send(kinds, torch.float32, self._factors_table)
-            self._factors = kinds
-        assert self._parts_table is not None
+        assert self._parts_table is not None and len(members) == len(self._addresses), "send comes first"
+        aligned = all(address % 16 == 0 for member in members for address in _addresses(member)[:4])
         flag = self._factors_table if guard is None else guard  # a pointer must be given
         with torch.cuda.device_of(self._parts_table):
             update_all_kernel[(len(self._parts_table),)](
-                self._tensors_table, self._parts_table, self._factors_table, flag, guard is not None, self._aligned,
+                self._tensors_table, self._parts_table, self._factors_table, flag, guard is not None, aligned,
                 BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
 
@@ -109,7 +113,6 @@ class UpdateAll:
             self._parts_table = self._send(parts, torch.int32, None)
         self._tensors_table = self._send(addresses, torch.int64, self._tensors_table)
         self._addresses = addresses
-        self._aligned = all(address % 16 == 0 for row in addresses for address in row[:4])
 
     def _send(self, rows: Sequence[Sequence[float]], dtype: torch.dtype, old: Tensor | None) -> Tensor:
         """A table on the device, in the old one's memory where it fits: behind the launches that still read that."""
