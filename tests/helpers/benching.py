@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.helpers.recorded_graphs import RecordedGraphs
 from trainer.bench.measure import BenchSettings, Part, measure
 from trainer.bench.record import BenchRecord
 from trainer.bench.run import describe_workload, make_record
@@ -15,6 +16,7 @@ from trainer.bench.timing import TimedTrainer
 from trainer.config import Config, load_config
 from trainer.parallel.link import Ledger
 from trainer.parallel.mesh import Mesh
+from trainer.training.step_graph import StepRunner
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.toml"
 SMALL = (
@@ -72,3 +74,13 @@ def bench_pair(mesh: Mesh, scratch: str) -> Part:
     """One tower's part of a synthetic benchmark, over a wire on which every crossing is delayed."""
     mesh.link.ledger = SlowLedger()
     return measure(recipe(), SETTINGS, mesh=mesh, device="cpu", scratch=Path(scratch))
+
+
+def with_graphs(trainer: TimedTrainer) -> None:
+    """Steps run as recorded graphs, and the host reads one step late, as on a GPU."""
+    config = trainer.config.train
+    trainer.verdicts.lag = 1
+    trainer.work.guard = torch.ones(())
+    trainer.runner = StepRunner(
+        trainer.work, rows=config.batch_size, seed=config.seed, backend=RecordedGraphs(), say=lambda _: None
+    )

@@ -32,6 +32,7 @@ CHECKPOINTS = 3
 MOST_REFILL_S = 1.0
 BY_THREADS = "synthetic, threads: "  # what synthetic training with fewer threads is called, before their number
 BY_PRECISION = "synthetic, precision: "  # and in another precision, before its name
+BY_PHASE = "synthetic, kernel by kernel"  # and without the CUDA graphs in which phases cannot be told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,8 @@ def _make_cases(
                 yield Case(name, _taking(stage.__next__), ahead)
         yield Case("loader", _taking(trainer.sources["data"].next), ahead)
     yield Case("synthetic", lambda count: trainer.run_steps("synthetic", count), 1)
+    if _agree_on(trainer, int(trainer.runner.has_graphs)):
+        yield Case(BY_PHASE, lambda count: trainer.run_phases("synthetic", count), 1)
     if train.precision == "fp32" and _agree_on(trainer, int(faster_in_bf16)):
         yield Case(f"{BY_PRECISION}bf16", lambda count: _run_in_precision(trainer, count, "bf16"), 1)
     if data is not None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.loader.stages import describe_images
-from trainer.bench.measure import BY_PRECISION, BY_THREADS, BenchSettings, Part, measure
+from trainer.bench.measure import BY_PHASE, BY_PRECISION, BY_THREADS, BenchSettings, Part, measure
 from trainer.bench.prediction import FLOAT_BYTES
 from trainer.bench.record import BenchRecord, Figure, Span, Stage, Throughput, Workload
-from trainer.bench.timing import Interval, seconds_by_stage, steps_of
+from trainer.bench.timing import Interval, Spans, seconds_by_stage, steps_of
 from trainer.config import Config, ModelConfig, from_toml, to_toml
 from trainer.errors import BenchError
 from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers
@@ -285,7 +285,7 @@ def _bounds(part: Part, workload: Workload, work: Work) -> dict[str, tuple[str, 
         amounts["augment"] = ("memory copy", 1.25 * work.pixel_bytes / 1e6)
     found = {stage: (name, amount / rates[name]) for stage, (name, amount) in amounts.items() if name in rates}
     if "exchange" in found:
-        crossings = sum(" " in name for name in seconds_by_stage(steps_of(part.intervals["synthetic"])[0]))
+        crossings = sum(" " in name for name in seconds_by_stage(_phases(part)[0]))
         name, moved_ms = found["exchange"]
         found["exchange"] = (name, moved_ms + crossings * rates["exchange latency"] / 1e3)
     return found
@@ -320,12 +320,18 @@ def _loader_stages(part: Part, workload: Workload) -> list[Stage]:
     return [read, decode, augment]
 
 
+def _phases(part: Part) -> list[Spans]:
+    """The steps of synthetic training in which phases can be told apart."""
+    return steps_of(part.intervals.get(BY_PHASE, part.intervals["synthetic"]))
+
+
 def _net_stages(parts: list[Part], workload: Workload) -> list[Stage]:
     """Transfer, forward, crossings, backward, check, optimizer and the rest, of synthetic training on tower a.
 
     A crossing takes as long as it takes the tower that came later; what the other spends on it besides is waiting.
+    Where training repeats a step as one CUDA graph, the phases are those of steps that are launched kernel by kernel.
     """
-    mine, *others = ([seconds_by_stage(step) for step in steps_of(part.intervals["synthetic"])] for part in parts)
+    mine, *others = ([seconds_by_stage(step) for step in _phases(part)] for part in parts)
     crossings = [name for name in mine[0] if " " in name]
     columns = {name: [min(row[name] for row in rows) for rows in zip(mine, *others, strict=True)] for name in crossings}
     moved = [sum(columns[name][i] for name in crossings) for i in range(len(mine))]
@@ -335,9 +341,14 @@ def _net_stages(parts: list[Part], workload: Workload) -> list[Stage]:
     columns["waiting"] = [row["exchange"] - part for row, part in zip(mine, moved, strict=True)]
     columns["rest"] = [row["rest"] + row["wait"] for row in mine]
     names = [name for name in columns if crossings or name not in ("exchange", "waiting")]
+    note = "kernel by kernel; training repeats all as one CUDA graph" if BY_PHASE in parts[0].intervals else ""
     return [
         _make_stage(
-            name, "crossing" if name in crossings else "net", [1e3 * s for s in columns[name]], workload.batch_size
+            name,
+            "crossing" if name in crossings else "net",
+            [1e3 * s for s in columns[name]],
+            workload.batch_size,
+            note=note,
         )
         for name in sorted(names, key=lambda name: name in crossings)
     ]

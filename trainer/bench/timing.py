@@ -200,13 +200,19 @@ class TimedTrainer(Trainer):
         """The bench's own parent started both towers."""
 
     def run_steps(self, source: str, count: int) -> Spans:
-        """Takes ``count`` steps on batches of one source."""
+        """Takes ``count`` steps on batches of one source; where they are CUDA graphs, their phases are one: graph."""
         self.loader = self.sources[source]
         self.clock.start()
         for _ in range(count):
             with self.clock.span("step"):
                 self._one_step()
+        self._settle()
         return self.clock.stop()
+
+    def run_phases(self, source: str, count: int) -> Spans:
+        """The same steps, each kernel launched by itself, so that the phases can be told apart."""
+        with self.runner.paused():
+            return self.run_steps(source, count)
 
     def save(self) -> float:
         """Seconds of a checkpoint, until it is visible."""
@@ -219,6 +225,7 @@ class TimedTrainer(Trainer):
         """Closes what is open; the link, which the next trainer takes over, is timed no more."""
         if self.link:
             self.link.timed = contextlib.nullcontext
+        self.runner.close()
         for loader in self.sources.values():
             loader.close()
         if self.log:

@@ -189,6 +189,7 @@ class Trainer:
             terminal.warn(blame(error, self.run))
         finally:
             self.loader.close()
+            self.runner.close()
 
     def _loop(self) -> str | None:
         """Steps, evaluations and checkpoints; returns why it stopped early, if it did."""

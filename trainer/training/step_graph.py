@@ -118,6 +118,27 @@ class StepRunner:
         self._graphs: dict[Any, _Captured] = {}
         self._last: _Captured | None = None
         self._moving: tuple[bool, ...] = ()
+        self._is_paused = False
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps are to run as graphs; not for good, a capture may fail."""
+        return self._backend is not None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, steps are launched kernel by kernel: their phases can be told apart."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def close(self) -> None:
+        """Lets go of the graphs, and of the memory that is theirs."""
+        self._graphs.clear()
+        self._last = None
+        self._work.net.zero_grad(set_to_none=True)
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Launches a step; returns what all processes tell, see :func:`trainer.parallel.status.exchange_status`."""
@@ -143,7 +164,7 @@ class StepRunner:
             self._moving, self._last = moving, None
             self._graphs.clear()
             self._warm.clear()
-        if len(inputs.labels) != self._rows:
+        if self._is_paused or len(inputs.labels) != self._rows:
             return None
         key = (self._work.gradients.precision, tuple((t.shape, t.dtype) for t in tensors_of(inputs.images)))
         if key not in self._graphs:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.benching import SETTINGS, bench_pair, benched, recipe, record_of, slow_net
+from tests.helpers.benching import SETTINGS, bench_pair, benched, recipe, record_of, slow_net, with_graphs
 from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.pair import run_mesh
 from tests.helpers.slow_disk import slow_file
@@ -17,6 +17,7 @@ from trainer.bench.bottleneck import judge
 from trainer.bench.measure import measure
 from trainer.bench.page import render
 from trainer.bench.prediction import predict_rate
+from trainer.model import kernels
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,21 @@ def test_slow_computation_is_found(raw, tmp_path):
     assert forward and backward and forward.ms.median > backward.ms.median
     assert record.loader and record.loader.images_per_s > record.synthetic.images_per_s
     assert record.end_to_end and predict_rate(record) > 0
+
+
+def test_phases_of_steps_that_are_graphs(raw, tmp_path, monkeypatch):
+    """Rates are those of graphs, as training has them; phases are measured beside, and the table says how."""
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    settings = dataclasses.replace(SETTINGS, data=None, stages=False)
+    part = measure(recipe(), settings, mesh=None, device="cpu", scratch=tmp_path, attach=with_graphs)
+    graphs = {name for interval in part.intervals["synthetic"] for name, _, _ in interval.spans}
+    assert graphs == {"wait", "transfer", "graph", "optimizer", "step"}  # a CPU has no launch that updates all
+    record = record_of(recipe(), None, [part])
+    stages = {stage.name: stage for stage in record.stages}
+    assert stages["forward"].ms.median > 0 and stages["optimizer"].ms.median > 0 and "graph" not in stages
+    assert "one CUDA graph" in stages["forward"].note
+    assert {span.name for span in record.timeline} == graphs
+    assert judge(record).side == "net"
 
 
 @pytest.mark.slow

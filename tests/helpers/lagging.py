@@ -1,0 +1,99 @@
+"""Small runs of which a test says how late the host reads, and whether steps are graphs."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.helpers.training_commands import CONFIG
+from trainer.config import Config, load_config
+from trainer.parallel.mesh import Mesh
+from trainer.training.loop import Trainer
+
+KEYS = ("kind", "step", "epoch", "loss", "learning_rate", "gradient_norm", "top1")
+SMALL = (
+    "model.channels=[4, 4, 4, 4, 4]",
+    "model.hidden=[16, 16]",
+    "train.epochs=2",
+    "train.batch_size=4",  # of 24 images
+    "train.evaluate_every_epochs=0",
+    "train.checkpoint_every_steps=5",
+    "train.keep_checkpoints=9",
+    "train.threads=1",
+    "train.loggers=[]",
+    "model.dropout=0.5",
+    "optimizer.learning_rate=0.01",
+    "optimizer.milestones=[1]",
+)
+RECIPES = {
+    "usual": (),
+    "partial": (
+        "train.batch_size=10",
+        "data.last_batch=partial",
+        "optimizer.warmup_epochs=1.5",
+        "train.epochs=5",
+        'model.post_ops=[["relu", "batch_norm", "maxpool"], ["relu", "lrn", "maxpool"], [], [], ["relu", "maxpool"]]',
+    ),
+    "plateau": (
+        "optimizer.milestones=[]",
+        "optimizer.schedule=plateau",
+        "optimizer.patience=1",
+        "optimizer.threshold=0.95",  # the second evaluation is a plateau, whatever it finds
+        "train.batch_size=8",
+        "train.epochs=3",
+        "train.evaluate_every_epochs=1",
+    ),
+}
+
+
+def recipe(name: str, *changes: str) -> Config:
+    """One of ``RECIPES``, for the tiny data set."""
+    gray = ("model.classes=10", "model.in_channels=1")
+    return load_config(CONFIG, [*SMALL, *gray, *RECIPES[name], *changes])
+
+
+def make_trainer(name: str | Config, data: Path, run: Path, *, mesh: Mesh | None = None, **how: Any) -> Trainer:
+    """A trainer in this process."""
+    config = recipe(name) if isinstance(name, str) else name
+    return Trainer(config, data, run, mesh=mesh, **how)
+
+
+def trained(name: str | Config, data: Path, run: Path, **how: Any) -> Path:
+    """The folder of a run that was trained to its end."""
+    assert make_trainer(name, data, run, **how).train().exit_reason == "finished"
+    return run
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint."""
+    files = sorted(folder.glob("tower-*.safetensors"))
+    return {f"{path.stem}.{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of weights, statistics and velocities."""
+    named: Mapping[str, Tensor] = trainer.net.state_dict()
+    velocities = {f"velocity/{name}": trainer.optimizer.velocity(p) for name, p in trainer.net.named_parameters()}
+    return {name: tensor.clone() for name, tensor in (*named.items(), *velocities.items())}
+
+
+def spoil(trainer: Trainer, step: int) -> tuple[list[tuple[str, ...]], dict[str, Tensor]]:
+    """The images of a step are no numbers; the keys of all batches, and the state before that step."""
+    seen: list[tuple[str, ...]] = []
+    before: dict[str, Tensor] = {}
+    next_batch = trainer.loader.next
+
+    def next_one() -> Any:
+        batch = next_batch()
+        seen.append(batch.keys)
+        if trainer.step != step:
+            return batch
+        before.update(state_of(trainer))
+        return dataclasses.replace(batch, images=torch.full_like(batch.images, torch.nan))
+
+    trainer.loader.next = next_one  # type: ignore[method-assign]
+    return seen, before

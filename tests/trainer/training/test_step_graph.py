@@ -1,0 +1,201 @@
+"""Steps in graphs equal steps without, to the bit. The graphs are recordings (``tests/helpers/recorded_graphs.py``)."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.lagging import make_trainer, read_tensors, recipe, spoil, state_of, trained
+from tests.helpers.recorded_graphs import RecordedGraphs, TableUpdate
+from trainer.config import Config
+from trainer.errors import DivergedError
+from trainer.model import kernels
+from trainer.training import step_graph
+from trainer.training.checkpoint import checkpoints
+from trainer.training.loop import Trainer
+from trainer.training.step_graph import WARM_UP, find_backend, map_tensors
+
+SMOOTH = "optimizer.warmup_epochs=0"
+FREEZES = 'optimizer.layer_overrides=[{layer="conv1", epoch=3, learning_rate=0, bias_learning_rate=0}]'
+
+
+@pytest.fixture(autouse=True)
+def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording sees torch's operations; C++ kernels it does not."""
+    monkeypatch.setattr(kernels, "load", lambda: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Each loader that is closed collects, which is slow with all of torch on the heap."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> TableUpdate:
+    """All parameters are updated by one launch that reads its rates from a table, as on a GPU."""
+    found = TableUpdate()
+    functions = type("Functions", (), {"make_update": staticmethod(lambda _: found)})
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: functions if isinstance(x, nn.Parameter) else None)
+    return found
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Every tensor of every checkpoint."""
+    assert [path.name for path in checkpoints(found)] == [path.name for path in checkpoints(expected)]
+    for mine, theirs in zip(checkpoints(found), checkpoints(expected), strict=True):
+        ours, wanted = read_tensors(mine), read_tensors(theirs)
+        assert all(torch.equal(ours[key], wanted[key]) for key in wanted), mine.name
+
+
+def two_runs(config: Config, data: Path, folder: Path) -> RecordedGraphs:
+    """A run without graphs, and one with them, are the same."""
+    graphs, runs = RecordedGraphs(), [folder / "plain", folder / "graphs"]
+    for run, backend in zip(runs, (None, graphs), strict=True):
+        run.mkdir()
+        trained(config, data, run, lag=1, graphs=backend)
+    assert_same(runs[1], runs[0])
+    return graphs
+
+
+def test_a_run_of_graphs(tiny_data: Path, tmp_path: Path) -> None:
+    """Dropout, batch normalization, falling rates, warm-up, evaluations and checkpoints between, partial batches."""
+    graphs = two_runs(recipe("partial", "train.epochs=4", "train.evaluate_every_epochs=2"), tiny_data, tmp_path)
+    # of eight whole batches the first has the rate 0, and so updates nothing: the others are of another kind
+    assert (graphs.captures, graphs.replays) == (1, 7 - WARM_UP)
+    assert graphs.beside_count == 1 + WARM_UP + 4
+
+
+def test_the_update_is_in_the_graph(table: TableUpdate, tiny_data: Path, tmp_path: Path) -> None:
+    """Its rates are sent before each replay; where other layers are updated, another graph is captured."""
+    graphs = two_runs(recipe("partial", SMOOTH, FREEZES, "train.epochs=6"), tiny_data, tmp_path)
+    assert graphs.captures == 2 and graphs.replays == 6 - WARM_UP + 6 - WARM_UP
+    assert len(table.sent) == 18 - 4  # conv1's weight, bias, scale and shift stay
+
+
+def test_gradients_are_the_graphs_own_in_a_replay(table: TableUpdate, tiny_data: Path, tmp_path: Path) -> None:
+    """A step without a graph between two replays has others; the update is told where they lie, each time."""
+    trainer = make_trainer(recipe("partial", SMOOTH), tiny_data, tmp_path, lag=1, graphs=RecordedGraphs())
+    found: list[set[int]] = []
+    for _ in range(9):
+        trainer._one_step()
+        found.append({id(parameter.grad) for parameter in trainer.net.parameters()})
+        assert found[-1] == {id(member.g) for member in table.sent}
+    assert found[4] == found[6] == found[7] and found[5] != found[4]  # whole, whole and whole; the sixth is partial
+    trainer._settle()
+    trainer.loader.close()
+
+
+def test_a_run_goes_on_from_graphs(tiny_data: Path, tmp_path: Path) -> None:
+    """Stopped among replays, resumed with graphs again: as without them and uninterrupted."""
+    plain, run = tmp_path / "plain", tmp_path / "graphs"
+    plain.mkdir()
+    run.mkdir()
+    trained("usual", tiny_data, plain, lag=0)
+    first = make_trainer("usual", tiny_data, run, lag=1, graphs=RecordedGraphs())
+    at_step(first, 7, lambda: setattr(first.stop, "name", "SIGTERM"))
+    assert first.train().step == 9
+    trained("usual", tiny_data, run, lag=1, graphs=RecordedGraphs())
+    ours, wanted = (read_tensors(checkpoints(each)[-1]) for each in (run, plain))
+    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_nothing_is_applied_once_a_replay_is_not_finite(
+    in_graph: bool, request: pytest.FixtureRequest, tiny_data: Path, tmp_path: Path
+) -> None:
+    """As without a graph: the guard is read by the update wherever that is launched from."""
+    if in_graph:
+        request.getfixturevalue("table")
+    trainer = make_trainer("usual", tiny_data, tmp_path, lag=1, graphs=RecordedGraphs())
+    seen, before = spoil(trainer, 7)
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    assert "step 7: not finite" in str(caught.value) and f"batch keys {', '.join(seen[7])}, ..." in str(caught.value)
+    assert len(seen) == 9  # the ninth was launched, too
+    found = state_of(trainer)
+    assert before.keys() == found.keys() and all(torch.equal(found[key], before[key]) for key in before)
+
+
+def at_step(trainer: Trainer, step: int, act: Callable[[], Any]) -> None:
+    """Does something while a step waits for its batch."""
+    next_batch = trainer.loader.next
+
+    def next_one() -> Any:
+        if trainer.step == step:
+            act()
+        return next_batch()
+
+    trainer.loader.next = next_one  # type: ignore[method-assign]
+
+
+def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One line says why; the run goes on kernel by kernel, from exactly where it was."""
+    plain, run = tmp_path / "plain", tmp_path / "graphs"
+    plain.mkdir()
+    run.mkdir()
+    trained("usual", tiny_data, plain, lag=1)
+    capsys.readouterr()
+    failing = RecordedGraphs(RuntimeError("CUDA error: operation failed\nCompile with TORCH_USE_CUDA_DSA"))
+    trained("usual", tiny_data, run, lag=1, graphs=failing)
+    errors = capsys.readouterr().err
+    assert errors == "note: no CUDA graph, each kernel of a step is launched: CUDA error: operation failed\n"
+    assert (failing.captures, failing.replays) == (1, 0)
+    assert_same(run, plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "waits", "lag", "changes", "found", "line"),
+    [
+        ("auto", "cpu", None, 0, (), False, ""),
+        ("on", "cpu", None, 0, (), False, "the device is cpu, and only a GPU has them"),
+        ("off", "cpu", None, 0, (), False, ""),
+        ("auto", "cuda:0", None, 1, (), True, ""),
+        ("off", "cuda:0", None, 1, (), False, ""),
+        ("auto", "cuda:0", None, 1, ("data.last_batch=partial",), False, ""),
+        ("on", "cuda:0", None, 1, ("data.last_batch=partial",), True, ""),
+        ("auto", "cuda:0", False, 1, (), False, ""),
+        ("on", "cuda:0", False, 1, (), True, ""),
+        ("on", "cuda:0", True, 0, (), False, "gloo carries what crosses between the towers, through the host"),
+        ("on", "cuda:0", None, 0, (), False, "the host looks at each step before its update"),
+    ],
+)
+def test_who_gets_graphs(
+    asked: str,
+    device: str,
+    waits: bool | None,
+    lag: int,
+    changes: tuple[str, ...],
+    found: bool,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, and only where they are asked for and cannot be had."""
+    monkeypatch.setattr(step_graph, "CudaGraphs", lambda device: f"graphs of {device}")
+    config, said = recipe("usual", f"train.cuda_graph={asked}", *changes), list[str]()
+    mesh: Any = None if waits is None else type("Mesh", (), {"link": type("Link", (), {"waits": waits})})
+    backend: Any = find_backend(config, device, mesh, lag=lag, say=said.append)
+    assert backend == (f"graphs of {device}" if found else None)
+    assert said == ([f"note: train.cuda_graph = 'on', and there are no CUDA graphs here: {line}"] if line else [])
+
+
+def test_inputs_of_any_form_have_places() -> None:
+    """Floats in channels_last; bytes, and what lies in dataclasses, as they come; values that are no tensors stay."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Crops:
+        pixels: torch.Tensor
+        shifts: tuple[torch.Tensor, ...]
+        scale: float
+
+    crops = Crops(torch.ones(2, 5, 6, 3, dtype=torch.uint8), (torch.ones(2, 3),), 2.0)
+    place = map_tensors({"crops": crops, "floats": torch.ones(2, 3, 5, 6)}, step_graph._place_for)
+    assert place["crops"].scale == 2.0 and torch.equal(place["crops"].shifts[0], crops.shifts[0])
+    assert place["crops"].pixels.stride() == crops.pixels.stride() and place["crops"].pixels is not crops.pixels
+    assert place["floats"].is_contiguous(memory_format=torch.channels_last)
