@@ -1,7 +1,7 @@
 """Small runs of which a test says how late the host reads, and whether steps are graphs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.helpers.training_commands import CONFIG
 from trainer.config import Config, load_config
+from trainer.errors import DivergedError
 from trainer.parallel.mesh import Mesh
 from trainer.training.loop import Trainer
 
@@ -81,8 +82,8 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in (*named.items(), *velocities.items())}
 
 
-def spoil(trainer: Trainer, step: int) -> tuple[list[tuple[str, ...]], dict[str, Tensor]]:
-    """The images of a step are no numbers; the keys of all batches, and the state before that step."""
+def spoil(trainer: Trainer, step: int, *, images: bool = True) -> tuple[list[tuple[str, ...]], dict[str, Tensor]]:
+    """The images of a step are no numbers (here); the keys of all batches, and the state before that step."""
     seen: list[tuple[str, ...]] = []
     before: dict[str, Tensor] = {}
     next_batch = trainer.loader.next
@@ -93,7 +94,50 @@ def spoil(trainer: Trainer, step: int) -> tuple[list[tuple[str, ...]], dict[str,
         if trainer.step != step:
             return batch
         before.update(state_of(trainer))
+        if not images:
+            return batch
         return dataclasses.replace(batch, images=torch.full_like(batch.images, torch.nan))
 
     trainer.loader.next = next_one  # type: ignore[method-assign]
     return seen, before
+
+
+def lag_facts(mesh: Mesh, data: str, folder: str) -> dict[str, Any]:
+    """What one process of several finds with a host that reads late, beside one that waits; see the test."""
+    places = {name: Path(folder) / name for name in ("waits", "lags", "uninterrupted", "stopped", "spoiled")}
+    for place in places.values():
+        place.mkdir(exist_ok=True)  # the same for all processes
+
+    def train(name: str, place: str, **how: Any) -> Trainer:
+        trainer = make_trainer(name, Path(data), places[place], mesh=mesh, **how)
+        assert trainer.train().exit_reason == "finished"
+        return trainer
+
+    facts: dict[str, Any] = {
+        place: state_of(train("plateau", place, lag=lag)) for lag, place in enumerate(("waits", "lags"))
+    }
+    facts["uninterrupted"] = state_of(train("usual", "uninterrupted", lag=0))
+    stopped = make_trainer("usual", Path(data), places["stopped"], mesh=mesh, lag=1)
+    if mesh.coord.rank == mesh.coord.world - 1:
+        at_step(stopped, 1, lambda: setattr(stopped.stop, "name", "SIGTERM"))
+    facts["stopped at"] = stopped.train().step
+    facts["resumed"] = state_of(train("usual", "stopped", lag=1))
+    spoiled = make_trainer("usual", Path(data), places["spoiled"], mesh=mesh, lag=1)
+    facts["seen"], facts["before"] = spoil(spoiled, 3, images=mesh.coord.rank == mesh.coord.world - 1)
+    try:
+        spoiled.train()
+    except DivergedError as error:
+        facts["diverged"], facts["after"] = str(error), state_of(spoiled)
+    return facts
+
+
+def at_step(trainer: Trainer, step: int, act: Callable[[], Any]) -> None:
+    """Does something while a step waits for its batch."""
+    next_batch = trainer.loader.next
+
+    def next_one() -> Any:
+        if trainer.step == step:
+            act()
+        return next_batch()
+
+    trainer.loader.next = next_one  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.lagging import make_trainer, read_tensors, recipe, spoil, state_of, trained
+from tests.helpers.lagging import at_step, make_trainer, read_tensors, recipe, spoil, state_of, trained
 from tests.helpers.recorded_graphs import RecordedGraphs, TableUpdate
 from trainer.config import Config
 from trainer.errors import DivergedError
 from trainer.model import kernels
 from trainer.training import step_graph
 from trainer.training.checkpoint import checkpoints
-from trainer.training.loop import Trainer
 from trainer.training.step_graph import WARM_UP, find_backend, map_tensors
 
 SMOOTH = "optimizer.warmup_epochs=0"
@@ -121,18 +119,6 @@ def test_nothing_is_applied_once_a_replay_is_not_finite(
     assert len(seen) == 9  # the ninth was launched, too
     found = state_of(trainer)
     assert before.keys() == found.keys() and all(torch.equal(found[key], before[key]) for key in before)
-
-
-def at_step(trainer: Trainer, step: int, act: Callable[[], Any]) -> None:
-    """Does something while a step waits for its batch."""
-    next_batch = trainer.loader.next
-
-    def next_one() -> Any:
-        if trainer.step == step:
-            act()
-        return next_batch()
-
-    trainer.loader.next = next_one  # type: ignore[method-assign]
 
 
 def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

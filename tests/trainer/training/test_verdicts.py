@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.lagging import KEYS, RECIPES, make_trainer, read_tensors, spoil, state_of, trained
+from tests.helpers.lagging import (
+    KEYS,
+    RECIPES,
+    at_step,
+    lag_facts,
+    make_trainer,
+    read_tensors,
+    spoil,
+    state_of,
+    train_usual,
+    trained,
+)
+from tests.helpers.pair import run_mesh
 from tests.helpers.recorded_graphs import NoWaits
 from trainer.errors import DivergedError
 from trainer.model import kernels
@@ -58,13 +70,7 @@ def test_a_late_host_changes_nothing(name: str, tiny_data: Path, waiting: Callab
 def test_interrupted_equals_uninterrupted(tiny_data: Path, waiting: Callable[[str], Path], tmp_path: Path):
     """A stop is noticed one step later, at most; what it saves is what it has done."""
     trainer = make_trainer("usual", tiny_data, tmp_path, lag=1)
-    next_batch = trainer.loader.next
-
-    def stopping() -> Any:
-        trainer.stop.name = "SIGTERM" if trainer.step == 1 else trainer.stop.name
-        return next_batch()
-
-    trainer.loader.next = stopping  # type: ignore[method-assign]
+    at_step(trainer, 1, lambda: setattr(trainer.stop, "name", "SIGTERM"))
     result = trainer.train()
     assert (result.exit_reason, result.step) == ("stopped", 3)  # asked for in the second step, known after the third
     assert checkpoints(tmp_path)[-1].name == "step-00000003"
@@ -110,3 +116,22 @@ def test_who_lags():
     nccl = type("Mesh", (), {"link": type("Link", (), {"waits": False})})
     assert [default_lag("cpu", None), default_lag("cuda:0", None)] == [0, 1]
     assert [default_lag("cuda:0", gloo), default_lag("cuda:0", nccl), default_lag("cpu", gloo)] == [0, 1, 0]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_late_hosts_agree(tiny_data: Path, tmp_path: Path) -> None:
+    """Processes that each read one step late: as those that wait; all stop at one step, all name the same bad one.
+
+    Only the last process is asked to stop, and only its images are no numbers.
+    """
+    ranks: list[dict[str, Any]] = run_mesh(lag_facts, str(tiny_data), str(tmp_path), replicas=1)
+    assert [facts["stopped at"] for facts in ranks] == [3, 3]
+    wanted = read_tensors(checkpoints(tmp_path / "waits")[-1])
+    found = read_tensors(checkpoints(tmp_path / "lags")[-1])
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for facts in ranks:
+        assert all(torch.equal(facts["lags"][key], tensor) for key, tensor in facts["waits"].items())
+        assert facts["diverged"].startswith("step 3: not finite") and len(facts["seen"]) == 5
+        assert f"batch keys {', '.join(facts['seen'][3][:4])}, ..." in facts["diverged"]
+        assert all(torch.equal(facts["after"][key], tensor) for key, tensor in facts["before"].items())
+        assert all(torch.equal(facts["resumed"][key], tensor) for key, tensor in facts["uninterrupted"].items())
