@@ -18,7 +18,6 @@ from tests.helpers.lagging import (
     read_tensors,
     spoil,
     state_of,
-    train_usual,
     trained,
 )
 from tests.helpers.pair import run_mesh
