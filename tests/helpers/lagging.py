@@ -5,15 +5,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.loader.batch import Batch
+from pipeline.loader.running import QueueFill
 from tests.helpers.training_commands import CONFIG
 from trainer.config import Config, load_config
 from trainer.errors import DivergedError
 from trainer.parallel.mesh import Mesh
 from trainer.training.loop import Trainer
+from trainer.training.metrics import TrainingProgress
 
 KEYS = ("kind", "step", "epoch", "loss", "learning_rate", "gradient_norm", "top1")
 SMALL = (
@@ -141,3 +145,48 @@ def at_step(trainer: Trainer, step: int, act: Callable[[], Any]) -> None:
         return next_batch()
 
     trainer.loader.next = next_one  # type: ignore[method-assign]
+
+
+class NoiseLoader:
+    """Other noise for every step, on a device; no data set."""
+
+    steps_per_epoch = 4
+    queue_fill = QueueFill(0, 0, 0.0, 0.0)
+
+    def __init__(self, config: Config, device: str) -> None:
+        self._shape = (config.train.batch_size, config.model.in_channels, config.model.image_px, config.model.image_px)
+        self._classes, self._device, self._count = config.model.classes, device, 0
+
+    def next(self) -> Batch:
+        generator = torch.Generator().manual_seed(self._count)
+        images = torch.randn(self._shape, generator=generator)
+        labels = torch.randint(self._classes, self._shape[:1], generator=generator)
+        keys, number = tuple(f"{self._count}-{row}" for row in range(len(labels))), self._count
+        self._count += 1
+        on_device = (tensor.pin_memory() if self._device != "cpu" else tensor for tensor in (images, labels))
+        images, labels = (tensor.to(self._device, non_blocking=True) for tensor in on_device)
+        draws = np.zeros((len(keys), 3), np.int32)
+        return Batch(images, labels, keys, draws, epoch=0, position=number, fingerprint=number)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class NoiseTrainer(Trainer):
+    """A trainer on noise that writes nothing; its steps are made one by one."""
+
+    def __init__(self, config: Config, run: Path, *, device: str, **how: Any) -> None:
+        super().__init__(config, run, run, device=device, **how)
+        self.progress = TrainingProgress(1, done=0, quiet=True)
+
+    def _open_loader(self, state: dict[str, Any] | None) -> Any:
+        return NoiseLoader(self.config, self.device)
+
+    def _check_consistency(self) -> None:
+        """It is alone."""
+
+    def make_steps(self, count: int) -> None:
+        """Launches steps, and reads what became of them."""
+        for _ in range(count):
+            self._one_step()
+        self._settle()

@@ -190,7 +190,7 @@ def of_gpu_layers() -> Iterator[Change]:
     yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
     yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
     yield "dense towers: each sees the other's channels", "x.chunk(groups, dim=1)]", "reversed(x.chunk(groups, dim=1))]"
-    yield "copy in bfloat16: never made anew", "found.version != parameter._version or ", ""
+    yield "copy in bfloat16: never made anew", "elif found.version != parameter._version:", "elif False:"
 
 
 def of_gpu_norm() -> Iterator[Change]:
@@ -208,7 +208,7 @@ def of_gpu_pool() -> Iterator[Change]:
 def of_gpu_update() -> Iterator[Change]:
     """trainer/model/kernels/triton_update.py."""
     yield "update, GPU: no decay", "- decay * weight - rate", "- rate"
-    yield "update, GPU: rates of the first", "kinds.index(member.factors))", "0)"
+    yield "update, GPU: rates of the first", "(*_addresses(member), number)", "(*_addresses(member), 0)"
     yield "update, GPU: the old weights are copied", "at, weight.to(tl.bfloat16)", "at, velocity.to(tl.bfloat16)"
 
 

@@ -9,6 +9,8 @@ RECIPES = "tests/trainer/test_recipes.py"
 OPTIMIZER = "tests/trainer/training/test_optimizer.py"
 PARTIAL = "tests/trainer/training/test_partial_batch.py"
 PIECES = "tests/trainer/parallel/test_data_parallel.py::test_accumulation_equals_the_whole_batch"
+VERDICTS = "tests/trainer/training/test_verdicts.py"
+GRAPHS = "tests/trainer/training/test_step_graph.py"
 EVALUATE = "tests/trainer/training/test_evaluate.py"
 PREDICT = "tests/trainer/inference/test_predict.py"
 REPLICAS = "tests/trainer/parallel/test_data_parallel.py"
@@ -17,7 +19,7 @@ REPLICAS = "tests/trainer/parallel/test_data_parallel.py"
 def of_optimizer() -> Iterator[Change]:
     """trainer/training/optimizer.py: the rule, the rates, the schedules."""
     yield "momentum: 0.5", '{"momentum": config.momentum}', '{"momentum": 0.5}'
-    yield "decay: not times the rate", 'rate * group["weight_decay"]', 'group["weight_decay"]'
+    yield "decay: not times the rate", 'group["rate"] * group["weight_decay"]', 'group["weight_decay"]'
     yield "decay: none", "config.weight_decay if are_weights", "0.0 if are_weights"
     yield "decay: biases too", "if are_weights or config.decay_biases else 0.0", "if True else 0.0"
     yield "decay: batch norm's scale too", "parameter.dim() > 1)", 'parameter.dim() > 1 or "norm.weight" in name)'
@@ -29,8 +31,11 @@ def of_optimizer() -> Iterator[Change]:
         "torch._foreach_mul_(velocities, momentum)",
         "torch._foreach_mul_(velocities, 0)",
     )
-    yield "update, torch: decay's sign", "alpha=-decay", "alpha=decay"
-    yield "update, torch: rate 1", "gradients, alpha=-rate)", "gradients, alpha=-1)"
+    yield "update, torch: decay's sign", "alpha=-decay", "alpha=decay", 1
+    yield "update, torch: rate 1", "gradients, alpha=-rate)", "gradients, alpha=-1)", 1
+    yield "update, guarded: decay's sign", "alpha=-decay", "alpha=decay", 2
+    yield "update, guarded: rate 1", "gradients, alpha=-rate)", "gradients, alpha=-1)", 2
+    yield "update, guarded: velocities move", "(*velocities, *weights), (*found, *moved)", "weights, moved"
     yield "warm-up: none", "min(1.0, epoch / config.warmup_epochs)", "1.0"
     yield "warm-up: of a square", "min(1.0, epoch / config", "min(1.0, epoch**2 / config"
     yield "warm-up: not of the weights", "config.learning_rate * warm", "config.learning_rate"
@@ -70,10 +75,25 @@ def of_step() -> Iterator[Change]:
     yield "pieces: all draw the first rows' masks", "first=first + begin", "first=first"
     yield "pieces: replicas draw the same masks", "first=first + begin", "first=begin"
     yield "gradients pile up over steps", "self._net.zero_grad(set_to_none=True)", "pass"
+    yield "guard: opens again", "self.guard.mul_(sound)", "self.guard.copy_(sound)"
+    yield "guard: never shut", "self.guard.mul_(sound)", "pass"
+
+
+def of_step_graph() -> Iterator[Change]:
+    """trainer/training/step_graph.py: what changes from replay to replay."""
+    numbers = "captured.numbers.copy_(on_host(self._numbers(inputs), work.device), non_blocking=True)"
+    yield "graph: dropout of the capture", numbers, "pass"
+    yield "graph: images of the capture", "place.copy_(tensor, non_blocking=True)", "pass"
+    yield "graph: rates of the capture", "work.optimizer.send()", "pass"
+    yield "graph: gradients of another step", "parameter.grad = gradient", "pass"
+    yield "graph: partial batches too", "len(inputs.labels) != self._rows", "False"
+    yield "graph: frozen layers go on", "if moving != self._moving:", "if False:"
 
 
 def of_loop() -> Iterator[Change]:
     """trainer/training/loop.py: rates at each step."""
+    yield "run: a checkpoint before the last steps are known", "stop = self._settle() or stop", "pass"
+    yield "run: rates of the evaluation before", "self.plateaus = self._known_plateaus()\n        if", "if"
     yield "run: rates never set", "self.optimizer.set_rates(rates)", "pass"
     yield (
         "run: whole epochs only",
@@ -114,9 +134,10 @@ def of_predict() -> Iterator[Change]:
 
 
 GROUPS = (
-    ("trainer/training/optimizer.py", (OPTIMIZER, RECIPES, KERNELS), of_optimizer),
-    ("trainer/training/step.py", (PIECES, REPLICAS), of_step),
-    ("trainer/training/loop.py", (f"{PARTIAL}::test_a_run_by_hand",), of_loop),
+    ("trainer/training/optimizer.py", (OPTIMIZER, RECIPES, KERNELS, GRAPHS), of_optimizer),
+    ("trainer/training/step.py", (VERDICTS, PIECES, REPLICAS), of_step),
+    ("trainer/training/step_graph.py", (GRAPHS,), of_step_graph),
+    ("trainer/training/loop.py", (VERDICTS, f"{PARTIAL}::test_a_run_by_hand"), of_loop),
     ("trainer/training/evaluate.py", (EVALUATE,), of_evaluate),
     ("trainer/inference/trained_net.py", (PREDICT,), of_predict),
     ("trainer/parallel/mesh.py", (REPLICAS,), of_mesh),

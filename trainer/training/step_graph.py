@@ -54,6 +54,7 @@ class CudaGraphs:
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None  # the last: torch's allocator looks at one whose capture failed
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -68,7 +69,7 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :class:`GraphBackend`."""
-        graph = torch.cuda.CUDAGraph()
+        graph = self._graph = torch.cuda.CUDAGraph()
         # thread_local: DALI's threads take and free memory meanwhile, which would end a capture of mode "global"
         with (
             torch.cuda.device(self._device),
@@ -118,12 +119,12 @@ class StepRunner:
         self._graphs: dict[Any, _Captured] = {}
         self._last: _Captured | None = None
         self._moving: tuple[bool, ...] = ()
-        self._is_paused = False
+        self._is_paused, self._has_failed = False, False
 
     @property
     def has_graphs(self) -> bool:
         """Whether steps are to run as graphs; not for good, a capture may fail."""
-        return self._backend is not None
+        return self._backend is not None and not self._has_failed
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -142,10 +143,10 @@ class StepRunner:
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Launches a step; returns what all processes tell, see :func:`trainer.parallel.status.exchange_status`."""
-        captured = self._graph_for(inputs) if self._backend else None
+        captured = self._graph_for(inputs) if self.has_graphs else None
         if captured is not None:
             return self._replay(captured, inputs)
-        beside = self._backend.beside() if self._backend else contextlib.nullcontext()
+        beside = self._backend.beside() if self._backend and self.has_graphs else contextlib.nullcontext()
         with beside:
             told = self.measure(inputs)
             self._work.update()
@@ -209,7 +210,7 @@ class StepRunner:
         except PeerError:
             raise
         except Exception as error:  # whatever it is, the same step can be launched without a graph
-            self._backend = None
+            self._has_failed = True
             work.net.zero_grad(set_to_none=True)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._say(one_line(f"note: no CUDA graph, each kernel of a step is launched: {reason[:200]}"))
