@@ -141,7 +141,6 @@ class Link:
         self.last_transfer = "none yet"
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
-        self.waits = self._on_cpu  # messages hold up the host
         self._outwards = "a->b" if tower == "a" else "b->a"
         self._inwards = "b->a" if tower == "a" else "a->b"
 
@@ -186,6 +185,11 @@ class Link:
             received = transfer.received
             received = received.permute(0, 3, 1, 2) if received.dim() == 4 else received  # see :meth:`_packed`
             return received.to(transfer.like.device, transfer.like.dtype)
+
+    @property
+    def between_gpus(self) -> bool:
+        """Whether messages go from GPU to GPU (NCCL), not through the host."""
+        return not self._on_cpu
 
     def exchange_pixels(self, half: Tensor) -> Tensor:
         """Shares images (``decode = "sharded"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""

@@ -138,7 +138,7 @@ class StepWork:
         self.net, self.gradients, self.optimizer, self._mesh = net, gradients, optimizer, mesh
         self.towers = net.towers
         self.device = str(next(net.parameters()).device)
-        self._words_device = "cpu" if mesh and mesh.link.waits else self.device
+        self._words_device = "cpu" if mesh and not mesh.link.between_gpus else self.device
         self.guard = torch.ones((), device=self.device) if guarded else None
 
     def measure(self, inputs: StepInputs) -> Tensor:

@@ -265,7 +265,7 @@ def find_backend(config: Config, device: str, mesh: Mesh | None, *, lag: int, sa
     reason = ""
     if not device.startswith("cuda"):
         reason = f"the device is {device}, and only a GPU has them"
-    elif mesh and mesh.link.waits:
+    elif mesh and not mesh.link.between_gpus:
         reason = "gloo carries what crosses between the towers, through the host"
     elif not lag:
         reason = "the host looks at each step before its update"

@@ -97,7 +97,7 @@ class Verdicts:
 
 def default_lag(device: str, mesh: Mesh | None) -> int:
     """1 where a device works by itself and no message holds up the host; else 0: the host waits for it in any case."""
-    return int(device.startswith("cuda") and not (mesh and mesh.link.waits))
+    return int(device.startswith("cuda") and (mesh is None or mesh.link.between_gpus))
 
 
 def step_row(launched: LaunchedStep, verdict: GlobalStatus, *, took_s: float, replicas: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "waits", "lag", "changes", "found", "line"),
+    ("asked", "device", "between_gpus", "lag", "changes", "found", "line"),
     [
         ("auto", "cpu", None, 0, (), False, ""),
         ("on", "cpu", None, 0, (), False, "the device is cpu, and only a GPU has them"),
@@ -146,16 +146,16 @@ def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, c
         ("off", "cuda:0", None, 1, (), False, ""),
         ("auto", "cuda:0", None, 1, ("data.last_batch=partial",), False, ""),
         ("on", "cuda:0", None, 1, ("data.last_batch=partial",), True, ""),
-        ("auto", "cuda:0", False, 1, (), False, ""),
-        ("on", "cuda:0", False, 1, (), True, ""),
-        ("on", "cuda:0", True, 0, (), False, "gloo carries what crosses between the towers, through the host"),
+        ("auto", "cuda:0", True, 1, (), False, ""),
+        ("on", "cuda:0", True, 1, (), True, ""),
+        ("on", "cuda:0", False, 0, (), False, "gloo carries what crosses between the towers, through the host"),
         ("on", "cuda:0", None, 0, (), False, "the host looks at each step before its update"),
     ],
 )
 def test_who_gets_graphs(
     asked: str,
     device: str,
-    waits: bool | None,
+    between_gpus: bool | None,
     lag: int,
     changes: tuple[str, ...],
     found: bool,
@@ -165,7 +165,9 @@ def test_who_gets_graphs(
     """One line, and only where they are asked for and cannot be had."""
     monkeypatch.setattr(step_graph, "CudaGraphs", lambda device: f"graphs of {device}")
     config, said = recipe("usual", f"train.cuda_graph={asked}", *changes), list[str]()
-    mesh: Any = None if waits is None else type("Mesh", (), {"link": type("Link", (), {"waits": waits})})
+    mesh: Any = (
+        None if between_gpus is None else type("Mesh", (), {"link": type("Link", (), {"between_gpus": between_gpus})})
+    )
     backend: Any = find_backend(config, device, mesh, lag=lag, say=said.append)
     assert backend == (f"graphs of {device}" if found else None)
     assert said == ([f"note: train.cuda_graph = 'on', and there are no CUDA graphs here: {line}"] if line else [])

@@ -110,9 +110,9 @@ def test_a_step_asks_the_device_for_nothing(tiny_data: Path, tmp_path: Path, mon
 
 def test_who_lags():
     """A GPU, unless gloo carries the messages: that waits in any case."""
-    link = type("Link", (), {"waits": True})
+    link = type("Link", (), {"between_gpus": False})
     gloo = type("Mesh", (), {"link": link})
-    nccl = type("Mesh", (), {"link": type("Link", (), {"waits": False})})
+    nccl = type("Mesh", (), {"link": type("Link", (), {"between_gpus": True})})
     assert [default_lag("cpu", None), default_lag("cuda:0", None)] == [0, 1]
     assert [default_lag("cuda:0", gloo), default_lag("cuda:0", nccl), default_lag("cpu", gloo)] == [0, 1, 0]  # type: ignore[arg-type]
 
