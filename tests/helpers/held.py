@@ -69,6 +69,7 @@ def hold_at(stage: str) -> None:
     from trainer.parallel import launch
     from trainer.training import checkpoint
     from trainer.training.loop import Trainer
+    from trainer.training.step import StepWork
 
     run_towers = launch.run_towers
 
@@ -82,7 +83,7 @@ def hold_at(stage: str) -> None:
         before(launch, "join_mesh")
         before(Trainer, "__init__")
     elif stage == "step":  # the gradients are there, the update is not
-        before(Trainer, "_agree", lambda trainer, *_: trainer.step == STEP)
+        before(StepWork, "_tell", lambda _, inputs, *__: inputs.step == STEP)
     elif stage == "evaluation":
         _hold_in_evaluation(Trainer)
     elif stage == "checkpoint":  # the towers are on the disk, the checkpoint is not yet one

@@ -18,8 +18,7 @@ from trainer.errors import RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.status import all_could, sum_over_replicas
-from trainer.stopping import StopRequest
+from trainer.parallel.status import sum_over_replicas
 from trainer.training.checkpoint import check_holds, choose, load_towers
 from trainer.training.fit import TOP5_CLASSES, check_fits
 from trainer.training.kept_data import compare_data
@@ -183,23 +182,6 @@ def evaluate_net(net: AlexNet, batches: Iterable[Batch], views: str = "center") 
     if "a" not in net.towers:
         return None
     return Evaluation(**tally.fields(views), keys=tuple(keys), **kept.arrays())
-
-
-def until_stopped(batches: Iterable[Batch], most: int, stop: StopRequest, mesh: Mesh | None) -> Iterator[Batch]:
-    """This replica's batches of an evaluation, as long as no process is asked to stop.
-
-    All agree on that ``most`` times, the batches of the replica that has most of them.
-
-    Raises:
-        StoppedEvaluation: one is.
-    """
-    found = iter(batches)
-    for _ in range(most):
-        batch = next(found, None)
-        if not all_could(stop.name is None, mesh):
-            raise StoppedEvaluation
-        if batch is not None:
-            yield batch
 
 
 def count_net(net: AlexNet, batches: Iterable[Batch], mesh: Mesh | None = None) -> Counts | None:

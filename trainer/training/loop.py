@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
 from trainer.training.consistency import facts_of_start
-from trainer.training.evaluate import StoppedEvaluation, count_net, until_stopped
+from trainer.training.evaluate import StoppedEvaluation, count_net
 from trainer.training.history import read_past
 from trainer.training.init_from import frozen_layers
 from trainer.training.metrics import MetricsLog, TrainingProgress
@@ -357,8 +357,7 @@ class Trainer:
             share=BatchShare(self.coord.replica, self.coord.replicas),
         )
         try:
-            batches = until_stopped(loader, loader.most_batches, self.stop, self.mesh)
-            evaluation = count_net(self.net, batches, self.mesh)
+            evaluation = count_net(self.net, self._until_stopped(loader, loader.most_batches), self.mesh)
         except StoppedEvaluation:
             return False
         self.plateaus = self._known_plateaus()
@@ -382,6 +381,22 @@ class Trainer:
     def _known_plateaus(self) -> int | None:
         """None where the next step has to ask: only rank 0 knows the evaluations, and tells all in each step."""
         return None if self.config.optimizer.schedule == "plateau" else 0
+
+    def _until_stopped(self, batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+        """This replica's batches of an evaluation, as long as no process is asked to stop.
+
+        All agree on that ``most`` times, the batches of the replica that has most of them.
+
+        Raises:
+            StoppedEvaluation: one is.
+        """
+        found = iter(batches)
+        for _ in range(most):
+            batch = next(found, None)
+            if not all_could(self.stop.name is None, self.mesh):
+                raise StoppedEvaluation
+            if batch is not None:
+                yield batch
 
     def _save(self) -> None:
         """Begins a checkpoint; it is written beside the steps that follow.

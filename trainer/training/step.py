@@ -144,6 +144,9 @@ class StepWork:
     def measure(self, inputs: StepInputs) -> Tensor:
         """Gradients, and what all processes tell of them: see :func:`trainer.parallel.status.exchange_status`."""
         loss = self.gradients(inputs.images, inputs.labels, inputs.step, inputs.starts)
+        return self._tell(inputs, loss)
+
+    def _tell(self, inputs: StepInputs, loss: Tensor) -> Tensor:
         with self.gradients.timed("check"):
             norms = gradient_norms(self.net)
             known = [*norms.values(), *([loss] if "a" in self.towers else [])]
