@@ -50,7 +50,8 @@ def check_net_input(device: str) -> None:
         exact = by_torch(crops, rows.double(), InputRule(image, center, standardize, torch.float64))
         assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
         step = 2**-7 if dtype == torch.bfloat16 else ROUNDINGS * ROUNDING  # the interpreter cuts off what a GPU rounds
-        torch.testing.assert_close(found.double(), exact, rtol=step, atol=rounding_bound(255 + 255 + 200, 1.5))
+        unit = 4 / 20 if standardize else 1.0  # divided by a deviation of 20 or more, 2 roundings of it and of the mean
+        torch.testing.assert_close(found.double(), exact, rtol=step, atol=unit * rounding_bound(255 + 255 + 200, 1.5))
 
 
 def check_flat_images(device: str) -> None:

@@ -98,6 +98,7 @@ def test_the_rule_equals_the_cpus_way(folders: dict[str, Path], data: str) -> No
         rule = dataclasses.replace(net_input._rule, dtype=torch.float64)
         crops = crops_of(folder, draws.geometry, batch.keys) if crops is None else crops  # no recipe changes them
         exact = by_torch(crops, rows, rule)
+        assert exact.dtype == rule.dtype
         assert bool(((batch.images - exact).abs() <= bounds(exact, net_input, rows)).all()), recipe
         found = net_input(crops, draws, augmentation.divisor(0))
         assert bool(((found - exact).abs() <= bounds(exact, net_input, rows)).all()), recipe
