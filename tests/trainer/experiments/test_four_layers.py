@@ -49,6 +49,8 @@ def test_the_net_is_four_plain_layers(px: int, channels: int, activation: str) -
     again = four_layers.FourLayerNet(config, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     assert not torch.equal(net.conv1.weight, four_layers.FourLayerNet(config, 4).conv1.weight)
+    ratio = net.conv2.weight.flatten()[:9] / net.conv3.weight.flatten()[:9]
+    assert ratio.std() > 0.1, "each layer has draws of its own"
     net.double()
     act = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
     layers = [
