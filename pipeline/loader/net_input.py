@@ -23,7 +23,6 @@ from twotower.verbosity import remark
 
 SWITCH = "TWOTOWER_KERNELS"  # "off": torch operations only, as in the trainer
 
-
 Kernel = Callable[[torch.Tensor, torch.Tensor, InputRule], torch.Tensor]
 
 
@@ -80,7 +79,7 @@ def find_kernel(rule: InputRule, crop_px: int, channels: int, device: str) -> Ke
         from pipeline.loader.triton_input import net_input
 
         crops = torch.zeros(1, crop_px, crop_px, channels, dtype=torch.uint8, device=device)
-        net_input(crops, torch.zeros(1, GEOMETRY + 2 * channels, device=device), rule)
+        net_input(crops, torch.zeros(1, GEOMETRY + 2 * channels, dtype=torch.float32, device=device), rule)
     except Exception as error:  # Triton needs a C compiler and a GPU that it knows, and says so in many ways
         if os.environ.get("RANK", "0") == "0":
             why = f"{type(error).__name__}: {error}".splitlines()[0]
