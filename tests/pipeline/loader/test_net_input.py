@@ -46,6 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "png": make_data_set(folder / "png", encoding="png", size=(41, 37)),
         "raw": make_data_set(folder / "raw", encoding="raw", size=(44, 40)),
         "gray": make_data_set(folder / "gray", channels=1, size=(37, 40)),
+        "whole": make_data_set(folder / "whole", encoding="raw", size=(CROP, CROP)),  # nothing to cut off
     }
 
 
@@ -119,7 +120,7 @@ def assert_equal_batches(found: Batch, expected: Batch) -> None:
     assert difference <= rounding_bound(255 + 255 + 100, 1.0)
 
 
-@pytest.mark.parametrize("data", ["png", "raw", "gray"])
+@pytest.mark.parametrize("data", ["png", "raw", "gray", "whole"])
 def test_training_batches_are_the_cpus(folders: dict[str, Path], data: str, request: pytest.FixtureRequest) -> None:
     """Decoding, crops, draws, labels, into the second epoch, where the color noise ends; and after a resume."""
     config = dataclasses.replace(CONFIG, color="deviation", color_divisor=1.1, color_off_epoch=1)
