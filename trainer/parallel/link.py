@@ -192,7 +192,7 @@ class Link:
         return not self._on_cpu
 
     def exchange_pixels(self, half: Tensor) -> Tensor:
-        """Shares images (``decode = "sharded"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
+        """Shares images (see ``data.decode``): (N / 2, ...) uint8 -> (N, ...), tower a's half first."""
         theirs = torch.empty_like(half, memory_format=torch.contiguous_format)
         mine = half.contiguous()
         if self._on_cpu:
