@@ -72,6 +72,9 @@ class Failures(Protocol):
     def lost(self, text: str) -> PeerError:
         """What to raise where another process is gone; ``text``: how that looks from here."""
 
+    def check(self) -> None:
+        """Raises what is known already."""
+
 
 @dataclasses.dataclass
 class Transfer:
@@ -128,6 +131,7 @@ class Link:
         timed: opened around all that a crossing holds its tower up with, with its name; the benchmark's clock.
         timeout: of every message over gloo, which keeps the one that its group was made with whatever
             ``dist.set_timeout`` says; None: that one.
+        started: transfers since the start; both towers start the same ones.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class Link:
         self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timeout: datetime.timedelta | None = None
         self.last_transfer = "none yet"
+        self.started = 0
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._outwards = "a->b" if tower == "a" else "b->a"
@@ -227,7 +232,9 @@ class Link:
     def _start(self, transfer: Transfer, kind: str = "crossing") -> Transfer:
         """Starts the messages of one crossing and enters them in the ledger."""
         self._finish_sending()
+        self._failures.check()
         self.last_transfer = transfer.name
+        self.started += 1
         operations = []
         if transfer.sent is not None:
             operations.append(dist.P2POp(dist.isend, transfer.sent, self.peer, self.group))
@@ -250,6 +257,7 @@ class Link:
     def _wait(self, what: str, works: Sequence[Any], *, on_gloo: bool = False) -> None:
         """Waits for messages; a peer that is gone becomes a PeerError that says where."""
         self.last_transfer = what
+        self._failures.check()
         try:
             for work in works:
                 wait_for(work, self.timeout if on_gloo or self._on_cpu else None)
