@@ -46,14 +46,20 @@ class LedgerRow:
 
 
 class Ledger:
-    """Counts what this rank sends and receives, so that either end's ledger is the whole pair's."""
+    """Counts what this rank sends and receives, so that either end's ledger is the whole pair's.
+
+    Attributes:
+        steps: that were started.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+        self.steps = 0
 
     def clear(self) -> None:
         """Starts a new step."""
         self._rows.clear()
+        self.steps += 1
 
     def add(self, kind: str, name: str, phase: str, direction: str, num_bytes: int) -> None:
         """Counts one message."""

@@ -313,7 +313,8 @@ def _watch(mesh: Mesh, beats: dist.ProcessGroup, timeout: datetime.timedelta) ->
     peers[link.peer] = (f"tower {TOWERS[1 - TOWERS.index(link.tower)]} (rank {link.peer})", 0)
     nccl = mesh.tensor_groups if mesh.backend == "nccl" else ()
     facts = Facts(
-        started=lambda: (link.started, replicas.started if replicas else 0),
+        # steps, too: in one that is a CUDA graph nobody starts messages
+        started=lambda: (link.started + link.ledger.steps, (replicas.started if replicas else 0) + link.ledger.steps),
         where=lambda: link.last_transfer,
         fault=lambda: fault_of(nccl),
         abort=lambda: abort_groups(nccl),
