@@ -14,13 +14,14 @@ from trainer.parallel.failures import FailureStore
 from trainer.parallel.watch import Facts, Lag, PeerWatch, run_for
 
 LONG = datetime.timedelta(seconds=100)
-PATIENCE_S = 60.0  # for what must come; a test that waits so long has failed
+PATIENCE_S = 30.0  # for what must come; a test that waits so long has failed
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short beats and graces, and loopback."""
+    """Short beats and graces, loopback, and nothing here ends the process of all tests."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(watch, "end_process", lambda error: None)
     for name, seconds in (("BEAT_S", 0.01), ("FAILED_GRACE_S", 0.01), ("CLOSE_S", PATIENCE_S), ("ABORT_S", 5.0)):
         monkeypatch.setattr(watch, name, seconds)
 
