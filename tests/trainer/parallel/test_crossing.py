@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from tests.helpers import tower_work as work
 from trainer.errors import PeerError
-from trainer.model.layers import Conv2d, Linear
+from trainer.model.layers import Conv2d, DropoutDraws, Linear
 from trainer.parallel.crossing import _Halves
 from trainer.parallel.mesh import MeshCoord
 from trainer.planning.scale import _fake_world
@@ -87,3 +89,24 @@ def test_a_message_that_nobody_waits_for_is_looked_after_by_the_next() -> None:
         mesh.link.isend("fc8", "backward", half).works = [Broken()]
         with pytest.raises(PeerError, match="is lost at fc8 backward"):
             mesh.link.exchange("fc7", "backward", half)
+
+
+def test_both_towers_start_the_same_messages_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL matches messages by their order alone: what one tower sends in a call, the other receives in that call."""
+    turned = {"isend": "irecv", "irecv": "isend"}
+    calls: dict[int, list[dict[str, int]]] = {0: [], 1: []}
+    start = dist.batch_isend_irecv
+    for rank, found in calls.items():
+
+        def record(operations: list[Any], found: list[dict[str, int]] = found) -> list[Any]:
+            found.append({operation.op.__name__: operation.tensor.nbytes for operation in operations})
+            return start(operations)
+
+        monkeypatch.setattr(dist, "batch_isend_irecv", record)
+        with _fake_world(MeshCoord(rank, 2)) as mesh:
+            images, labels = work.a_batch(work.recipe("digits"), 0, 4)
+            net = work.make_net(work.recipe("digits"), mesh.link)
+            net.loss(images, labels, DropoutDraws(work.SEED, 0)).backward()
+            assert mesh.link.started == len(found)
+    assert calls[0] == [{turned[name]: size for name, size in call.items()} for call in calls[1]]
+    assert len(calls[0]) == 8 and [sorted(call) for call in calls[0]].count(["irecv", "isend"]) == 6
