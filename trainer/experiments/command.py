@@ -18,6 +18,7 @@ from trainer.experiments import folder as folders
 from trainer.experiments import measures, rows, runner
 from trainer.experiments.catalog import make_experiment
 from trainer.experiments.folder import Record, Row, RunTask
+from trainer.experiments.options import ONE_WEIRD_TRICK
 from trainer.experiments.progress import ExperimentProgress
 from trainer.experiments.variants import Experiment
 from trainer.training import fit, start
@@ -53,6 +54,10 @@ class Plan:
 
 def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace], Config]) -> int:
     """Checks everything, then makes what is missing of an experiment, and the page about it."""
+    if arguments.name == ONE_WEIRD_TRICK:
+        from trainer.experiments.one_weird_trick import command  # imports torch
+
+        return command.run(arguments, load_recipe(arguments))
     plan = make_plan(arguments, load_recipe(arguments))
     folders.check_folder(arguments.output, plan.record)
     for sentence in plan.experiment.left_out:
@@ -67,7 +72,7 @@ def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace
         return 0
     with folders.hold(arguments.output):
         folders.check_folder(arguments.output, plan.record)
-        folders.begin(arguments.output, plan.record, plan.experiment, plan.configs)
+        folders.begin(arguments.output, plan.record, plan.configs)
         return _run(plan, arguments, device)
 
 
