@@ -97,7 +97,7 @@ def render(found: Found) -> str:
         html.section("To be read with it", *(html.paragraph(note) for note in NOTES)),
         html.section("Runs", html.facts(_facts(found))),
     ]
-    style = "td:first-child{min-width:8.5em}figure+.scroll{margin-top:18px}"
+    style = "td:first-child{min-width:8.5em}td:nth-child(2){white-space:nowrap}figure+.scroll{margin-top:18px}"
     return str(html.page(f"one-weird-trick: {TITLE}", body, style=style))
 
 
@@ -163,8 +163,9 @@ def _traffic(traffic: Sequence[Traffic]) -> list[Markup]:
     parts = []
     for each in traffic:
         table = html.table(traffic_head(), traffic_table(each), range(2, 2 + len(BATCHES)), sums=sum_rows(each))
-        drawn = [html.figure(chart(each), f"{bytes_title(each)}. {crossover_words(each)}")] if each.world == 2 else []
-        parts.append(html.section(bytes_title(each), *drawn, table))
+        words = crossover_words(each)
+        shown = html.figure(chart(each), f"{bytes_title(each)}. {words}") if each.world == 2 else html.paragraph(words)
+        parts.append(html.section(bytes_title(each), shown, table))
     return parts
 
 
@@ -191,8 +192,8 @@ def traffic_table(each: Traffic) -> list[list[str]]:
     """Layer by layer, then their sum, for both layouts."""
     table = []
     for title, sent in (("two towers", each.towers), ("one weird trick", each.workers)):
-        table += [[title, part.name, *(_megabytes(part.leaving(size)) for size in BATCHES)] for part in sent]
-        table.append([title, "in all", *(_megabytes(total_bytes(sent, size)) for size in BATCHES)])
+        table += [[title, part.name, *(megabytes(part.leaving(size)) for size in BATCHES)] for part in sent]
+        table.append([title, "in all", *(megabytes(total_bytes(sent, size)) for size in BATCHES)])
     return table
 
 
@@ -201,7 +202,8 @@ def sum_rows(each: Traffic) -> tuple[int, int]:
     return len(each.towers), len(each.towers) + 1 + len(each.workers)
 
 
-def _megabytes(num_bytes: float) -> str:
+def megabytes(num_bytes: float) -> str:
+    """1e6 bytes, to three digits."""
     return f"{num_bytes / 1e6:,.0f}" if num_bytes >= 100e6 else f"{num_bytes / 1e6:.3g}"
 
 
