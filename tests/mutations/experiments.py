@@ -55,6 +55,7 @@ def of_summary() -> Iterator[Change]:
 def of_command() -> Iterator[Change]:
     """trainer/experiments/command.py."""
     yield "experiment: a failure is no exit code", "DONE_IN_PART if failed or stop.name", "DONE_IN_PART if stop.name"
+    yield "experiment: what opens an address is kept", "to_toml(base), masked(source)", "to_toml(base), source"
     yield "experiment: a stop is a failure", "if stop.name and ending.status:", "if stop.name and not ending.status:"
 
 
@@ -125,7 +126,7 @@ def of_trick_command() -> Iterator[Change]:
         "if found.failed or found.unequal or found.speed is None else 0",
         ("if found.failed or found.speed is None else 0"),
     )
-    yield "trick: made again", '.get("status") == rows.OK', '.get("status") == rows.FAILED'
+    yield "trick: made again", 'if row and row["status"] == rows.OK and', 'if row and row["status"] == rows.FAILED and'
 
 
 GROUPS = (

@@ -90,7 +90,7 @@ class Record:
     Attributes:
         experiment: its name.
         recipe: the resolved recipe as TOML.
-        data: the data set's folder or URL.
+        data: the data set's folder or URL, without what opens it.
         fingerprint: of the data set.
     """
 

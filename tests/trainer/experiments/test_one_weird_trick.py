@@ -155,6 +155,7 @@ def test_what_is_not_one_process_is_told(
         return parts
 
     monkeypatch.setattr(command, "_start", start)
+    assert trainer(*words(tiny_data, tmp_path / "trick", "--seeds", len(kinds)))[0] == 3, "unequal, nothing failed"
     status, _, err = trainer(*words(tiny_data, tmp_path / "trick", "--seeds", len(kinds) + 2))
     assert status == 3 and err.count("\n") == len(kinds) + 2
     assert "error: 2 x 2 processes, seed 4: a loss, gradient or weight is not finite" in err

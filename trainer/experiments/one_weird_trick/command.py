@@ -39,6 +39,7 @@ from trainer.experiments.one_weird_trick.found import (
     bytes_key,
     count_traffic,
     difference_words,
+    is_equal,
     read_speed,
 )
 from trainer.experiments.one_weird_trick.layouts import Layouts, make_layouts
@@ -51,6 +52,8 @@ from trainer.training import fit
 from trainer.training.metrics import describe_environment
 from trainer.training.run_folder import check_replicas
 from twotower import verbosity
+from twotower.addresses import masked
+from twotower.terminal import print_error
 from twotower.words import pluralize
 
 NOT_EQUAL = 3  # exit status: some processes failed, or did something else than one process does
@@ -124,7 +127,7 @@ def make_plan(arguments: argparse.Namespace, base: Config) -> Plan:
     return Plan(
         layouts=layouts,
         seeds=range(first, first + arguments.seeds),
-        record=Record(ONE_WEIRD_TRICK, to_toml(base), data, manifest.fingerprint),
+        record=Record(ONE_WEIRD_TRICK, to_toml(base), masked(data), manifest.fingerprint),
         data=arguments.data,
         output=arguments.output,
         cpus=arguments.cpus or len(os.sched_getaffinity(0)),
@@ -175,7 +178,8 @@ def _compare(plan: Plan) -> list[Row]:
     found = rows.read_rows(plan.output)
     wanted = [(name, seed) for seed in plan.seeds for name in WORLDS]
     for number, (name, seed) in enumerate(wanted):
-        if found.get((name, seed), {}).get("status") == rows.OK:
+        row = found.get((name, seed))
+        if row and row["status"] == rows.OK and is_equal(row, plan.layouts.one_tower.model):
             continue
         row = compare_once(plan, name, seed)
         found[name, seed] = row
@@ -296,7 +300,7 @@ def _speed(plan: Plan) -> Speed | None:
         with tempfile.TemporaryDirectory(prefix="twotower-trick-") as scratch:
             rates = _start(Path(scratch), job, *read_images(plan, job.batch_size), 2)[0]
     except TrainerError as error:
-        print(f"error: the timing failed: {error}", file=sys.stderr)
+        print_error(f"the timing failed: {error}")
         return None
     environment = describe_environment(sys.argv)
     machine = {name: str(environment[name]) for name in ("processor", "cores", "commit", "python", "torch")}
@@ -308,12 +312,11 @@ def _speed(plan: Plan) -> Speed | None:
 def _tell(found: Found) -> int:
     """Says what failed or is not equal; the exit status."""
     for row in found.failed:
-        print(f"error: {TITLES[row['variant']]}, seed {row['seed']}: {row['reason']}", file=sys.stderr)
+        print_error(f"{TITLES[row['variant']]}, seed {row['seed']}: {row['reason']}")
     for row in found.unequal:
-        print(
-            f"error: {TITLES[row['variant']]}, seed {row['seed']} is not one process: {difference_words(row)}, "
-            f"expected less than {CLAIMED:g} and the bytes of the formula",
-            file=sys.stderr,
+        print_error(
+            f"{TITLES[row['variant']]}, seed {row['seed']} is not one process: {difference_words(row)}, expected less "
+            f"than {CLAIMED:g} and the bytes of the formula"
         )
     if found.failed or found.speed is None:
         print("what failed is in no figure; the same command tries again", file=sys.stderr)

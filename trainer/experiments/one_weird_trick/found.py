@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.config import ModelConfig
 from trainer.experiments.folder import Record, Row
 from trainer.experiments.one_weird_trick.layouts import Layouts
 from trainer.experiments.one_weird_trick.traffic import (
@@ -134,17 +135,19 @@ class Found:
     @property
     def unequal(self) -> list[Row]:
         """Comparisons that are not what one process does, or sent other bytes than the formula says."""
-        return [row for row in self.done if not self._is_equal(row)]
-
-    def _is_equal(self, row: Row) -> bool:
-        formula = workers_formula(self.layouts.one_tower.model, WORLDS[row["variant"]])
-        bytes_alike = all(row[bytes_key(each.name)] == each.in_ledger(row["batch_size"]) for each in formula)
-        return bytes_alike and all(row[f"{what}_float64"] < CLAIMED for what in COMPARED)
+        return [row for row in self.done if not is_equal(row, self.layouts.one_tower.model)]
 
     def greatest(self, name: str, dtype: str) -> dict[str, float]:
         """The greatest difference of all seeds in loss, gradients and weights, of some number of processes."""
         of_name = [row for row in self.done if row["variant"] == name]
         return {what: max(row[f"{what}_{dtype}"] for row in of_name) for what in COMPARED} if of_name else {}
+
+
+def is_equal(row: Row, model: ModelConfig) -> bool:
+    """Whether a comparison is within what is claimed, and sent what the formula says."""
+    formula = workers_formula(model, WORLDS[row["variant"]])
+    bytes_alike = all(row.get(bytes_key(each.name)) == each.in_ledger(row["batch_size"]) for each in formula)
+    return bytes_alike and all(row[f"{what}_float64"] < CLAIMED for what in COMPARED)
 
 
 def bytes_key(name: str) -> str:
