@@ -8,6 +8,7 @@ FOLDER = "tests/trainer/experiments"
 PAIRED, MEASURES, PAGE = (f"{FOLDER}/test_{name}.py" for name in ("paired", "measures", "page"))
 CATALOG, CROPS = f"{FOLDER}/test_catalog.py", "tests/pipeline/sources/test_photo_crops.py"
 WORKERS, TRICK = "tests/trainer/parallel/test_weird_trick.py", f"{FOLDER}/test_one_weird_trick.py"
+FOUR_LAYERS = f"{FOLDER}/test_four_layers.py"
 TABLE_OF_RUNS = f"{FOLDER}/test_command.py"
 
 
@@ -129,6 +130,15 @@ def of_trick_command() -> Iterator[Change]:
     yield "trick: made again", 'if row and row["status"] == rows.OK and', 'if row and row["status"] == rows.FAILED and'
 
 
+def of_four_layers() -> Iterator[Change]:
+    """trainer/experiments/four_layers.py."""
+    yield "four layers: pooled twice as coarse", "POOL_PX, POOL_STRIDE, ceil_mode=True", "POOL_PX, POOL_STRIDE"
+    yield "four layers: velocities forgotten", "velocity(parameter).copy_(", "velocity(parameter).add_(0 * "
+    yield "four layers: the same draw for every layer", '"init", name))', '"init", ""))'
+    yield "four layers: an epoch longer", "train.epochs * self.loader", "(train.epochs + 1) * self.loader"
+    yield "four layers: the loader from its beginning", 'state=state.get("loader")', "state=None"
+
+
 GROUPS = (
     ("trainer/parallel/weird_trick.py", (WORKERS,), of_workers),
     ("trainer/experiments/one_weird_trick/traffic.py", (WORKERS,), of_traffic),
@@ -141,5 +151,6 @@ GROUPS = (
     ("trainer/experiments/command.py", (TABLE_OF_RUNS,), of_command),
     ("trainer/experiments/ablations.py", (CATALOG,), of_ablations),
     ("trainer/experiments/catalog.py", (CATALOG,), of_catalog),
+    ("trainer/experiments/four_layers.py", (FOUR_LAYERS,), of_four_layers),
     ("pipeline/sources/photo_crops.py", (CROPS,), of_crops),
 )
