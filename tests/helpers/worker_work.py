@@ -1,16 +1,19 @@
 """What the workers of the one-weird-trick layout do in tests; module-level, so that processes find it by name."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tests.helpers.tower_work import CONFIGS, SEED, CallCounter, a_batch, replica_facts, use_threads
+from tests.helpers.tower_work import CONFIGS, SEED, SMOOTH, CallCounter, a_batch, replica_facts, use_threads
 from trainer.config import Config, load_config
 from trainer.experiments.one_weird_trick.layouts import Layouts, make_layouts
-from trainer.experiments.one_weird_trick.worker import DTYPES, train
+from trainer.experiments.one_weird_trick.worker import DTYPES, step_of_layout, train
+from trainer.model.alexnet import AlexNet
+from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
+from trainer.parallel.weird_trick import make_worker_net
 
 BATCH_SIZE, UPDATES = 16, 5
 
@@ -51,3 +54,13 @@ def worker_facts(mesh: Mesh) -> dict[str, Any]:
 def facts_of_four(mesh: Mesh) -> dict[str, Any]:
     """What replicas of towers and what workers do, in one start of four processes."""
     return {"replicas": replica_facts(mesh), "workers": worker_facts(mesh)}
+
+
+def gpu_step(mesh: Mesh | None, device: str) -> dict[str, Any]:
+    """Loss and gradients of one step of a net without kinks, in float32, on a device that the workers share."""
+    config = layouts(*SMOOTH).one_tower
+    images, labels = (tensor.to(device) for tensor in batches(config, 1))
+    net: AlexNet = make_worker_net(config, mesh.link, device=device) if mesh else make_net(config, None, device=device)
+    loss = step_of_layout(net, config, mesh, device)(images, labels, 0)
+    gradients = {name: cast(Tensor, parameter.grad).cpu() for name, parameter in net.named_parameters()}
+    return {"losses": [loss], "gradients": gradients}

@@ -207,7 +207,7 @@ def compare_once(plan: Plan, name: str, seed: int) -> Row:
                 found = compare(serial, [part[dtype] for part in parts])
                 row |= {f"{what}_{dtype}": value for what, value in found.items()}
             row |= {bytes_key(place): num_bytes for place, num_bytes in parts[0]["float32"]["sent"].items()}
-    except TrainerError as error:
+    except (TrainerError, OSError) as error:
         return {"variant": name, "seed": seed, "status": rows.FAILED, "exit_code": 2, "reason": str(error)}
     return row
 
@@ -299,13 +299,16 @@ def _speed(plan: Plan) -> Speed | None:
     try:
         with tempfile.TemporaryDirectory(prefix="twotower-trick-") as scratch:
             rates = _start(Path(scratch), job, *read_images(plan, job.batch_size), 2)[0]
-    except TrainerError as error:
+    except (TrainerError, OSError) as error:
         print_error(f"the timing failed: {error}")
         return None
     environment = describe_environment(sys.argv)
     machine = {name: str(environment[name]) for name in ("processor", "cores", "commit", "python", "torch")}
     speed = Speed(**wanted, device=choose_device(plan.device), rates=rates, machine=machine)
-    write_atomic(path, (json.dumps(dataclasses.asdict(speed), indent=1) + "\n").encode())
+    try:
+        write_atomic(path, (json.dumps(dataclasses.asdict(speed), indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from None
     return speed
 
 

@@ -7,6 +7,7 @@ are timed, the layouts in turn.
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def train(
     """
     net: AlexNet = make_worker_net(config, mesh.link) if mesh else make_net(config, None)
     net.to(dtype)
-    step_of = _step(net, config, mesh)
+    step_of = step_of_layout(net, config, mesh)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
     losses, gradients = [], {}
     for step in range(len(images) // batch_size):
@@ -124,7 +125,7 @@ def train(
     return {"losses": losses, "gradients": gradients, "weights": weights, "sent": sent}
 
 
-def _step(
+def step_of_layout(
     net: AlexNet, config: Config, mesh: Mesh | None, device: str = "cpu"
 ) -> Callable[[Tensor, Tensor, int], float]:
     """A step of whatever layout the net has, given the whole batch."""
@@ -180,7 +181,7 @@ def _repeated(case: Case, job: Job, mesh: Mesh, images: Tensor, labels: Tensor, 
         others, net = mesh, make_net(config, mesh.link, device=device)
     else:
         others, net = mesh, make_worker_net(config, mesh.link, device=device)
-    step_of = _step(net, config, others, device)
+    step_of = step_of_layout(net, config, others, device)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
 
     def run(steps: int) -> None:
@@ -226,6 +227,7 @@ def write_job(folder: Path, job: Job, images: Tensor, labels: Tensor) -> list[st
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who started this tells of it
     try:
         main(Path(sys.argv[1]))
     except TrainerError as error:
