@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.experiments.one_weird_trick.page import megabytes
 from trainer.experiments.one_weird_trick.traffic import towers_formula, workers_formula
 from trainer.experiments.one_weird_trick.worker import DTYPES, Job, speed_cases, train
 from trainer.parallel.weird_trick import worker_share
+from trainer.stopping import Stopped
 
 Trainer = Callable[..., tuple[int, str, str]]
 
@@ -204,6 +206,29 @@ def test_a_start_that_fails_is_a_row_with_its_reason_and_is_tried_again(
     assert "status 137" in text and "Speed on this machine" not in text
     assert trainer(*words(tiny_data, output))[0] == 0
     assert started == [("equality", 4), ("speed", 2)] and [row["status"] for row in rows_of(output)] == ["ok", "ok"]
+
+
+def test_stopped_it_goes_on_where_it_was(
+    tiny_data: Path,
+    trainer: Trainer,
+    started: list[tuple[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The processes end, nothing of the folder is held, and the comparison that was done is not made again."""
+
+    def stop(_scratch: Path, job: Job, images: Tensor, labels: Tensor, world: int) -> list[Any]:
+        if world == 4:
+            raise Stopped(signal.SIGTERM)
+        return stand_in(job, images, labels, world)
+
+    output = tmp_path / "trick"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_start", stop)
+        status, _, err = trainer(*words(tiny_data, output))
+    assert status == 128 + signal.SIGTERM and err.startswith("stopped by SIGTERM") and err.count("\n") == 1
+    assert len(rows_of(output)) == 1 and not (output / ".lock").exists()
+    assert trainer(*words(tiny_data, output))[0] == 0 and started == [("equality", 4), ("speed", 2)]
 
 
 @pytest.mark.parametrize(

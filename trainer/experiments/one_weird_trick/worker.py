@@ -7,7 +7,6 @@ are timed, the layouts in turn.
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import stopping
 from trainer.config import Config, from_toml
 from trainer.errors import TrainerError
 from trainer.experiments.one_weird_trick.traffic import sent_by_layer
@@ -227,9 +227,11 @@ def write_job(folder: Path, job: Job, images: Tensor, labels: Tensor) -> list[st
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who started this tells of it
     try:
+        stopping.raise_on_stop()
         main(Path(sys.argv[1]))
+    except stopping.Stopped as stop:  # who started this says so
+        sys.exit(stop.status)
     except TrainerError as error:
         print_error(str(error))
         sys.exit(error.status)
