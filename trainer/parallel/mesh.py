@@ -79,7 +79,12 @@ class Replicas:
         control: their gloo group for control messages.
         failures: where failures are reported.
         ledger: of this process.
+
+    Attributes:
+        summed: what is summed, for the ledger.
     """
+
+    summed = "gradients"
 
     def __init__(
         self,
@@ -94,14 +99,14 @@ class Replicas:
         self.started = 0  # messages that no host waits for, since the start: see :mod:`trainer.parallel.watch`
         self.timeout: datetime.timedelta | None = None  # as of a Link
         self._on_cpu = dist.get_backend(group) == "gloo"
-        self._way = f"{coord.tower}->{coord.tower}"
+        self._way, self._who, self._ranks = f"{coord.tower}->{coord.tower}", f"tower {coord.tower}", coord.same_tower
 
     def start_sum(self, flat: Tensor) -> tuple[Tensor, Any]:
         """Begins to sum a flat tensor over the replicas; returns the tensor under way and a handle for :meth:`wait`."""
         self._failures.check()
         wire = flat.cpu() if self._on_cpu else flat
         self.started += 1
-        self._ledger.add("replica", "gradients", "backward", self._way, wire.nbytes)
+        self._ledger.add("replica", self.summed, "backward", self._way, wire.nbytes)
         try:
             return wire, dist.all_reduce(wire, group=self._group, async_op=True)
         except RuntimeError as error:
@@ -135,11 +140,11 @@ class Replicas:
 
     def _lost(self, what: str, error: Exception) -> PeerError:
         """What to say when a replica does not answer: who it was where that is known, here or by another process."""
-        others = [rank for rank in self.coord.same_tower if rank != self.coord.rank]
+        others = [rank for rank in self._ranks if rank != self.coord.rank]
         reason = str(error).splitlines()[0][:160]
         ranks = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {listed(others)}"
         # The process that is lost here may only have ended because it lost another: that one said so before it ended.
-        return self._failures.lost(f"tower {self.coord.tower} ({ranks}) is lost at {what}: {reason}", vague=True)
+        return self._failures.lost(f"{self._who} ({ranks}) is lost at {what}: {reason}", vague=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +241,12 @@ def connect(
         reason = reason_of(error)
         same = f"; {SECRET} must be the same in all of them" if os.environ.get(SECRET) else ""
         raise PeerError(f"the processes cannot find each other ({where}): {reason}{same}") from None
+
+
+def disconnect(mesh: Mesh) -> None:
+    """Leaves the mesh, once all processes have come here."""
+    dist.barrier(group=mesh.control)
+    dist.destroy_process_group()
 
 
 def _open_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:

@@ -13,7 +13,7 @@ from trainer.errors import PeerError
 from trainer.model.layers import Conv2d, DropoutDraws, Linear
 from trainer.parallel.crossing import _Halves
 from trainer.parallel.mesh import MeshCoord
-from trainer.planning.scale import _fake_world
+from trainer.planning.scale import fake_world
 
 pytestmark = pytest.mark.numeric
 
@@ -46,7 +46,7 @@ def test_halves_equal_the_whole(module: Any, shape: Any, layout: torch.memory_fo
     expected = whole(module, x, weight, bias)
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     expected.backward(grad)
-    with _fake_world(MeshCoord("ab".index(tower), 2)) as mesh, torch.no_grad():
+    with fake_world(MeshCoord("ab".index(tower), 2)) as mesh, torch.no_grad():
         halves, found = _Halves(mesh.link, "fc6", module, None), torch.full_like(weight, torch.nan)
         (local, remote), (w_local, w_remote) = halves.split(x), halves.split(weight)
         first = local[:, 0] if tower == "a" else remote[:, 0]
@@ -73,7 +73,7 @@ class Broken:
 def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
     """Not with the one that was started last."""
     half = torch.zeros(2, 3)
-    with _fake_world(MeshCoord(0, 2)) as mesh:
+    with fake_world(MeshCoord(0, 2)) as mesh:
         link = mesh.link
         first, second = (link.exchange(layer, "backward", half) for layer in ("fc6", "conv3"))
         first.works = [Broken()]
@@ -85,7 +85,7 @@ def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
 def test_a_message_that_nobody_waits_for_is_looked_after_by_the_next() -> None:
     """Tower a sends fc8's gradient and goes on; if it does not arrive, that is what is said."""
     half = torch.zeros(2, 3)
-    with _fake_world(MeshCoord(0, 2)) as mesh:
+    with fake_world(MeshCoord(0, 2)) as mesh:
         mesh.link.isend("fc8", "backward", half).works = [Broken()]
         with pytest.raises(PeerError, match="is lost at fc8 backward"):
             mesh.link.exchange("fc7", "backward", half)
