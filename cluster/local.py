@@ -103,12 +103,12 @@ def up(options: LocalOptions) -> LocalCluster:
     _prepare_folder(options.folder)
     if running := load(options.folder):
         raise ClusterError(f"a local cluster is running at {running.address}; end it with `python -m cluster down`")
-    port = options.dashboard_port or _free_ports(1)[0]
+    port = options.dashboard_port or listeners.free_ports(1)[0]
     if not _is_free(port):
         raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
     new_token(options.folder / TOKEN_NAME)
     address = f"http://127.0.0.1:{port}"
-    gcs_port, client_port = _free_ports(2)
+    gcs_port, client_port = listeners.free_ports(2)
     gcs = f"{loopback_node.LOOPBACK}:{gcs_port}"
     head_arguments = [
         "--head",
@@ -315,14 +315,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _stat_fields(pid: int) -> list[str]:

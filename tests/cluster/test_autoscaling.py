@@ -14,6 +14,7 @@ from cluster import local
 from cluster.jobs.auth_token import new_token
 from tests.helpers.digits_jobs import PREPARE, manifest, prepare_directly, train_command
 from tests.helpers.local_cluster import ROOT, Machine
+from twotower import listeners
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -58,7 +59,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(local, "_environment", lambda options: original(options) | {"PYTHONPATH": str(ROOT)})
     token = options.folder / local.TOKEN_NAME
     new_token(token)
-    gcs_port, client_port, port = local._free_ports(3)
+    gcs_port, client_port, port = listeners.free_ports(3)
     gcs = f"127.0.0.1:{gcs_port}"
     (folder / "config.json").write_text(json.dumps(autoscaling_config(gcs)))
     arguments = ["--head", f"--port={gcs_port}", f"--ray-client-server-port={client_port}", "--num-cpus=0"]
