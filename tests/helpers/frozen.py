@@ -39,7 +39,7 @@ def hold(find: Callable[[], list[int]], what: str, timeout_s: float = 300.0) -> 
                 return found
             signal_all(found, signal.SIGCONT)
             assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
-            time.sleep(max(POLL_S, time.monotonic() - begun))  # they must go on meanwhile
+            time.sleep(max(POLL_S, 3 * (time.monotonic() - begun)))  # the others must go on meanwhile
 
 
 def release(pids: Iterable[int]) -> None:
