@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -151,8 +152,7 @@ def down(folder: Path) -> LocalCluster | None:
     cluster = load(folder)
     if cluster is None:
         return None
-    for node in reversed(cluster.nodes):
-        stop_node(node)
+    stop_nodes(cluster.nodes)
     (folder / RECORD).unlink(missing_ok=True)
     (folder / TOKEN_NAME).unlink(missing_ok=True)
     return cluster
@@ -181,15 +181,21 @@ def token_file(folder: Path, address: str) -> Path | None:
 
 
 def stop_node(node: LocalNode, kill: bool = False) -> None:
-    """End one node: SIGTERM to `ray start --block`, which ends its children; SIGKILL to all that is left."""
-    if not is_alive(node):
-        return
+    """End one node, as :func:`stop_nodes` does; with ``kill`` as a failure of its machine would, without a word."""
+    stop_nodes([node], kill=kill)
+
+
+def stop_nodes(nodes: Sequence[LocalNode], *, kill: bool = False) -> None:
+    """End nodes: SIGTERM to each `ray start --block`, which ends its children; SIGKILL to all that is left."""
+    alive = [node for node in nodes if is_alive(node)]
     if not kill:
-        os.kill(node.pid, signal.SIGTERM)
+        for node in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(node.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while is_alive(node) and time.monotonic() < deadline:
+        while any(map(is_alive, alive)) and time.monotonic() < deadline:
             time.sleep(0.1)
-    for pid in session_members(node.pid):
+    for pid in (pid for node in alive for pid in session_members(node.pid)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 

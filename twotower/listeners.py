@@ -95,13 +95,14 @@ def no_proxy_here(environment: Mapping[str, str]) -> dict[str, str]:
 def inodes_of(pid: int) -> set[str]:
     """The sockets that a process holds; empty for one that has ended or is another user's."""
     inodes = set()
-    try:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalize "socket:[1]"
+    descriptors: list[str] = []
+    with contextlib.suppress(OSError):
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # it was closed while we looked, and the others are open
+            target = os.readlink(f"/proc/{pid}/fd/{descriptor}")  # noqa: PTH115 - Path's would normalize "socket:[1]"
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
-    except OSError:  # it ended while we looked
-        pass
     return inodes
 
 
