@@ -36,6 +36,7 @@ STOP_TIMEOUT_S = 20.0
 EXTRA_NODE_STORE_BYTES = 1 << 30
 NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
 TOKEN_NAME = "token"  # of this one cluster: `up` makes it, `down` deletes it
+LINGERING = b"ray::_AutoscalingCoordinatorActor"  # Ray Train's, after a job of it; a node would wait 30 s for its end
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,10 @@ def stop_nodes(nodes: Sequence[LocalNode], *, kill: bool = False) -> None:
     """End nodes: SIGTERM to each `ray start --block`, which ends its children; SIGKILL to all that is left."""
     alive = [node for node in nodes if is_alive(node)]
     if not kill:
+        for pid in (pid for node in alive for pid in session_members(node.pid)):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(LINGERING):
+                    os.kill(pid, signal.SIGKILL)
         for node in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(node.pid, signal.SIGTERM)

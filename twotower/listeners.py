@@ -95,12 +95,12 @@ def no_proxy_here(environment: Mapping[str, str]) -> dict[str, str]:
 def inodes_of(pid: int) -> set[str]:
     """The sockets that a process holds; empty for one that has ended or is another user's."""
     inodes = set()
-    descriptors: list[str] = []
+    descriptors: list[Path] = []
     with contextlib.suppress(OSError):
-        descriptors = os.listdir(f"/proc/{pid}/fd")
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
     for descriptor in descriptors:
         with contextlib.suppress(OSError):  # it was closed while we looked, and the others are open
-            target = os.readlink(f"/proc/{pid}/fd/{descriptor}")  # noqa: PTH115 - Path's would normalize "socket:[1]"
+            target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalize "socket:[1]"
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
     return inodes
