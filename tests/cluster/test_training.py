@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,12 +65,13 @@ def test_an_autoscaler_is_asked_once_and_the_request_taken_back(monkeypatch, com
     asked = []
     monkeypatch.setattr(ray_train, "_ask_autoscaler", asked.append)
     monkeypatch.setattr(ray_train, "_nodes", lambda: [node(4, 2)] if comes and asked else [node(1)])
-    monkeypatch.setattr(ray_train, "WAIT_LINE_S", 0.0)
+    clock = SimpleNamespace(monotonic=lambda: 10 * len(asked), sleep=lambda seconds: None)  # stands until it is asked
+    monkeypatch.setattr(ray_train, "time", clock)
     if comes:
         ray_train.wait_for_room(Need(2, 1, 2), timeout_s=60.0)
     else:
         with pytest.raises(ClusterError, match="missing resources: the towers need 2 x 2 CPUs and 1 GPUs"):
-            ray_train.wait_for_room(Need(2, 1, 2), timeout_s=0.05)
+            ray_train.wait_for_room(Need(2, 1, 2), timeout_s=5.0)
     assert asked == [[{"CPU": 2, "GPU": 1}] * 2, []]
 
 
