@@ -116,8 +116,8 @@ def _unmapped(address: Address) -> Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody has, and that the kernel lends to nobody before they are used.
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Ports at an address ("" is all) that nobody has, and that the kernel lends to nobody before they are used.
 
     A port that it has lent, and taken back, may be lent to the next program that connects to anything.
     """
@@ -133,6 +133,6 @@ def free_ports(count: int) -> list[int]:
                 break
             probe = stack.enter_context(socket.socket())
             with contextlib.suppress(OSError):
-                probe.bind((LOOPBACK, port))
+                probe.bind((host, port))
                 found.append(probe.getsockname()[1])
         return found
