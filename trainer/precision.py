@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
+
     from trainer.config import Config
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of /proc/cpuinfo; the last is ARM's
@@ -88,6 +90,13 @@ def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[A
     import torch
 
     return torch.autocast(device.split(":")[0], torch.bfloat16)
+
+
+def image_dtype(precision: str, device: str) -> "torch.dtype":
+    """The dtype of the images that a net is trained on: bfloat16 where a GPU's first layer would round them to it."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" and device.startswith("cuda") else torch.float32
 
 
 def allow_tf32(precision: str, device: str) -> None:

@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="measure reading, decoding and the whole loader",
         description="Measure the loader on the training split: reading only, reading and decoding, everything.",
         epilog="example: python -m pipeline bench --data data/digits --json\n"
-        "         python -m pipeline bench --data data/imagenet --recipe configs/paper.toml --device cuda:0 --sweep",
+        "         python -m pipeline bench --data data/imagenet --recipe configs/paper.toml --sweep",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--recipe", type=Path, metavar="TOML", help="take the [data] table of a recipe (default: the paper's)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default cpu)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:N or auto: a GPU where there is one (default auto)")
     parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="samples per batch (default 128)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="decoding threads (default: all cores)")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="length of one repeat (default 2)")

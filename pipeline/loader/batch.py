@@ -1,7 +1,7 @@
 """One batch, parts of one, and what the labels' texts say.
 
-With ``decode = "sharded"`` each tower decodes half of a batch and the uint8 crops are exchanged. The exchange itself is
-the trainer's: it is handed in as a function, so that nothing here knows about process groups.
+Where decoding is shared (``data.decode``) each tower decodes half of a batch and the uint8 crops are exchanged. The
+exchange itself is the trainer's: it is handed in as a function, so that nothing here knows about process groups.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.loader.config import LoaderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Batch:
     """One batch; the tensors own their memory and stay valid as long as they are held.
 
     Attributes:
-        images: (N, C, S, S) float32 on the loader's device; ten views: (N, 10, C, S, S).
+        images: (N, C, S, S) float32 (or the dtype that was asked for) on the loader's device; on a GPU channels_last.
+            Ten views: (N, 10, C, S, S).
         labels: (N,) int64, 0..num_classes - 1, same device.
         keys: N sample keys.
         draws: (N, 3) int32: crop x, crop y, mirror (0/1). Evaluation: the center crop.
@@ -77,13 +79,16 @@ class SplitFeed:
     Attributes:
         part: number of this process, 0-based: it decodes part ``part`` of the rows.
         parts: processes that share them; must divide their number.
-        exchange: gets this part's crops, (N / parts, C, S, S) uint8 on the loader's device, and returns those of all
-            rows that this process trains on, parts in order. Called once a batch, by every process.
+        exchange: gets this part's crops, uint8 on the loader's device, (N / parts, C, S, S) of a CPU and
+            (N / parts, S, S, C) of a GPU, and returns those of all rows that this process trains on, parts in order.
+            Called once a batch, by every process.
+        between_gpus: the crops go from one GPU to another without passing the host.
     """
 
     part: int
     parts: int
     exchange: Callable[[torch.Tensor], torch.Tensor]
+    between_gpus: bool = False
 
     def rows(self, count: int) -> slice:
         """Which of ``count`` rows are decoded here.
@@ -97,6 +102,18 @@ class SplitFeed:
             self.parts,
             f"batch size {count} cannot be split among {self.parts}: use a multiple, or decode = 'replicated'",
         )
+
+
+def shares_decoding(config: LoaderConfig, encoding: str, count: int, feed: SplitFeed) -> bool:
+    """Whether processes that train on the same ``count`` rows share their decoding: ``data.decode``.
+
+    ``auto`` shares it where it pays: between GPUs, whose decoders are slower than the net, and not of raw images, of
+    which nothing is decoded. All processes decide the same.
+    """
+    if config.decode != "auto":
+        return config.decode == "sharded"
+    fits = count % feed.parts == 0 and config.last_batch == "drop"
+    return feed.between_gpus and encoding != "raw" and fits
 
 
 def _equal_part(count: int, part: int, parts: int, refusal: str) -> slice:

@@ -1,13 +1,13 @@
 """Batches for the network: what the trainer uses. The way of an image:
 
-    order -> samples -> decode -> crop, mirror, mean, color, scale  ->  mean image, standardize  ->  Batch
-    `-- here ------'    `-- DALI, in threads of its own: graph --'      `-- normalize --------'
+    order -> samples -> decode -> crop, mirror, mean, color, scale  ->  mean image, standardize  ->  Batch    CPU
+                        decode -> crop -> mirror, mean image, color, scale, standardize, layout  ->  Batch    GPU
+    `-- here ------'    `-- DALI: graph'  `-- normalize (CPU), net_input (GPU): here and in DALI ---'
 
 Which samples make a batch is arithmetic (:mod:`pipeline.loader.order`), and so is every other random decision
 (:mod:`pipeline.loader.augmentation`): functions of (seed, epoch, position). So a restart needs two numbers, and a
 replica reads its own rows only. The stored bytes are mapped tars (:mod:`pipeline.loader.samples`), which DALI reads in
-place. One graph serves CPU and GPU; DALI's default executor hands its buffers over, so outputs reach torch without a
-copy.
+place. DALI's default executor hands its buffers over, so outputs reach torch without a copy.
 """
 
 import hashlib
@@ -32,11 +32,14 @@ from pipeline.loader.augmentation import (
     fingerprint,
     ten_views,
 )
-from pipeline.loader.batch import Batch, BatchShare, SplitFeed, read_labels
+from pipeline.loader.batch import Batch, BatchShare, SplitFeed, read_labels, shares_decoding
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.graph import (
     Decoding,
     Feed,
+    check_device,
+    crops_graph,
+    evaluation_crops_graph,
     evaluation_graph,
     positions,
     split_graph,
@@ -44,7 +47,8 @@ from pipeline.loader.graph import (
     with_decoder_share,
 )
 from pipeline.loader.image_reader import ImageReader
-from pipeline.loader.normalize import Normalizer
+from pipeline.loader.net_input import NetInput, to_device
+from pipeline.loader.normalize import Normalizer, check_statistics
 from pipeline.loader.open_split import OpenSplit, open_split, read_statistics
 from pipeline.loader.order import Order
 from pipeline.loader.running import HELD, Fed, QueueFill, RunningPipeline, describe_memory
@@ -79,11 +83,13 @@ class TrainingLoader:
         device: ``cpu`` or ``cuda:N``.
         state: what :meth:`state` returned, to continue after it.
         skip_list: text file of sample keys to leave out, one a line.
-        split_feed: this tower's share of the decoding, for ``decode = "sharded"``; without one (a single process holds
-            both towers) the whole batch is decoded here.
+        split_feed: this tower's share of the decoding, where it is shared (``data.decode``); without one (a single
+            process holds both towers) the whole batch is decoded here.
         share: the rows of each batch that this process trains on; None for all.
+        dtype: of the images: float32, or bfloat16 for a net that would round them to it.
 
     Attributes:
+        shares_decoding: whether this process decodes its part of the rows only.
         steps_per_epoch: batches in an epoch; a partial one counts.
         num_classes: rows of the class table.
         channels: of the images.
@@ -105,18 +111,22 @@ class TrainingLoader:
         skip_list: Path | None = None,
         split_feed: SplitFeed | None = None,
         share: BatchShare | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         split, statistics = _open(data, "train", config, skip_list)
         _check_batch_size(batch_size)
         self._share = share or BatchShare()
         self._rows = self._share.rows(batch_size)
         count = self._rows.stop - self._rows.start
-        self._split_feed = split_feed if config.decode == "sharded" else None
+        self.shares_decoding = split_feed is not None and shares_decoding(
+            config, split.manifest.image.encoding, count, split_feed
+        )
+        self._split_feed = split_feed if self.shares_decoding else None
         self._decoded = self._split_feed.rows(count) if self._split_feed else slice(0, count)
         self._augmentation = Augmentation(
             config, seed, split.height_px, split.width_px, color_steps(config, statistics)
         )
-        self._normalizer = Normalizer(config, statistics, device=device)
+        self._normalizer, self._dtype = Normalizer(config, statistics), dtype
         self._order = Order(
             split.counts, batch_size, seed, config.shuffle == "epoch", config.last_batch == "partial", self._rows
         )
@@ -129,6 +139,7 @@ class TrainingLoader:
             epoch, position = loader_state.restore(self._identity, split, self.steps_per_epoch, state)
         decoding = Decoding(split, config, self._decoded.stop - self._decoded.start, device)
         self._decoding = with_decoder_share(decoding)
+        self._net_input = make_net_input(self._normalizer, self._decoding, dtype)
         held = config.prefetch + HELD + 1
         self._samples = SampleReader(split, self._order, mapped=config.mmap, held=held, epoch=epoch)
         number = epoch * self.steps_per_epoch + position
@@ -145,6 +156,8 @@ class TrainingLoader:
         return self._order.steps
 
     def _graph(self, feed: Feed) -> tuple[Any, ...]:
+        if self._net_input:
+            return crops_graph(self._decoding, feed)
         return (split_graph if self._split_feed else training_graph)(self._decoding, feed)
 
     def _feed(self, number: int) -> Fed:
@@ -174,13 +187,17 @@ class TrainingLoader:
         assert fed.draws is not None
         images, divisor = torch.from_dlpack(pixels.as_tensor()), self._augmentation.divisor(epoch)
         if self._split_feed:
-            images = self._normalizer(self._split_feed.exchange(images), fed.draws, divisor)
+            images = self._split_feed.exchange(images)
+        if self._net_input:
+            images = self._net_input(images, fed.draws, divisor)
+        elif self._split_feed:
+            images = self._normalizer(images, fed.draws, divisor)
         else:
             images = self._normalizer.finish(images, fed.draws.geometry, divisor)
         keys = fed.samples.keys
         return Batch(
-            images=images,
-            labels=read_labels(fed.samples.labels(), keys, self.num_classes).to(self._decoding.device),
+            images=images.to(self._dtype),
+            labels=to_device(read_labels(fed.samples.labels(), keys, self.num_classes), self._decoding.device),
             keys=keys,
             draws=fed.draws.geometry,
             epoch=epoch,
@@ -262,7 +279,8 @@ class EvaluationLoader:
         self.num_batches, self.most_batches = len(self._order.positions), -(-self._order.steps // share.parts)
         held = config.prefetch + HELD + 1
         self._samples = SampleReader(opened, self._order, mapped=config.mmap, held=held)
-        self._normalizer = Normalizer(config, subtracted, device=device)
+        self._normalizer = Normalizer(config, subtracted)
+        self._net_input = make_net_input(self._normalizer, self._decoding)
         self.num_samples = opened.num_samples
         self.num_classes = len(opened.manifest.classes)
         self.channels = opened.manifest.image.channels
@@ -271,6 +289,8 @@ class EvaluationLoader:
         (mean,), (std,) = self._normalizer.affine(np.zeros((1, self.channels), np.float32))
 
         def graph(feed: Feed) -> tuple[Any, ...]:
+            if self._net_input:
+                return evaluation_crops_graph(self._decoding, feed, self._views)
             return evaluation_graph(self._decoding, feed, self._views, mean, std)
 
         running = RunningPipeline(self._decoding, graph, self._feed)
@@ -289,18 +309,30 @@ class EvaluationLoader:
     def _batch(self, fed: Fed, pixels: Any, position: int) -> Batch:
         keys = fed.samples.keys
         count = len(keys)
-        views = torch.from_dlpack(pixels.as_tensor()).flatten(0, -4)  # (N * V, C, S, S)
-        images = self._normalizer.finish(views, np.tile(self._views, (count, 1)))
+        views = torch.from_dlpack(pixels.as_tensor()).flatten(0, -4)  # (N * V, C, S, S), or uint8 (N * V, S, S, C)
+        geometry = np.tile(self._views, (count, 1))
+        if self._net_input:
+            images = self._net_input(views, Draws(geometry, np.zeros((len(geometry), self.channels), np.float32)))
+        else:
+            images = self._normalizer.finish(views, geometry)
         draws = Draws(np.repeat(self._center, count, 0), np.zeros((count, self.channels), np.float32))
         return Batch(
             images=images.unflatten(0, (count, -1)) if len(self._views) > 1 else images,
-            labels=read_labels(fed.samples.labels(), keys, self.num_classes).to(self._decoding.device),
+            labels=to_device(read_labels(fed.samples.labels(), keys, self.num_classes), self._decoding.device),
             keys=keys,
             draws=draws.geometry,
             epoch=0,
             position=position,
             fingerprint=fingerprint(keys, draws, epoch=0, position=position),
         )
+
+
+def make_net_input(normalizer: Normalizer, decoding: Decoding, dtype: torch.dtype = torch.float32) -> NetInput | None:
+    """What makes the net's input of a GPU's crops; None on a CPU, where DALI's graph and the normalizer do."""
+    if decoding.device_id is None:
+        return None
+    check_device(decoding)
+    return NetInput(normalizer, device=decoding.device, dtype=dtype)
 
 
 def _hash(facts: dict[str, Any]) -> int:
@@ -315,7 +347,9 @@ def _open(
     refuse_url(data)
     opened = open_split(data, split, skip_list=skip_list)
     if statistics is not None:
-        return opened, read_statistics(statistics, read_manifest(statistics))
+        known = read_statistics(statistics, read_manifest(statistics))
+        check_statistics(config, known, (opened.height_px, opened.width_px, opened.manifest.image.channels))
+        return opened, known
     return opened, read_statistics(opened.folder, opened.manifest)
 
 

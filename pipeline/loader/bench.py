@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.errors import ConfigError
 from pipeline.loader.config import LoaderConfig
@@ -94,7 +95,7 @@ class BenchOptions:
     """What to measure.
 
     Attributes:
-        device: ``cpu`` or ``cuda:N``.
+        device: ``cpu``, ``cuda:N``, or ``auto``: a GPU where there is one.
         batch_size: samples per batch; 0: 128, or all samples where there are fewer.
         seconds: length of one repeat.
         repeats: repeats a stage, >= 1.
@@ -102,7 +103,7 @@ class BenchOptions:
         threads: decoding threads, instead of the recipe's.
     """
 
-    device: str = "cpu"
+    device: str = "auto"
     batch_size: int = 0
     seconds: float = 2.0
     repeats: int = 5
@@ -112,6 +113,12 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.seconds <= 0 or self.batch_size < 0:
             raise ConfigError("--repeats must be 1 or more, --seconds more than 0, --batch-size 0 or more")
+
+    def resolved(self) -> "BenchOptions":
+        """With a device in place of ``auto``."""
+        if self.device != "auto":
+            return self
+        return dataclasses.replace(self, device="cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) -> BenchResult:
@@ -125,7 +132,7 @@ def run_bench(data: Path, config: LoaderConfig | None, options: BenchOptions) ->
     Raises:
         ConfigError, DatasetError: as the loader.
     """
-    folder = stage(data)
+    folder, options = stage(data), options.resolved()
     split = open_split(folder, "train")
     config = config or LoaderConfig(crop_px=min(224, split.height_px, split.width_px))
     if options.threads is not None:
@@ -162,7 +169,7 @@ def _measure(
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     begin_cpu_s = time.process_time()
-    runs = [_run(batches, options.seconds) for _ in range(options.repeats)]
+    runs = [_run(batches, options) for _ in range(options.repeats)]
     cpu_s = time.process_time() - begin_cpu_s
     rates = [count * batch_size / elapsed_s for count, elapsed_s in runs]
     median = statistics.median(rates)
@@ -178,12 +185,14 @@ def _measure(
     )
 
 
-def _run(batches: Iterator[Any], seconds: float) -> tuple[int, float]:
-    """Takes batches for at least ``seconds``, at least one: how many, in how many seconds."""
+def _run(batches: Iterator[Any], options: BenchOptions) -> tuple[int, float]:
+    """Takes batches for at least ``seconds``, at least one, until a GPU has made them: how many, and in how long."""
     begin_s, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - begin_s < seconds:
+    while count == 0 or time.perf_counter() - begin_s < options.seconds:
         next(batches)
         count += 1
+    if options.device != "cpu":
+        torch.cuda.synchronize(options.device)
     return count, time.perf_counter() - begin_s
 
 

@@ -1,8 +1,10 @@
 """The pipeline as DALI operators: decoder, then crop, mirror, mean, color and scale in one. Only here is DALI.
 
+On a GPU it ends at uint8 crops, and a kernel of ours does the rest: :mod:`pipeline.loader.net_input`.
+
 The stored bytes come from :mod:`pipeline.loader.samples`, as memory that DALI reads without a copy.
 
-One graph for CPU and GPU: the device is a parameter. DALI is imported when a pipeline is built, so everything that only
+The device is a parameter: any graph runs on either. DALI is imported when a pipeline is built, so everything that only
 describes a loader works where DALI is not installed.
 """
 
@@ -22,7 +24,6 @@ from pipeline.loader.order import Order
 from pipeline.loader.samples import SampleReader
 
 DECODER_SHARES = (0.0, 0.25, 0.5, 0.65, 0.75, 0.85, 1.0)  # of a batch's JPEGs for the GPU's hardware decoder
-_DEFAULT_SHARE = 0.65  # DALI's own
 _WARM_UP, _BATCHES = 4, 12
 _LOGGER = logging.getLogger(__name__)
 
@@ -113,13 +114,8 @@ def define_pipeline(decoding: Decoding, graph: Any) -> Any:
     return definition()
 
 
-def build_pipeline(decoding: Decoding, graph: Any) -> Any:
-    """Defines and builds a pipeline.
-
-    Raises:
-        ConfigError: there is no such device.
-        DatasetError: DALI cannot build it.
-    """
+def check_device(decoding: Decoding) -> None:
+    """Raises ConfigError where there is no such device."""
     if decoding.device_id is not None:
         import torch
 
@@ -128,6 +124,16 @@ def build_pipeline(decoding: Decoding, graph: Any) -> Any:
             raise ConfigError(
                 f"device is {decoding.device!r}: this machine has {found} CUDA devices; use cpu or an existing one"
             )
+
+
+def build_pipeline(decoding: Decoding, graph: Any) -> Any:
+    """Defines and builds a pipeline.
+
+    Raises:
+        ConfigError: there is no such device.
+        DatasetError: DALI cannot build it.
+    """
+    check_device(decoding)
     try:
         pipeline = define_pipeline(decoding, graph)
         pipeline.build()
@@ -169,13 +175,11 @@ def split_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
     return (crops,)
 
 
-def cropped_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
-    """Decodes as :func:`training_graph` does, and stops there: uint8 pixels; of raw images the crops."""
+def crops_graph(decoding: Decoding, feed: Feed) -> tuple[Any, ...]:
+    """Decodes and crops as :func:`training_graph` does, and stops there: uint8 HWC, not mirrored."""
     encoded, x, y = _inputs(lambda number: feed(number)[:3], 3)
     pixels, window = _decode_crops(decoding, encoded, x, y)
-    if decoding.split.manifest.image.encoding == "raw":
-        pixels = _dali().fn.crop(pixels, **window)
-    return (pixels,)
+    return (_dali().fn.crop(pixels, **window) if window else pixels,)
 
 
 def evaluation_graph(
@@ -203,6 +207,17 @@ def evaluation_graph(
         for x, y, mirror in zip(*positions(views, decoding), views[:, 2], strict=True)
     ]
     return (images[0] if len(images) == 1 else fn.stack(*images),)
+
+
+def evaluation_crops_graph(decoding: Decoding, feed: Feed, views: np.ndarray) -> tuple[Any, ...]:
+    """As :func:`evaluation_graph`, but outputs uint8 HWC crops, not mirrored; a place of several views is cut once."""
+    fn = _dali().fn
+    pixels = decode(decoding, _inputs(feed, 1)[0])
+    crops: dict[tuple[float, float], Any] = {}
+    for place in (places := list(zip(*(axis.tolist() for axis in positions(views, decoding)), strict=True))):
+        if place not in crops:
+            crops[place] = fn.crop(pixels, **_window(decoding, *place))
+    return (fn.stack(*(crops[place] for place in places)) if len(places) > 1 else crops[places[0]],)
 
 
 def positions(geometry: np.ndarray, decoding: Decoding) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +275,7 @@ def with_decoder_share(decoding: Decoding) -> Decoding:
     """With ``hw_decoder_load`` decided: measured where the config says -1 and a GPU decodes JPEGs."""
     if decoding.config.hw_decoder_load >= 0:
         return decoding
-    share = _DEFAULT_SHARE
+    share = LoaderConfig.hw_decoder_load
     if decoding.device_id is not None and decoding.split.manifest.image.encoding in ("jpeg", "original"):
         rates = measure_decoder_shares(decoding)
         share = max(rates, key=lambda candidate: rates[candidate])

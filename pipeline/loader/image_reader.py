@@ -19,7 +19,8 @@ from pipeline.config import FILTERS, ImageSettings
 from pipeline.errors import ConfigError, ImageError
 from pipeline.loader.augmentation import Draws, center_geometry, check_crop, ten_views
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.normalize import Normalizer
+from pipeline.loader.net_input import NetInput
+from pipeline.loader.normalize import Normalizer, check_statistics
 from pipeline.loader.open_split import read_statistics
 from pipeline.loader.staging import refuse_url
 from pipeline.manifest import Manifest, read_manifest
@@ -71,12 +72,14 @@ class ImageReader:
         known = self.manifest if statistics is None else read_manifest(statistics)
         subtracted = read_statistics(folder if statistics is None else statistics, known)
         check_crop(config, self.height_px, self.width_px)
+        check_statistics(config, subtracted, (self.height_px, self.width_px, image.channels))
         size = {"height_px": self.height_px, "width_px": self.width_px, "crop_px": config.crop_px}
         self._center = center_geometry(1, **size)
         self._views = ten_views(**size) if views == "ten" else self._center
         self._crop_px = config.crop_px
-        self._normalize = Normalizer(config, subtracted, device=device)
+        self._normalize = Normalizer(config, subtracted)
         self._device = device
+        self._net_input = NetInput(self._normalize, device=device) if device.startswith("cuda") else None
 
     def read(self, picture: Picture) -> np.ndarray:
         """One picture as the data set would store it, before a JPEG's loss: uint8 (H, W, C).
@@ -108,12 +111,16 @@ class ImageReader:
 
     def images(self, stored: Sequence[np.ndarray]) -> torch.Tensor:
         """Stored images, uint8 (H, W, C), as the net sees them: float32 (N, C, S, S), or (N, 10, C, S, S)."""
-        count, side = len(self._views), self._crop_px
-        crops = np.stack([_cut(image, view, side) for image in stored for view in self._views])  # (N * views, S, S, C)
+        count, side, views = len(self._views), self._crop_px, self._views
+        if self._net_input:  # which mirrors, too
+            views = views * (1, 1, 0)
+        crops = np.stack([_cut(image, view, side) for image in stored for view in views])  # (N * views, S, S, C)
         geometry = np.tile(self._views, (len(stored), 1))
         draws = Draws(geometry, np.zeros((len(geometry), crops.shape[-1]), np.float32))
-        tensor = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).to(self._device)
-        images = self._normalize(tensor, draws)
+        if self._net_input:
+            images = self._net_input(torch.from_numpy(crops).to(self._device), draws)
+        else:
+            images = self._normalize(torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))), draws)
         return images.unflatten(0, (-1, count)) if count > 1 else images
 
     def center(self, image: np.ndarray) -> np.ndarray:

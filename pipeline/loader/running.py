@@ -171,7 +171,8 @@ def describe_memory(decoding: Decoding, samples: SampleReader) -> str:
     """What bounds the loader's memory, in words: the tars' index and the batches prepared ahead."""
     split, config = decoding.split, decoding.config
     channels = split.manifest.image.channels
-    pixels = channels * (split.height_px * split.width_px + 4 * config.crop_px**2)
+    value_bytes = 4 if decoding.device_id is None else 1  # a GPU's graph ends at uint8 crops
+    pixels = channels * (split.height_px * split.width_px + value_bytes * config.crop_px**2)
     ahead_mb = (config.prefetch + 1) * decoding.batch_size * pixels / 1e6
     return (
         f"{split.folder}: {pluralize(split.num_samples, 'sample')} in {pluralize(len(split.tars), 'shard')}, "

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Feed, cropped_graph
+from pipeline.loader.graph import Feed, crops_graph
 from pipeline.loader.open_split import open_split
 from pipeline.loader.order import Order
 from pipeline.loader.samples import SampleReader
@@ -69,7 +69,7 @@ class _Cropped(TrainingLoader):
     """The loader up to the decoder: the crops that training uses, uint8."""
 
     def _graph(self, feed: Feed) -> tuple[Any, ...]:
-        return cropped_graph(self._decoding, feed)
+        return crops_graph(self._decoding, feed)
 
     def run(self) -> None:
         """Decodes the next batch."""

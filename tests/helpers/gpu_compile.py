@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pipeline.loader import triton_input
+from pipeline.loader.input_rule import InputRule
 from trainer.config import Config
 from trainer.model.kernels.interface import Norm
 from trainer.model.kernels.triton import norm_tile, pool_tile
@@ -33,6 +35,7 @@ class KernelCase:
         constants: its constexpr arguments.
         programs: in a launch.
         moved_bytes: read and written, each byte once.
+        warps: of a program.
     """
 
     name: str
@@ -41,6 +44,7 @@ class KernelCase:
     constants: Mapping[str, Any]
     programs: int
     moved_bytes: int
+    warps: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,28 @@ def _update_case(dtype: str) -> KernelCase:
     return KernelCase("update", update_all_kernel, types, constants, math.ceil(parameters / BLOCK), moved)
 
 
+def input_kernels(dtype: str, batch: int) -> list[KernelCase]:
+    """What makes the input of the paper's net, in ``bf16`` or ``fp32``: its recipe, and its images standardized."""
+    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
+    side, stored, channels = Config().model.image_px, 256, Config().model.in_channels
+    crops = torch.empty(batch, side, side, channels, dtype=torch.uint8, device="meta")
+    image = torch.empty(stored, stored, channels, device="meta")
+    rows = 4 * batch * (3 + 2 * channels)
+    types = {"crops": "*u8", "rows": "*fp32", "image": "*fp32", "out": f"*{dtype}"}
+    cases = []
+    for name, standardize in (("net input", False), ("net input, standardized", True)):
+        rule = InputRule(image, None, standardize, tensor)
+        width, center = triton_input.place_of(rule, channels)
+        block, warps, blocks = triton_input.tile(crops.shape, standardize=standardize)
+        constants = {"SIDE": side, "C": channels, "WIDTH": width, "CENTER": center}
+        constants |= {"STANDARDIZE": standardize, "BLOCK": block}
+        moved = crops.numel() * (1 + tensor.itemsize) + 4 * image.numel() + rows
+        cases.append(KernelCase(
+            name, triton_input.net_input_kernel, types, constants, batch * blocks, moved, warps
+        ))  # fmt: skip
+    return cases
+
+
 def compile_kernel(case: KernelCase, capability: int) -> Compiled:
     """Compiles for a GPU of ``capability`` (80: A100, 90: H100), all memory aligned as torch gives it."""
     import triton
@@ -124,7 +150,7 @@ def compile_kernel(case: KernelCase, capability: int) -> Compiled:
     attributes = {(place,): ALIGNED for place, name in enumerate(names) if signature[name].startswith("*")}
     constants = {name: case.constants[name] for name in names if name in case.constants}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options = {"num_warps": case.warps, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = made.asm["ptx"]
     registers, spilled = _read_usage(made.asm["cubin"])

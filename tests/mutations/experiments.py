@@ -7,6 +7,7 @@ from tests.mutations import Change
 FOLDER = "tests/trainer/experiments"
 PAIRED, MEASURES, PAGE = (f"{FOLDER}/test_{name}.py" for name in ("paired", "measures", "page"))
 CATALOG, CROPS = f"{FOLDER}/test_catalog.py", "tests/pipeline/sources/test_photo_crops.py"
+FOUR_LAYERS = f"{FOLDER}/test_four_layers.py"
 TABLE_OF_RUNS = f"{FOLDER}/test_command.py"
 
 
@@ -80,6 +81,15 @@ def of_crops() -> Iterator[Change]:
     yield "crops: the seed is not asked", "shuffled(height * width, seed,", "shuffled(height * width, 0,"
 
 
+def of_four_layers() -> Iterator[Change]:
+    """trainer/experiments/four_layers.py."""
+    yield "four layers: pooled twice as coarse", "POOL_PX, POOL_STRIDE, ceil_mode=True", "POOL_PX, POOL_STRIDE"
+    yield "four layers: velocities forgotten", "velocity(parameter).copy_(", "velocity(parameter).add_(0 * "
+    yield "four layers: the same draw for every layer", '"init", name))', '"init", ""))'
+    yield "four layers: an epoch longer", "train.epochs * self.loader", "(train.epochs + 1) * self.loader"
+    yield "four layers: the loader from its beginning", 'state=state.get("loader")', "state=None"
+
+
 GROUPS = (
     ("trainer/experiments/paired.py", (PAIRED,), of_paired),
     ("trainer/experiments/measures.py", (MEASURES,), of_measures),
@@ -88,5 +98,6 @@ GROUPS = (
     ("trainer/experiments/command.py", (TABLE_OF_RUNS,), of_command),
     ("trainer/experiments/ablations.py", (CATALOG,), of_ablations),
     ("trainer/experiments/catalog.py", (CATALOG,), of_catalog),
+    ("trainer/experiments/four_layers.py", (FOUR_LAYERS,), of_four_layers),
     ("pipeline/sources/photo_crops.py", (CROPS,), of_crops),
 )

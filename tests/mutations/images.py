@@ -10,6 +10,8 @@ ORDER = "tests/pipeline/loader/test_order.py"
 ORIGINAL = "tests/pipeline/loader/test_original.py"
 PIXELS = "tests/pipeline/loader/test_pixels.py"
 SHARE = "tests/pipeline/loader/test_share.py"
+NET_INPUT = "tests/pipeline/loader/test_net_input.py"
+INTERPRETED = "tests/trainer/model/test_kernels_triton.py"
 SPLIT = "tests/pipeline/loader/test_split.py"
 STATISTICS = "tests/pipeline/preparation/test_statistics.py"
 HOSTILE = "tests/pipeline/test_hostile_data.py"
@@ -93,6 +95,8 @@ def of_graph() -> Iterator[Change]:
     yield "ten views: never mirrored by DALI", "mirror=int(mirror)", "mirror=0"
     yield "testing: no mean", "mean=mean.tolist()", "mean=[0.0] * len(mean)"
     yield "testing: no scale", "std=std.tolist()", "std=[1.0] * len(std)"
+    yield "crops: whole images", "fn.crop(pixels, **window) if window else", "pixels if window else"
+    yield "ten views: one crop for all", "if place not in crops:", "if not crops:"
 
 
 def of_normalize() -> Iterator[Change]:
@@ -107,11 +111,9 @@ def of_normalize() -> Iterator[Change]:
         "height_px=image.shape[1], width_px=image.shape[0]",
     )
     yield "mean image: added", "np.subtract(crop,", "np.add(crop,"
-    yield "mean image: aligned instead of center", 'self._config.mean == "image_center"', "False"
-    yield "mean image: always the center", 'self._config.mean == "image_center"', "True"
+    yield "mean image: aligned instead of center", 'self.config.mean == "image_center"', "False"
+    yield "mean image: always the center", 'self.config.mean == "image_center"', "True"
     yield "mean image: divided as the first batch's", "if divisor not in self._mean_images", "if not self._mean_images"
-    yield "mean image, gather: not mirrored", "geometry[:, 2:3] == 1, steps[::-1]", "geometry[:, 2:3] == 1, steps"
-    yield "mean image, gather: all rows at 0", "geometry[:, 1:2] + steps", "0 * geometry[:, 1:2] + steps"
     yield "mean: not of the channels", 'if config.mean == "channel"', "if False"
     yield "scale: not the deviation", 'if config.normalize == "per_channel"', "if False"
     yield "scale: variance", "statistics.std, 1.0)", "statistics.std**2, 1.0)"
@@ -124,7 +126,46 @@ def of_normalize() -> Iterator[Change]:
     yield "standardize: by the variance", "torch.rsqrt(variance", "torch.reciprocal(variance"
     yield "torch: mean added", "crops - mean", "crops + mean"
     yield "torch: no divisor", ' == "per_channel" or divisor != 1:', ' == "per_channel":'
-    yield "torch: no deviation", 'if self._config.normalize == "per_channel" or divisor', "if divisor"
+    yield "torch: no deviation", 'if self.config.normalize == "per_channel" or divisor', "if divisor"
+
+
+def of_input_rule() -> Iterator[Change]:
+    """pipeline/loader/input_rule.py: what a GPU does to crops."""
+    yield "GPU: mirror: none", "mirror[:, None] == 1, steps.flip(0), steps", "mirror[:, None] == 1, steps, steps"
+    yield "GPU: mean image: not mirrored with the crop", "x[:, None, None] + columns]", "x[:, None, None] + steps]"
+    yield "GPU: mean image: x and y swapped", "x, y, mirror = rows", "y, x, mirror = rows"
+    yield "GPU: mean image: its corner for its center", "left, top = rule.center", "left, top = 0, 0"
+    yield "GPU: color: added twice", "(values - subtracted) * factor", "(values - 2 * subtracted) * factor"
+    yield "GPU: standardize: each channel by itself", "values.mean(dim=(1, 2, 3)", "values.mean(dim=(1, 2)"
+    yield "GPU: layout: as it came", ".permute(0, 3, 1, 2)", ".permute(0, 3, 1, 2).contiguous()"
+    yield "GPU: dtype: always float32", "values.to(rule.dtype)", "values.to(torch.float32)"
+
+
+def of_net_input() -> Iterator[Change]:
+    """pipeline/loader/net_input.py: what it is told."""
+    yield "GPU: mean image: under the crop, not its center", 'config.mean == "image_center"', "False"
+    yield "GPU: scale: not its inverse", "1 / divided]", "divided]"
+
+
+def of_triton_input() -> Iterator[Change]:
+    """pipeline/loader/triton_input.py: the kernel, by Triton's interpreter."""
+    yield "kernel: mirror: pixels, channels too", "LINE - C - within + 2 * channel", "LINE - 1 - within"
+    yield "kernel: mean image: not mirrored with the crop", "* WIDTH + x) * C + source", "* WIDTH + x) * C + within"
+    yield "kernel: mean image: center mirrored", "line * (WIDTH * C) + within", "line * (WIDTH * C) + source"
+    yield "kernel: channels: the first one's for all", "tl.where(channel == other,", "tl.where(channel == -other,"
+    yield (
+        "kernel: standardize: what is behind the end counts",
+        "tl.where(begin + at < SIZE, difference",
+        "tl.where(at >= 0, difference",
+    )
+    yield "kernel: standardize: epsilon", "/ SIZE + EPSILON", "/ SIZE + 1000 * EPSILON"
+
+
+def of_sharing() -> Iterator[Change]:
+    """pipeline/loader/batch.py: who decodes."""
+    yield "decode: shared through the host", "return feed.between_gpus and", "return"
+    yield "decode: raw images too", 'encoding != "raw" and fits', "fits"
+    yield "decode: parts that are not equal", "count % feed.parts == 0 and", ""
 
 
 def of_batches() -> Iterator[Change]:
@@ -141,8 +182,8 @@ def of_batches() -> Iterator[Change]:
     )
     yield (
         "divisor: none where towers share the decoding",
-        "self._split_feed.exchange(images), fed.draws, divisor)",
-        "self._split_feed.exchange(images), fed.draws)",
+        "self._normalizer(images, fed.draws, divisor)",
+        "self._normalizer(images, fed.draws)",
     )
     yield (
         "divisor in testing",
@@ -151,8 +192,8 @@ def of_batches() -> Iterator[Change]:
     )
     yield (
         "divisor of the mean image in testing",
-        "np.tile(self._views, (count, 1)))",
-        "np.tile(self._views, (count, 1)), self._decoding.config.color_divisor)",
+        "finish(views, geometry)",
+        "finish(views, geometry, self._decoding.config.color_divisor)",
     )
     yield "draws: same for every batch", "first = position * self._order.batch_size + ", "first = "
     yield "draws: same in every epoch", "draw(epoch, first", "draw(0, first"
@@ -350,8 +391,12 @@ def of_loader_config() -> Iterator[Change]:
 GROUPS = (
     ("pipeline/loader/config.py", (RECIPES,), of_loader_config),
     ("pipeline/loader/augmentation.py", (DRAWS, ORIGINAL, PIXELS), of_augmentation),
-    ("pipeline/loader/graph.py", (PIXELS, ORIGINAL, SPLIT), of_graph),
+    ("pipeline/loader/graph.py", (PIXELS, ORIGINAL, SPLIT, NET_INPUT), of_graph),
     ("pipeline/loader/normalize.py", (PIXELS, ORIGINAL, SPLIT), of_normalize),
+    ("pipeline/loader/input_rule.py", (NET_INPUT,), of_input_rule),
+    ("pipeline/loader/net_input.py", (NET_INPUT,), of_net_input),
+    ("pipeline/loader/triton_input.py", (INTERPRETED,), of_triton_input),
+    ("pipeline/loader/batch.py", (NET_INPUT,), of_sharing),
     ("pipeline/loader/batches.py", (ORIGINAL, PIXELS, SPLIT), of_batches),
     ("pipeline/loader/batch.py", (SHARE,), of_batch),
     ("pipeline/loader/order.py", (ORDER,), of_order),

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.tiny_run import RECIPE
 from trainer import precision
 from trainer.config import load_config
-from trainer.precision import has_bf16, keep_precision, resolve_precision, slow_warning
+from trainer.precision import has_bf16, image_dtype, keep_precision, resolve_precision, slow_warning
 
 WITH, WITHOUT = frozenset({"avx512f", "avx512_bf16"}), frozenset({"avx2", "avx512f"})
 
@@ -44,6 +45,17 @@ def test_auto_is_what_the_machine_is_fast_in(flags, fast: str, monkeypatch: pyte
         assert bool(warning) == (given == "bf16" and fast == "fp32") and ("0.06 times" in warning) == bool(warning)
         kept = keep_precision(config, load_config(None, ["train.precision=bf16"]))
         assert kept.train.precision == ("bf16" if given == "auto" else given)
+
+
+def test_images_are_rounded_by_the_loader_where_a_gpus_first_layer_would() -> None:
+    """A CPU's loader is the same in every precision."""
+    for name, device, wanted in (
+        ("bf16", "cuda:1", torch.bfloat16),
+        ("fp32", "cuda:0", torch.float32),
+        ("tf32", "cuda:0", torch.float32),
+        ("bf16", "cpu", torch.float32),
+    ):
+        assert image_dtype(name, device) == wanted
 
 
 def test_the_flags_are_those_of_this_processor() -> None:

@@ -56,6 +56,7 @@ class Part:
     checkpoints: list[float] = dataclasses.field(default_factory=list)
     checkpoint_bytes: int = 0  # of this process's part of one
     sweep: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # by batch size: seconds per step
+    shares_decoding: bool = False  # with the other tower
     cached: float | None = None  # share of the data set that was in memory when the stages were measured
 
     def seconds_per_step(self, case: str) -> list[float]:
@@ -96,6 +97,7 @@ def measure(
     trainer = TimedTrainer(config, settings.data, run, mesh=mesh, device=device)  # with train.threads, where given
     try:
         part.threads = torch.get_num_threads()
+        part.shares_decoding = trainer.loader.shares_decoding
         if attach:
             attach(trainer)
         cases = list(_make_cases(config, settings, trainer, faster_in_bf16=_is_faster_in_bf16(part.ceilings)))

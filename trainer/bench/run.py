@@ -137,7 +137,7 @@ def describe_workload(
         precision=train.precision,
         cores=cores,
         threads=config.data.threads or cores,
-        decode=config.data.decode,
+        decode="sharded" if parts[0].shares_decoding else "replicated",
         rounds=settings.rounds,
         seconds=settings.seconds,
         crossing_bytes=2 * crossing * train.batch_size,

@@ -19,6 +19,7 @@ from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.running import QueueFill
 from trainer.config import Config
 from trainer.parallel.mesh import Mesh
+from trainer.precision import image_dtype
 from trainer.training.loop import Trainer
 from trainer.training.metrics import MetricsLog, TrainingProgress
 
@@ -131,6 +132,7 @@ class SyntheticLoader:
     """One batch that is always ready: soft noise on the recipe's scale and labels; each replica gets its part of it."""
 
     steps_per_epoch = 1 << 20
+    shares_decoding = False
     queue_fill = QueueFill(0, 0, 0.0, 0.0)
 
     def __init__(self, config: Config, device: str, replicas: int) -> None:
@@ -140,7 +142,10 @@ class SyntheticLoader:
         images = soft_noise(size, model.in_channels, model.image_px, std, generator)
         labels = torch.randint(model.classes, (size,), generator=generator)
         keys, draws = tuple(f"{number:08d}" for number in range(size)), np.zeros((size, 3), np.int32)
-        self._batch = Batch(images.to(device), labels.to(device), keys, draws, epoch=0, position=0, fingerprint=0)
+        images = images.to(device, image_dtype(config.train.precision, device))
+        if images.is_cuda:  # as the loader makes them
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._batch = Batch(images, labels.to(device), keys, draws, epoch=0, position=0, fingerprint=0)
 
     def keep(self, batch: Batch) -> None:
         """Gives a copy of this batch from now on: what a net's step takes depends on its images."""

@@ -168,7 +168,7 @@ def _look_for_room(plan: Plan, missing: Sequence[RunTask]) -> None:
     from trainer.experiments.estimate import run_bytes
 
     if missing:
-        start.check_writable(missing[0].run, max(run_bytes(config) for config in plan.configs.values()))
+        start.check_writable(missing[0].run, max(map(run_bytes, plan.tasks)))
 
 
 def _endings(

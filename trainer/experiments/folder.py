@@ -42,6 +42,7 @@ class RunTask:
         config: the variant's recipe, with the data set's own numbers and this seed.
         folder: the experiment's, absolute.
         processes: 1 or 2.
+        four_layers: as of its variant.
     """
 
     variant: str
@@ -49,6 +50,7 @@ class RunTask:
     config: Config
     folder: Path
     processes: int
+    four_layers: bool = False
 
     @property
     def name(self) -> str:
@@ -77,8 +79,9 @@ class RunTask:
 
     def command(self, data: str, *, threads: int, device: str | None) -> list[str]:
         """The training command; given again, it goes on where the run is, or finds it finished."""
-        words = ["python", "-m", "trainer", "train", "--config", str(self.recipe), "--data", data]
-        words += ["--run", str(self.run), "--processes", str(self.processes), "--resume", "auto"]
+        words = ["python", "-m", *(["trainer.experiments.four_layers"] if self.four_layers else ["trainer", "train"])]
+        words += ["--config", str(self.recipe), "--data", data, "--run", str(self.run)]
+        words += [] if self.four_layers else ["--processes", str(self.processes), "--resume", "auto"]
         words += ["--set", f"train.seed={self.seed}", "--set", f"train.threads={threads}"]
         return words + (["--device", device] if device else [])
 
@@ -207,7 +210,8 @@ def make_tasks(
             seed,
             _with_seed(configs[variant.name], seed),
             folder.absolute(),
-            1 if configs[variant.name].model.towers == 1 else variant.processes or processes,
+            1 if variant.four_layers or configs[variant.name].model.towers == 1 else variant.processes or processes,
+            variant.four_layers,
         )
         for seed in seeds
         for variant in experiment.variants

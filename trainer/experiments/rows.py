@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
+from trainer.experiments.estimate import count_parameters
 from trainer.experiments.folder import Row, RunTask
 from trainer.experiments.variants import Experiment
-from trainer.planning.describe import to_dict
 from trainer.training import run_folder
 from trainer.training.rows import iterate_rows
 
@@ -38,7 +38,7 @@ def finished_row(task: RunTask, measured: Mapping[str, float | None]) -> Row:
         "step": result["step"],
         "split": evaluation["split"],
         "num_samples": total,
-        "parameters": to_dict(task.config.model)["parameters"],
+        "parameters": count_parameters(task.config, four_layers=task.four_layers),
         "top1_error": _error(result["top1"], total),
         "top5_error": None if top5 is None else _error(top5, total),
         "loss": evaluation["loss"],

@@ -39,6 +39,7 @@ class Variant:
         against: the variant that it is compared with; empty for none.
         paper: what the paper found, or None.
         processes: 2 where the variant needs two; else 0, as the experiment says.
+        four_layers: whether the net is figure 1's (``trainer.experiments.four_layers``), not the recipe's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Variant:
     against: str = BASELINE
     paper: PaperFigure | None = None
     processes: int = 0
+    four_layers: bool = False
 
     def recipe(self, base: Config) -> Config:
         """The recipe of this variant.

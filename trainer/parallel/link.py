@@ -186,8 +186,13 @@ class Link:
             received = received.permute(0, 3, 1, 2) if received.dim() == 4 else received  # see :meth:`_packed`
             return received.to(transfer.like.device, transfer.like.dtype)
 
+    @property
+    def between_gpus(self) -> bool:
+        """Whether messages go from GPU to GPU (NCCL), not through the host."""
+        return not self._on_cpu
+
     def exchange_pixels(self, half: Tensor) -> Tensor:
-        """Shares images (``decode = "sharded"``): (N / 2, C, S, S) uint8 -> (N, C, S, S), tower a's half first."""
+        """Shares images (see ``data.decode``): (N / 2, ...) uint8 -> (N, ...), tower a's half first."""
         theirs = torch.empty_like(half, memory_format=torch.contiguous_format)
         mine = half.contiguous()
         if self._on_cpu:

@@ -20,6 +20,7 @@ from trainer.model.layers import freeze_statistics
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh, MeshCoord
 from trainer.parallel.status import Fact, GlobalStatus, LocalStatus, all_could, all_reduce_status, check_consistency
+from trainer.precision import image_dtype
 from trainer.stopping import StopRequest
 from trainer.training import checkpoint
 from trainer.training.async_checkpoint import AsyncCheckpointer, PendingCheckpoint
@@ -110,8 +111,9 @@ class Trainer:
             device=self.device,
             state=state,
             skip_list=self.skip_list,
-            split_feed=SplitFeed(self.coord.rank % 2, 2, link.exchange_pixels) if link else None,
+            split_feed=SplitFeed(self.coord.rank % 2, 2, link.exchange_pixels, link.between_gpus) if link else None,
             share=BatchShare(self.coord.replica, self.coord.replicas),
+            dtype=image_dtype(self.config.train.precision, self.device),
         )
 
     def _resume(self) -> dict[str, Any] | None:
@@ -229,6 +231,7 @@ class Trainer:
     def _opening_line(self) -> str:
         """What the run is about to do."""
         towers = "two processes, one per tower" if self.link else "one process"
+        towers += ", decoding shared between them" if self.loader.shares_decoding else ""
         towers = f"{self.coord.replicas} replicas of {towers}" if self.coord.replicas > 1 else towers
         begin = f"from step {self.step}" if self.step else "from the start"
         return (

@@ -47,7 +47,7 @@ class ForwardBackward:
         """Sets the gradient of every parameter to that of the mean loss over the whole batch.
 
         Args:
-            images: this replica's rows of the batch, (N, C, S, S) float32.
+            images: this replica's rows of the batch, (N, C, S, S), of :func:`trainer.precision.image_dtype`.
             labels: (N,) int64.
             step: step of the run, from 0; decides the dropout masks.
 

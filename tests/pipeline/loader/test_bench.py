@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.loader.bench import BenchOptions, run_bench
@@ -44,6 +45,13 @@ def test_rates_and_megabytes_agree(data: Path) -> None:
     total = sum(path.stat().st_size for path in (data / "train").glob("*.tar"))
     for row in result.stages:
         assert row.mb_per_s == pytest.approx(row.images_per_s * total / 24 / 1e6)
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, device in ((True, "cuda:0"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert BenchOptions().resolved().device == device
+        assert BenchOptions("cpu").resolved().device == "cpu" and BenchOptions("cuda:1").resolved().device == "cuda:1"
 
 
 def test_user_errors_are_one_line_and_exit_2(data: Path, tmp_path: Path) -> None:

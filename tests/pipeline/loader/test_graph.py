@@ -11,7 +11,14 @@ from pipeline.errors import ConfigError
 from pipeline.loader.augmentation import ten_views
 from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.graph import Decoding, define_pipeline, evaluation_graph, split_graph, training_graph
+from pipeline.loader.graph import (
+    Decoding,
+    crops_graph,
+    define_pipeline,
+    evaluation_crops_graph,
+    evaluation_graph,
+    training_graph,
+)
 from pipeline.loader.open_split import open_split
 from tests.helpers.loader_data_set import make_data_set
 
@@ -42,9 +49,10 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
     zeros, ones = np.zeros(split.manifest.image.channels), np.ones(split.manifest.image.channels)
     graphs = {
         "training": lambda: training_graph(decoding, lambda _: ()),
-        "split": lambda: split_graph(decoding, lambda _: ()),
-        "evaluation": lambda: evaluation_graph(decoding, lambda _: (), views[2:3], zeros, ones),
-        "ten": lambda: evaluation_graph(decoding, lambda _: (), views, zeros, ones),
+        "crops": lambda: crops_graph(decoding, lambda _: ()),
+        "center": lambda: evaluation_crops_graph(decoding, lambda _: (), views[2:3]),
+        "ten": lambda: evaluation_crops_graph(decoding, lambda _: (), views),
+        "ten, on a CPU": lambda: evaluation_graph(decoding, lambda _: (), views, zeros, ones),
     }
     pipeline = define_pipeline(decoding, graphs[graph])
     found: dict[str, list[str]] = {}
@@ -56,7 +64,7 @@ def operators(folder: Path, graph: str, device: str, **fields: Any) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("graph", ["training", "split", "evaluation", "ten"])
+@pytest.mark.parametrize("graph", ["crops", "center", "ten"])
 @pytest.mark.parametrize("name", list(ENCODINGS))
 def test_the_gpu_decodes_and_crops(folders: dict[str, Path], name: str, graph: str) -> None:
     found = operators(folders[name], graph, "cuda:0")
@@ -64,7 +72,7 @@ def test_the_gpu_decodes_and_crops(folders: dict[str, Path], name: str, graph: s
         device for operator, devices in found.items() if operator.startswith("decoders__") for device in devices
     ]
     assert decoders == ([] if name == "raw" else ["mixed"])
-    assert set(found["CropMirrorNormalize"]) == {"gpu"}
+    assert set(found["Crop"]) == {"gpu"} and "CropMirrorNormalize" not in found
     assert set(found["ExternalSource"]) == {"cpu"}
 
 
@@ -77,6 +85,8 @@ def test_the_cpu_graph_stays_on_the_cpu(folders: dict[str, Path]) -> None:
 
 def test_ten_views_decode_once(folders: dict[str, Path]) -> None:
     found = operators(folders["jpeg"], "ten", "cuda:0")
+    assert len(found["decoders__Image"]) == 1 and len(found["Crop"]) == 5  # the mirrored views are the same crops
+    found = operators(folders["jpeg"], "ten, on a CPU", "cpu")
     assert len(found["decoders__Image"]) == 1 and len(found["CropMirrorNormalize"]) == 10
 
 

@@ -9,7 +9,6 @@ from pipeline.loader.augmentation import Augmentation, color_steps, ten_views
 from pipeline.loader.batch import Batch
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.normalize import MeanImage
 from pipeline.loader.open_split import read_statistics
 from pipeline.manifest import read_manifest
 from tests.helpers.loader_data_set import load_reference, make_data_set
@@ -170,16 +169,6 @@ def test_a_flat_image_is_standardized_to_zero(tmp_path: Path) -> None:
     folder = make_data_set(tmp_path, encoding="png", size=(8, 8), train=2, val=1, flat=True)
     loader = TrainingLoader(folder, LoaderConfig(crop_px=8, mean="none", normalize="per_image"), batch_size=2, seed=0)
     assert np.abs(loader.next().images.numpy()).max() < 1e-3
-
-
-def test_the_gpus_mean_image_is_the_cpus() -> None:
-    """Gathered for all images in one kernel there, views of it here: the same values."""
-    random = np.random.default_rng(2)
-    image, std = random.uniform(0, 255, (13, 17, 3)), np.array([1, 2, 3], np.float32)
-    geometry = np.stack([random.integers(0, 8, 50), random.integers(0, 4, 50), random.integers(0, 2, 50)], axis=1)
-    mean_image = MeanImage(image, std, 10, center=False, device="cpu")
-    views = np.stack([mean_image._view(*place) for place in geometry.tolist()])
-    assert np.array_equal(mean_image._gather(geometry).numpy(), views)
 
 
 def test_batches_stay_valid_while_later_ones_are_made(data_sets: dict[str, Path]) -> None:

@@ -17,8 +17,10 @@ def test_interpreted_kernels_equal_the_formulas(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     program = (
         "from tests.helpers.gpu_kernels import CHECKS\n"
+        "from tests.helpers.gpu_net_input import check_flat_images, check_net_input\n"
         "from trainer.model.kernels.triton import TritonKernels\n"
         "for check in CHECKS: check(TritonKernels(), 'cpu')\n"
+        "check_net_input('cpu'); check_flat_images('cpu')\n"
         "print('checked')"
     )
     root = Path(__file__).resolve().parents[3]
@@ -44,3 +46,28 @@ def test_kernels_compile_for_gpus(capability: int, dtype: str, tmp_path: Path, m
         assert made.shared_bytes <= 4096 and (made.registers is None or made.registers <= 96), name
         assert made.ptx.count("shfl.sync") == count, name
         assert made.wide_loads and made.wide_stores, name
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_the_input_kernel_compiles_for_gpus(
+    capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the paper's images: crop and mean image are read once, in whole lines; 4 values a thread are written at once.
+
+    Nothing passes through shared memory, but for the sums of a standardized image.
+    """
+    from tests.helpers.gpu_compile import compile_kernel, input_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plain, standardized = input_kernels(dtype, batch=128)
+    crops, image, rows = 128 * 224 * 224 * 3, 4 * 256 * 256 * 3, 4 * 128 * 9
+    assert plain.moved_bytes == crops * (3 if dtype == "bf16" else 5) + image + rows
+    made = compile_kernel(plain, capability)
+    assert f".target sm_{capability}" in made.ptx and made.spilled_bytes in (0, None) and made.shared_bytes == 0
+    assert made.registers is None or made.registers <= 40
+    written = "v2.b32" if dtype == "bf16" else "v4.b32"
+    assert made.ptx.count(f"st.global.{written}") == 1 and made.ptx.count("st.global") == 1
+    assert made.ptx.count("ld.global.b8") == 4  # a pixel of the crop is read by one thread, once
+    made = compile_kernel(standardized, capability)
+    assert made.spilled_bytes in (0, None) and made.shared_bytes <= 256
+    assert made.registers is None or made.registers <= 128  # 512 threads have 65,536
