@@ -103,7 +103,7 @@ def test_both_towers_start_the_same_messages_in_the_same_order(monkeypatch: pyte
             return start(operations)
 
         monkeypatch.setattr(dist, "batch_isend_irecv", record)
-        with _fake_world(MeshCoord(rank, 2)) as mesh:
+        with fake_world(MeshCoord(rank, 2)) as mesh:
             images, labels = work.a_batch(work.recipe("digits"), 0, 4)
             net = work.make_net(work.recipe("digits"), mesh.link)
             net.loss(images, labels, DropoutDraws(work.SEED, 0)).backward()

@@ -134,7 +134,8 @@ def step_of_layout(
         return lambda images, labels, step: inner(
             images[worker_rows(coord, len(images))], labels[pair_rows(coord, len(labels))], step
         )
-    return ForwardBackward(net, config.train, mesh=mesh, device=device)
+    step_of = ForwardBackward(net, config.train, mesh=mesh, device=device)
+    return lambda images, labels, step: float(step_of(images, labels, step))
 
 
 def time_cases(mesh: Mesh, job: Job, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
