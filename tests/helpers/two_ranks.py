@@ -30,7 +30,7 @@ from twotower.meeting import meeting_place
 from twotower.terminal import print_error
 
 ROOT = Path(__file__).resolve().parents[2]
-PEER_TIMEOUT_S = 4.0  # of the rank that is stopped; steps here take milliseconds once they are warm
+PEER_TIMEOUT_S = 8.0  # of the rank that is stopped; steps here take milliseconds once they are warm
 BATCH, STEPS, WARM = 16, 5, 4
 BYTES = {0: 1, 1: 1, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2}  # of NCCL's data types, by number
 SEND = re.compile(r"NCCL INFO Send: .*? count (\d+) datatype (\d+) ")

@@ -145,6 +145,8 @@ class PendingStatus:
         """
         if self._event is not None:
             self._event.synchronize()
+            if self._mesh:
+                self._mesh.failures.check()  # of an aborted message nothing has come, and what is read here is noise
         told = self._told.tolist()
         fingerprint, order, flags = told[:HOST_WORDS]
         *norms, loss = map(_double_of, told[HOST_WORDS : HOST_WORDS + len(self._towers) + 1])
