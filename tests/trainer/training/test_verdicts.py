@@ -11,7 +11,6 @@ import torch
 
 from tests.helpers.lagging import (
     KEYS,
-    RECIPES,
     at_step,
     lag_facts,
     make_trainer,
@@ -55,7 +54,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in KEYS if key in row} for row in found]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["usual", "plateau", pytest.param("partial", marks=pytest.mark.slow)])
 def test_a_late_host_changes_nothing(name: str, tiny_data: Path, waiting: Callable[[str], Path], tmp_path: Path):
     """Weights, velocities, statistics of every checkpoint, rows of metrics; also where rates follow evaluations."""
     late, expected = trained(name, tiny_data, tmp_path, lag=1), waiting(name)
