@@ -11,7 +11,7 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kills test-isa test-mutations lint docs audit bench clean lock licences
+.PHONY: help setup demo test test-slow test-kills test-isa test-mutations test-gpu bench-gpu lint docs audit bench clean lock licences
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -51,6 +51,12 @@ test-isa: setup  ## the numeric tests with other instructions, threads and kerne
 
 test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (about 27 minutes on 2 busy cores)
 	$(PY) -m tests.mutations --jobs 2
+
+test-gpu: setup  ## the tests that need a GPU, on one card (under 3 minutes)
+	$(PY) -m pytest tests/gpu -m gpu
+
+bench-gpu: setup  ## measure everything about this GPU (6 minutes)
+	$(PY) benchmarks/gpu.py
 
 docs: setup  ## write docs/config.md from the code
 	$(PY) -m trainer config --markdown > docs/config.md.new && mv docs/config.md.new docs/config.md

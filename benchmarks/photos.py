@@ -38,13 +38,17 @@ def crops(count: int, width_px: int, height_px: int, seed: int = 0) -> Iterator[
     photos = load_photos()
     random = np.random.default_rng(seed)
     for number in range(count):
-        photo = photos[number % len(photos)]
-        largest = min(photo.width / width_px, photo.height / height_px)
-        scale = largest * random.uniform(SMALLEST_CROP, 1.0)
-        width, height = width_px * scale, height_px * scale
-        left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
-        box = (left, top, left + width, top + height)
-        yield photo.resize((width_px, height_px), Image.Resampling.BICUBIC, box=box)
+        yield crop(photos[number % len(photos)], width_px, height_px, random)
+
+
+def crop(photo: Image.Image, width_px: int, height_px: int, random: np.random.Generator) -> Image.Image:
+    """A part of a photo, at a place and a scale by chance, resized."""
+    largest = min(photo.width / width_px, photo.height / height_px)
+    scale = largest * random.uniform(SMALLEST_CROP, 1.0)
+    width, height = width_px * scale, height_px * scale
+    left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
+    box = (left, top, left + width, top + height)
+    return photo.resize((width_px, height_px), Image.Resampling.BICUBIC, box=box)
 
 
 def write_class_folders(

@@ -137,7 +137,7 @@ def net_step(name: str, batch: int) -> Callable[[int], None]:
     return step
 
 
-def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
+def plain_net() -> Any:
     """The net as one writes it with torch's modules."""
     import torch
     from torch import nn
@@ -153,7 +153,7 @@ def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
     def convolution(inputs: int, maps: int, side: int, **more: Any) -> list[nn.Module]:
         return [nn.Conv2d(inputs, maps, side, **more), nn.ReLU(inplace=True)]
 
-    net = nn.Sequential(
+    return nn.Sequential(
         nn.ZeroPad2d((0, 3, 0, 3)),
         *convolution(3, 96, 11, stride=4),
         TowerNorm(),
@@ -170,6 +170,14 @@ def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
         *(nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5)),
         nn.Linear(4096, 1000),
     )
+
+
+def plain_step(images: Any, labels: Any) -> Callable[[int], None]:
+    """One update of it."""
+    import torch
+    from torch import nn
+
+    net = plain_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     def step(_: int) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ STOP_TIMEOUT_S = 20.0
 EXTRA_NODE_STORE_BYTES = 1 << 30
 NEEDED_BYTES = 1 << 30  # logs, the copy of the working tree, spilled objects
 TOKEN_NAME = "token"  # of this one cluster: `up` makes it, `down` deletes it
+LINGERING = b"ray::_AutoscalingCoordinatorActor"  # Ray Train's, after a job of it; a node would wait 30 s for its end
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ def up(options: LocalOptions) -> LocalCluster:
     _prepare_folder(options.folder)
     if running := load(options.folder):
         raise ClusterError(f"a local cluster is running at {running.address}; end it with `python -m cluster down`")
-    port = options.dashboard_port or _free_ports(1)[0]
+    port = options.dashboard_port or listeners.free_ports(1)[0]
     if not _is_free(port):
         raise ClusterError(f"port {port} is taken by another program; choose another with --dashboard-port N (0: any)")
     new_token(options.folder / TOKEN_NAME)
     address = f"http://127.0.0.1:{port}"
-    gcs_port, client_port = _free_ports(2)
+    gcs_port, client_port = listeners.free_ports(2)
     gcs = f"{loopback_node.LOOPBACK}:{gcs_port}"
     head_arguments = [
         "--head",
@@ -151,8 +153,7 @@ def down(folder: Path) -> LocalCluster | None:
     cluster = load(folder)
     if cluster is None:
         return None
-    for node in reversed(cluster.nodes):
-        stop_node(node)
+    stop_nodes(cluster.nodes)
     (folder / RECORD).unlink(missing_ok=True)
     (folder / TOKEN_NAME).unlink(missing_ok=True)
     return cluster
@@ -181,15 +182,25 @@ def token_file(folder: Path, address: str) -> Path | None:
 
 
 def stop_node(node: LocalNode, kill: bool = False) -> None:
-    """End one node: SIGTERM to `ray start --block`, which ends its children; SIGKILL to all that is left."""
-    if not is_alive(node):
-        return
+    """End one node, as :func:`stop_nodes` does; with ``kill`` as a failure of its machine would, without a word."""
+    stop_nodes([node], kill=kill)
+
+
+def stop_nodes(nodes: Sequence[LocalNode], *, kill: bool = False) -> None:
+    """End nodes: SIGTERM to each `ray start --block`, which ends its children; SIGKILL to all that is left."""
+    alive = [node for node in nodes if is_alive(node)]
     if not kill:
-        os.kill(node.pid, signal.SIGTERM)
+        for pid in (pid for node in alive for pid in session_members(node.pid)):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(LINGERING):
+                    os.kill(pid, signal.SIGKILL)
+        for node in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(node.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while is_alive(node) and time.monotonic() < deadline:
+        while any(map(is_alive, alive)) and time.monotonic() < deadline:
             time.sleep(0.1)
-    for pid in session_members(node.pid):
+    for pid in (pid for node in alive for pid in session_members(node.pid)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
@@ -315,14 +326,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -26,6 +26,8 @@ if typing.TYPE_CHECKING:
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # read when torch is imported: its profiler chatters otherwise
+if os.environ.get("RANK"):  # so does NCCL's watchdog, when a peer is lost: parallel/watch.py says it in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it does, and says so at length
 
 
@@ -38,7 +40,7 @@ def run() -> int:
     except stopping.Stopped as stop:  # already while this program was being read
         status = _tell(stop)
     stopping.ignore_stops()
-    return status
+    return stopping.leave(status)
 
 
 def main() -> int:

@@ -117,6 +117,16 @@ def _device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N; a GPU where there is one")
 
 
+def _backend_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "nccl", "gloo"),
+        default="auto",
+        help="what carries tensors between processes; auto: NCCL where each has a GPU, else gloo; nccl works "
+        "for two on one GPU, too",
+    )
+
+
 def _device(text: str) -> str:
     """A device by its name; whether it is here, torch knows."""
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
@@ -165,13 +175,14 @@ def _add_train(commands: Commands) -> None:
         "--processes",
         type=int,
         choices=(1, 2),
-        help="1: both towers here, whatever the environment says (the default where RANK is not set); "
-        "2: one process per tower",
+        help="1: both towers here, whatever the environment says; 2: one process per tower (the default where there "
+        "are two GPUs, else 1, unless RANK is set)",
     )
     train.add_argument(
         "--replicas", type=_positive, metavar="R", help="pairs of towers that share each batch (default: 1)"
     )
     _device_option(train)
+    _backend_option(train)
     train.add_argument(
         "--resume",
         default="never",
@@ -205,6 +216,7 @@ def _add_train(commands: Commands) -> None:
     _folder(tower, "--data", "")
     _folder(tower, "--run", "")
     tower.add_argument("--device")
+    _backend_option(tower)
     _profile_option(tower)
     _skip_option(tower)
 
@@ -222,6 +234,7 @@ def _add_bench(commands: Commands) -> None:
         "--processes", type=int, choices=(1, 2), default=1, help="1: both towers here; 2: one process per tower"
     )
     _device_option(bench)
+    _backend_option(bench)
     bench.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="length of each measurement, its rounds together (5)"
     )

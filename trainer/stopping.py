@@ -6,7 +6,9 @@ was so from the start, under ``nohup``.
 """
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _finished = False
 _raised: str | None = None
+_abruptly = False
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -58,6 +61,22 @@ def ignore_stops() -> None:
     """The same until this process is gone, while Python takes itself down."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave_abruptly() -> None:
+    """From now on :func:`leave` runs no more of what Python and libraries do at their end: something there hangs."""
+    global _abruptly
+    _abruptly = True
+
+
+def leave(status: int) -> int:
+    """The last thing that a command does; returns the status unless the process must end here."""
+    if not _abruptly:
+        return status
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = freeze(load_recipe(arguments), arguments.freeze)
     if config.model.towers == 1 and (arguments.processes == 2 or world):
         raise RecipeError("model.towers = 1: a net of one tower runs in one process; leave --processes 2 out")
-    if arguments.replicas > 1 and arguments.processes == 1 and not world:
+    if arguments.replicas > 1 and arguments.processes != 2 and not world:
         raise RecipeError("--replicas: a replica is a pair of processes; add --processes 2")
     run_folder.check_replicas(config, world.size // 2 if world else arguments.replicas)
     stage_data(arguments)
@@ -66,6 +66,8 @@ def train(arguments: argparse.Namespace) -> int:
     from trainer.parallel import launch  # imports torch: what can be refused without it has been
 
     device = launch.choose_device(arguments.device)
+    if arguments.processes is None:
+        arguments.processes = 1 if world else launch.default_processes(arguments.device, config.model.towers)
     start = dataclasses.replace(start, config=resolve_precision(start.config, device))
     if start.finished:
         print(command.finished_line(start), flush=True)
@@ -137,6 +139,7 @@ def _hold_and_train(arguments: argparse.Namespace, start: "Start", device: str, 
                     skip_list=arguments.skip_list,
                     replicas=arguments.replicas,
                     profile_steps=arguments.profile,
+                    backend=arguments.backend,
                     held=(handle,),
                 )
                 stopping.finish()
@@ -174,9 +177,15 @@ def join_and_train(arguments: argparse.Namespace, config: "Config", world: "Worl
     from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train)
+    mesh = join_mesh(world, device, config.train, arguments.backend)
     verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
-    return _work(arguments, config, mesh, device, is_new=is_new)
+    failed = True
+    try:
+        status = _work(arguments, config, mesh, device, is_new=is_new)
+        failed = False
+    finally:
+        mesh.close(failed=failed)
+    return status
 
 
 def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:

@@ -3,8 +3,10 @@
 /proc is read by hand, for it takes a few lines: psutil, which comes inside Ray only, does not tell whose a socket is.
 """
 
+import contextlib
 import ipaddress
 import os
+import random
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,8 @@ TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LOOPBACK = "127.0.0.1"
 NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
 LISTENS = "0A"  # the kernel's TCP_LISTEN
+LENT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # what the kernel gives to those who ask for any port
+OUR_PORTS = range(20000, 32768)  # below what it lends by default, and above those that programs are known for
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,14 @@ def no_proxy_here(environment: Mapping[str, str]) -> dict[str, str]:
 def inodes_of(pid: int) -> set[str]:
     """The sockets that a process holds; empty for one that has ended or is another user's."""
     inodes = set()
-    try:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+    descriptors: list[Path] = []
+    with contextlib.suppress(OSError):
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # it was closed while we looked, and the others are open
             target = os.readlink(descriptor)  # noqa: PTH115 - Path.readlink would normalize "socket:[1]"
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
-    except OSError:  # it ended while we looked
-        pass
     return inodes
 
 
@@ -109,3 +114,25 @@ def _ip(text: str) -> Address:
 
 def _unmapped(address: Address) -> Address:
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Ports at an address ("" is all) that nobody has, and that the kernel lends to nobody before they are used.
+
+    A port that it has lent, and taken back, may be lent to the next program that connects to anything.
+    """
+    lowest = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lowest = int(LENT_PORTS.read_text().split()[0])
+    candidates = [port for port in OUR_PORTS if port < lowest]
+    random.SystemRandom().shuffle(candidates)
+    with contextlib.ExitStack() as stack:
+        found: list[int] = []
+        for port in (*candidates, *[0] * count):  # any port, where the kernel lends all of these
+            if len(found) == count:
+                break
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind((host, port))
+                found.append(probe.getsockname()[1])
+        return found

@@ -26,9 +26,9 @@ from cluster.jobs.tree import TREE
 # Number of values: 1 if not given; ?: none or one; +: one or more.
 OPTIONS = {
     "trainer": {
-        "train": "--config:recipe --set --data:data --run:path --processes --replicas --device --resume:run "
+        "train": "--config:recipe --set --data:data --run:path --processes --replicas --device --backend --resume:run "
         "--skip-list:path --profile? --init-from:path --freeze",
-        "tower": "--data:data --run:path --device --profile? --skip-list:path",
+        "tower": "--data:data --run:path --device --backend --profile? --skip-list:path",
         "evaluate": "--run:path --checkpoint --data:data --split --views --confusion:path --device",
         "predict": "images:path+ --run:path --checkpoint --data:data --views --top --device --html:path",
         "features": "images:path+ --run:path --checkpoint --data:data --layer --device --output:path",
@@ -40,7 +40,7 @@ OPTIONS = {
         "config": "--config:recipe --set",
         "export": "--run:path --checkpoint --data:data --output:path",
         "import": "--weights:path --config:recipe --set --run:path --data:data",
-        "bench": "--config:recipe --set --data:data --processes --device --seconds --batch-sizes --json:path "
+        "bench": "--config:recipe --set --data:data --processes --device --backend --seconds --batch-sizes --json:path "
         "--html:path --project --tower-link --replica-link --read:path+ --compare:path2",
         "bench-tower": "--job:path",
         "experiment": "name --config:recipe --set --data:data --output:path --seeds --variants --parallel --processes "

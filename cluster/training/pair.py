@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.jobs.entry import program_of, write_json
+from twotower import listeners
 from twotower.meeting import SECRET, meeting_place, new_secret
 
 POLL_S = 0.1
@@ -108,9 +108,7 @@ def run_pair(settings: dict[str, Any]) -> int:
     replica, num_replicas = get_context().get_world_rank(), get_context().get_world_size()
     first_start = replica == 0 and _claim_first_start(Path(pair.folder))
     host = "127.0.0.1" if num_replicas == 1 else str(ray.util.get_node_ip_address())
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    (port,) = listeners.free_ports(1, host="")
     mine = {"host": host, "port": port, "first": first_start, "attempt": time.time_ns(), "secret": new_secret()}
     agreed = broadcast_from_rank_zero(mine)  # over Ray's connections, which ask for the cluster's token
     command = list(pair.command) if agreed["first"] else resume_command(pair.command)
@@ -255,8 +253,9 @@ class PairMonitor:
     def _record_end(self, statuses: list[int]) -> None:
         """All towers of this pair have ended: raise if the run must begin again, else write down how."""
         if self._stopping or self._preempted or self._resizing:
-            # Our own signal may have come before the trainer could catch it.
-            statuses = [STOPPED if status == -signal.SIGTERM else status for status in statuses]
+            # Our own signal may have come before the trainer could catch it, or before its first step.
+            ours = (-signal.SIGTERM, *(() if self._stopping else (128 + signal.SIGTERM,)))
+            statuses = [STOPPED if status in ours else status for status in statuses]
         status = exit_status(statuses)
         if self._preempted and status == STOPPED and not self._stopping:
             status = PREEMPTED

@@ -12,8 +12,9 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from cluster import local
 from cluster.jobs.auth_token import new_token
-from tests.helpers.digits_jobs import PREPARE, manifest, prepare_directly, train_command
+from tests.helpers.digits_jobs import PREPARE, manifest, train_command
 from tests.helpers.local_cluster import ROOT, Machine
+from twotower import listeners
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -58,7 +59,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(local, "_environment", lambda options: original(options) | {"PYTHONPATH": str(ROOT)})
     token = options.folder / local.TOKEN_NAME
     new_token(token)
-    gcs_port, client_port, port = local._free_ports(3)
+    gcs_port, client_port, port = listeners.free_ports(3)
     gcs = f"127.0.0.1:{gcs_port}"
     (folder / "config.json").write_text(json.dumps(autoscaling_config(gcs)))
     arguments = ["--head", f"--port={gcs_port}", f"--ray-client-server-port={client_port}", "--num-cpus=0"]
@@ -77,17 +78,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_prepare_asks_for_a_node_and_uses_it(machine: Machine, tmp_path: Path) -> None:
-    prepare_directly(tmp_path / "direct")
+def test_prepare_asks_for_a_node_and_uses_it(machine: Machine, digits: Path, tmp_path: Path) -> None:
     words = ("python", *PREPARE, "--shard-size", "128", "--output", str(tmp_path / "d"), "--address", "auto")
     done = machine.run("submit", "--", *words, expect=0)
     assert "1,797 images" in done.stdout
-    assert manifest(tmp_path / "d") == manifest(tmp_path / "direct")
+    assert manifest(tmp_path / "d") == manifest(digits)
 
 
-def test_training_asks_for_a_node_and_trains_there(machine: Machine, tmp_path: Path) -> None:
-    data, run = prepare_directly(tmp_path / "digits"), tmp_path / "run"
+def test_training_asks_for_a_node_and_trains_there(machine: Machine, digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     options = ("--towers", "2", "--wait", "300")
-    done = machine.run("submit", *options, "--", *train_command(data, run, "--set", "train.epochs=1"), expect=0)
+    done = machine.run("submit", *options, "--", *train_command(digits, run, "--set", "train.epochs=1"), expect=0)
     assert "waiting for resources: 0/1 pairs fit" in done.stdout
     assert json.loads((run / "result.json").read_text())["exit_reason"] == "finished"

@@ -1,5 +1,6 @@
 """The entry wrapper: the true exit code, killed told apart from failed and stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,7 +73,8 @@ def test_stopped_keeps_the_code_of_the_command(tmp_path, handler, status):
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):  # Ray signals every process of the job
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     assert process.wait(60) == status
     assert result(tmp_path)["outcome"] == "stopped"
 

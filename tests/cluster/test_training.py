@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,12 +65,13 @@ def test_an_autoscaler_is_asked_once_and_the_request_taken_back(monkeypatch, com
     asked = []
     monkeypatch.setattr(ray_train, "_ask_autoscaler", asked.append)
     monkeypatch.setattr(ray_train, "_nodes", lambda: [node(4, 2)] if comes and asked else [node(1)])
-    monkeypatch.setattr(ray_train, "WAIT_LINE_S", 0.0)
+    clock = SimpleNamespace(monotonic=lambda: 10 * len(asked), sleep=lambda seconds: None)  # stands until it is asked
+    monkeypatch.setattr(ray_train, "time", clock)
     if comes:
         ray_train.wait_for_room(Need(2, 1, 2), timeout_s=60.0)
     else:
         with pytest.raises(ClusterError, match="missing resources: the towers need 2 x 2 CPUs and 1 GPUs"):
-            ray_train.wait_for_room(Need(2, 1, 2), timeout_s=0.05)
+            ray_train.wait_for_room(Need(2, 1, 2), timeout_s=5.0)
     assert asked == [[{"CPU": 2, "GPU": 1}] * 2, []]
 
 
@@ -143,14 +145,17 @@ def test_pairs_agree_on_the_end(tmp_path):
     ("flag", "status"), [("_stopping", pair.STOPPED), ("_resizing", pair.STOPPED), ("_preempted", pair.PREEMPTED)]
 )
 def test_towers_that_our_own_signal_ended_are_not_lost(tmp_path, flag, status):
-    """It may come while they still import, before they can catch it."""
+    """It may come while they still import, before they can catch it; or before their first step, which is 128 + 15."""
     settings = pair.PairSettings(("x",), str(tmp_path), 2, 1)
     monitor = pair.PairMonitor(settings, pair.Rendezvous(0, 1, "127.0.0.1", 1), (), "7")
     with pytest.raises(pair.TowerLost):
         monitor._record_end([-signal.SIGTERM, 0])
     setattr(monitor, flag, True)
-    monitor._record_end([-signal.SIGTERM, 0])
-    assert pair.common_exit_status(tmp_path, "7", num_replicas=1) == status
+    for code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        monitor._record_end([code, 0])
+        told = 143 if (flag, code) == ("_stopping", 143) else status  # who stopped it is told that it had not begun
+        assert pair.common_exit_status(tmp_path, "7", num_replicas=1) == told
+        (tmp_path / "done-7-0").unlink()
     with pytest.raises(pair.TowerLost, match="SIGKILL"):
         monitor._record_end([-signal.SIGKILL, 0])
 

@@ -19,6 +19,7 @@ from trainer.__main__ import run
 STAGES = ("start", "step", "evaluation", "checkpoint", "end")
 STEP, BATCH = 6, 1  # where it stops: before the update after so many, before so many batches have been seen
 ORDER: list[str] = []
+GRACE = "HELD_GRACE_S"  # variable: launch.GRACE_S, where nothing hangs on how long that is
 
 
 def hold() -> None:
@@ -79,6 +80,7 @@ def hold_at(stage: str) -> None:
         return run_towers(words, world, **more)
 
     launch.run_towers = start
+    launch.GRACE_S = float(os.environ.get(GRACE, launch.GRACE_S))
     if stage == "start":  # the run is locked and prepared; its towers are not ready
         before(launch, "join_mesh")
         before(Trainer, "__init__")

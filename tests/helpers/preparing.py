@@ -40,7 +40,7 @@ def run(*arguments: object, fault: str = "", expect: int = 0, cwd: Path = ROOT) 
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == expect, f"exit {done.returncode} instead of {expect}\n{done.stdout}\n{done.stderr}"

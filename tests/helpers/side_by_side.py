@@ -12,12 +12,12 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.layers import Dropout, DropoutDraws, post_ops
 from trainer.parallel.crossing import TowerLayers
 from trainer.parallel.mesh import MeshCoord
-from trainer.planning.scale import _fake_world
+from trainer.planning.scale import fake_world
 
 
 def lone_tower(model: ModelConfig, tower: str, seed: int = 0) -> AlexNet:
     """One tower of a pair; nobody is at the other end."""
-    with _fake_world(MeshCoord(TOWERS.index(tower), 2)) as mesh:
+    with fake_world(MeshCoord(TOWERS.index(tower), 2)) as mesh:
         return AlexNet(model, TowerLayers(model, mesh.link), seed=seed)
 
 

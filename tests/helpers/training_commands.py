@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def run(*words: object, code: int = 0, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+def run(*words: object, code: int = 0, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end and checks its exit code."""
     done = subprocess.run(
         command(*words), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s

@@ -33,6 +33,7 @@ from tests.mutations import (
     neighbours,
     net,
     of_groups,
+    peers,
     recipes,
     training,
     trust,
@@ -77,6 +78,7 @@ def mutations() -> list[Mutation]:
         *of_groups(experiments.GROUPS),
         *of_groups(neighbours.GROUPS),
         *of_groups(trust.GROUPS),
+        *of_groups(peers.GROUPS),
         *recipes.of_recipes(),
     ]
     names = [mutation.name for mutation in listed]

@@ -7,6 +7,7 @@ from tests.mutations import Change
 FOLDER = "tests/trainer/experiments"
 PAIRED, MEASURES, PAGE = (f"{FOLDER}/test_{name}.py" for name in ("paired", "measures", "page"))
 CATALOG, CROPS = f"{FOLDER}/test_catalog.py", "tests/pipeline/sources/test_photo_crops.py"
+WORKERS, TRICK = "tests/trainer/parallel/test_weird_trick.py", f"{FOLDER}/test_one_weird_trick.py"
 FOUR_LAYERS = f"{FOLDER}/test_four_layers.py"
 TABLE_OF_RUNS = f"{FOLDER}/test_command.py"
 
@@ -55,6 +56,7 @@ def of_summary() -> Iterator[Change]:
 def of_command() -> Iterator[Change]:
     """trainer/experiments/command.py."""
     yield "experiment: a failure is no exit code", "DONE_IN_PART if failed or stop.name", "DONE_IN_PART if stop.name"
+    yield "experiment: what opens an address is kept", "to_toml(base), masked(source)", "to_toml(base), source"
     yield "experiment: a stop is a failure", "if stop.name and ending.status:", "if stop.name and not ending.status:"
 
 
@@ -81,6 +83,53 @@ def of_crops() -> Iterator[Change]:
     yield "crops: the seed is not asked", "shuffled(height * width, seed,", "shuffled(height * width, 0,"
 
 
+def of_workers() -> Iterator[Change]:
+    """trainer/parallel/weird_trick.py: the one-weird-trick layout."""
+    yield (
+        "workers: fc6's gradient of the other's units is lost",
+        "grad_local.add_(link.wait(transfer))",
+        "link.wait(transfer)",
+    )
+    yield (
+        "workers: rows the wrong way round",
+        'return (first, second) if link.tower == "a" else (second, first)',
+        ("return first, second"),
+    )
+    yield "workers: both drop the first units", "chunk(WORKERS, dim=1)[self._place]", "chunk(WORKERS, dim=1)[0]"
+    yield "workers: own logits only", "torch.logaddexp(sums, theirs[:, 0])", "sums"
+    yield "workers: pairs are not averaged", "(loss / self._coord.replicas).backward()", "loss.backward()"
+    yield "workers: pairs draw the same masks", "first=self._coord.replica * len(labels)", "first=0"
+    yield "workers: fully connected layers are not summed", "if mesh.replicas:", "if mesh.replicas is mesh:"
+    yield "workers: fc6's weight sees its own rows only", ".addmm_(y_remote.t(), remote)", ""
+
+
+def of_traffic() -> Iterator[Change]:
+    """trainer/experiments/one_weird_trick/traffic.py."""
+    yield "bytes: a ring sends all", "2 * (self.summed_by - 1) / self.summed_by", "1"
+    yield "bytes: fc8 one way", "2 * model.hidden[1] // 2", "model.hidden[1] // 2"
+    yield "bytes: two batches, one slope", "divmod(second[name] - num_bytes, world)", "divmod(num_bytes, world)"
+
+
+def of_trick() -> Iterator[Change]:
+    """trainer/experiments/one_weird_trick/found.py."""
+    yield "trick: bytes are not looked at", "return bytes_alike and all(", "return all("
+    yield (
+        "trick: gradients are not looked at",
+        'COMPARED = ("loss", "gradients", "weights")',
+        'COMPARED = ("loss", "weights")',
+    )
+
+
+def of_trick_command() -> Iterator[Change]:
+    """trainer/experiments/one_weird_trick/command.py."""
+    yield (
+        "trick: what is not equal is fine",
+        "if found.failed or found.unequal or found.speed is None else 0",
+        ("if found.failed or found.speed is None else 0"),
+    )
+    yield "trick: made again", 'if row and row["status"] == rows.OK and', 'if row and row["status"] == rows.FAILED and'
+
+
 def of_four_layers() -> Iterator[Change]:
     """trainer/experiments/four_layers.py."""
     yield "four layers: pooled twice as coarse", "POOL_PX, POOL_STRIDE, ceil_mode=True", "POOL_PX, POOL_STRIDE"
@@ -91,6 +140,10 @@ def of_four_layers() -> Iterator[Change]:
 
 
 GROUPS = (
+    ("trainer/parallel/weird_trick.py", (WORKERS,), of_workers),
+    ("trainer/experiments/one_weird_trick/traffic.py", (WORKERS,), of_traffic),
+    ("trainer/experiments/one_weird_trick/found.py", (TRICK,), of_trick),
+    ("trainer/experiments/one_weird_trick/command.py", (TRICK,), of_trick_command),
     ("trainer/experiments/paired.py", (PAIRED,), of_paired),
     ("trainer/experiments/measures.py", (MEASURES,), of_measures),
     ("trainer/experiments/rows.py", (TABLE_OF_RUNS, PAGE), of_rows),

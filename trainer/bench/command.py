@@ -81,6 +81,7 @@ def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
         recipe=recipe + (f" ({', '.join(arguments.set)})" if arguments.set else ""),
         processes=arguments.processes,
         device=arguments.device,
+        backend=arguments.backend,
         scaling=tuple(count for count in (1, 2, 4) if count <= most) if config.model.towers == 2 else (),
         say=print_line,
     )

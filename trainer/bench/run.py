@@ -22,7 +22,7 @@ from trainer.bench.record import BenchRecord, Figure, Span, Stage, Throughput, W
 from trainer.bench.timing import Interval, Spans, seconds_by_stage, steps_of
 from trainer.config import Config, ModelConfig, from_toml, to_toml
 from trainer.errors import BenchError
-from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers
+from trainer.parallel.launch import choose_device, die_with_parent, join_mesh, run_towers, shares_gpu
 from trainer.parallel.world import read_world
 from trainer.planning.describe import count_crossings, count_layers
 from trainer.training.metrics import describe_environment
@@ -42,6 +42,7 @@ def run_bench(
     recipe: str,
     processes: int,
     device: str | None = None,
+    backend: str = "auto",
     scaling: tuple[int, ...] = (),
     say: Say = lambda _: None,
 ) -> BenchRecord:
@@ -52,36 +53,39 @@ def run_bench(
         settings: what to measure.
         processes: 1: both towers here; 2: a process each.
         device: ``cpu``, ``cuda``, ``cuda:N`` or None for a GPU where there is one.
+        backend: of several processes, see :mod:`trainer.parallel.backend`.
         scaling: numbers of processes whose synthetic training is measured too.
         say: gets progress lines.
 
     Raises:
         BenchError: a measuring process failed.
     """
-    parts = measure_parts(config, settings, processes=processes, device=device, say=say)
+    parts = measure_parts(config, settings, processes=processes, device=device, backend=backend, say=say)
     points = {}
     for count in scaling:
         say(f"{count} process{'es' if count > 1 else ''}, synthetic")
         only = dataclasses.replace(settings, data=None, stages=False, batch_sizes=())
         batch = config.train.batch_size * max(1, count // 2)  # every pair takes the recipe's batch
         grown = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
-        found = measure_parts(grown, only, processes=count, device=device, say=lambda _: None)
+        found = measure_parts(grown, only, processes=count, device=device, backend=backend, say=lambda _: None)
         points[count] = _rate(_slowest_s(found, "synthetic"), batch)
     workload = describe_workload(config, settings, recipe=recipe, processes=processes, device=device, parts=parts)
     return make_record(config, workload, parts, scaling=points)
 
 
 def measure_parts(
-    config: Config, settings: BenchSettings, *, processes: int, device: str | None, say: Say
+    config: Config, settings: BenchSettings, *, processes: int, device: str | None, backend: str = "auto", say: Say
 ) -> list[Part]:
     """The parts of all processes, tower a's first."""
     with tempfile.TemporaryDirectory(prefix="twotower-bench-") as name:
         folder = Path(name)
         if processes == 1:
             return [measure(config, settings, mesh=None, device=choose_device(device), scratch=folder, say=say)]
-        job = Job(to_toml(config), settings, device)
+        job = Job(to_toml(config), settings, device, backend)
         (folder / "job").write_text(json.dumps(dataclasses.asdict(job), default=str))
-        status = run_towers([sys.executable, "-m", "trainer", "bench-tower", "--job", f"{folder}/job"], processes)
+        command = [sys.executable, "-m", "trainer", "bench-tower", "--job", f"{folder}/job"]
+        on_one = backend == "nccl" and shares_gpu(device, processes)
+        status = run_towers(command, processes, nccl_on_one_gpu=on_one)
         if status > 128:  # by a signal; the tower or the launcher has said so
             raise SystemExit(status)
         if status:
@@ -96,6 +100,7 @@ class Job:
     config: str
     settings: BenchSettings
     device: str | None
+    backend: str = "auto"
 
 
 def run_tower(job: Path) -> None:
@@ -106,13 +111,16 @@ def run_tower(job: Path) -> None:
     world = read_world(None)
     assert world is not None
     device = choose_device(told.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train)
-    quiet = mesh.coord.rank or not settings.stages
-    say = (lambda _: None) if quiet else print_line
-    part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)
-    (job.parent / f"part-{mesh.coord.rank}").write_text(json.dumps(dataclasses.asdict(part)))
-    dist.barrier(group=mesh.control)
-    dist.destroy_process_group()
+    mesh, failed = join_mesh(world, device, config.train, told.backend), True
+    try:
+        quiet = mesh.coord.rank or not settings.stages
+        say = (lambda _: None) if quiet else print_line
+        part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)
+        (job.parent / f"part-{mesh.coord.rank}").write_text(json.dumps(dataclasses.asdict(part)))
+        dist.barrier(group=mesh.control)
+        failed = False
+    finally:
+        mesh.close(failed=failed)
 
 
 def print_line(text: str) -> None:

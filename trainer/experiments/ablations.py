@@ -58,7 +58,7 @@ RUNS = {"no-normalization": "#148", "no-overlap": "#147", "no-crossings": "#150"
 
 def ablations(base: Config) -> Experiment:
     """What each part of the net is worth."""
-    makers = (_normalization, _overlap, no_crossings, _all_crossings, _half_size, _dropout, _color, _wire)
+    makers = (_normalization, _overlap, no_crossings, all_crossings, _half_size, _dropout, _color, _wire)
     found = [maker(base) for maker in makers]
     notes = [
         "Each interval is of one comparison: of eight changes that do nothing, one seems to do something in every "
@@ -156,7 +156,7 @@ def no_crossings(base: Config) -> Variant | str:
     )
 
 
-def _all_crossings(base: Config) -> Variant | str:
+def all_crossings(base: Config) -> Variant | str:
     model = base.model
     if model.towers != 2 or set(model.crossings) != set(CROSSINGS):
         return "every layer crosses: the recipe does not have the paper's towers"

@@ -18,11 +18,14 @@ from trainer.experiments import folder as folders
 from trainer.experiments import measures, rows, runner
 from trainer.experiments.catalog import make_experiment
 from trainer.experiments.folder import Record, Row, RunTask
+from trainer.experiments.options import ONE_WEIRD_TRICK
 from trainer.experiments.progress import ExperimentProgress
 from trainer.experiments.variants import Experiment
 from trainer.training import fit, start
 from trainer.training.run_folder import check_replicas
 from twotower import verbosity
+from twotower.addresses import masked
+from twotower.terminal import print_error
 from twotower.words import pluralize
 
 DONE_IN_PART = 3  # exit status: some runs failed, or a signal stopped the rest
@@ -38,6 +41,7 @@ class Plan:
         configs: the recipe of each variant, with the data set's own numbers.
         record: what a second start must have in common.
         data: local data set folder.
+        source: the same, or the address that each training fetches it from.
         parallel: runs at once on this machine.
         cpus: cores of a run.
     """
@@ -47,12 +51,17 @@ class Plan:
     configs: dict[str, Config]
     record: Record
     data: Path
+    source: str
     parallel: int
     cpus: int
 
 
 def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace], Config]) -> int:
     """Checks everything, then makes what is missing of an experiment, and the page about it."""
+    if arguments.name == ONE_WEIRD_TRICK:
+        from trainer.experiments.one_weird_trick import command  # imports torch
+
+        return command.run(arguments, load_recipe(arguments))
     plan = make_plan(arguments, load_recipe(arguments))
     folders.check_folder(arguments.output, plan.record)
     for sentence in plan.experiment.left_out:
@@ -67,7 +76,7 @@ def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace
         return 0
     with folders.hold(arguments.output):
         folders.check_folder(arguments.output, plan.record)
-        folders.begin(arguments.output, plan.record, plan.experiment, plan.configs)
+        folders.begin(arguments.output, plan.record, plan.configs)
         return _run(plan, arguments, device)
 
 
@@ -95,9 +104,9 @@ def make_plan(arguments: argparse.Namespace, base: Config) -> Plan:
     cores = len(os.sched_getaffinity(0))
     most = max(task.processes for task in tasks)
     cpus = arguments.cpus or (most if arguments.address else max(1, cores // arguments.parallel))
-    data = str(arguments.source) if is_url(arguments.source) else str(arguments.data.absolute())
-    record = Record(arguments.name, to_toml(base), data, manifest.fingerprint)
-    return Plan(experiment, tuple(tasks), configs, record, arguments.data, arguments.parallel, cpus)
+    source = str(arguments.source) if is_url(arguments.source) else str(arguments.data.absolute())
+    record = Record(arguments.name, to_toml(base), masked(source), manifest.fingerprint)
+    return Plan(experiment, tuple(tasks), configs, record, arguments.data, source, arguments.parallel, cpus)
 
 
 def _checked(name: str, config: Config, manifest: Manifest, data: Path) -> Config:
@@ -138,7 +147,7 @@ def _tell(plan: Plan, found: Sequence[Row], stop: stopping.StopRequest) -> int:
     """Says what is missing; the exit status."""
     failed = [row for row in found if row["status"] != rows.OK]
     for row in failed:
-        print(f"error: {row['variant']}, seed {row['seed']}: {row['reason']}", file=sys.stderr)
+        print_error(f"{row['variant']}, seed {row['seed']}: {row['reason']}")
     if failed:
         print(
             f"{pluralize(len(failed), 'run')} of {len(plan.tasks)} failed and count in no average; the same command "
@@ -182,7 +191,7 @@ def _endings(
 
     def words(task: RunTask) -> list[str]:
         threads = max(1, plan.cpus // task.processes)
-        return task.command(plan.record.data, threads=threads, device=arguments.device)
+        return task.command(plan.source, threads=threads, device=arguments.device)
 
     orders = runner.Orders(words, stop, progress.tick)
     if arguments.address:

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Record:
     Attributes:
         experiment: its name.
         recipe: the resolved recipe as TOML.
-        data: the data set's folder or URL.
+        data: the data set's folder or URL, without what opens it.
         fingerprint: of the data set.
     """
 
@@ -159,17 +159,22 @@ def _first_change(before: Record, now: Record) -> str:
     return ", then ".join(changed[:2])
 
 
-def begin(folder: Path, record: Record, experiment: Experiment, configs: dict[str, Config]) -> None:
-    """Makes the folders, and writes the record and the recipes; the caller holds the lock.
+def begin(
+    folder: Path,
+    record: Record,
+    recipes: Mapping[str, Config],
+    rooms: Sequence[str] = ("runs", "logs", "measured"),
+) -> None:
+    """Makes the folders ``rooms``, and writes the record and the recipes by name; the caller holds the lock.
 
     Raises:
         RunError: they cannot be written.
     """
     try:
-        for name in ("runs", "logs", "measured", "recipes"):
+        for name in (*rooms, "recipes"):
             (folder / name).mkdir(exist_ok=True)
-        for variant in experiment.variants:
-            write_atomic(folder / "recipes" / f"{variant.name}.toml", to_toml(configs[variant.name]).encode())
+        for name, config in recipes.items():
+            write_atomic(folder / "recipes" / f"{name}.toml", to_toml(config).encode())
         write_atomic(folder / RECORD_NAME, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
         (folder / STOP_NAME).unlink(missing_ok=True)
     except OSError as error:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from pipeline.errors import PipelineError
 from pipeline.loader.batches import EvaluationLoader, TrainingLoader
+from pipeline.loader.staging import stage
 from pipeline.manifest import write_atomic
 from trainer import stopping
 from trainer.config import Config, ModelConfig, load_config, to_toml
@@ -34,6 +35,7 @@ from trainer.training.optimizer import PaperSGD
 from trainer.training.rows import NAME
 from trainer.training.run_folder import CONFIG_NAME, Result, read_result, write_result
 from trainer.training.run_lock import hold_run
+from twotower.terminal import print_error
 
 LOOKS_AN_EPOCH = 10  # at the training error
 MOST_SEEN, MOST_BYTES = 5000, 1 << 28  # training images that it is the error of; they are held in memory
@@ -241,7 +243,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _make(arguments)
     except (TrainerError, PipelineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
@@ -253,7 +255,7 @@ def _make(arguments: argparse.Namespace) -> int:
     with stopping.handled_by(stop.note), hold_run(arguments.run):
         if read_result(arguments.run).get("exit_reason") == "finished":
             return 0
-        run = Run(config, arguments.data, arguments.run, choose_device(arguments.device))
+        run = Run(config, stage(arguments.data), arguments.run, choose_device(arguments.device))
         write_atomic(arguments.run / CONFIG_NAME, to_toml(config).encode())
         finished = run.train(stop)
         write_result(arguments.run, run.result("finished" if finished else "stopped"))

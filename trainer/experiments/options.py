@@ -8,6 +8,8 @@ from typing import Any
 from trainer.experiments.catalog import EXPERIMENTS
 
 EXAMPLE = "experiment ablations --config configs/fashion-short.toml --data data/fashion --output experiments/ablations"
+ONE_WEIRD_TRICK = "one-weird-trick"  # has no variants and trains no runs: trainer.experiments.one_weird_trick
+NAMES = (*EXPERIMENTS, ONE_WEIRD_TRICK)
 SUMMARY = "one of the paper's experiments: every variant with every seed, intervals, and a page"
 
 
@@ -20,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], int], n
         names: reads words separated by commas.
     """
     add = parser.add_argument
-    add("name", choices=tuple(EXPERIMENTS), metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
+    add("name", choices=NAMES, metavar="NAME", help=f"one of {', '.join(NAMES)}")
     add("--data", type=Path, required=True, metavar="DIR", help="data set made by python -m pipeline prepare")
     add(
         "--output",

@@ -249,10 +249,14 @@ class Dropout(nn.Module):
         if not self.training:
             return x if self.inverted else x * (1 - self.rate)
         assert draws is not None, "a net in training mode needs to know what to drop; .eval() drops nothing"
+        x = x * self.mask(x, draws)
+        return x / (1 - self.rate) if self.inverted else x
+
+    def mask(self, x: Tensor, draws: DropoutDraws) -> Tensor:
+        """0/1 mask (N, units)."""
         halves = zip(self.towers, x.chunk(len(self.towers), dim=1), strict=True)
         masks = [draws.mask(tower, self.layer, half, self.rate) for tower, half in halves]
-        x = x * (masks[0] if len(masks) == 1 else torch.cat(masks, dim=1))
-        return x / (1 - self.rate) if self.inverted else x
+        return masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
 
 
 def _counted(seed: int | Tensor, first: int, count: int, device: torch.device) -> Tensor:

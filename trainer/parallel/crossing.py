@@ -37,12 +37,14 @@ class _Halves:
         layer: its name.
         module: the layer; of a convolution its stride and padding are used.
         comm_dtype: in which halves travel; None for their own.
+        one_way: the layer lives here alone, so that nothing is sent in the forward or received in the backward.
     """
 
-    def __init__(self, link: Link, layer: str, module: nn.Module, comm_dtype: torch.dtype | None) -> None:
-        self.link, self.layer, self.comm_dtype = link, layer, comm_dtype
+    def __init__(
+        self, link: Link, layer: str, module: nn.Module, comm_dtype: torch.dtype | None, *, one_way: bool = False
+    ) -> None:
+        self.link, self.layer, self.comm_dtype, self.one_way = link, layer, comm_dtype, one_way
         self.conv = module if isinstance(module, Conv2d) else None
-        self.one_way = layer == "fc8"
 
     def split(self, whole: Tensor) -> tuple[Tensor, Tensor]:
         """Local and remote half of inputs or of weights, views along dimension 1; tower a's half stands first."""
@@ -144,7 +146,7 @@ class CrossingConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """This tower's half (N, inputs, H, W) -> (N, outputs, H', W')."""
-        return _SeeBoth.apply(x, *_lowered(self, x), self.halves)
+        return _SeeBoth.apply(x, *lowered_parameters(self, x), self.halves)
 
 
 class CrossingLinear(Linear):
@@ -154,7 +156,7 @@ class CrossingLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """This tower's half (N, inputs) -> (N, outputs)."""
-        return _SeeBoth.apply(x, *_lowered(self, x), self.halves)
+        return _SeeBoth.apply(x, *lowered_parameters(self, x), self.halves)
 
 
 class SendToA(nn.Module):
@@ -169,7 +171,7 @@ class SendToA(nn.Module):
         return _SendToA.apply(x, *self._arguments)
 
 
-def _lowered(module: Conv2d | Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+def lowered_parameters(module: Conv2d | Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias in the dtype that the layer multiplies in."""
     assert module.bias is not None
     dtype = dtype_of_products(x)
@@ -205,9 +207,16 @@ class TowerLayers:
             return Linear(inputs, outputs)
         if layer == "fc8" and self._link.tower == "b":
             return SendToA(self._link, layer, self._comm_dtype)
-        module = CrossingLinear(2 * inputs, outputs)
-        module.halves = _Halves(self._link, layer, module, self._comm_dtype)
-        return module
+        return crossing_linear(self._link, layer, 2 * inputs, outputs, self._comm_dtype, one_way=layer == "fc8")
+
+
+def crossing_linear(
+    link: Link, layer: str, inputs: int, outputs: int, comm_dtype: torch.dtype | None = None, *, one_way: bool = False
+) -> CrossingLinear:
+    """A fully connected layer with ``outputs`` units here, over ``inputs`` units of which this process has half."""
+    module = CrossingLinear(inputs, outputs)
+    module.halves = _Halves(link, layer, module, comm_dtype, one_way=one_way)
+    return module
 
 
 def make_net(config: Config, link: Link | None, *, device: str = "cpu") -> AlexNet:

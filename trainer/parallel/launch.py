@@ -18,6 +18,7 @@ from trainer import stopping
 from trainer.config import TOWERS, TrainConfig
 from trainer.errors import PeerError, RunError
 from trainer.model import kernels
+from trainer.parallel.backend import nccl_environment
 from trainer.parallel.mesh import Mesh, connect
 from trainer.parallel.world import INTERFACES, PLACES, World, has_interface
 from twotower.meeting import meeting_place
@@ -59,10 +60,25 @@ def choose_device(requested: str | None, rank: int = 0) -> str:
     return f"cuda:{rank % count}"
 
 
-def join_mesh(world: World, device: str, train: TrainConfig) -> Mesh:
+def default_processes(device: str | None, towers: int) -> int:
+    """Processes of a run that nobody has said it of: one per tower where each can have a GPU of its own.
+
+    Args:
+        device: as requested; a GPU by its number is one GPU.
+        towers: of the net.
+    """
+    return 2 if device in (None, "cuda") and towers == 2 and torch.cuda.device_count() > 1 else 1
+
+
+def join_mesh(world: World, device: str, train: TrainConfig, backend: str = "auto") -> Mesh:
     """Connects this process to the others of its world; they are waited for as long as the recipe says.
 
-    NCCL needs a GPU a rank; towers on CPUs, or on one GPU together, talk through gloo.
+    Args:
+        world: where it stands.
+        device: ``cpu`` or ``cuda:N``.
+        train: how long to wait.
+        backend: see :mod:`.backend`: by default NCCL with a GPU a rank; towers on CPUs, or on one GPU together, talk
+            through gloo.
 
     Raises:
         PeerError: they cannot find each other.
@@ -70,11 +86,11 @@ def join_mesh(world: World, device: str, train: TrainConfig) -> Mesh:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # torchrun on one machine
         for name in INTERFACES:
             os.environ.setdefault(name, "lo")
-    own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= world.local_size
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    backend = "nccl" if own_gpu else "gloo"
-    return connect(train.start_timeout_s, backend, peer_timeout_s=train.peer_timeout_s)
+    mesh = connect(train.start_timeout_s, backend, device=device, peer_timeout_s=train.peer_timeout_s)
+    log.debug("rank %d talks to the others through %s", world.rank, mesh.backend)
+    return mesh
 
 
 def tower_environment(rank: int, meeting: Mapping[str, str], world: int = 2) -> dict[str, str]:
@@ -105,6 +121,7 @@ def start_towers(
     skip_list: Path | None = None,
     replicas: int = 1,
     profile_steps: int = 0,
+    backend: str = "auto",
     held: Sequence[int] = (),
 ) -> int:
     """Runs the towers of a prepared run, ``replicas`` pairs of them, to their end; see :func:`run_towers`."""
@@ -112,15 +129,31 @@ def start_towers(
     command += ["--device", device] if device else []
     command += ["--skip-list", str(skip_list)] if skip_list else []
     command += ["--profile", str(profile_steps)] if profile_steps else []
-    return run_towers(command, 2 * replicas, device=choose_device(device), held=held)
+    command += ["--backend", backend] if backend != "auto" else []
+    chosen = choose_device(device)
+    on_one = backend == "nccl" and shares_gpu(device, 2 * replicas)
+    return run_towers(command, 2 * replicas, device=chosen, nccl_on_one_gpu=on_one, held=held)
 
 
-def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held: Sequence[int] = ()) -> int:
+def shares_gpu(requested: str | None, world: int) -> bool:
+    """Whether some of ``world`` ranks on this machine get the same device from :func:`choose_device`."""
+    return bool(requested and ":" in requested) or torch.cuda.device_count() < world
+
+
+def run_towers(
+    command: Sequence[str],
+    world: int,
+    *,
+    device: str = "cpu",
+    nccl_on_one_gpu: bool = False,
+    held: Sequence[int] = (),
+) -> int:
     """Runs a command as ``world`` towers on this machine, each with its share of the cores, to the end of all.
 
     SIGTERM, SIGINT and SIGHUP are passed on; in training each tower then finishes its step and saves. If one tower ends
     badly, the others get ``GRACE_S`` to notice it. They inherit the handles ``held``: a lock is theirs, too, so that it
-    lasts while they save although this process was killed.
+    lasts while they save although this process was killed. With ``nccl_on_one_gpu``
+    they are told what NCCL needs for that.
 
     Returns:
         Exit status: 0, or that of the first tower that failed (128 + number where a signal ended it).
@@ -142,6 +175,7 @@ def run_towers(command: Sequence[str], world: int, *, device: str = "cpu", held:
         with stopping.held_back():  # each tower takes it when it is ready to
             for rank in range(world):
                 environment = tower_environment(rank, meeting, world) | kernels.environment(device)
+                environment |= nccl_environment(rank, os.environ) if nccl_on_one_gpu else {}
                 if not _is_number_of_threads(environment.get("OMP_NUM_THREADS", "")):
                     environment["OMP_NUM_THREADS"] = str(threads)
                 environment[LAUNCHER] = str(os.getpid())

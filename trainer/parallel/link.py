@@ -46,14 +46,20 @@ class LedgerRow:
 
 
 class Ledger:
-    """Counts what this rank sends and receives, so that either end's ledger is the whole pair's."""
+    """Counts what this rank sends and receives, so that either end's ledger is the whole pair's.
+
+    Attributes:
+        steps: that were started.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+        self.steps = 0
 
     def clear(self) -> None:
         """Starts a new step."""
         self._rows.clear()
+        self.steps += 1
 
     def add(self, kind: str, name: str, phase: str, direction: str, num_bytes: int) -> None:
         """Counts one message."""
@@ -71,6 +77,9 @@ class Failures(Protocol):
 
     def lost(self, text: str) -> PeerError:
         """What to raise where another process is gone; ``text``: how that looks from here."""
+
+    def check(self) -> None:
+        """Raises what is known already."""
 
 
 @dataclasses.dataclass
@@ -128,6 +137,7 @@ class Link:
         timed: opened around all that a crossing holds its tower up with, with its name; the benchmark's clock.
         timeout: of every message over gloo, which keeps the one that its group was made with whatever
             ``dist.set_timeout`` says; None: that one.
+        started: transfers since the start; both towers start the same ones.
     """
 
     def __init__(
@@ -139,6 +149,7 @@ class Link:
         self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timeout: datetime.timedelta | None = None
         self.last_transfer = "none yet"
+        self.started = 0
         self._sending: Transfer | None = None
         self._on_cpu = dist.get_backend(group) == "gloo"
         self._outwards = "a->b" if tower == "a" else "b->a"
@@ -213,6 +224,7 @@ class Link:
         self._finish_sending()
         on_gloo, works = mine.device.type == "cpu", list[Any]()
         self.last_transfer = "control"
+        self.started += not on_gloo
         try:
             if on_gloo:
                 group = self.control_group
@@ -244,7 +256,9 @@ class Link:
     def _start(self, transfer: Transfer, kind: str = "crossing") -> Transfer:
         """Starts the messages of one crossing and enters them in the ledger."""
         self._finish_sending()
+        self._failures.check()
         self.last_transfer = transfer.name
+        self.started += 1
         operations = []
         if transfer.sent is not None:
             operations.append(dist.P2POp(dist.isend, transfer.sent, self.peer, self.group))
@@ -267,6 +281,7 @@ class Link:
     def _wait(self, what: str, works: Sequence[Any], *, on_gloo: bool = False) -> None:
         """Waits for messages; a peer that is gone becomes a PeerError that says where."""
         self.last_transfer = what
+        self._failures.check()
         try:
             for work in works:
                 wait_for(work, self.timeout if on_gloo or self._on_cpu else None)

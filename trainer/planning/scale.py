@@ -126,7 +126,7 @@ def count_traffic(config: Config, world: int, images: int) -> list[Traffic]:
 
 def _count(config: Config, coord: MeshCoord, images: int) -> Traffic:
     """One tower's count."""
-    with _fake_world(coord) as mesh:
+    with fake_world(coord) as mesh:
         net = AlexNet(config.model, TowerLayers(config.model, mesh.link))
         train = dataclasses.replace(config.train, batch_size=coord.replicas, accumulate=1)
         side = config.model.image_px
@@ -153,7 +153,7 @@ def _count(config: Config, coord: MeshCoord, images: int) -> Traffic:
 
 
 @contextmanager
-def _fake_world(coord: MeshCoord) -> Iterator[Mesh]:
+def fake_world(coord: MeshCoord) -> Iterator[Mesh]:
     """The mesh as one process sees it, without the others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 

@@ -197,9 +197,11 @@ def rotate(run: Path, written: Path, count: int) -> None:
     except CheckpointError:
         return  # one cannot be read now, and may be the best
     older = others[: max(0, len(others) - (count - 1))]
-    unfinished_ones = (run / CHECKPOINTS_NAME).glob(".step-*.unfinished")
-    for path in [*(path for path in older if path != best), *unfinished_ones]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (path for path in older if path != best):  # whoever reads it finds it whole or not at all
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(f".{path.name}.old.unfinished"))
+    for path in list((run / CHECKPOINTS_NAME).glob(".step-*.unfinished")):
+        _remove(path)
 
 
 def set_aside(run: Path, names: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ def take_from_run(arguments: argparse.Namespace) -> None:
         raise RunError(f"{option} goes with --init-from FILE|RUN: it says which weights are not new")
     if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
         raise RunError("--init-from and --resume RUN: a run that goes on has weights of its own; leave one out")
-    arguments.processes, arguments.replicas = arguments.processes or 1, arguments.replicas or 1
+    arguments.replicas = arguments.replicas or 1
 
 
 def learned_weights(arguments: argparse.Namespace, start: Start) -> Initial | None:

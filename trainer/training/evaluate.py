@@ -1,6 +1,7 @@
 """Top-1 and top-5 accuracy of a net on held-out images."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.loader.batch import Batch
 from pipeline.loader.batches import EvaluationLoader
 from pipeline.manifest import read_manifest
 from trainer.config import Config
-from trainer.errors import RunError
+from trainer.errors import CheckpointError, RunError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.parallel.mesh import Mesh
@@ -258,14 +259,20 @@ def load_network(run: Path, device: str = "cpu", *, which: str = "newest") -> Lo
         CheckpointError: there is none such, or it is damaged.
     """
     config = read_run_config(run)
-    found = choose(run, which)
-    if found is None:
-        raise RunError(f"{run} has no checkpoint yet: train it first")
-    check_edited(run, config, found)
-    check_holds(found, config)
-    net = make_net(config, None, device=device)
-    load_towers(found.folder, net)
-    return LoadedNet(net.eval(), config, found.record.step)
+    while True:
+        found = choose(run, which)
+        if found is None:
+            raise RunError(f"{run} has no checkpoint yet: train it first")
+        check_edited(run, config, found)
+        check_holds(found, config)
+        net = make_net(config, None, device=device)
+        try:
+            load_towers(found.folder, net)
+        except CheckpointError:
+            if os.path.lexists(found.folder):
+                raise
+            continue  # a training that goes on has removed it meanwhile
+        return LoadedNet(net.eval(), config, found.record.step)
 
 
 def evaluate_run(

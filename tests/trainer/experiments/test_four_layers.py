@@ -154,3 +154,16 @@ def test_a_stop_that_comes_first_makes_no_step(whole: Path, tiny_data: Path, tmp
     stop.note(signal.SIGTERM)
     run = four_layers.Run(load_config(whole / "config.toml"), tiny_data, tmp_path, "cpu")
     assert not run.train(stop) and run.step == 0
+
+
+def test_a_data_set_at_an_address_is_fetched(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the run itself, as by ``train``: on a cluster it is made on another node than the experiment."""
+    asked: list[str] = []
+
+    def stage(source: Path) -> Path:
+        asked.append(str(source))
+        return tiny_data
+
+    monkeypatch.setattr(four_layers, "stage", stage)
+    assert make(Path("s3://bucket/data"), tmp_path / "run", "--set", "train.epochs=1") == 0
+    assert asked == ["s3:/bucket/data"]

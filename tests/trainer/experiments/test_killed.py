@@ -1,7 +1,6 @@
 """An experiment that is killed in the middle of a run, and given again, ends with the same rows."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.experiments import tiny_words
-from tests.helpers.frozen import POLL_S
+from tests.helpers.frozen import POLL_S, hold
 from tests.helpers.training_commands import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -22,23 +21,29 @@ def start(words: list[object]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def wait_for_a_checkpoint(folder: Path, experiment: "subprocess.Popen[bytes]") -> None:
-    """Until the second run has one; the experiment is then held, so that it writes no more."""
-    while not list(folder.glob("runs/no-dropout/seed-0/checkpoints/step-*")):
+def hold_in_second_run(folder: Path, experiment: "subprocess.Popen[bytes]") -> None:
+    """Stops the experiment in its second run, however soon that ends, and waits for a checkpoint of that."""
+    run = folder / "runs" / "no-dropout" / "seed-0"
+
+    def find() -> list[int]:
         assert experiment.poll() is None, experiment.communicate()
+        return [experiment.pid] if trainers_of(run) else []
+
+    hold(find, "its second training")
+    while not list(run.glob("checkpoints/step-*")):
+        assert trainers_of(run), "a training without a checkpoint"
         time.sleep(POLL_S)
-    os.kill(experiment.pid, signal.SIGSTOP)
 
 
 def trainers_of(folder: Path) -> list[int]:
-    """Processes that train in an experiment's folder."""
+    """Processes that train in a folder, or below it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"train" in words and any(word.startswith(os.fsencode(folder / "runs")) for word in words):
+        if words[1:4] == [b"-m", b"trainer", b"train"] and any(word.startswith(os.fsencode(folder)) for word in words):
             found.append(int(path.parent.name))
     return found
 
@@ -51,11 +56,11 @@ def test_killed_in_the_middle_and_given_again(tiny_data: Path, tmp_path: Path) -
     said = whole.communicate(timeout=600)[0]
     assert whole.returncode == 0, said
     experiment = start(words["killed"])
-    wait_for_a_checkpoint(tmp_path / "killed", experiment)
+    hold_in_second_run(tmp_path / "killed", experiment)
     experiment.kill()
     experiment.wait()
     deadline = time.monotonic() + 300
-    while trainers_of(tmp_path / "killed"):
+    while trainers_of(tmp_path / "killed" / "runs"):
         assert time.monotonic() < deadline, "a training goes on although its experiment was killed"
         time.sleep(POLL_S)
     again = start(words["killed"])

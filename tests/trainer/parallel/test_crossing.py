@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from tests.helpers import tower_work as work
 from trainer.errors import PeerError
-from trainer.model.layers import Conv2d, Linear
+from trainer.model.layers import Conv2d, DropoutDraws, Linear
 from trainer.parallel.crossing import _Halves
 from trainer.parallel.mesh import MeshCoord
-from trainer.planning.scale import _fake_world
+from trainer.planning.scale import fake_world
 
 pytestmark = pytest.mark.numeric
 
@@ -44,7 +46,7 @@ def test_halves_equal_the_whole(module: Any, shape: Any, layout: torch.memory_fo
     expected = whole(module, x, weight, bias)
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     expected.backward(grad)
-    with _fake_world(MeshCoord("ab".index(tower), 2)) as mesh, torch.no_grad():
+    with fake_world(MeshCoord("ab".index(tower), 2)) as mesh, torch.no_grad():
         halves, found = _Halves(mesh.link, "fc6", module, None), torch.full_like(weight, torch.nan)
         (local, remote), (w_local, w_remote) = halves.split(x), halves.split(weight)
         first = local[:, 0] if tower == "a" else remote[:, 0]
@@ -71,7 +73,7 @@ class Broken:
 def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
     """Not with the one that was started last."""
     half = torch.zeros(2, 3)
-    with _fake_world(MeshCoord(0, 2)) as mesh:
+    with fake_world(MeshCoord(0, 2)) as mesh:
         link = mesh.link
         first, second = (link.exchange(layer, "backward", half) for layer in ("fc6", "conv3"))
         first.works = [Broken()]
@@ -83,7 +85,28 @@ def test_a_lost_peer_is_named_with_the_crossing_that_was_waited_for() -> None:
 def test_a_message_that_nobody_waits_for_is_looked_after_by_the_next() -> None:
     """Tower a sends fc8's gradient and goes on; if it does not arrive, that is what is said."""
     half = torch.zeros(2, 3)
-    with _fake_world(MeshCoord(0, 2)) as mesh:
+    with fake_world(MeshCoord(0, 2)) as mesh:
         mesh.link.isend("fc8", "backward", half).works = [Broken()]
         with pytest.raises(PeerError, match="is lost at fc8 backward"):
             mesh.link.exchange("fc7", "backward", half)
+
+
+def test_both_towers_start_the_same_messages_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL matches messages by their order alone: what one tower sends in a call, the other receives in that call."""
+    turned = {"isend": "irecv", "irecv": "isend"}
+    calls: dict[int, list[dict[str, int]]] = {0: [], 1: []}
+    start = dist.batch_isend_irecv
+    for rank, found in calls.items():
+
+        def record(operations: list[Any], found: list[dict[str, int]] = found) -> list[Any]:
+            found.append({operation.op.__name__: operation.tensor.nbytes for operation in operations})
+            return start(operations)
+
+        monkeypatch.setattr(dist, "batch_isend_irecv", record)
+        with fake_world(MeshCoord(rank, 2)) as mesh:
+            images, labels = work.a_batch(work.recipe("digits"), 0, 4)
+            net = work.make_net(work.recipe("digits"), mesh.link)
+            net.loss(images, labels, DropoutDraws(work.SEED, 0)).backward()
+            assert mesh.link.started == len(found)
+    assert calls[0] == [{turned[name]: size for name, size in call.items()} for call in calls[1]]
+    assert len(calls[0]) == 8 and [sorted(call) for call in calls[0]].count(["irecv", "isend"]) == 6

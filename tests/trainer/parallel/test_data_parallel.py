@@ -16,9 +16,9 @@ pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
-def four() -> list[dict[str, Any]]:
+def four(four_processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What four processes found, by rank."""
-    return run_mesh(work.replica_facts, replicas=2)
+    return [found["replicas"] for found in four_processes]
 
 
 def assert_equal_serial(ranks: list[dict[str, Any]], serial: dict[str, Any], relative: float = EXACT) -> None:

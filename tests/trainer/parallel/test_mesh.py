@@ -13,7 +13,8 @@ from torch import nn
 from tests.helpers.pair import run_mesh
 from trainer.errors import CheckpointError, LostError, PeerError
 from trainer.parallel.data_parallel import fill_buckets
-from trainer.parallel.mesh import FailureStore, Mesh, MeshCoord, check_world
+from trainer.parallel.failures import FailureStore
+from trainer.parallel.mesh import Mesh, MeshCoord, check_world
 
 
 def test_pairs_are_neighbors_and_groups_cover_the_world() -> None:
@@ -41,7 +42,7 @@ def test_a_world_without_pairs_is_refused(world: int) -> None:
 
 def test_the_first_report_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was killed says nothing, and whoever sees it first names it: worth another try."""
-    monkeypatch.setattr("trainer.parallel.mesh.REPORT_WAIT_S", 0.0)
+    monkeypatch.setattr("trainer.parallel.failures.REPORT_WAIT_S", 0.0)
     store = dist.HashStore()
     first = FailureStore(store).lost("tower b (rank 1) is lost at conv3")
     assert isinstance(first, LostError) and first.status == 4

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.training_commands import ROOT
+from tests.trainer.training.test_runs import child_with
+from twotower.listeners import free_ports
 
-WORDS = "--nproc-per-node 2 --max-restarts 1 -m -- trainer train --config configs/digits.toml --overwrite"
+WORDS = "--max-restarts 1 -m -- trainer train --config configs/digits.toml --overwrite"
 ENDLESS = "--set train.epochs=5000 --set optimizer.milestones=[] --set train.evaluate_every_epochs=0"
 
 
@@ -21,7 +23,8 @@ ENDLESS = "--set train.epochs=5000 --set optimizer.milestones=[] --set train.eva
 def test_a_restart_by_torchrun_goes_on_and_wipes_nothing(digits, tmp_path):
     """Tower a is killed once there is a checkpoint; the run has no end that could come first."""
     run, log = tmp_path / "run", tmp_path / "log"
-    words = [sys.executable, "-m", "torch.distributed.run", *WORDS.split(), *ENDLESS.split()]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    words += ["--master-port", str(free_ports(1)[0]), *WORDS.split(), *ENDLESS.split()]
     with (
         log.open("w") as output,
         subprocess.Popen(
@@ -30,8 +33,7 @@ def test_a_restart_by_torchrun_goes_on_and_wipes_nothing(digits, tmp_path):
     ):
         try:
             wait(lambda: list(run.glob("checkpoints/step-*")), process, log)
-            towers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(towers[0]), signal.SIGKILL)
+            os.kill(child_with(process.pid, "RANK=0"), signal.SIGKILL)
             wait(lambda: re.search(r"from step [1-9]", log.read_text()), process, log)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             assert rows[0]["step"] == 1, "what was there before the restart is kept"

@@ -263,6 +263,22 @@ def test_removed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found is not None and found.record.step == 2
 
 
+def test_none_is_seen_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks while old ones are removed: they have lost their name before they lose a file."""
+    seen, remove = [], checkpoint.shutil.rmtree
+
+    def look(path: Path, **more: bool) -> None:
+        seen.append([folder.name for folder in checkpoint.checkpoints(tmp_path)])
+        remove(path, **more)
+
+    for step in (1, 2, 3):
+        written = write(tmp_path, step, make())
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", look)
+    checkpoint.rotate(tmp_path, written, 1)
+    assert seen == [["step-00000003"]] * 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import tracemalloc
 import types
@@ -18,8 +19,9 @@ from pipeline.loader.batches import EvaluationLoader
 from tests.helpers.loader_data_set import make_data_set
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.__main__ import main
-from trainer.errors import RunError
+from trainer.errors import CheckpointError, RunError
 from trainer.report import confusion
+from trainer.training import checkpoint
 from trainer.training import evaluate as evaluate_module
 from trainer.training.evaluate import Evaluation, count_net, evaluate_net, evaluate_run, load_network
 
@@ -261,6 +263,31 @@ def test_replicas_share_the_batches_of_a_split(run_and_data):
         counts = [loader.num_batches for loader in shared(parts)]
         assert max(counts) == shared(parts)[0].most_batches == -(-9 // parts)
         assert sum(counts) == 9 and min(counts) == 9 // parts
+
+
+def test_a_checkpoint_that_is_removed_before_it_is_loaded(run_and_data, tmp_path, monkeypatch):
+    """The training that goes on has a newer one by then; of a file that is missing in what stays, it is said."""
+    run = shutil.copytree(run_and_data[0], tmp_path / "run")
+    (folder,) = checkpoint.checkpoints(run)
+    away = tmp_path / "away"
+    shutil.copytree(folder, away)
+    make_net = evaluate_module.make_net
+
+    def removed(*arguments, **more):
+        if away.exists():
+            shutil.rmtree(folder)
+            shutil.copytree(away, checkpoint.folder_of(run, 1))
+            record = json.loads((away / checkpoint.RECORD).read_text())
+            (checkpoint.folder_of(run, 1) / checkpoint.RECORD).write_text(json.dumps(record | {"step": 1}))
+            shutil.rmtree(away)
+        return make_net(*arguments, **more)
+
+    monkeypatch.setattr(evaluate_module, "make_net", removed)
+    assert load_network(run).step == 1
+    monkeypatch.setattr(evaluate_module, "choose", lambda *_: checkpoint.Choice(folder, checkpoint.choose(run).record))
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        load_network(run)
 
 
 def test_ten_views_of_a_run_by_hand(run_and_data):

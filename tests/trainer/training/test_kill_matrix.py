@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import held
+from tests.helpers.frozen import has_pending, release, signal_all
 from tests.helpers.small_disk import small_disk
 from tests.helpers.training_commands import ROOT, command, environment, run, train_words
 from trainer.training.checkpoint import checkpoints, folder_of, read_record
@@ -107,8 +107,7 @@ def the_fault(disturbed: Disturbed, fault: str, stopped: int) -> Iterator[None]:
             top.send_signal(signal.Signals[fault])
             wait_until_pending(stopped, signal.Signals[fault])
         elif fault == "SIGKILL":
-            for process in held.family(disturbed.top.pid):
-                os.kill(process, signal.SIGKILL)
+            signal_all(held.family(disturbed.top.pid), signal.SIGKILL)
         elif fault == "closed stdout":
             assert top.stdout is not None
             top.stdout.close()
@@ -120,20 +119,17 @@ def the_fault(disturbed: Disturbed, fault: str, stopped: int) -> Iterator[None]:
                 subprocess.run(["mount", *words], check=True)
             stack.callback(lambda: subprocess.run(["umount", run_folder], check=True))
         if fault != "SIGKILL":
-            os.kill(stopped, signal.SIGCONT)
+            release([stopped])
         yield
 
 
-def wait_until_pending(process: int, number: int) -> None:
-    """Until a signal has come to a process that is stopped."""
+def wait_until_pending(process: int, number: signal.Signals) -> None:
+    """Until a signal has come to a process that is stopped, or its launcher has killed it, as the other tower ended."""
     deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        words = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
-        if any(word >> (number - 1) & 1 for word in words):
-            return
-        time.sleep(0.01)
-    raise AssertionError("the signal was not passed on")
+    with contextlib.suppress(OSError):
+        while not has_pending(process, number):
+            assert time.monotonic() < deadline, "the signal was not passed on"
+            time.sleep(0.01)
 
 
 def fill(path: Path) -> None:
@@ -157,8 +153,8 @@ def test_a_run_survives(digits: Path, undisturbed: dict[int, Path], tmp_path: Pa
             with the_fault(disturbed, fault, held.stopped_one(disturbed.top)):
                 told = disturbed.top.communicate(timeout=WAIT_S)[1]
         finally:
-            for process in held.family(disturbed.top.pid) if disturbed.top.poll() is None else ():
-                os.kill(process, signal.SIGKILL)
+            if disturbed.top.poll() is None:
+                signal_all(held.family(disturbed.top.pid), signal.SIGKILL)
         check_end(cell, disturbed.top.returncode, told)
         check_state(cell, folder, before)
         done = run("trainer", "train", "--resume", folder)

@@ -203,8 +203,18 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
 
 
-def train(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer", "train", *words]
+IMPATIENT = """
+import sys
+from trainer.training import loggers
+loggers.CLOSE_S["finished"] = 5
+from trainer.__main__ import run
+sys.exit(run())
+"""
+
+
+def train(*words: str, impatient: bool = False) -> subprocess.CompletedProcess[str]:
+    """``impatient``: the end of the run does not wait for 30 s for services, but for 5 s."""
+    command = [sys.executable, *(("-c", IMPATIENT) if impatient else ("-m", "trainer")), "train", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220, check=False)
 
 
@@ -256,7 +266,7 @@ def test_a_run_whose_services_are_gone_is_the_same_run(
     }.items():
         monkeypatch.setenv(name, value)
     words = ("--set", "train.loggers=wandb,mlflow", "--data", str(data), "--run", str(alone))
-    done = train(*RECIPE, *words)
+    done = train(*RECIPE, *words, impatient=True)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for name in ("wandb", "mlflow"):

@@ -13,22 +13,23 @@ import pytest
 
 from tests.helpers.training_commands import DOUBLE, ROOT, command, environment, run, train_words
 from tests.trainer.training.test_runs import (
+    ENDLESS,
     FIRST_LOSS,
     ROUND_PIXELS,
     STEPS,
     assert_equal_runs,
     assert_same,
     child_with,
-    free_port,
     rows,
     wait_for_steps,
     weights,
 )
 from trainer.__main__ import main
 from trainer.training.checkpoint import checkpoints, folder_of
+from twotower import listeners
 
 FOUR = ("--processes", 2, "--replicas", 2)
-LONG = ("train.epochs=40", "train.evaluate_every_epochs=0", "train.peer_timeout_s=30")
+LONG = (*ENDLESS, "train.peer_timeout_s=30")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_torchrun_starts_two_pairs(digits: Path, four: Path, tmp_path: Path) -> 
         launcher = ["torch.distributed.run", "--nproc-per-node", processes, "--master-addr", "127.0.0.1"]
         words = train_words(digits, tmp_path / f"run-{processes}")
         done = subprocess.run(
-            command(*launcher, "--master-port", free_port(), "-m", "--", *words),
+            command(*launcher, "--master-port", listeners.free_ports(1)[0], "-m", "--", *words),
             env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
             cwd=ROOT,
             capture_output=True,

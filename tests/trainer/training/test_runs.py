@@ -1,10 +1,10 @@
 """Whole runs through the command line, on the real digits: one process, two processes, interrupted, refused."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from trainer.__main__ import main
 from trainer.model import kernels
 from trainer.parallel.launch import tower_environment
 from trainer.training.checkpoint import checkpoints, folder_of
+from twotower import listeners
 from twotower.meeting import meeting_place
 
 STEPS = 1437 // 128
@@ -30,6 +31,7 @@ ROUND_PIXELS = (  # whatever makes floats of them rounds nothing; conv1 is scale
     "model.init_std=[0.0022, 0.12, 0.1, 0.1, 0.1, 0.12, 0.12, 0.1]",
     'optimizer.layer_overrides=[{layer="conv1", epoch=0, learning_rate=0, bias_learning_rate=0}]',
 )
+ENDLESS = ("train.epochs=100000", "train.evaluate_every_epochs=0")  # it is ended before, however late we look
 EXACT = 1e-12  # of runs in float64 that add in another order: 2^-53 times about a hundred roundings a step, and room
 FIRST_LOSS = 1e-5  # of fp32: eight layers, sums of up to 288 products, a random walk: 8 sqrt(288) 2^-24 = 8e-6
 
@@ -247,13 +249,6 @@ def test_evaluate_agrees_with_the_run(digits: Path, serial: Path) -> None:
     assert result["num_correct_top1"] <= result["num_correct_top5"] <= 360
 
 
-def free_port() -> int:
-    """A port that nobody listens on now (torchrun wants a number)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_torchrun_runs_the_same_command(digits: Path, pair: Path, tmp_path: Path) -> None:
     """torchrun starts the two processes instead of us."""
@@ -266,7 +261,7 @@ def test_torchrun_runs_the_same_command(digits: Path, pair: Path, tmp_path: Path
             "--master-addr",
             "127.0.0.1",
             "--master-port",
-            free_port(),
+            listeners.free_ports(1)[0],  # torchrun wants a number
             "-m",
             "--",  # or torchrun takes --run for an option of its own
             *words,
@@ -294,8 +289,8 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], steps: int) -> 
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path, processes: int, number: signal.Signals) -> None:
     """SIGTERM and Ctrl-C: the step is finished, a complete checkpoint is there, result.json says why."""
-    folder, overrides = tmp_path / "run", ("train.epochs=40", "train.evaluate_every_epochs=0")
-    words = train_words(digits, folder, "--processes", processes, overrides=overrides)
+    folder = tmp_path / "run"
+    words = train_words(digits, folder, "--processes", processes, overrides=ENDLESS)
     process = subprocess.Popen(
         command(*words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -311,8 +306,8 @@ def test_a_signal_saves_and_stops(digits: Path, tmp_path: Path, processes: int, 
 
 def test_a_killed_tower_ends_the_run(digits: Path, tmp_path: Path) -> None:
     """SIGKILL of one tower: the other one says which tower, where and when, and nobody waits."""
-    folder, overrides = tmp_path / "run", ("train.epochs=40", "train.evaluate_every_epochs=0")
-    words = train_words(digits, folder, "--processes", 2, overrides=overrides)
+    folder = tmp_path / "run"
+    words = train_words(digits, folder, "--processes", 2, overrides=ENDLESS)
     process = subprocess.Popen(
         command(*words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -329,8 +324,9 @@ def test_a_killed_tower_ends_the_run(digits: Path, tmp_path: Path) -> None:
 def child_with(parent: int, variable: str) -> int:
     """The child process of ``parent`` that has a variable in its environment."""
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if variable.encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+        with contextlib.suppress(OSError):  # another child, such as git, that ended while we looked
+            if variable.encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
     raise AssertionError(f"process {parent} has no child with {variable}")
 
 
