@@ -141,10 +141,12 @@ class PendingStatus:
         """Waits until it has come, and compares.
 
         Raises:
-            PeerError: another process has another batch, or other gradients.
+            PeerError: another process has another batch, or other gradients, or is gone.
         """
         if self._event is not None:
             self._event.synchronize()
+            if self._mesh:
+                self._mesh.failures.check()  # an aborted message has brought anything
         told = self._told.tolist()
         fingerprint, order, flags = told[:HOST_WORDS]
         *norms, loss = map(_double_of, told[HOST_WORDS : HOST_WORDS + len(self._towers) + 1])
