@@ -141,7 +141,7 @@ class PendingStatus:
         """Waits until it has come, and compares.
 
         Raises:
-            PeerError: another process has another batch, or other gradients.
+            PeerError: another process has another batch, or other gradients, or is gone.
         """
         if self._event is not None:
             self._event.synchronize()

@@ -34,6 +34,7 @@ MAY = {  # what a run may change on its way
         "evaluate_split",
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
+        "cuda_graph",
         "keep_checkpoints",
         "loggers",
         "threads",

@@ -11,7 +11,6 @@ import torch
 
 from tests.helpers.lagging import (
     KEYS,
-    RECIPES,
     at_step,
     lag_facts,
     make_trainer,
@@ -22,8 +21,9 @@ from tests.helpers.lagging import (
 )
 from tests.helpers.pair import run_mesh
 from tests.helpers.recorded_graphs import NoWaits
-from trainer.errors import DivergedError
+from trainer.errors import DivergedError, LostError
 from trainer.model import kernels
+from trainer.parallel.status import PendingStatus
 from trainer.training.checkpoint import checkpoints
 from trainer.training.step import StepInputs
 from trainer.training.verdicts import default_lag
@@ -55,7 +55,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in KEYS if key in row} for row in found]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["usual", "plateau", pytest.param("partial", marks=pytest.mark.slow)])
 def test_a_late_host_changes_nothing(name: str, tiny_data: Path, waiting: Callable[[str], Path], tmp_path: Path):
     """Weights, velocities, statistics of every checkpoint, rows of metrics; also where rates follow evaluations."""
     late, expected = trained(name, tiny_data, tmp_path, lag=1), waiting(name)
@@ -115,6 +115,19 @@ def test_who_lags():
     nccl = type("Mesh", (), {"link": type("Link", (), {"between_gpus": True})})
     assert [default_lag("cpu", None), default_lag("cuda:0", None)] == [0, 1]
     assert [default_lag("cuda:0", gloo), default_lag("cuda:0", nccl), default_lag("cpu", gloo)] == [0, 1, 0]  # type: ignore[arg-type]
+
+
+def test_what_an_aborted_message_brought_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    """A peer that is lost while the GPU waits for it ends the wait, and what then lies in memory is anything."""
+
+    def check() -> None:
+        raise LostError("tower b (rank 1) is lost at control")
+
+    mesh: Any = type("Mesh", (), {"failures": type("Failures", (), {"check": staticmethod(check)})})
+    pending = PendingStatus(mesh, ("a",), torch.zeros(8, dtype=torch.int64), "step 3")
+    monkeypatch.setattr(pending, "_event", type("Event", (), {"synchronize": staticmethod(lambda: None)}))
+    with pytest.raises(LostError, match="lost at control"):
+        pending.read()
 
 
 @pytest.mark.slow
