@@ -67,7 +67,7 @@ def test_capturing_computes_nothing(make: Make) -> None:
     trainer = make()
     trainer.make_steps(WARM_UP)
     batch, before = trainer.loader.next(), state_of(trainer)
-    captured = trainer.runner._capture(StepInputs(batch.images, batch.labels, (1, 2, 0), trainer.step))
+    captured = trainer.runner._capture(StepInputs(batch.images, batch.labels, lambda: (1, 2, 0), trainer.step))
     assert captured is not None and captured.has_update
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(trainer).items())
     assert trainer.work.guard is not None and trainer.work.guard.item() == 1

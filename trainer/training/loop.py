@@ -267,7 +267,7 @@ class Trainer:
             waited_s=time.perf_counter() - begin_s,
             queue_ready_share=self.loader.queue_fill.ready_share,
         )
-        inputs = StepInputs(batch.images, batch.labels, self._notes(batch).words, self.step)
+        inputs = StepInputs(batch.images, batch.labels, lambda: self._notes(batch).words, self.step)
         if self.verdicts.lag and self.plateaus is not None:
             launched.learning_rate = self._set_rates(self.plateaus)
             launched.begin(self.mesh, self.net.towers, self.runner(inputs))

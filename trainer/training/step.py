@@ -102,15 +102,16 @@ class StepInputs:
 
     Attributes:
         images: this replica's rows of the batch; labels: (N,) int64.
-        host_words: :attr:`trainer.parallel.status.LocalStatus.words`.
+        host_words: gives :attr:`trainer.parallel.status.LocalStatus.words`; asked when they are told, so that a stop
+            that comes while gradients are computed is this step's.
         step: of the run, from 0.
-        words: (3,) int64, in place of ``host_words``; a step in a graph finds its numbers in tensors.
+        words: (3,) int64, in place of what ``host_words`` gives; a step in a graph finds its numbers in tensors.
         starts: of the dropout masks, in place of ``step``.
     """
 
     images: Any
     labels: Tensor
-    host_words: tuple[int, ...]
+    host_words: Callable[[], tuple[int, ...]]
     step: int
     words: Tensor | None = None
     starts: Mapping[tuple[str, str], Tensor] | None = None
@@ -151,7 +152,7 @@ class StepWork:
             norms = gradient_norms(self.net)
             known = [*norms.values(), *([loss] if "a" in self.towers else [])]
             finite = torch.stack([figure.double() for figure in known]).isfinite().all()
-            words = on_host(inputs.host_words, self._words_device) if inputs.words is None else inputs.words
+            words = on_host(inputs.host_words(), self._words_device) if inputs.words is None else inputs.words
             words = words.to(self._words_device, non_blocking=True)
             told, sound = exchange_status(self._mesh, words, finite, norms, loss)
             if self.guard is not None:

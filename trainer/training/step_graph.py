@@ -189,7 +189,7 @@ class StepRunner:
         static = StepInputs(
             images=map_tensors(inputs.images, _place_for),
             labels=_place_for(inputs.labels),
-            host_words=(),
+            host_words=tuple,
             step=-1,  # neither is looked at
             words=numbers[:HOST_WORDS],
             starts=dict(zip(self._masks(), numbers[HOST_WORDS:].unbind(), strict=True)),
@@ -248,7 +248,7 @@ class StepRunner:
     def _numbers(self, inputs: StepInputs) -> list[int]:
         """What of a step is a whole number."""
         draws = DropoutDraws(self._seed, inputs.step)
-        return [*inputs.host_words, *(draws.start(*mask) for mask in self._masks())]
+        return [*inputs.host_words(), *(draws.start(*mask) for mask in self._masks())]
 
 
 def find_backend(config: Config, device: str, mesh: Mesh | None, *, lag: int, say: Say) -> GraphBackend | None:

@@ -24,6 +24,7 @@ from tests.helpers.recorded_graphs import NoWaits
 from trainer.errors import DivergedError, LostError
 from trainer.model import kernels
 from trainer.parallel.status import PendingStatus
+from trainer.training import step as step_module
 from trainer.training.checkpoint import checkpoints
 from trainer.training.step import StepInputs
 from trainer.training.verdicts import default_lag
@@ -78,6 +79,23 @@ def test_interrupted_equals_uninterrupted(tiny_data: Path, waiting: Callable[[st
     assert result.exit_reason == "finished" and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_a_stop_while_gradients_are_computed_is_that_steps(tiny_data: Path, tmp_path: Path) -> None:
+    """A step may take minutes on a CPU: nobody waits for another one."""
+    trainer = make_trainer("usual", tiny_data, tmp_path, lag=0)
+    norms, made = step_module.gradient_norms, []
+
+    def gradients_are_there(net: Any) -> Any:
+        made.append(1)
+        if len(made) == 2:
+            trainer.stop.name = "SIGTERM"
+        return norms(net)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(step_module, "gradient_norms", gradients_are_there)
+        result = trainer.train()
+    assert (result.exit_reason, result.step) == ("stopped", 2)
+
+
 @pytest.mark.parametrize(("lag", "bad"), [(0, 3), (1, 3), (1, 4), (1, 11)])  # 4: a checkpoint is due; 11: the last
 def test_nothing_is_applied_once_a_loss_is_not_finite(lag: int, bad: int, tiny_data: Path, tmp_path: Path):
     """Neither in that step nor in the one that was launched before the host knew; step and images are named."""
@@ -102,7 +120,7 @@ def test_a_step_asks_the_device_for_nothing(tiny_data: Path, tmp_path: Path, mon
     for step in range(2):
         batch = trainer.loader.next()
         with NoWaits():
-            told = trainer.runner(StepInputs(batch.images, batch.labels, (1, 2, 0), step))
+            told = trainer.runner(StepInputs(batch.images, batch.labels, lambda: (1, 2, 0), step))
     with pytest.raises(RuntimeError, match="_local_scalar_dense"), NoWaits():
         told.sum().item()
     trainer.loader.close()
