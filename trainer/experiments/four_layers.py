@@ -47,7 +47,7 @@ class FourLayerNet(nn.Module):
 
     Args:
         config: image_px, in_channels, classes and activation are used; the rest is AlexNet's.
-        seed: of the initial weights: normal, (2 / inputs)^0.5, the same for both activations; biases zero.
+        seed: of the initial weights: normal, (1 / inputs)^0.5, the same for both activations; biases zero.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
@@ -61,7 +61,7 @@ class FourLayerNet(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 generator = torch.Generator().manual_seed(stable_seed(seed, "init", name))
-                std = (2 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.0
+                std = (1 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.0
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:

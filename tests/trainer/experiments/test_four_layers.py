@@ -60,7 +60,7 @@ def test_the_net_is_four_plain_layers(px: int, channels: int, activation: str) -
     images = torch.randn(5, channels, px, px, dtype=torch.float64)
     torch.testing.assert_close(net(images), plain(images), rtol=0, atol=1e-12)
     assert (
-        float(net.conv3.weight.detach().std()) == pytest.approx((2 / (32 * 25)) ** 0.5, rel=0.02)
+        float(net.conv3.weight.detach().std()) == pytest.approx((1 / (32 * 25)) ** 0.5, rel=0.02)
         and not net.fc4.bias.any()
     )
 
