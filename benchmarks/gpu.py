@@ -230,7 +230,7 @@ class Bench:
         options = BenchOptions(self.device, batch, self.seconds / 3, self.rounds, sweep=sweep)
         ours = run_bench(folder, self.config.data, options)
         shares = ours.hw_decoder_images_per_s or {}
-        best = float(max(shares, key=lambda share: shares[share])) if shares else 0.65
+        best = float(max(shares, key=lambda share: shares[share])) if shares else self.config.data.hw_decoder_load
         bare = {}
         for mean in ("image", "channel"):
             batches = cases.bare_dali(folder, batch, self.device, px, best, mean)

@@ -51,6 +51,7 @@ FLOORS = {
     ),
     "twotower": (
         "linux_only",
+        "processes",
         "addresses",
         "words",
         "untrusted",

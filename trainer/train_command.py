@@ -177,15 +177,9 @@ def join_and_train(arguments: argparse.Namespace, config: "Config", world: "Worl
     from trainer.parallel.launch import choose_device, join_mesh
 
     device = choose_device(arguments.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train, arguments.backend)
-    verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
-    failed = True
-    try:
-        status = _work(arguments, config, mesh, device, is_new=is_new)
-        failed = False
-    finally:
-        mesh.close(failed=failed)
-    return status
+    with join_mesh(world, device, config.train, arguments.backend) as mesh:
+        verbosity.log.debug("rank %d of %d has found the others, on %s", world.rank, world.size, device)
+        return _work(arguments, config, mesh, device, is_new=is_new)
 
 
 def _work(arguments: argparse.Namespace, config: "Config", mesh: "Mesh | None", device: str, *, is_new: bool) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import os
 import random
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LOOPBACK = "127.0.0.1"
 NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+CONNECT_S = 5.0
 LISTENS = "0A"  # the kernel's TCP_LISTEN
 LENT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # what the kernel gives to those who ask for any port
 OUR_PORTS = range(20000, 32768)  # below what it lends by default, and above those that programs are known for
@@ -83,6 +85,34 @@ def stranger_at(addresses: set[Address], port: int) -> int | None:
     """The user, neither this one nor root, who may answer at a port of this machine; None if there is none."""
     trusted = {0, os.getuid()}
     return next((one.uid for one in listeners_at(addresses, port) if one.uid not in trusted), None)
+
+
+def reach(address: str) -> tuple[str, int] | None:
+    """Host and port of a Ray cluster's address, HOST:PORT or ray://HOST:PORT, once somebody has answered there.
+
+    Returns:
+        None for another address, which is Ray's to find, such as ``auto``.
+
+    Raises:
+        OSError, OverflowError: nobody answers.
+    """
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if not found:
+        return None
+    host, port = found[1].strip("[]"), int(found[2])
+    socket.create_connection((host, port), timeout=CONNECT_S).close()
+    return host, port
+
+
+def stranger_words(host: str, port: int) -> str:
+    """What to say where another user of this machine listens, who would get the token; else an empty text."""
+    stranger = stranger_at(addresses_here(host), port)
+    if stranger is None:
+        return ""
+    return (
+        f"{host}:{port} belongs to another user of this machine (uid {stranger}); expected a cluster of your own or of "
+        "root's"
+    )
 
 
 def no_proxy_here(environment: Mapping[str, str]) -> dict[str, str]:

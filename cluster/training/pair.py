@@ -14,7 +14,6 @@ would give them. The pairs of a run tell each other what they must agree on by f
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -30,6 +29,7 @@ from typing import Any
 from cluster.jobs.entry import program_of, write_json
 from twotower import listeners
 from twotower.meeting import SECRET, meeting_place, new_secret
+from twotower.processes import die_with
 
 POLL_S = 0.1
 EXCHANGE_EVERY_S = 1.0
@@ -48,7 +48,6 @@ GAUGES = {
     "step": "finished updates",
 }
 METRICS_TAIL_BYTES = 8192
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class TowerLost(Exception):
@@ -197,8 +196,7 @@ def run_with_parent(parent: int, command: list[str]) -> None:
     restarted run never meets the old one in its folder. This needs a program of its own: a worker has threads, and
     Python code between fork and exec (`preexec_fn`) may then hang.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it stays over execve
-    if os.getppid() != parent:  # the parent died before the call above
+    if not die_with(parent, signal.SIGKILL):
         os.kill(os.getpid(), signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray's workers block signals
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,16 +21,17 @@ from typing import Any
 from cluster.errors import ClusterError, last_line
 from cluster.jobs.entry import child_environment, program_of, shell_code
 from cluster.jobs.loopback_node import STAY_ON_LOOPBACK
+from cluster.jobs.tree import TREE
+from cluster.training.pair import LOST, SAVE_S
 from cluster.training.ray_train import Need, wait_for_room
+from twotower import listeners
+from twotower.processes import python_path
+from twotower.terminal import print_error
 
-TREE = Path(__file__).resolve().parents[2]
 RETRIES = 5  # of a task whose worker or node died
 REFUSED = 2  # a command's status where there is something to mend, such as a run that another process holds
 TRIES, PAUSE_S = 4, 5.0  # a task that follows one of a killed node: the old process may be about to end
 POLL_S = 0.5
-SAVE_S = 120.0  # to finish a step and save
-LOST = 4  # exit status where a run's machine is gone
-CONNECT_S = 5.0
 ROOM_S = 60.0  # to wait for a node that is large enough
 
 
@@ -61,12 +61,11 @@ def run_command(command: list[str], log: str, stop_file: str) -> tuple[int, str]
 
 def _run_once(command: list[str], log: str, stop_file: str) -> int:
     words = [sys.executable, "-m", "cluster.training.pair", str(os.getpid()), *program_of(command)]
-    path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
     with Path(log).open("ab") as stream:
         child = subprocess.Popen(
             words,
             cwd=TREE,
-            env=child_environment() | {"PYTHONPATH": path},
+            env=child_environment() | {"PYTHONPATH": python_path()},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -85,18 +84,17 @@ def _run_once(command: list[str], log: str, stop_file: str) -> int:
 
 
 def check_address(address: str) -> None:
-    """Refuses an address where nothing listens; Ray itself would wait for it.
+    """Refuses an address where nothing listens, which Ray would wait for, or another user, who would get the token.
 
     Raises:
-        ClusterError: nothing does.
+        ClusterError: says so.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal()):
-        return  # auto
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        server = listeners.reach(address)
     except (OSError, OverflowError) as error:
         raise ClusterError(f"no Ray cluster answers: {error}") from None
+    if server and (told := listeners.stranger_words(*server)):
+        raise ClusterError(told)
 
 
 def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -112,14 +110,17 @@ def run_all(tasks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
     import ray
     from ray.exceptions import RayError
 
-    path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
+        if arguments.address == "auto":  # Ray looks at everybody's processes
+            check_address(str(ray._private.services.canonicalize_bootstrap_address("auto", None)))
         ray.init(
             address=arguments.address,
             log_to_driver=False,
             logging_level=logging.CRITICAL,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
         )
+    except ClusterError:
+        raise
     except Exception as error:  # of many classes
         raise ClusterError(f"no Ray cluster answers: {last_line(str(error))}") from None
     print(json.dumps({"ready": True}), flush=True)
@@ -153,7 +154,7 @@ def main(words: list[str]) -> int:
         run_all([json.loads(line) for line in sys.stdin if line.strip()], arguments)
         return 0
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 

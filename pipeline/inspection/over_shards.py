@@ -4,7 +4,6 @@ Processes, not threads: walking headers and reading JSON is Python's own work. W
 once, not with every shard: a manifest of thousands of shards is long.
 """
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from twotower.processes import die_with
+
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SMALL_BYTES = 256 << 20  # done sooner than processes start
-PR_SET_PDEATHSIG = 1
 _task: list[Any] = []  # of a process of the pool: the work, and what is shared
 
 
@@ -47,8 +47,7 @@ def over_shards(
 
 def _begin(work: Callable[[Any, Any], Any], shared: Any, parent: int) -> None:
     """Once in every process of the pool, which ends with the one that started it, however that ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not die_with(parent, signal.SIGKILL):
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it says what Ctrl-C does
     _task[:] = [work, shared]

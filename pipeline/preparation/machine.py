@@ -5,7 +5,6 @@ Ray says most of it as an OSError of a path that the user never gave, or waits f
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -17,12 +16,11 @@ from pathlib import Path
 from pipeline import signals
 from pipeline.config import PrepareOptions
 from pipeline.errors import PipelineError
-from twotower.listeners import NO_PROXY, addresses_here, no_proxy_here, stranger_at
+from twotower.listeners import CONNECT_S, NO_PROXY, no_proxy_here, reach, stranger_words
 
 LOCAL = "local"
 # Read when Ray is imported: its own handler would print a stack trace on SIGTERM.
 BEFORE_RAY = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
-CONNECT_S = 5.0
 LOOPBACK = "127.0.0.1"
 SOCKET_BYTES = 107  # the longest path of a Unix socket
 PREFIX = "tt"  # of the folder of one session, to which tempfile adds 8 characters
@@ -51,15 +49,12 @@ def check_machine(options: PrepareOptions) -> None:
     if address == LOCAL:
         ray_folder()
         _check_loopback()
-    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
-    if not found:
-        return  # "local" or "auto"
-    host, port = found.group(1).strip("[]"), int(found.group(2))
     try:
-        socket.create_connection((host, port), timeout=CONNECT_S).close()
+        server = reach(address)
     except (OSError, OverflowError) as error:  # Ray itself would wait for minutes
         raise PipelineError(f"{given}: no Ray cluster answers there ({error})") from None
-    check_owner(host, port, given)
+    if server:
+        check_owner(*server, given)
 
 
 def check_owner(host: str, port: int, given: str) -> None:
@@ -68,12 +63,8 @@ def check_owner(host: str, port: int, given: str) -> None:
     Raises:
         PipelineError: naming the user.
     """
-    stranger = stranger_at(addresses_here(host), port)
-    if stranger is not None:
-        raise PipelineError(
-            f"{given}: {host}:{port} belongs to another user of this machine (uid {stranger}); expected a cluster of "
-            "your own or of root's"
-        )
+    if told := stranger_words(host, port):
+        raise PipelineError(f"{given}: {told}")
 
 
 def ray_folder() -> Path:

@@ -30,6 +30,7 @@ from pipeline.preparation.machine import (
 from pipeline.preparation.shard import ShardJob, ShardResult, ShardTask, build_shard
 from pipeline.progress import ProgressLine
 from pipeline.sources.listing import printable
+from twotower.processes import python_path
 
 TASKS_PER_WORKER = 2  # one in work, one waiting, so that no worker idles while the driver sleeps
 RETRIES = 3  # of a shard whose worker or node died; an error of ours is not retried
@@ -61,10 +62,8 @@ def ray_session(options: PrepareOptions) -> Iterator[Callable[[], int]]:
     """
     check_machine(options)
     address, given = ray_address(options)
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     arguments: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
-    environment = WORKER_ENVIRONMENT | {"PYTHONPATH": path}
+    environment = WORKER_ENVIRONMENT | {"PYTHONPATH": python_path()}
     with contextlib.ExitStack() as stack:
         session = None
         if address == LOCAL:

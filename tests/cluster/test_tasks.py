@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from cluster.errors import ClusterError
 from cluster.training import tasks
+from tests.helpers.strangers import strangers_port
 
 
 def test_a_cluster_that_is_not_there_is_one_line(
@@ -28,6 +31,15 @@ def test_a_cluster_that_is_not_there_is_one_line(
 @pytest.mark.parametrize("address", ["auto", "local", "ray://head"])
 def test_an_address_without_a_port_is_rays_to_find(address: str) -> None:
     tasks.check_address(address)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
+def test_another_users_program_at_the_address_is_refused() -> None:
+    """Ray would send it the token."""
+    with strangers_port() as port:
+        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}"):
+            with pytest.raises(ClusterError, match=r"another user of this machine \(uid 65534\)"):
+                tasks.check_address(address)
 
 
 def test_a_command_is_asked_to_end_by_a_file(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from pipeline.loader.stages import describe_images
 from trainer.bench.measure import BY_PHASE, BY_PRECISION, BY_THREADS, BenchSettings, Part, measure
 from trainer.bench.prediction import FLOAT_BYTES
@@ -111,16 +109,12 @@ def run_tower(job: Path) -> None:
     world = read_world(None)
     assert world is not None
     device = choose_device(told.device, world.local_rank)
-    mesh, failed = join_mesh(world, device, config.train, told.backend), True
-    try:
+    with join_mesh(world, device, config.train, told.backend) as mesh:
         quiet = mesh.coord.rank or not settings.stages
         say = (lambda _: None) if quiet else print_line
         part = measure(config, settings, mesh=mesh, device=device, scratch=job.parent, say=say)
         (job.parent / f"part-{mesh.coord.rank}").write_text(json.dumps(dataclasses.asdict(part)))
-        dist.barrier(group=mesh.control)
-        failed = False
-    finally:
-        mesh.close(failed=failed)
+        mesh.wait_for_all()
 
 
 def print_line(text: str) -> None:

@@ -4,18 +4,16 @@ Without it a killed experiment would leave trainings behind, which hold their ru
 because Python code between fork and exec is unsafe in a process with threads, as torch has them.
 """
 
-import ctypes
 import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h; it stays over execve
+from twotower.processes import die_with
 
 
 def main(parent: int, command: list[str]) -> None:
     """Becomes the command."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # training saves
-    if os.getppid() != parent:  # it had died before
+    if not die_with(parent, signal.SIGTERM):  # training saves
         sys.exit(1)
     os.execv(command[0], command)
 

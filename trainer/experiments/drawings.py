@@ -10,7 +10,7 @@ from markupsafe import Markup
 from trainer.errors import RunError
 from trainer.experiments.summary import Compared, Summary
 from trainer.experiments.variants import Variant
-from trainer.report.charts import COLORS, Axis, Line, drawing, inline_svg, line_chart
+from trainer.report.charts import COLORS, Axis, Line, drawing, inline_svg, line_chart, plain_axes
 from trainer.report.run_data import read_run
 
 WIDTH, ROW, TOP, BOTTOM, SIDE = 460, 46, 34, 40, 14  # px
@@ -47,9 +47,7 @@ def differences(compared: Sequence[Compared]) -> Markup:
             top = 1 - (TOP + ROW * place + 15) / height
             axes.figure.text(SIDE / WIDTH, top, each.variant.title, size=13, color=COLORS["ink"])
         axes.set_yticks([])
-        axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
-        axes.spines[["left", "right", "top"]].set_visible(False)
-        axes.spines["bottom"].set_color(COLORS["soft"])
+        plain_axes(axes)
         figure.text(0, 1 - 14 / height, f"Difference from {against_words(compared)}", size=13.5, weight="bold")
         words = ", ".join(f"{each.variant.title} {metric.show(each.found.mean, sign=True)}" for each in compared)
         return inline_svg(figure, f"Difference in {metric.title}: {words}")

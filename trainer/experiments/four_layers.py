@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import PipelineError
-from pipeline.loader.batches import EvaluationLoader, TrainingLoader
+from pipeline.loader.batches import TrainingLoader
 from pipeline.loader.staging import stage
 from pipeline.manifest import write_atomic
 from trainer import stopping
 from trainer.config import Config, ModelConfig, load_config, to_toml
 from trainer.errors import DivergedError, RunError, TrainerError
 from trainer.experiments.catalog import KERNEL_PX, MAPS, POOL_PX, POOL_STRIDE, last_side
+from trainer.experiments.measures import first_crops
 from trainer.model.layers import stable_seed
 from trainer.training.optimizer import PaperSGD
 from trainer.training.rows import NAME
@@ -155,15 +156,8 @@ class Run:
         """The training images that the error is measured on, the same at every look: the first of the split."""
         model, size = self.config.model, self.config.train.batch_size
         most = max(1, min(MOST_SEEN, MOST_BYTES // (4 * model.in_channels * model.image_px**2)))
-        loader = EvaluationLoader(data, self.config.data, batch_size=size, split="train", device=self.device)
-        batches, count = [], 0
-        for batch in loader:
-            keep = min(len(batch.labels), most - count)
-            batches.append((batch.images[:keep].clone(), batch.labels[:keep].clone()))
-            count += keep
-            if count == most:
-                break
-        return batches
+        images, labels = first_crops(data, self.config, most, self.device)
+        return list(zip(images.split(size), labels.split(size), strict=True))
 
     def train(self, stop: stopping.StopRequest) -> bool:
         """Steps and looks; False where a stop came first.

@@ -8,18 +8,22 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.manifest import Manifest, read_manifest, write_atomic
+from trainer.config import Config
 from trainer.errors import RunError
 from trainer.experiments.catalog import LEVELS, epochs_key
 from trainer.experiments.folder import RunTask
 from trainer.experiments.variants import Kind
 from trainer.report.run_data import read_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEALS, DEAL_SEED = 2000, 1  # of the kernels into two random halves
 NUM_ASKED, NUM_SHOWN = 500, 8  # test images whose neighbors are looked for, and that the page shows
@@ -169,6 +173,22 @@ def stored_images(data: Path, split: str, limit: int) -> Iterator[tuple[NDArray[
                     count += 1
                     if count == limit:
                         return
+
+
+def first_crops(data: Path, config: Config, count: int, device: str = "cpu") -> "tuple[Tensor, Tensor]":
+    """The first training images, fewer where there are fewer: center crops (N, C, S, S) float32, labels (N,) int64."""
+    import torch
+
+    from pipeline.loader.batches import EvaluationLoader
+
+    images, labels = [], []
+    size = config.train.batch_size
+    for batch in EvaluationLoader(data, config.data, batch_size=size, split="train", device=device):
+        images.append(batch.images)
+        labels.append(batch.labels)
+        if sum(map(len, labels)) >= count:
+            break
+    return torch.cat(images)[:count], torch.cat(labels)[:count]
 
 
 def _decode(content: bytes, manifest: Manifest) -> NDArray[np.uint8]:

@@ -36,27 +36,18 @@ def write_results(folder: Path, experiment: Experiment, tasks: Sequence[RunTask]
     summary = summarize(experiment, tasks, rows)
     try:
         write_atomic(folder / SUMMARY_NAME, to_json(summary).encode())
-        write_atomic(folder / TABLE_NAME, tables.markdown(summary, _command(summary)).encode())
+        write_atomic(folder / TABLE_NAME, tables.markdown(summary).encode())
         write_atomic(folder / PAGE_NAME, render(folder, summary).encode())
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror}") from None
     return folder / PAGE_NAME
 
 
-def _command(summary: Summary) -> str:
-    """The command that makes such an experiment again; recipe and data set stand in words."""
-    seeds = len({task.seed for task in summary.tasks})
-    words = f"python -m trainer experiment {summary.experiment.name} --config RECIPE --data DIR --output FOLDER"
-    return f"{words} --seeds {seeds}"
-
-
 def render(folder: Path, summary: Summary) -> str:
     """The page as HTML text."""
     experiment = summary.experiment
     body = [
-        Markup(
-            '<header><p class="kicker">twotower, experiment {}</p><h1>{}</h1><p class="lede">{}</p></header>'
-        ).format(experiment.name, experiment.title, experiment.question),
+        html.header(f"twotower, experiment {experiment.name}", experiment.title, experiment.question),
         html.headline(_headline(summary)),
         *_failures(summary),
         *_extra(summary),
@@ -242,23 +233,20 @@ def _left_out(summary: Summary) -> list[str]:
 
 def _facts(folder: Path, summary: Summary) -> list[tuple[str, str]]:
     """With what the runs were made, as they say."""
-    done = _done(summary)
+    done, seeds = _done(summary), sorted({task.seed for task in summary.tasks})
     environment = run_folder.read_environment(done[0].run) if done else {}
     times = [float(run_folder.read_result(task.run).get("elapsed_s", 0)) for task in done]
     record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")) if (folder / RECORD_NAME).exists() else {}
     minutes = f"{sum(times) / 60:.1f} min in all, {min(times) / 60:.1f} to {max(times) / 60:.1f} a run" if times else ""
-    cores = f", {pluralize(environment['cores'], 'core')}" if environment.get("cores") else ""
     return [
-        ("Command", _command(summary)),
-        ("Seeds", ", ".join(map(str, sorted({task.seed for task in summary.tasks})))),
+        ("Command", tables.command_words(summary.experiment.name, len(seeds))),
+        ("Seeds", ", ".join(map(str, seeds))),
         (
             "Data set",
-            f"{Path(str(record.get('data', ''))).name} ({str(record.get('fingerprint', ''))[:12]})" if record else "",
+            tables.data_words(str(record.get("data", "")), str(record.get("fingerprint", ""))) if record else "",
         ),
         ("Training time", minutes),
-        ("Machine of the first run", f"{environment.get('processor', '')}{cores}"),
-        ("Commit", str(environment.get("commit", ""))),
-        ("Versions", ", ".join(f"{name} {environment[name]}" for name in ("python", "torch") if environment.get(name))),
+        *tables.made_with(environment, "Machine of the first run"),
     ]
 
 

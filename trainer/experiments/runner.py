@@ -20,11 +20,10 @@ from trainer.errors import RunError
 from trainer.experiments.folder import STOP_NAME, RunTask
 from trainer.stopping import StopRequest
 from trainer.training import run_lock
+from twotower.processes import python_path
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.2
 START_S = 120.0  # for a cluster to answer
-LOST = 4  # exit status where a run's machine is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +93,7 @@ def _start(task: RunTask, words: Sequence[str]) -> "subprocess.Popen[bytes]":
 
 def _environment() -> dict[str, str]:
     """Ours, so that children import this very tree, and show no bar in a log."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path}
+    return os.environ | {"PYTHONPATH": python_path()}
 
 
 def _shell_code(status: int) -> int:

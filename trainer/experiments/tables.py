@@ -1,6 +1,8 @@
 """The tables of an experiment as text cells, for the page and for a README."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from trainer.experiments.drawings import against_words
 from trainer.experiments.paired import Comparison, Interval
@@ -133,17 +135,18 @@ def _percent(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.2f}"
 
 
-def markdown(summary: Summary, command: str) -> str:
+def markdown(summary: Summary) -> str:
     """``table.md``: everything that the page has in tables, for READMEs."""
     experiment = summary.experiment
     lines = [f"**{experiment.title}** ({pluralize(summary.num_done, 'run')} of {len(summary.tasks)})", ""]
-    lines += [f"`{command}`", "", *_table(*values_table(summary))]
+    command = command_words(experiment.name, len({task.seed for task in summary.tasks}))
+    lines += [f"`{command}`", "", *markdown_table(*values_table(summary))]
     for metric in experiment.metrics:
         compared = summary.of_metric(metric)
         if compared:
             rows = [compared_cells(each) for each in compared]
             lines += [f"{metric.title}: difference from {against_words(compared)}, paired by seed", ""]
-            lines += _table(list(COMPARED_HEAD), rows)
+            lines += markdown_table(list(COMPARED_HEAD), rows)
     for head, rows in (
         (GAINS_HEAD, gains_table(summary)),
         (LEVELS_HEAD, levels_table(summary)),
@@ -151,7 +154,7 @@ def markdown(summary: Summary, command: str) -> str:
         (COLOR_HEAD, color_table(summary) if experiment.measure == "color" else []),
     ):
         if rows:
-            lines += _table(list(head), rows)
+            lines += markdown_table(list(head), rows)
     failed = [
         f"- failed, in no figure: {row['variant']}, seed {row['seed']}: {row['reason']}" for row in summary.failed
     ]
@@ -159,7 +162,29 @@ def markdown(summary: Summary, command: str) -> str:
     return "\n".join([*lines, *failed, *notes]).rstrip() + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def command_words(name: str, seeds: int) -> str:
+    """The command that makes such an experiment again; recipe and data set stand in words."""
+    return f"python -m trainer experiment {name} --config RECIPE --data DIR --output FOLDER --seeds {seeds}"
+
+
+def data_words(data: str, fingerprint: str) -> str:
+    """A data set by its folder's name and its fingerprint."""
+    return f"{Path(data).name} ({fingerprint[:12]})"
+
+
+def made_with(environment: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
+    """Facts about a machine, headed ``machine``, and its software, out of an environment.json."""
+    cores = f", {pluralize(int(environment['cores']), 'core')}" if environment.get("cores") else ""
+    versions = (f"{name} {environment[name]}" for name in ("python", "torch") if environment.get(name))
+    return [
+        (machine, f"{environment.get('processor', '')}{cores}"),
+        ("Commit", str(environment.get("commit", ""))),
+        ("Versions", ", ".join(versions)),
+    ]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, and an empty one."""
     cells = [[text.replace("|", "\\|") for text in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]

@@ -1,7 +1,6 @@
 """Starts one process per tower on this machine, and ends them together."""
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from trainer.parallel.mesh import Mesh, connect
 from trainer.parallel.world import INTERFACES, PLACES, World, has_interface
 from twotower.meeting import meeting_place
 from twotower.private import NotPrivateError
+from twotower.processes import die_with
 from twotower.terminal import print_error
 from twotower.verbosity import log
 
@@ -241,7 +241,5 @@ def _status(rank: int, code: int, asked: Sequence[int]) -> int:
 
 def die_with_parent() -> None:
     """Asks Linux to end this process when its launcher dies, so that no tower is left behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ.get(LAUNCHER, os.getppid())):  # it had died before
+    if not die_with(int(os.environ.get(LAUNCHER, os.getppid())), signal.SIGTERM):
         sys.exit(1)

@@ -193,6 +193,18 @@ class Mesh:
         if self.replicas:
             self.replicas.timeout = self.peer_timeout
 
+    def wait_for_all(self) -> None:
+        """Until every process has come here."""
+        dist.barrier(group=self.control)
+
+    def __enter__(self) -> "Mesh":
+        """Closes the mesh at the end; what comes out as an exception has failed."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """See :meth:`close`."""
+        self.close(failed=kind is not None)
+
     def close(self, *, failed: bool) -> None:
         """Ends the groups; the last thing that a process does with the others. It waits for nobody long.
 
@@ -241,12 +253,6 @@ def connect(
         reason = reason_of(error)
         same = f"; {SECRET} must be the same in all of them" if os.environ.get(SECRET) else ""
         raise PeerError(f"the processes cannot find each other ({where}): {reason}{same}") from None
-
-
-def disconnect(mesh: Mesh) -> None:
-    """Leaves the mesh, once all processes have come here."""
-    dist.barrier(group=mesh.control)
-    dist.destroy_process_group()
 
 
 def _open_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:

@@ -171,8 +171,13 @@ def _scale(axes: "Axes", curves: Sequence[_Curve], axis: Axis) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.form(value)))
     axes.grid(axis="y", color=COLORS["hair"], linewidth=0.7, clip_on=False)
-    axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
+    plain_axes(axes)
     axes.tick_params("y", length=0, pad=7)
+
+
+def plain_axes(axes: "Axes") -> None:
+    """The look of all charts: a soft line below, and soft words."""
+    axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set_color(COLORS["soft"])
 

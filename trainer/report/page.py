@@ -68,6 +68,12 @@ def page(title: str, body: Iterable[str], *, style: str = "") -> str:
     return _ui.page(title, Markup(style), caller=lambda: Markup("\n".join(filter(None, body)))).lstrip()
 
 
+def header(kicker: str, title: str, lede: str) -> Markup:
+    """The head of a page put together in Python; all three are text."""
+    words = '<header><p class="kicker">{}</p><h1>{}</h1><p class="lede">{}</p></header>'
+    return Markup(words).format(kicker, title, lede)
+
+
 def section(title: str, *parts: str) -> Markup:
     """A headed part of the page."""
     return _ui.section(title, caller=lambda: Markup("\n".join(filter(None, parts))))

@@ -74,7 +74,7 @@ def test_failed_runs_are_told_before_any_figure_and_are_in_none(tmp_path: Path) 
     assert rows[0][:3] == ["the whole recipe", "2, 1 failed", "15.00 (10.00 to 20.00)"] and head[2] == "top-1 error, %"
     text = parse(render(tmp_path, summary)).text
     assert text.index("lost <baseline>") < text.index("Top-1 error") and "lost <no-dropout>" in text
-    markdown = tables.markdown(summary, "x")
+    markdown = tables.markdown(summary)
     assert "failed, in no figure: baseline, seed 2: lost <baseline>" in markdown and "4 runs of 6" not in text
 
 
@@ -136,7 +136,7 @@ def test_kernels_and_colors_are_shown_by_seed_and_tower(tmp_path: Path) -> None:
     summary = summary_of("figure-3", tmp_path, {"baseline": columns, "no-crossings": columns})
     collector = parse(render(tmp_path, summary))
     assert collector.text.count("of the energy is color") == 8 and len(collector.addresses) == 9
-    assert len(tables.color_table(summary)) == 4 and "tower a, %" in tables.markdown(summary, "x")
+    assert len(tables.color_table(summary)) == 4 and "tower a, %" in tables.markdown(summary)
     assert {each.metric.key for each in summary.compared} == {"color_gap", "top1_error"}
 
 
@@ -160,5 +160,5 @@ def test_neighbors_are_shown_with_their_likeliest_classes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["a|b", "x"])
 def test_a_bar_in_a_text_does_not_break_the_table(value: str, tmp_path: Path) -> None:
-    lines = tables._table(["one", "two"], [[value, "y"]])
+    lines = tables.markdown_table(["one", "two"], [[value, "y"]])
     assert lines[2].replace("\\|", "").count("|") == 3

@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.loader.batches import EvaluationLoader
 from pipeline.loader.staging import is_url
 from pipeline.manifest import read_manifest, write_atomic
 from trainer.config import Config, load_config, to_toml
@@ -28,6 +26,7 @@ from trainer.experiments import folder as folders
 from trainer.experiments import rows
 from trainer.experiments.ablations import CONFIGS
 from trainer.experiments.folder import Record, Row
+from trainer.experiments.measures import first_crops
 from trainer.experiments.one_weird_trick import page
 from trainer.experiments.one_weird_trick.found import (
     CLAIMED,
@@ -213,21 +212,10 @@ def compare_once(plan: Plan, name: str, seed: int) -> Row:
 
 
 def read_images(plan: Plan, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` training images, center crop; again from the first where there are fewer.
-
-    Returns:
-        Images (count, C, S, S) float32, labels (count,) int64.
-    """
-    config = plan.layouts.one_tower
-    images, labels = [], []
-    for batch in EvaluationLoader(plan.data, config.data, batch_size=config.train.batch_size, split="train"):
-        images.append(batch.images)
-        labels.append(batch.labels)
-        if sum(map(len, labels)) >= count:
-            break
-    together = torch.cat(images)
-    chosen = torch.from_numpy(np.arange(count) % len(together))
-    return together[chosen], torch.cat(labels)[chosen]
+    """``count`` images of :func:`first_crops`; again from the first where there are fewer."""
+    images, labels = first_crops(plan.data, plan.layouts.one_tower, count)
+    chosen = torch.arange(count) % len(images)
+    return images[chosen], labels[chosen]
 
 
 def _start(scratch: Path, job: Job, images: Tensor, labels: Tensor, world: int) -> list[Any]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from pipeline.manifest import write_atomic
 from trainer.errors import RunError
+from trainer.experiments import tables
 from trainer.experiments.one_weird_trick.found import (
     CLAIMED,
     COMPARED,
@@ -21,8 +22,9 @@ from trainer.experiments.one_weird_trick.found import (
     median_and_range,
 )
 from trainer.experiments.one_weird_trick.traffic import BATCHES, Sent, crossover, total_bytes
+from trainer.experiments.options import ONE_WEIRD_TRICK
 from trainer.report import page as html
-from trainer.report.charts import COLORS, drawing, inline_svg
+from trainer.report.charts import COLORS, drawing, inline_svg, plain_axes
 from twotower.words import pluralize
 
 PAGE_NAME, TABLE_NAME, SUMMARY_NAME, BYTES_NAME = "report.html", "table.md", "summary.json", "bytes.csv"
@@ -80,11 +82,8 @@ def write_results(folder: Path, found: Found) -> Path:
 
 def render(found: Found) -> str:
     """The page as HTML text."""
-    head = (
-        '<header><p class="kicker">twotower, experiment one-weird-trick</p><h1>{}</h1><p class="lede">{}</p></header>'
-    )
     body = [
-        Markup(head).format(TITLE, QUESTION),
+        html.header("twotower, experiment one-weird-trick", TITLE, QUESTION),
         html.headline(_headline(found)),
         *_failures(found),
         html.section(
@@ -230,9 +229,7 @@ def chart(each: Traffic) -> Markup:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.grid(axis="y", color=COLORS["hair"], linewidth=0.7, clip_on=False)
-        axes.tick_params(labelsize=12, color=COLORS["soft"], labelcolor=COLORS["soft"])
-        axes.spines[["left", "right", "top"]].set_visible(False)
-        axes.spines["bottom"].set_color(COLORS["soft"])
+        plain_axes(axes)
         figure.text(0, 1 - 16 / height, "Sent by one process, MB a step", size=13.5, weight="bold")
         figure.text(0.8, 4 / height, "images a step", size=12, ha="right", color=COLORS["soft"])
         return inline_svg(figure, f"{bytes_title(each)}: {crossover_words(each)}")
@@ -272,42 +269,27 @@ def speed_table(found: Found) -> list[list[str]]:
     return table
 
 
-def command_words(found: Found) -> str:
-    """The command that makes such an experiment again; recipe and data set stand in words."""
-    words = "python -m trainer experiment one-weird-trick --config RECIPE --data DIR --output FOLDER"
-    return f"{words} --seeds {len(found.seeds)}"
-
-
 def _facts(found: Found) -> list[tuple[str, str]]:
-    machine = found.speed.machine if found.speed else {}
-    cores = f", {pluralize(int(machine['cores']), 'core')}" if machine else ""
-    data = f"{Path(found.record.data).name} ({found.record.fingerprint[:12]})"
     return [
-        ("Command", command_words(found)),
+        ("Command", tables.command_words(ONE_WEIRD_TRICK, len(found.seeds))),
         ("Seeds", ", ".join(map(str, found.seeds))),
-        ("Data set", data),
-        ("Machine of the timing", f"{machine.get('processor', '')}{cores}"),
-        ("Commit", machine.get("commit", "")),
-        ("Versions", ", ".join(f"{name} {machine[name]}" for name in ("python", "torch") if name in machine)),
+        ("Data set", tables.data_words(found.record.data, found.record.fingerprint)),
+        *tables.made_with(found.speed.machine if found.speed else {}, "Machine of the timing"),
     ]
 
 
 def markdown(found: Found) -> str:
     """``table.md``: everything that the page has in tables, for READMEs."""
-    lines = [f"**{TITLE}**", "", f"`{command_words(found)}`", "", equality_words(found), ""]
-    lines += _markdown_table(EQUAL_HEAD, equality_table(found))
+    command = tables.command_words(ONE_WEIRD_TRICK, len(found.seeds))
+    lines = [f"**{TITLE}**", "", f"`{command}`", "", equality_words(found), ""]
+    lines += tables.markdown_table(EQUAL_HEAD, equality_table(found))
     for each in found.traffic:
         lines += [f"{bytes_title(each)}. {crossover_words(each)}", ""]
-        lines += _markdown_table(traffic_head(), traffic_table(each))
+        lines += tables.markdown_table(traffic_head(), traffic_table(each))
     if found.speed:
-        lines += [speed_words(found), "", *_markdown_table(SPEED_HEAD, speed_table(found)), SPEED_NOTE, ""]
+        lines += [speed_words(found), "", *tables.markdown_table(SPEED_HEAD, speed_table(found)), SPEED_NOTE, ""]
     lines += [f"- failed, in no figure: {TITLES[row['variant']]}, seed {row['seed']}" for row in found.failed]
     return "\n".join([*lines, *(f"- {note}" for note in NOTES)]).rstrip() + "\n"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 def bytes_csv(traffic: Sequence[Traffic]) -> str:

@@ -23,7 +23,7 @@ from trainer.experiments.one_weird_trick.traffic import sent_by_layer
 from trainer.model.alexnet import AlexNet
 from trainer.parallel.crossing import make_net
 from trainer.parallel.launch import choose_device, die_with_parent, join_mesh
-from trainer.parallel.mesh import Mesh, disconnect
+from trainer.parallel.mesh import Mesh
 from trainer.parallel.weird_trick import WorkerNet, WorkerStep, make_worker_net, pair_rows, worker_rows
 from trainer.parallel.world import read_world
 from trainer.training.optimizer import PaperSGD
@@ -204,19 +204,19 @@ def main(path: Path) -> None:
     world = read_world(None)
     assert world is not None
     device = "cpu" if job.kind == "equality" else choose_device(job.device, world.local_rank)
-    mesh = join_mesh(world, device, config.train)
-    told = torch.load(path.parent / IMAGES_NAME, weights_only=True)
-    images, labels = told["images"], told["labels"]
-    if job.kind == "equality":
-        torch.set_num_threads(max(1, job.cpus // world.size))
-        found: Any = {
-            name: train(mesh, config, images, labels, batch_size=job.batch_size, dtype=dtype)
-            for name, dtype in DTYPES.items()
-        }
-    else:
-        found = time_cases(mesh, job, images[: job.batch_size], labels[: job.batch_size])
-    torch.save(found, path.parent / PART_NAME.format(world.rank))
-    disconnect(mesh)
+    with join_mesh(world, device, config.train) as mesh:
+        told = torch.load(path.parent / IMAGES_NAME, weights_only=True)
+        images, labels = told["images"], told["labels"]
+        if job.kind == "equality":
+            torch.set_num_threads(max(1, job.cpus // world.size))
+            found: Any = {
+                name: train(mesh, config, images, labels, batch_size=job.batch_size, dtype=dtype)
+                for name, dtype in DTYPES.items()
+            }
+        else:
+            found = time_cases(mesh, job, images[: job.batch_size], labels[: job.batch_size])
+        torch.save(found, path.parent / PART_NAME.format(world.rank))
+        mesh.wait_for_all()
 
 
 def write_job(folder: Path, job: Job, images: Tensor, labels: Tensor) -> list[str]:
@@ -227,12 +227,18 @@ def write_job(folder: Path, job: Job, images: Tensor, labels: Tensor) -> list[st
     return [sys.executable, "-m", "trainer.experiments.one_weird_trick.worker", str(path)]
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The process's exit status."""
     try:
         stopping.raise_on_stop()
         main(Path(sys.argv[1]))
     except stopping.Stopped as stop:  # who started this says so
-        sys.exit(stop.status)
+        return stop.status
     except TrainerError as error:
-        print_error(str(error))
-        sys.exit(error.status)
+        print_error(error)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(stopping.leave(run()))
