@@ -43,7 +43,9 @@ class Costs:
     @property
     def limit(self) -> str:
         """Which it is: ``data``, ``net``, or ``processor`` where both together want more than the cores have."""
-        terms = {"data": self.loader_ms, "net": self.net_ms + self.own_ms, "processor": self.processor_ms}
+        terms = {"data": self.loader_ms, "net": self.net_ms + self.own_ms}
+        if self.loader_ms:  # alone, a net on all cores takes their time by definition: which is more is noise
+            terms["processor"] = self.processor_ms
         return max(terms, key=lambda name: terms[name])
 
 

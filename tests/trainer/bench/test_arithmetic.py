@@ -99,6 +99,13 @@ def test_the_prediction_is_the_longest_of_loader_net_and_processor_time():
     assert [costs_of(r).limit for r in (record, slow_net, few_cores)] == ["data", "net", "processor"]
 
 
+def test_a_net_without_a_loader_is_its_own_limit():
+    """On all cores its time and its processor time are one; a little more of the second is no other limit."""
+    alone = dataclasses.replace(a_record(cores=1), loader=None, end_to_end=None, synthetic=throughput(7.0, 7.1))
+    net = tuple(stage for stage in alone.stages if stage.group == "net")
+    assert judge(dataclasses.replace(alone, stages=net)).side == "net"
+
+
 @pytest.mark.parametrize(
     ("net", "loader", "cores", "share"),
     [
