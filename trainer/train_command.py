@@ -68,6 +68,7 @@ def train(arguments: argparse.Namespace) -> int:
     device = launch.choose_device(arguments.device)
     if arguments.processes is None:
         arguments.processes = 1 if world else launch.default_processes(arguments.device, config.model.towers)
+    launch.check_backend(arguments.backend, device, world.size if world else arguments.processes)
     start = dataclasses.replace(start, config=resolve_precision(start.config, device))
     if start.finished:
         print(command.finished_line(start), flush=True)

@@ -58,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
     """Runs the benchmark."""
     from trainer.bench.run import BenchSettings, print_line, run_bench
-    from trainer.parallel.launch import choose_device
+    from trainer.parallel.launch import check_backend, choose_device
     from trainer.precision import resolve_precision, slow_warning
     from trainer.training.fit import check_fits, check_resolved
 
@@ -68,6 +68,7 @@ def _measure(arguments: argparse.Namespace, config: Config) -> BenchRecord:
         config = check_fits(config, read_manifest(arguments.data), arguments.data, extend=True)
     check_resolved(config)
     device = choose_device(arguments.device)
+    check_backend(arguments.backend, device, arguments.processes)
     config = resolve_precision(config, device)
     if warning := slow_warning(config, device):
         remark(f"warning: {warning}")

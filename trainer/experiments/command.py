@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace, load_recipe: Callable[[argparse.Namespace
 
         print_estimate(plan.experiment, plan.tasks, plan.configs, plan.data, device)
         return 0
+    if arguments.address:
+        runner.check_cluster(arguments.address)
     with folders.hold(arguments.output):
         folders.check_folder(arguments.output, plan.record)
         folders.begin(arguments.output, plan.record, plan.configs)

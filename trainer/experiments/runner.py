@@ -20,6 +20,7 @@ from trainer.errors import RunError
 from trainer.experiments.folder import STOP_NAME, RunTask
 from trainer.stopping import StopRequest
 from trainer.training import run_lock
+from twotower import listeners
 from twotower.processes import python_path
 
 POLL_S = 0.2
@@ -113,6 +114,20 @@ class Place:
     address: str
     cpus: int
     gpus: int
+
+
+def check_cluster(address: str) -> None:
+    """Looks whether a cluster can be at an address, before anything is written for it.
+
+    Raises:
+        RunError: nobody answers there, or another user of this machine does.
+    """
+    try:
+        server = listeners.reach(address)
+    except (OSError, OverflowError) as error:
+        raise RunError(f"--address {address}: no Ray cluster answers: {error}") from None
+    if server and (told := listeners.stranger_words(*server)):
+        raise RunError(f"--address {address}: {told}")
 
 
 def run_on_cluster(tasks: Sequence[RunTask], orders: Orders, place: Place) -> Iterator[Ending]:

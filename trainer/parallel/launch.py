@@ -70,6 +70,16 @@ def default_processes(device: str | None, towers: int) -> int:
     return 2 if device in (None, "cuda") and towers == 2 and torch.cuda.device_count() > 1 else 1
 
 
+def check_backend(backend: str, device: str, processes: int) -> None:
+    """Refuses NCCL where there is no GPU, before any process is started; the rest they decide together.
+
+    Raises:
+        RunError: says so.
+    """
+    if backend == "nccl" and device == "cpu" and processes > 1:
+        raise RunError("--backend nccl: it needs a GPU, and this is a CPU; leave --backend out, or say --backend gloo")
+
+
 def join_mesh(world: World, device: str, train: TrainConfig, backend: str = "auto") -> Mesh:
     """Connects this process to the others of its world; they are waited for as long as the recipe says.
 

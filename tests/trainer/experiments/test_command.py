@@ -216,11 +216,11 @@ def test_dry_run_says_runs_hours_and_disk_and_writes_nothing(
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tiny_data: Path, trainer: Trainer, tmp_path: Path) -> None:
-    """Told by the process of cluster that looks for it; what is there stays, and no lock is left."""
+    """Told before anything is written."""
     words = tiny_words("views", tiny_data, tmp_path / "out", "--address", "127.0.0.1:1", seeds=1)
     status, _, err = trainer(*words)
     assert status == 2 and err.splitlines()[-1].startswith("error: --address 127.0.0.1:1: no Ray cluster answers: ")
-    assert len(err.splitlines()) == 1 and not (tmp_path / "out" / ".lock").exists()
+    assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_an_address_is_kept_without_what_opens_it(

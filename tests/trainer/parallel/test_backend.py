@@ -2,12 +2,14 @@
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.tiny_run import RECIPE
 from trainer.errors import PeerError
 from trainer.parallel import backend, launch
 from trainer.parallel.backend import Standing, agree, decide, fault_of, nccl_environment, reason_of
@@ -143,3 +145,16 @@ def test_an_error_of_nccl_is_told_by_its_own_words() -> None:
     )
     assert reason_of(RuntimeError(text)).startswith("Duplicate GPU detected")
     assert reason_of(RuntimeError("first\nsecond")) == "first" and reason_of(RuntimeError("")) == "RuntimeError"
+
+
+def test_nccl_without_a_gpu_is_refused_before_anything_is_started(
+    tiny_data: Path, trainer: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """One line, not one of each tower; and no run is begun."""
+    run, device = tmp_path / "run", ("--device", "cpu", "--backend", "nccl")
+    for words in (("train", *RECIPE, "--data", tiny_data, "--run", run), ("bench", "--synthetic", *RECIPE)):
+        status, _, err = trainer(*words, "--processes", 2, *device)
+        assert status == 2 and err.count("\n") == 1, err
+        assert err.startswith("error: --backend nccl: it needs a GPU") and not run.exists()
+    launch.check_backend("nccl", "cpu", 1)
+    launch.check_backend("nccl", "cuda:0", 2)
