@@ -281,27 +281,33 @@ class _Functions(TorchFunctionMode):
 
 def _move(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """``to``, ``cpu`` and ``cuda``."""
-    (tensor, *rest), target = args, {"cpu": "cpu", "cuda": "cuda"}.get(name)
-    if name == "to":
-        device = kwargs.pop("device", None)
-        if rest and isinstance(rest[0], Tensor):
-            device, rest = rest[0].device, [rest[0].dtype, *rest[1:]]
-        elif rest and isinstance(rest[0], str | int | torch.device):
-            device, rest = rest[0], rest[1:]
-        elif rest and rest[0] is None:
-            rest = rest[1:]
-        target = torch.device(device).type if device is not None else None
-    non_blocking, here = kwargs.pop("non_blocking", False), isinstance(tensor, FakeTensor)
-    if name == "to" and len(rest) > 1 and isinstance(rest[0], torch.dtype):
-        rest, non_blocking = [rest[0], *rest[2:]], rest[1]
+    tensor, rest, device = args[0], list(args[1:]), kwargs.pop("device", name if name != "to" else None)
+    if name == "to" and rest and isinstance(rest[0], Tensor):
+        device, rest[0] = rest[0].device, rest[0].dtype
+    elif name == "to" and rest and not isinstance(rest[0], torch.dtype):
+        device = rest.pop(0)
+    dtype = rest.pop(0) if name == "to" and rest else kwargs.pop("dtype", None)
+    non_blocking = rest.pop(0) if rest else kwargs.pop("non_blocking", False)
+    kwargs |= {"copy": rest.pop(0)} if rest else {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    change = (lambda each: func(each, *rest, **kwargs)) if name == "to" and (rest or kwargs) else lambda each: each
-    if target is None or (target == "cuda") == here:
-        return change(tensor)
-    if here:
-        return change(gpu().to_host(tensor, non_blocking=non_blocking))
-    changed = change(tensor)
-    return gpu().to_device(gpu().pin(changed) if gpu().is_pinned(tensor) else changed, non_blocking=non_blocking)
+
+    def change(each: Tensor) -> Tensor:
+        return Tensor.to(each, dtype or each.dtype, **kwargs)
+
+    here = isinstance(tensor, FakeTensor)
+    with torch._C.DisableTorchFunction():
+        if device is None or (torch.device(device).type == "cuda") == here:
+            return change(tensor)
+        if here:
+            return change(gpu().to_host(tensor, non_blocking=non_blocking))
+        changed = change(tensor)
+        return gpu().to_device(gpu().pin(changed) if gpu().is_pinned(tensor) else changed, non_blocking=non_blocking)
+
+
+def _backward(*args: Any, run: Any = torch.autograd.graph._engine_run_backward, **kwargs: Any) -> Any:
+    """Autograd's, which torch calls where no function is looked at any more."""
+    with _Functions():
+        return run(*args, **kwargs)
 
 
 class FakeStream:
@@ -436,6 +442,8 @@ def _patches(here: FakeGpu) -> dict[str, Any]:
 def fake_gpu() -> Iterator[FakeGpu]:
     """Inside there is ``cuda:0``; in the thread that enters, and its ``torch.cuda`` in all."""
     global GPU
+    import torch._dynamo  # torch's optimizers import it late, and it looks at all functions of torch.cuda
+
     from pipeline.loader import graph, running
     from trainer.model import kernels
 
@@ -454,6 +462,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         enter(mock.patch.object(torch, "is_autocast_enabled", lambda device="cuda": was(on_cpu(device))))
         enter(mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype_of(on_cpu(device))))
         enter(mock.patch.object(torch, "from_dlpack", lambda tensor, take=torch.from_dlpack: wrap(take(tensor))))
+        enter(mock.patch.object(torch.autograd, "_engine_run_backward", _backward))
         for name in ("decode", "_decode_crops", "define_pipeline"):
             work = getattr(graph, name)
             enter(mock.patch.object(graph, name, lambda d, *rest, work=work: work(on_host(d), *rest)))
