@@ -310,6 +310,25 @@ def _backward(*args: Any, run: Any = torch.autograd.graph._engine_run_backward, 
         return run(*args, **kwargs)
 
 
+@dataclasses.dataclass
+class _Crops:
+    """What DALI has made, on the GPU."""
+
+    batch: Any
+
+    def as_tensor(self) -> "_Crops":
+        return self
+
+
+def _hand_over(pipeline: Any, fed: Any, output: Any) -> tuple[Any, Any]:
+    """A batch of DALI's, on the device that was asked for."""
+    return fed, output if pipeline._decoding.device_id is None else _Crops(output)
+
+
+def _from_dlpack(given: Any, take: Any = torch.from_dlpack) -> Tensor:
+    return FakeTensor(take(given.batch.as_tensor())) if isinstance(given, _Crops) else take(given)
+
+
 class FakeStream:
     """``torch.cuda.Stream``."""
 
@@ -461,12 +480,14 @@ def fake_gpu() -> Iterator[FakeGpu]:
         enter(mock.patch.object(torch, "autocast", _Autocast))
         enter(mock.patch.object(torch, "is_autocast_enabled", lambda device="cuda": was(on_cpu(device))))
         enter(mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype_of(on_cpu(device))))
-        enter(mock.patch.object(torch, "from_dlpack", lambda tensor, take=torch.from_dlpack: wrap(take(tensor))))
+        enter(mock.patch.object(torch, "from_dlpack", _from_dlpack))
         enter(mock.patch.object(torch.autograd, "_engine_run_backward", _backward))
         for name in ("decode", "_decode_crops", "define_pipeline"):
             work = getattr(graph, name)
             enter(mock.patch.object(graph, name, lambda d, *rest, work=work: work(on_host(d), *rest)))
         enter(mock.patch.object(running.RunningPipeline, "_stream", lambda _: None))
+        run = running.RunningPipeline.run
+        enter(mock.patch.object(running.RunningPipeline, "run", lambda self: _hand_over(self, *run(self))))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, nn_setting)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         kernels.load_triton.cache_clear()

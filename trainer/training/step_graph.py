@@ -185,7 +185,7 @@ class StepRunner:
         """The step in a graph; None, and never again, where that fails: nothing has been computed then."""
         assert self._backend
         work, has_update = self._work, False
-        numbers = on_host(self._numbers(inputs), work.device).to(work.device)
+        numbers = on_host(self._numbers(inputs), work.device).to(work.device, non_blocking=True)
         static = StepInputs(
             images=map_tensors(inputs.images, _place_for),
             labels=_place_for(inputs.labels),
