@@ -26,7 +26,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -457,6 +458,26 @@ def _patches(here: FakeGpu) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _group_patches() -> dict[str, Any]:
+    """Of ``torch.distributed``: NCCL's groups are gloo's, which takes the tensors of the CPU inside those of the GPU."""
+    ours: list[Any] = []
+    begin, make, backend_of = dist.init_process_group, dist.new_group, dist.get_backend
+
+    def init_process_group(backend: str, **how: Any) -> None:
+        begin("gloo", **how)
+        ours.extend([dist.group.WORLD] if backend == "nccl" else [])
+
+    def new_group(*args: Any, backend: str, **how: Any) -> Any:
+        found = make(*args, backend="gloo", **how)
+        ours.extend([found] if backend == "nccl" else [])
+        return found
+
+    def get_backend(group: Any = None) -> str:
+        return "nccl" if any(group is each for each in ours) else backend_of(group)
+
+    return {"init_process_group": init_process_group, "new_group": new_group, "get_backend": get_backend}
+
+
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """Inside there is ``cuda:0``; in the thread that enters, and its ``torch.cuda`` in all."""
@@ -476,6 +497,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         enter = stack.enter_context
         for name, value in _patches(GPU).items():
             enter(mock.patch.object(torch.cuda, name, value))
+        for name, value in _group_patches().items():
+            enter(mock.patch.object(dist, name, value))
         enter(mock.patch.object(torch.cuda.memory, "_record_memory_history", lambda **_: None))
         enter(mock.patch.object(torch, "autocast", _Autocast))
         enter(mock.patch.object(torch, "is_autocast_enabled", lambda device="cuda": was(on_cpu(device))))
