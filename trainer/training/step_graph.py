@@ -12,6 +12,7 @@ capturing computes nothing. So no step is made twice, and nothing has to be put 
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -70,13 +71,49 @@ class CudaGraphs:
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :class:`GraphBackend`."""
         graph = self._graph = torch.cuda.CUDAGraph()
-        # thread_local: DALI's threads take and free memory meanwhile, which would end a capture of mode "global"
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            found = work()
+        pool, current = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self._device)
+        first: BaseException | None = None
+        try:
+            # thread_local: DALI's threads take and free memory meanwhile, which would end a capture of mode "global"
+            with (
+                _collected(),
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    found = work()
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as last:
+            self._give_up(graph, pool, current)
+            raise first or last from None  # that of the end only says that there was one before
         return graph.replay, found
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, pool: Any, current: torch.cuda.Stream) -> None:
+        """Undoes what torch leaves of a capture that failed: its stream as the current one, and memory as the graph's.
+
+        Whether torch's allocator believes the capture to go on depends on where it failed. While it does, it gives no
+        memory back.
+        """
+        torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):  # it does not
+            torch._C._cuda_endAllocateToPool(self._device.index, pool)
+            torch._C._cuda_releasePool(self._device.index, pool)
+        graph.reset()
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """Inside, Python collects nothing: what lets go of a GPU's memory by itself (a DALI pipeline) ends a capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclasses.dataclass
