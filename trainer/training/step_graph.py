@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,11 @@ class CudaGraphs:
         device: ``cuda:N``.
     """
 
+    _failed: ClassVar[list[Any]] = []  # graphs: torch's allocator of pinned memory looks at these for ever
+
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
-        self._graph: torch.cuda.CUDAGraph | None = None  # the last: torch's allocator looks at one whose capture failed
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -70,7 +71,7 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :class:`GraphBackend`."""
-        graph = self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         pool, current = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self._device)
         first: BaseException | None = None
         try:
@@ -96,6 +97,7 @@ class CudaGraphs:
         Whether torch's allocator believes the capture to go on depends on where it failed. While it does, it gives no
         memory back.
         """
+        self._failed.append(graph)
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):  # it does not
             torch._C._cuda_endAllocateToPool(self._device.index, pool)
