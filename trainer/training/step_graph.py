@@ -185,7 +185,10 @@ class StepRunner:
         captured = self._graph_for(inputs) if self.has_graphs else None
         if captured is not None:
             return self._replay(captured, inputs)
-        beside = self._backend.beside() if self._backend and self.has_graphs else contextlib.nullcontext()
+        beside: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._backend and self.has_graphs:  # the very kernels of the capture: loading one may end it
+            beside = self._backend.beside()
+            inputs = self._in_numbers(inputs)[1]
         with beside:
             told = self.measure(inputs)
             self._work.update()
@@ -224,14 +227,13 @@ class StepRunner:
         """The step in a graph; None, and never again, where that fails: nothing has been computed then."""
         assert self._backend
         work, has_update = self._work, False
-        numbers = on_host(self._numbers(inputs), work.device).to(work.device)
-        static = StepInputs(
+        numbers, found = self._in_numbers(inputs)
+        static = dataclasses.replace(
+            found,
             images=map_tensors(inputs.images, _place_for),
             labels=_place_for(inputs.labels),
-            host_words=tuple,
+            host_words=tuple,  # which keeps no batch
             step=-1,  # neither is looked at
-            words=numbers[:HOST_WORDS],
-            starts=dict(zip(self._masks(), numbers[HOST_WORDS:].unbind(), strict=True)),
         )
 
         def launch() -> Tensor:
@@ -283,6 +285,12 @@ class StepRunner:
     def _masks(self) -> list[tuple[str, str]]:
         """Every mask of a step, as tower and layer."""
         return [(tower, layer) for layer in DROPPED for tower in self._work.towers]
+
+    def _in_numbers(self, inputs: StepInputs) -> tuple[Tensor, StepInputs]:
+        """A step's whole numbers on the device, and what it is given with views of them."""
+        numbers = on_host(self._numbers(inputs), self._work.device).to(self._work.device, non_blocking=True)
+        starts = dict(zip(self._masks(), numbers[HOST_WORDS:].unbind(), strict=True))
+        return numbers, dataclasses.replace(inputs, words=numbers[:HOST_WORDS], starts=starts)
 
     def _numbers(self, inputs: StepInputs) -> list[int]:
         """What of a step is a whole number."""

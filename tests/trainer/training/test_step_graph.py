@@ -138,6 +138,24 @@ def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, c
     assert_same(run, plain)
 
 
+def test_the_warm_up_launches_what_is_captured(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers come out of tensors in both: a kernel that is compiled or loaded for the first time may end a capture."""
+    trainer = make_trainer("usual", tiny_data, tmp_path, lag=1, graphs=RecordedGraphs())
+    seen: list[Any] = []
+    measure = trainer.work.measure
+    monkeypatch.setattr(trainer.work, "measure", lambda inputs: seen.append(inputs) or measure(inputs))
+    for _ in range(WARM_UP + 2):
+        trainer._one_step()
+    trainer._settle()
+    trainer.loader.close()
+    assert len(seen) == WARM_UP + 1  # the last is captured
+    for inputs in seen:
+        assert inputs.words.shape == (3,) and set(inputs.starts) == {(t, f) for t in "ab" for f in ("fc6", "fc7")}
+        assert {start.shape for start in inputs.starts.values()} == {()}
+
+
 class _Played:
     """What :class:`CudaGraphs` asks of torch, without a GPU; the end of a capture fails where the capture did."""
 
