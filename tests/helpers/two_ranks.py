@@ -207,9 +207,12 @@ def main(mode: str, device: str, folder: Path) -> int:
         finally:
             lost = mesh.failures.known  # as the trainer has it: all else is a consequence
             mesh.close(failed=failed)
-    except TrainerError as error:
-        print_error(lost or error)
-        return (lost or error).status
+    except Exception as error:
+        known = lost or (error if isinstance(error, TrainerError) else None)
+        if known is None:
+            raise
+        print_error(known)
+        return known.status
     return 0
 
 
