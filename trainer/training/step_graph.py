@@ -92,17 +92,15 @@ class CudaGraphs:
         return graph.replay, found
 
     def _give_up(self, graph: torch.cuda.CUDAGraph, pool: Any, current: torch.cuda.Stream) -> None:
-        """Undoes what torch leaves of a capture that failed: its stream as the current one, and memory as the graph's.
-
-        Whether torch's allocator believes the capture to go on depends on where it failed. While it does, it gives no
-        memory back.
+        """Undoes what torch leaves of a capture whose end failed, too: its stream as the current one, and an allocator
+        that believes it to go on, and gives no memory back.
         """
-        self._failed.append(graph)
-        torch.cuda.set_stream(current)
-        with contextlib.suppress(RuntimeError):  # it does not
+        if torch.cuda.current_stream(self._device) != current:
+            torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):  # it has ended, and the graph's memory goes with it
             torch._C._cuda_endAllocateToPool(self._device.index, pool)
+            self._failed.append(graph)
             torch._C._cuda_releasePool(self._device.index, pool)
-        graph.reset()
 
 
 @contextlib.contextmanager
