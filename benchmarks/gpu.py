@@ -41,6 +41,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # before torch is imported: its 
 
 PARTS = ("data", "ceilings", "step", "compile", "loop", "loader", "end_to_end", "kernels", "two")
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nccl-cu13", "numpy")
+MORE_HARDWARE = 0.75  # of JPEGs: the loader alone is a little slower than at its default, and leaves the GPU to the net
 SMALL = (
     "model.image_px=67",
     "model.channels=[6, 8, 8, 8, 8]",
@@ -122,6 +123,9 @@ class Bench:
                 budget.run(f"two: {backend}", lambda backend=backend: self.two(backend))
         for batch in self.sizes.batches[1:-1]:
             budget.run(f"step: {batch}", lambda batch=batch: self.step(batch))
+        if self.device != "cpu":  # the decoder that is not the net's neighbor
+            name = f"end_to_end: jpeg, hw_decoder_load {MORE_HARDWARE:g}"
+            budget.run(name, lambda: self.end_to_end("jpeg", MORE_HARDWARE))
         self.run_compiled(budget, *last_compiled)
 
     def run_compiled(self, budget: Budget, batch: int, mode: str) -> None:
@@ -258,13 +262,13 @@ class Bench:
             "whole / bare": whole / bare["image"]["median"],
         }
 
-    def end_to_end(self, encoding: str) -> dict[str, Any]:
+    def end_to_end(self, encoding: str, hw_decoder_load: float | None = None) -> dict[str, Any]:
         """Images/s of training, of its loader, and of training without one, in turns."""
         from trainer.bench.measure import BenchSettings
 
         batch = self.sizes.batches[0]
         settings = BenchSettings(self.folders[encoding], 2 * self.seconds, stages=False, rounds=self.rounds)
-        (part,) = self._parts(batch, settings)
+        (part,) = self._parts(batch, settings, hw_decoder_load=hw_decoder_load)
         names = ("loader", "synthetic", "end to end")
         rates = {name: [batch / s for s in part.seconds_per_step(name)] for name in names}
         slower = [min(pair) for pair in zip(rates["loader"], rates["synthetic"], strict=True)]
@@ -285,14 +289,24 @@ class Bench:
         slower = [max(row) for row in zip(*(part.seconds_per_step("synthetic") for part in parts), strict=True)]
         return {"batch": batch, "images_per_s": harness.spread([batch / seconds for seconds in slower])}
 
-    def _parts(self, batch: int, settings: Any, processes: int = 1, backend: str = "auto") -> list[Any]:
+    def _parts(
+        self,
+        batch: int,
+        settings: Any,
+        processes: int = 1,
+        backend: str = "auto",
+        hw_decoder_load: float | None = None,
+    ) -> list[Any]:
         import gpu_cases as cases
 
         from trainer.bench.run import measure_parts
 
         cases.release()
         train = dataclasses.replace(self.config.train, batch_size=batch)
-        config = dataclasses.replace(self.config, train=train)
+        data = self.config.data
+        if hw_decoder_load is not None:
+            data = dataclasses.replace(data, hw_decoder_load=hw_decoder_load)
+        config = dataclasses.replace(self.config, train=train, data=data)
         quiet = lambda _: None  # noqa: E731
         device = self.device if self.device == "cpu" or ":" in self.device else f"{self.device}:0"
         return measure_parts(config, settings, processes=processes, device=device, backend=backend, say=quiet)
