@@ -97,9 +97,10 @@ class Bench:
         threads = f"data.threads={min(16, harness.CORES)}"
         self.config = load_config(harness.ROOT / "configs" / "paper.toml", (*fixed, threads, *sizes.overrides))
         self.folders: dict[str, Path] = {}
+        self._rates_only: dict[str, Any] = {"stages": False, "phases": False, "rounds": options.rounds}
 
     def measure(self, budget: Budget) -> None:
-        """All parts, in their order; of several cases those in the middle come last."""
+        """All parts, in their order; some cases that matter less come last."""
         ends = dict.fromkeys((self.sizes.batches[0], self.sizes.batches[-1]))
         *compiled, last_compiled = self.sizes.compiled
         budget.run("data", self.data)
@@ -116,13 +117,13 @@ class Bench:
         for batch in ends:
             budget.run(f"kernels: of a step, {batch}", lambda batch=batch: self.step_kernels(batch))
         budget.run(f"kernels: ours, {self.sizes.batches[-1]}", self.our_kernels)
-        for backend in ("nccl", "gloo"):
-            if backend == "nccl" and self.device == "cpu":
-                budget.leave_out("two: nccl", "NCCL needs a GPU")
-            else:
-                budget.run(f"two: {backend}", lambda backend=backend: self.two(backend))
+        if self.device == "cpu":
+            budget.leave_out("two: nccl", "NCCL needs a GPU")
+        else:
+            budget.run("two: nccl", lambda: self.two("nccl"))
         for batch in self.sizes.batches[1:-1]:
             budget.run(f"step: {batch}", lambda batch=batch: self.step(batch))
+        budget.run("two: gloo", lambda: self.two("gloo"))
         if self.device != "cpu":  # the decoder that is not the net's neighbor
             name = f"end_to_end: jpeg, hw_decoder_load {MORE_HARDWARE:g}"
             budget.run(name, lambda: self.end_to_end("jpeg", MORE_HARDWARE))
@@ -197,7 +198,7 @@ class Bench:
         from trainer.bench.measure import BenchSettings
 
         first, *others = self.sizes.batches
-        settings = BenchSettings(None, self.seconds, tuple(others), stages=False, rounds=self.rounds)
+        settings = BenchSettings(None, self.seconds, tuple(others), **self._rates_only)
         (part,) = self._parts(first, settings)
         rates = {first: [first / s for s in part.seconds_per_step("synthetic")]}
         rates |= {size: [size / s for s in seconds] for size, seconds in part.sweep.items()}
@@ -267,7 +268,7 @@ class Bench:
         from trainer.bench.measure import BenchSettings
 
         batch = self.sizes.batches[0]
-        settings = BenchSettings(self.folders[encoding], 2 * self.seconds, stages=False, rounds=self.rounds)
+        settings = BenchSettings(self.folders[encoding], 2 * self.seconds, **self._rates_only)
         (part,) = self._parts(batch, settings, hw_decoder_load=hw_decoder_load)
         names = ("loader", "synthetic", "end to end")
         rates = {name: [batch / s for s in part.seconds_per_step(name)] for name in names}
@@ -284,7 +285,7 @@ class Bench:
         from trainer.bench.measure import BenchSettings
 
         batch = self.sizes.batches[0]
-        settings = BenchSettings(None, self.seconds, stages=False, rounds=self.rounds)
+        settings = BenchSettings(None, self.seconds, **self._rates_only)
         parts = self._parts(batch, settings, processes=2, backend=backend)
         slower = [max(row) for row in zip(*(part.seconds_per_step("synthetic") for part in parts), strict=True)]
         return {"batch": batch, "images_per_s": harness.spread([batch / seconds for seconds in slower])}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Seconds that a case takes on an H100 with 16 cores, about: what would end too late does not begin.
-TAKES_S = {"data": 30, "step": 18, "compile": 50, "loop": 40, "loader": 30, "end_to_end": 25, "kernels": 15, "two": 35}
+TAKES_S = {"data": 30, "step": 15, "compile": 45, "loop": 30, "loader": 25, "end_to_end": 20, "kernels": 15, "two": 30}
 NEEDS = {"loader": "nvidia.dali", "end_to_end": "nvidia.dali", "data": "simplejpeg"}
 
 

@@ -46,7 +46,7 @@ def test_what_begins_too_late_or_lacks_a_package_is_left_out_by_name(bench: Any,
     assert budget.left_out == {
         "loader: jpeg": "there are no shards",
         "two: nccl": "failed: ValueError: too small",
-        "two: gloo": "it takes about 35 s, and 12 of 45 s are over",
+        "two: gloo": "it takes about 30 s, and 12 of 40 s are over",
     }
     assert budget.failed and "left out: two: gloo: it takes about" in capsys.readouterr().out
     assert not gpu_budget.has("no_such_package") and not gpu_budget.has("no.such") and gpu_budget.has("torch")
