@@ -182,6 +182,8 @@ def _patches(here: FakeGpu) -> dict[str, Any]:
         "Event": FakeEvent,
         "stream": _on,
         "current_stream": lambda *_: here.streams[-1],
+        "set_stream": lambda stream: here.streams.__setitem__(-1, stream),
+        "graph_pool_handle": lambda: (0, 1),
         "default_stream": lambda *_: here.streams[0],
         "CUDAGraph": FakeGraph,
         "graph": fake_capture,
@@ -234,6 +236,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         for name, value in _group_patches().items():
             enter(mock.patch.object(dist, name, value))
         enter(mock.patch.object(torch.cuda.memory, "_record_memory_history", lambda **_: None))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            enter(mock.patch.object(torch._C, name, lambda *_: None, create=True))
         enter(mock.patch.object(torch, "autocast", _Autocast))
         enter(mock.patch.object(torch, "is_autocast_enabled", lambda device="cuda": was(on_cpu(device))))
         enter(mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype_of(on_cpu(device))))
