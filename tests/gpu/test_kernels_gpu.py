@@ -8,6 +8,7 @@ from tests.helpers.gpu_kernels import CHECKS
 from trainer.config import ModelConfig, OptimizerConfig
 from trainer.model import kernels
 from trainer.model.alexnet import AlexNet
+from trainer.model.gpu_layers import low_copy
 from trainer.model.response_norm import response_norm
 from trainer.training.optimizer import PaperSGD
 
@@ -74,7 +75,9 @@ def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
     for _ in range(2):
         gradients(net, low=True)
         optimizer.step()
-    copies = {parameter: parameter.low_copy.tensor for parameter in net.parameters()}
+    copies = {parameter: parameter.low_copy.tensor for parameter in net.parameters() if low_copy(parameter)}
+    alone = {name for name, parameter in net.named_parameters() if parameter not in copies}
+    assert alone == {f"conv{number}.bias" for number in range(1, 6)}  # kernels add them as they are
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         gradients(net, low=True)
@@ -82,5 +85,8 @@ def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
         torch.cuda.synchronize()
     launches = {event.key: event.count for event in profile.key_averages()}
     assert launches["update_all_kernel"] == 1 and "update_kernel" not in launches
+    assert launches["relu_forward_kernel"] == launches["relu_backward_kernel"] == 2
+    assert launches["norm_forward_kernel"] == launches["norm_backward_kernel"] == 2
+    assert launches["pool_forward_kernel"] == 3 and launches["pool_backward_kernel"] == 1
     for parameter, copy in copies.items():
         assert parameter.low_copy.tensor is copy and torch.equal(copy, parameter.bfloat16())

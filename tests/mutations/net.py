@@ -189,7 +189,12 @@ def of_gpu_layers() -> Iterator[Change]:
     """trainer/model/gpu_layers.py: the same sums otherwise."""
     yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
     yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
-    yield "dense towers: each sees the other's channels", "x.chunk(groups, dim=1)]", "reversed(x.chunk(groups, dim=1))]"
+    yield (
+        "dense towers: each sees the other's",
+        "in whole.chunk(groups, dim=1)",
+        "in reversed(whole.chunk(groups, dim=1))",
+    )
+    yield "towers apart: a bias that nobody adds", "whole if x.bias is None else", "whole if True else"
     yield "copy in bfloat16: never made anew", "elif found.version != parameter._version:", "elif False:"
 
 
@@ -203,6 +208,13 @@ def of_gpu_pool() -> Iterator[Change]:
     """trainer/model/kernels/triton_pool.py."""
     yield "pool, GPU: the last of those that tie", "(value > best) | ", "(value >= best) | "
     yield "pool, GPU: a gradient through zeros", "tl.where(best <= 0, NOTHING", "tl.where(best < 0, NOTHING"
+
+
+def of_gpu_tile() -> Iterator[Change]:
+    """trainer/model/kernels/triton_tile.py, by Triton's interpreter."""
+    yield "towers, GPU: both are a's", "tl.where(tower == 0, first, second)", "first"
+    yield "towers, GPU: a's biases for both", "tl.expand_dims(tower * MAPS + group", "tl.expand_dims(group"
+    yield "bias, GPU: one warp's gradient", "tl.sum(total, 0), mask", "tl.max(total, 0), mask"
 
 
 def of_gpu_update() -> Iterator[Change]:
@@ -307,6 +319,7 @@ GROUPS = (
     ("trainer/model/gpu_layers.py", (GPU_LAYERS,), of_gpu_layers),
     ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
     ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
+    ("trainer/model/kernels/triton_tile.py", (INTERPRETED,), of_gpu_tile),
     ("trainer/model/kernels/triton_update.py", (INTERPRETED,), of_gpu_update),
     ("trainer/precision.py", (PRECISION,), of_precision),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),

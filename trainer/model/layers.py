@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import TOWERS, ModelConfig
+from trainer.config import LAYERS, TOWERS, ModelConfig
 from trainer.model.gpu_layers import (
     LowLinear,
     block_conv2d,
@@ -23,8 +23,10 @@ from trainer.model.gpu_layers import (
     fresh_copy,
     has_blocks,
     lowered,
-    split_conv2d,
+    part_conv2d,
+    tower_parts,
 )
+from trainer.model.kernels.interface import TowerMaps
 from trainer.model.pooling import PostOps
 from trainer.model.response_norm import LocalResponseNorm, WithinChannelNorm
 
@@ -64,18 +66,22 @@ class Conv2d(nn.Conv2d):
         before, after = self.zeros
         return x if before == after else functional.pad(x, (before, after, before, after))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H', W')."""
-        return self.rearranged(x) if x.is_cuda else super().forward(self.pad(x))
+    def forward(self, x: Tensor | TowerMaps) -> Tensor | TowerMaps:  # type: ignore[override]
+        """(N, inputs, H, W) -> (N, outputs, H', W'); on a GPU its bias is left to what follows."""
+        if isinstance(x, TowerMaps) or x.is_cuda:
+            return self.rearranged(x)
+        return super().forward(self.pad(x))
 
-    def rearranged(self, x: Tensor) -> Tensor:
+    def rearranged(self, x: Tensor | TowerMaps) -> TowerMaps:
         """The same as a GPU computes it (see :mod:`trainer.model.gpu_layers`)."""
-        dtype = dtype_of_products(x)
         assert self.bias is not None and not isinstance(self.padding, str)
-        x, weight, bias = x.to(dtype), lowered(self.weight, dtype), lowered(self.bias, dtype)
+        parts = tower_parts(x, self.groups)
+        dtype = dtype_of_products(parts[0])
+        parts, weight = tuple(part.to(dtype) for part in parts), lowered(self.weight, dtype)
         if self.has_blocks:
-            return block_conv2d(x, weight, bias, self.stride[0], self.zeros)
-        return split_conv2d(self.pad(x), weight, bias, self.stride, self.padding, self.groups)
+            return TowerMaps((block_conv2d(parts[0], weight, self.stride[0], self.zeros),), self.bias)
+        padded = [self.pad(part) for part in parts]
+        return TowerMaps(part_conv2d(padded, weight, self.stride, self.padding), self.bias)
 
 
 class Linear(nn.Linear):
@@ -156,7 +162,10 @@ def post_ops(config: ModelConfig, index: int, num_towers: int) -> PostOps:
         modules.append((name, module))
     taken = [name for name, _ in modules]
     names = [name if taken.count(name) == 1 else f"{name}{number}" for number, name in enumerate(taken)]
-    return PostOps(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
+    following = LAYERS[index + 1]
+    is_grouped = following.startswith("conv") and following not in config.crossings
+    named = OrderedDict(zip(names, (module for _, module in modules), strict=True))
+    return PostOps(named, parts=num_towers if is_grouped else 1)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
