@@ -22,7 +22,7 @@ from trainer.model.gpu_layers import (
     tower_parts,
 )
 from trainer.model.kernels.interface import TowerMaps
-from trainer.model.layers import Conv2d, Linear
+from trainer.model.layers import Conv2d, Linear, post_ops
 
 pytestmark = pytest.mark.numeric
 
@@ -128,6 +128,20 @@ def test_the_whole_net_in_float64(changes: dict[str, Any], on: bool, monkeypatch
         forward = ["norm_maps", "pool_forward", "norm_maps", "pool_forward", *["relu_forward"] * 2, "pool_forward"]
         backward = ["pool_backward", *["relu_backward"] * 2, *["pooled_norm_backward"] * 2]
         assert functions.called == [*forward, *backward, *forward]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_tower_by_itself_takes_and_gives_tensors(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process with one tower hands on: a layer that sees both adds its bias itself."""
+    config, functions = ModelConfig(channels=(8,) * 5), TorchKernels()
+    module, x = post_ops(config, index, 1), torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last)
+    plain = module(x.clone(memory_format=torch.preserve_format))
+    monkeypatch.setattr(kernels, "on_gpu", lambda _: functions)
+    ours, with_bias = module(x), module(TowerMaps((x,), torch.ones(8, dtype=torch.float64)))
+    assert isinstance(ours, Tensor) and isinstance(with_bias, Tensor) and functions.called
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(with_bias, module(x + 1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_low_linear_layer_is_autocasts_with_a_wider_gradient() -> None:
