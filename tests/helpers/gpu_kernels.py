@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import ModelConfig, OptimizerConfig
+from trainer.config import TOWERS, ModelConfig, OptimizerConfig
 from trainer.model import kernels
 from trainer.model.gpu_layers import fresh_copy
 from trainer.model.kernels.interface import GpuKernels, Member, Norm, Pool
-from trainer.model.layers import post_ops
+from trainer.model.layers import Dropout, DropoutDraws, post_ops
 from trainer.model.response_norm import _KernelResponseNorm, response_norm
+from trainer.parallel.weird_trick import HalfDropout
 from trainer.training.optimizer import PaperSGD
 
 CONSTANTS = {"alpha": 0.2, "beta": 0.75, "k": 2.0}
@@ -159,6 +160,38 @@ def check_update_all(functions: GpuKernels, device: str) -> None:
                 torch.testing.assert_close(low, w.bfloat16(), rtol=2**-7 if device == "cpu" else 0, atol=0)
 
 
+def check_dropout(functions: GpuKernels, device: str) -> None:
+    """ReLU and dropout in one pass: to the bit the torch operations, and their gradient, whatever the mask's shape."""
+    cases = [  # rows, units, dropout, towers, first row, dtype; the last: half of the units of a tower, for a worker
+        (3, 32, {"dropout": 0.5}, TOWERS, 5, torch.bfloat16),
+        (1, 40, {"dropout": 0.3, "dropout_kind": "inverted"}, TOWERS, 0, torch.float32),
+        (5, 14, {"dropout": 0.99999}, TOWERS, 2, torch.float32),
+        (4, 10, {"dropout": 0.5, "dropout_kind": "inverted"}, ("b",), 1, torch.bfloat16),
+        (6, 7, {"dropout": 0.1}, ("a",), 2**20, torch.bfloat16),
+        (3, 12, {"dropout": 0.5}, (), 4, torch.bfloat16),
+        *([(129, 4096, {"dropout": 0.5}, TOWERS, 128, dtype) for dtype, _ in DTYPES] if device != "cpu" else ()),
+    ]
+    for rows, units, fields, towers, first, dtype in cases:
+        config = ModelConfig(**fields)
+        modules = [Dropout(config, "fc6", towers, "relu")] if towers else [HalfDropout(config, "fc6", w) for w in TOWERS]
+        starts = {key: DropoutDraws(3, 9).start(*key) for key in itertools.product(towers or ("a",), ("fc6",))}
+        numbers = torch.tensor([0, *starts.values()], device=device)[1:].unbind()
+        for module, kept in itertools.product(modules, (None, dict(zip(starts, numbers, strict=True)))):
+            draws = DropoutDraws(3, 9, first=first, starts=kept)
+            images, g, found = maps((rows, units, 1, 1), dtype, device)[..., 0, 0], None, []
+            for on in (lambda _: None, lambda _: functions):
+                x = images.clone().requires_grad_()
+                with unittest.mock.patch.object(kernels, "on_gpu", on):
+                    y = module(x * 1, draws)
+                g = torch.randn_like(y) if g is None else g
+                y.backward(g)
+                found.append((y.detach(), x.grad))
+            for plain, ours in zip(*found, strict=True):
+                step = 2**-7 if dtype == torch.bfloat16 else 2e-7  # divided, or multiplied by the reciprocal
+                torch.testing.assert_close(ours, plain, rtol=step if module.inverted else 0, atol=0)
+                assert torch.equal(ours != 0, plain != 0)
+
+
 def check_layers(functions: GpuKernels, device: str) -> None:
     """What follows the convolutions, and the optimizer: they take the kernels, and equal what they do without them."""
     images, low = maps((1, 16, 5, 4), torch.float32, device), {}
@@ -187,4 +220,13 @@ def check_layers(functions: GpuKernels, device: str) -> None:
                 torch.testing.assert_close(copy.float(), parameter.bfloat16().float(), rtol=step_size, atol=0)
 
 
-CHECKS = (check_layers, check_norm, check_not_finite, check_pool, check_pooled_norm, check_update, check_update_all)
+CHECKS = (
+    check_dropout,
+    check_layers,
+    check_norm,
+    check_not_finite,
+    check_pool,
+    check_pooled_norm,
+    check_update,
+    check_update_all,
+)

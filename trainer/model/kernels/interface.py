@@ -49,6 +49,27 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drop:
+    """Which units of a fully connected layer are kept: see :class:`trainer.model.layers.DropoutDraws`.
+
+    Attributes:
+        starts: where the words of each tower's mask begin; numbers, or int64 scalars on the device.
+        first: first row, of the whole batch.
+        words: random words of a row of one tower's whole mask.
+        skipped: units of that row before the first that is here.
+        least: a unit is kept where its 16 bits, as a signed number, are at least this minus 32768.
+        factor: of what is kept.
+    """
+
+    starts: tuple[int | Tensor, ...]
+    first: int
+    words: int
+    skipped: int
+    least: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """A parameter and what its update needs; dense, float32, all of one layout.
 
@@ -109,6 +130,12 @@ class GpuKernels(Kernels, Protocol):
 
     def pooled_norm_backward(self, x: Tensor, gradient: Tensor, place: Tensor, norm: Norm, pool: Pool) -> Tensor:
         """The gradient to x, normalized and then pooled; ``gradient`` and ``place`` are the pooling's."""
+
+    def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
+        """``ReLU(x) * mask * drop.factor`` of x (N, units of all towers here), contiguous."""
+
+    def drop_backward(self, gradient: Tensor, y: Tensor, drop: Drop) -> Tensor:
+        """The gradient to x, from y as the forward gave it; ``gradient`` is contiguous."""
 
     def make_update(self, device: torch.device) -> UpdateAll:
         """One launch for all parameters on a device."""

@@ -1,10 +1,11 @@
 """The kernels of a GPU, in Triton; imported only where Triton is. Nothing here waits for the GPU.
 
-What they do stands in ``triton_norm.py``, ``triton_pool.py`` and ``triton_update.py``; here is who launches them, and
-in what portions.
+What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_dropout.py`` and ``triton_update.py``; here is
+who launches them, and in what portions.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
 import math
 
 import torch
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernels.interface import Factors, Norm, Pool
+from trainer.model.kernels.interface import Drop, Factors, Norm, Pool
+from trainer.model.kernels.triton_dropout import relu_dropout_backward_kernel, relu_dropout_kernel
 from trainer.model.kernels.triton_norm import norm_backward_kernel, norm_forward_kernel
 from trainer.model.kernels.triton_pool import pool_backward_kernel, pool_forward_kernel
 from trainer.model.kernels.triton_update import UpdateAll
@@ -96,6 +98,25 @@ class TritonKernels:
             pool_backward_kernel[grid](gradient, place, dx, *sides, shape[1], pool.px, pool.stride, vec, block, **FUSED)
         return dx
 
+    def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        y, none = torch.empty_like(x), _nothing(x.device)
+        constants, grid = drop_tile(x, drop)
+        starts = [(none, start) if isinstance(start, int) else (start, 0) for start in drop.starts]
+        (more_a, start_a), (more_b, start_b) = starts[0], starts[-1]
+        numbers = start_a, start_b, len(x), drop.first, drop.least, drop.factor
+        with torch.cuda.device_of(x):
+            relu_dropout_kernel[grid](x, y, more_a, more_b, *numbers, *constants, **FUSED)
+        return y
+
+    def drop_backward(self, gradient: Tensor, y: Tensor, drop: Drop) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        dx = torch.empty_like(y)
+        (*_, vec, block), grid = drop_tile(y, drop)
+        with torch.cuda.device_of(y):
+            relu_dropout_backward_kernel[grid](y, gradient, dx, y.numel(), drop.factor, vec, block, **FUSED)
+        return dx
+
     def update(self, w: Tensor, v: Tensor, g: Tensor, factors: Factors, guard: Tensor | None) -> None:
         """See :class:`.interface.Kernels`."""
         flag = w if guard is None else guard  # a pointer must be given
@@ -118,6 +139,20 @@ def norm_tile(x: Tensor, norm: Norm) -> tuple[int, int, int, tuple[int]]:
     lanes = max(LANES, triton.next_power_of_2(groups))
     pieces = max(1, WARPS * LANES // lanes)
     return vec, pieces, lanes, (triton.cdiv(norm.rows, pieces * (lanes // groups)),)
+
+
+def drop_tile(x: Tensor, drop: Drop) -> tuple[tuple[int, ...], tuple[int]]:
+    """Units of a tower here, towers, words of a row, units skipped, units a thread, groups a program; and programs."""
+    towers, block = len(drop.starts), WARPS * LANES
+    units = x.shape[1] // towers
+    vec = math.gcd(units, drop.skipped, VECTOR_BYTES // x.element_size())
+    return (units, towers, drop.words, drop.skipped, vec, block), (triton.cdiv(x.numel() // vec, block),)
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    """An int64 0 on a device, which no launch changes."""
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def pool_tile(written: Tensor) -> tuple[int, int, tuple[int]]:
