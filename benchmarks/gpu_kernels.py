@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers.gpu_compile import KernelCase, compile_kernel, paper_kernels
-from trainer.config import Config
-from trainer.model.kernels.interface import Member, Norm, Pool
+from trainer.config import TOWERS, Config
+from trainer.model.kernels.interface import Blocks, Member, Norm, Pool
 from trainer.model.kernels.triton import TritonKernels
-from trainer.model.layers import Conv2d
+from trainer.model.layers import Conv2d, Dropout, DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.precision import autocast
 
@@ -109,6 +109,7 @@ def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
         found[f"norm + pool backward {layer}"] = lambda x=x, y=y, s=place, n=norm, p=pool: (
             functions.pooled_norm_backward(x, y, s, n, p)
         )
+    found |= input_launches(batch, tensor, functions)
     update = functions.make_update(torch.device("cuda"))
     members = [
         Member(w, torch.zeros_like(w), torch.zeros_like(w), w.bfloat16() if dtype == "bf16" else None, (0.9, 0.0, 0.0))
@@ -116,6 +117,23 @@ def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
     ]
     update.send(members)
     return found | {"update": lambda: update(members, None)}
+
+
+def input_launches(batch: int, dtype: torch.dtype, functions: TritonKernels) -> dict[str, Callable[[], Any]]:
+    """What cuts images for conv1, and ReLU with dropout behind fc6."""
+    model = Config().model
+    images = torch.randn(batch, model.in_channels, model.image_px, model.image_px, device="cuda", dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    count = model.map_sizes()["conv1"] - 1 - (-model.kernel_sizes[0] // model.strides[0])
+    blocks = Blocks(model.strides[0], model.paddings[0][0], count, count)
+    x = torch.randn(batch, 2 * model.hidden[0], device="cuda", dtype=dtype)
+    drop = Dropout(model, "fc6", TOWERS, "relu").drop(x, DropoutDraws(0, 0))
+    y = functions.drop_forward(x, drop)
+    return {
+        "blocks conv1": lambda: functions.to_blocks(images, blocks),
+        "dropout forward fc6": lambda: functions.drop_forward(x, drop),
+        "dropout backward fc6": lambda: functions.drop_backward(x, y, drop),
+    }
 
 
 def measure_copy() -> float:

@@ -187,8 +187,9 @@ def of_kernels() -> Iterator[Change]:
 
 def of_gpu_layers() -> Iterator[Change]:
     """trainer/model/gpu_layers.py: the same sums otherwise."""
-    yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
-    yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
+    shifted = "Blocks(stride, window * stride - kernel, window, window)"
+    yield "blocks: zeros before the window", "Blocks(stride, 0, window, window)", shifted
+    yield "blocks: a block more", "// stride + window for side", "// stride + window + 1 for side"
     yield "dense towers: each sees the other's channels", "x.chunk(groups, dim=1)]", "reversed(x.chunk(groups, dim=1))]"
     yield "copy in bfloat16: never made anew", "elif found.version != parameter._version:", "elif False:"
 
@@ -203,6 +204,12 @@ def of_gpu_pool() -> Iterator[Change]:
     """trainer/model/kernels/triton_pool.py."""
     yield "pool, GPU: the last of those that tie", "(value > best) | ", "(value >= best) | "
     yield "pool, GPU: a gradient through zeros", "tl.where(best <= 0, NOTHING", "tl.where(best < 0, NOTHING"
+
+
+def of_gpu_blocks() -> Iterator[Change]:
+    """trainer/model/kernels/triton_blocks.py."""
+    yield "blocks, GPU: zeros above forgotten", "* SIDE - BEFORE + value // PIECE", "* SIDE + value // PIECE"
+    yield "blocks, GPU: a line runs into the next", " & (place >= 0) & (place < LINE)", ""
 
 
 def of_gpu_dropout() -> Iterator[Change]:
@@ -314,6 +321,7 @@ GROUPS = (
     ("trainer/model/gpu_layers.py", (GPU_LAYERS,), of_gpu_layers),
     ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
     ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
+    ("trainer/model/kernels/triton_blocks.py", (INTERPRETED,), of_gpu_blocks),
     ("trainer/model/kernels/triton_dropout.py", (INTERPRETED,), of_gpu_dropout),
     ("trainer/model/kernels/triton_update.py", (INTERPRETED,), of_gpu_update),
     ("trainer/precision.py", (PRECISION,), of_precision),

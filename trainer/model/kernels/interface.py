@@ -49,6 +49,23 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What an image is cut into.
+
+    Attributes:
+        side: of a block, px.
+        before: px of zeros above and left of the image.
+        rows: of blocks; there are zeros below the image, too, or lines of it that are left out.
+        columns: likewise.
+    """
+
+    side: int
+    before: int
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Drop:
     """Which units of a fully connected layer are kept: see :class:`trainer.model.layers.DropoutDraws`.
 
@@ -130,6 +147,12 @@ class GpuKernels(Kernels, Protocol):
 
     def pooled_norm_backward(self, x: Tensor, gradient: Tensor, place: Tensor, norm: Norm, pool: Pool) -> Tensor:
         """The gradient to x, normalized and then pooled; ``gradient`` and ``place`` are the pooling's."""
+
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(N, C, H, W) -> (N, side * side * C, rows, columns), both channels_last; a block's channels row by row."""
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        """The gradient to x of shape ``shape``, channels_last as ``gradient`` is."""
 
     def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
         """``ReLU(x) * mask * drop.factor`` of x (N, units of all towers here), contiguous."""

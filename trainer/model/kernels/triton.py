@@ -1,10 +1,11 @@
 """The kernels of a GPU, in Triton; imported only where Triton is. Nothing here waits for the GPU.
 
-What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_dropout.py`` and ``triton_update.py``; here is
-who launches them, and in what portions.
+What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_blocks.py``, ``triton_dropout.py`` and
+``triton_update.py``; here is who launches them, and in what portions.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import dataclasses
 import functools
 import math
 
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernels.interface import Drop, Factors, Norm, Pool
+from trainer.model.kernels.interface import Blocks, Drop, Factors, Norm, Pool
+from trainer.model.kernels.triton_blocks import from_blocks_kernel, to_blocks_kernel
 from trainer.model.kernels.triton_dropout import relu_dropout_backward_kernel, relu_dropout_kernel
 from trainer.model.kernels.triton_norm import norm_backward_kernel, norm_forward_kernel
 from trainer.model.kernels.triton_pool import pool_backward_kernel, pool_forward_kernel
@@ -98,6 +100,25 @@ class TritonKernels:
             pool_backward_kernel[grid](gradient, place, dx, *sides, shape[1], pool.px, pool.stride, vec, block, **FUSED)
         return dx
 
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        shape = (len(x), blocks.side**2 * x.shape[1], blocks.rows, blocks.columns)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        vec, block, grid = blocks_tile(y)
+        with torch.cuda.device_of(x):
+            to_blocks_kernel[grid](x, y, *x.shape[2:], x.shape[1], *dataclasses.astuple(blocks), vec, block)
+        return y
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        images, channels, *sides = shape
+        like, line = gradient, sides[1] * channels
+        dx = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        grid = (images * sides[0], triton.cdiv(line, WARPS * LANES))
+        with torch.cuda.device_of(dx):
+            from_blocks_kernel[grid](gradient, dx, *sides, channels, *dataclasses.astuple(blocks), WARPS * LANES)
+        return dx
+
     def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
         """See :class:`.interface.GpuKernels`."""
         y, none = torch.empty_like(x), _nothing(x.device)
@@ -139,6 +160,15 @@ def norm_tile(x: Tensor, norm: Norm) -> tuple[int, int, int, tuple[int]]:
     lanes = max(LANES, triton.next_power_of_2(groups))
     pieces = max(1, WARPS * LANES // lanes)
     return vec, pieces, lanes, (triton.cdiv(norm.rows, pieces * (lanes // groups)),)
+
+
+def blocks_tile(written: Tensor) -> tuple[int, int, tuple[int, int]]:
+    """Values a thread, groups of them a program, and the programs for all rows of blocks."""
+    images, channels, rows, columns = written.shape
+    vec = math.gcd(channels, VECTOR_BYTES // written.element_size())
+    groups = columns * channels // vec
+    block = min(triton.next_power_of_2(groups), 4 * WARPS * LANES)
+    return vec, block, (images * rows, triton.cdiv(groups, block))
 
 
 def drop_tile(x: Tensor, drop: Drop) -> tuple[tuple[int, ...], tuple[int]]:
