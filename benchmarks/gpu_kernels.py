@@ -25,11 +25,11 @@ from torch import Tensor
 
 from tests.helpers.gpu_compile import KernelCase, compile_kernel, paper_calls, paper_kernels
 from tests.helpers.gpu_passes import count_step
-from trainer.config import Config
+from trainer.config import TOWERS, Config
 from trainer.model.gpu_layers import join
-from trainer.model.kernels.interface import Member
+from trainer.model.kernels.interface import Blocks, Member
 from trainer.model.kernels.triton import TritonKernels
-from trainer.model.layers import Conv2d
+from trainer.model.layers import Conv2d, Dropout, DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.precision import autocast
 
@@ -122,14 +122,32 @@ def print_passes(rows: list[dict[str, Any]], rate: float) -> None:
 
 def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
     """Every kernel by its name, on made-up maps on the GPU."""
-    functions = TritonKernels()
+    functions, tensor = TritonKernels(), torch.bfloat16 if dtype == "bf16" else torch.float32
+    found = paper_calls(functions, dtype, batch, "cuda") | input_launches(batch, tensor, functions)
     update = functions.make_update(torch.device("cuda"))
     members = [
         Member(w, torch.zeros_like(w), torch.zeros_like(w), w.bfloat16() if dtype == "bf16" else None, (0.9, 0.0, 0.0))
         for w in (parameter.detach() for parameter in make_net(Config(), None, device="cuda").parameters())
     ]
     update.send(members)
-    return paper_calls(functions, dtype, batch, "cuda") | {"update": lambda: update(members, None)}
+    return found | {"update": lambda: update(members, None)}
+
+
+def input_launches(batch: int, dtype: torch.dtype, functions: TritonKernels) -> dict[str, Callable[[], Any]]:
+    """What cuts images for conv1, and ReLU with dropout behind fc6."""
+    model = Config().model
+    images = torch.randn(batch, model.in_channels, model.image_px, model.image_px, device="cuda", dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    count = model.map_sizes()["conv1"] - 1 - (-model.kernel_sizes[0] // model.strides[0])
+    blocks = Blocks(model.strides[0], model.paddings[0][0], count, count)
+    x = torch.randn(batch, 2 * model.hidden[0], device="cuda", dtype=dtype)
+    drop = Dropout(model, "fc6", TOWERS, "relu").drop(x, DropoutDraws(0, 0))
+    y = functions.drop_forward(x, drop)
+    return {
+        "blocks conv1": lambda: functions.to_blocks(images, blocks),
+        "dropout forward fc6": lambda: functions.drop_forward(x, drop),
+        "dropout backward fc6": lambda: functions.drop_backward(x, y, drop),
+    }
 
 
 def measure_copy() -> float:

@@ -16,8 +16,10 @@ from pipeline.loader import triton_input
 from pipeline.loader.input_rule import InputRule
 from tests.helpers.gpu_launches import recorded
 from trainer.config import Config
-from trainer.model.kernels.interface import GpuKernels, Norm, Pool, TowerMaps
-from trainer.model.kernels.triton import TritonKernels
+from trainer.model.kernels.interface import Drop, GpuKernels, Norm, Pool, TowerMaps
+from trainer.model.kernels.triton import LANES, WARPS, TritonKernels, blocks_tile, drop_tile
+from trainer.model.kernels.triton_blocks import from_blocks_kernel, to_blocks_kernel
+from trainer.model.kernels.triton_dropout import relu_dropout_backward_kernel, relu_dropout_kernel
 from trainer.model.kernels.triton_update import BLOCK, update_all_kernel
 from trainer.planning.describe import count_layers
 
@@ -120,7 +122,51 @@ def paper_kernels(dtype: str, batch: int) -> list[KernelCase]:
             cases.append(KernelCase(
                 name, launch.kernel, launch.types, launch.constants, launch.programs, launch.moved_bytes
             ))  # fmt: skip
-    return [*cases, _update_case(dtype)]
+    return [*cases, blocks_case(dtype, batch), *_dropout_cases(dtype, batch), _update_case(dtype)]
+
+
+def blocks_case(dtype: str, batch: int) -> KernelCase:
+    """What cuts images into conv1's blocks of 4 x 4 px."""
+    model, pointer = Config().model, f"*{dtype}"
+    (before, _), stride, side = model.paddings[0], model.strides[0], model.image_px
+    count = model.map_sizes()["conv1"] - 1 - (-model.kernel_sizes[0] // stride)
+    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
+    y = torch.empty(batch, stride**2 * model.in_channels, count, count, dtype=tensor, device="meta")
+    vec, block, (rows, parts) = blocks_tile(y)
+    constants = {"HEIGHT": side, "WIDTH": side, "CHANNELS": model.in_channels, "SIDE": stride, "BEFORE": before}
+    constants |= {"ROWS": count, "COLUMNS": count, "VEC": vec, "BLOCK": block}
+    moved = tensor.itemsize * (batch * model.in_channels * side**2 + y.numel())
+    return KernelCase("blocks conv1", to_blocks_kernel, {"x": pointer, "y": pointer}, constants, rows * parts, moved)
+
+
+def blocks_back_case(dtype: str) -> KernelCase:
+    """What puts the gradient of conv1's weight, over blocks, together again."""
+    model, pointer = Config().model, f"*{dtype}"
+    kernel, stride, outputs = model.kernel_sizes[0], model.strides[0], 2 * model.channels[0]
+    window, line = -(-kernel // stride), kernel * model.in_channels
+    constants = {"HEIGHT": kernel, "WIDTH": kernel, "CHANNELS": model.in_channels, "SIDE": stride, "BEFORE": 0}
+    constants |= {"ROWS": window, "COLUMNS": window, "BLOCK": WARPS * LANES}
+    moved = 2 * (2 if dtype == "bf16" else 4) * outputs * kernel * line
+    types = {"g": pointer, "dx": pointer}
+    return KernelCase("blocks backward conv1", from_blocks_kernel, types, constants, outputs * kernel, moved)
+
+
+def _dropout_cases(dtype: str, batch: int) -> list[KernelCase]:
+    """ReLU and dropout of fc6, or of fc7."""
+    units, pointer = Config().model.hidden[0], f"*{dtype}"
+    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
+    x = torch.empty(batch, 2 * units, dtype=tensor, device="meta")
+    tile, (programs,) = drop_tile(x, Drop((0, 0), 0, units // 4, 0, 32768, 1.0))
+    types = dict.fromkeys(("x", "y", "g", "dx"), pointer) | dict.fromkeys(("more_a", "more_b"), "*i64")
+    types |= dict.fromkeys(("start_a", "start_b"), "i64") | {"factor": "fp32"}
+    types |= dict.fromkeys(("count", "first", "least"), "i32")
+    constants = dict(zip(("UNITS", "TOWERS", "WORDS", "SKIPPED", "VEC", "BLOCK"), tile, strict=True))
+    back = {name: constants[name] for name in ("VEC", "BLOCK")}
+    size = tensor.itemsize * x.numel()
+    return [
+        KernelCase("dropout forward fc6", relu_dropout_kernel, types, constants, programs, 2 * size),
+        KernelCase("dropout backward fc6", relu_dropout_backward_kernel, types, back, programs, 3 * size),
+    ]
 
 
 def _update_case(dtype: str) -> KernelCase:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.helpers.torch_kernels import places_of
-from trainer.config import ModelConfig, OptimizerConfig
+from trainer.config import TOWERS, ModelConfig, OptimizerConfig
 from trainer.model import kernels
-from trainer.model.gpu_layers import fresh_copy, join
-from trainer.model.kernels.interface import GpuKernels, Member, Norm, Parts, Pool, TowerMaps
-from trainer.model.layers import post_ops
+from trainer.model.gpu_layers import fresh_copy, join, to_blocks
+from trainer.model.kernels.interface import Blocks, GpuKernels, Member, Norm, Parts, Pool, TowerMaps
+from trainer.model.layers import Dropout, DropoutDraws, post_ops
 from trainer.model.response_norm import _KernelResponseNorm, response_norm
+from trainer.parallel.weird_trick import HalfDropout
 from trainer.training.optimizer import PaperSGD
 
 CONSTANTS = {"alpha": 0.2, "beta": 0.75, "k": 2.0}
@@ -211,6 +212,66 @@ def check_update_all(functions: GpuKernels, device: str) -> None:
                 torch.testing.assert_close(low, w.bfloat16(), rtol=2**-7 if device == "cpu" else 0, atol=0)
 
 
+def check_blocks(functions: GpuKernels, device: str) -> None:
+    """Cut into blocks and back, to the bit as torch does it: odd sides and channels, zeros, lines that are left out."""
+    cases = [  # shape, blocks
+        ((2, 3, 13, 16), Blocks(4, 0, 4, 5)),
+        ((1, 3, 19, 16), Blocks(4, 2, 5, 6)),
+        ((2, 1, 7, 9), Blocks(3, 1, 2, 3)),
+        ((1, 4, 9, 6), Blocks(2, 0, 4, 4)),
+        ((5, 3, 11, 11), Blocks(4, 0, 3, 3)),  # a weight
+        ((1, 2, 5, 3), Blocks(5, 3, 3, 1)),
+        *([((3, 3, 224, 224), Blocks(4, 0, 57, 57)), ((1, 3, 40, 2000), Blocks(4, 1, 11, 501))] * (device != "cpu")),
+    ]
+    for (shape, blocks), (dtype, _) in itertools.product(cases, DTYPES):
+        images, g, found = maps(shape, dtype, device), None, []
+        for on in (lambda _: None, lambda _: functions):
+            x = images.clone(memory_format=torch.preserve_format).requires_grad_()
+            with unittest.mock.patch.object(kernels, "on_gpu", on):
+                y = to_blocks(x, blocks)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            g = torch.randn_like(y) if g is None else g
+            y.backward(g)
+            found.append((y.detach(), x.grad))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True)), (shape, blocks)
+
+
+def check_dropout(functions: GpuKernels, device: str) -> None:
+    """ReLU and dropout in one pass: to the bit the torch operations, and their gradient, whatever the mask's shape."""
+    cases = [  # rows, units, dropout, towers, first row, dtype; the last: half of the units of a tower, for a worker
+        (3, 32, {"dropout": 0.5}, TOWERS, 5, torch.bfloat16),
+        (1, 40, {"dropout": 0.3, "dropout_kind": "inverted"}, TOWERS, 0, torch.float32),
+        (5, 14, {"dropout": 0.99999}, TOWERS, 2, torch.float32),
+        (4, 10, {"dropout": 0.5, "dropout_kind": "inverted"}, ("b",), 1, torch.bfloat16),
+        (6, 7, {"dropout": 0.1}, ("a",), 2**20, torch.bfloat16),
+        (3, 12, {"dropout": 0.5}, (), 4, torch.bfloat16),
+        *([(129, 4096, {"dropout": 0.5}, TOWERS, 128, dtype) for dtype, _ in DTYPES] if device != "cpu" else ()),
+    ]
+    for rows, units, fields, towers, first, dtype in cases:
+        config = ModelConfig(**fields)
+        modules = (
+            [Dropout(config, "fc6", towers, "relu")] if towers else [HalfDropout(config, "fc6", w) for w in TOWERS]
+        )
+        starts = {key: DropoutDraws(3, 9).start(*key) for key in itertools.product(towers or ("a",), ("fc6",))}
+        numbers = torch.tensor([0, *starts.values()], device=device)[1:].unbind()
+        for module, kept in itertools.product(modules, (None, dict(zip(starts, numbers, strict=True)))):
+            draws = DropoutDraws(3, 9, first=first, starts=kept)
+            images, g, found = maps((rows, units, 1, 1), dtype, device)[..., 0, 0], None, []
+            for on in (lambda _: None, lambda _: functions):
+                x = images.clone().requires_grad_()
+                with unittest.mock.patch.object(kernels, "on_gpu", on):
+                    y = module(x * 1, draws)
+                g = torch.randn_like(y) if g is None else g
+                y.backward(g)
+                found.append((y.detach(), x.grad))
+            for plain, ours in zip(*found, strict=True):
+                step = 2**-7 if dtype == torch.bfloat16 else 2e-7  # divided, or multiplied by the reciprocal
+                torch.testing.assert_close(ours, plain, rtol=step if module.inverted else 0, atol=0)
+                assert torch.equal(ours != 0, plain != 0)
+            of_processor = module(images.cpu() * 1, DropoutDraws(3, 9, first=first))
+            assert torch.equal(found[1][0].cpu() != 0, of_processor != 0)
+
+
 def check_layers(functions: GpuKernels, device: str) -> None:
     """What follows the convolutions, and the optimizer: they take the kernels, and equal what they do without them."""
     images, low, bias = maps((1, 16, 5, 4), torch.float32, device), {}, torch.randn(16, device=device)
@@ -241,6 +302,14 @@ def check_layers(functions: GpuKernels, device: str) -> None:
 
 
 CHECKS = (
-    check_layers, check_norm, check_not_finite, check_pool, check_pooled_norm, check_relu, check_update,
+    check_blocks,
+    check_dropout,
+    check_layers,
+    check_norm,
+    check_not_finite,
+    check_pool,
+    check_pooled_norm,
+    check_relu,
+    check_update,
     check_update_all,
-)  # fmt: skip
+)

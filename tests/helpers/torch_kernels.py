@@ -1,19 +1,24 @@
 """The GPU's kernels as torch operations: for any device and dtype, float64 too."""
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.model.kernels.interface import BETA, Changes, Layout, Norm, Parts, Pool, TowerMaps
+from trainer.model.kernels.interface import BETA, Blocks, Changes, Layout, Norm, Parts, Pool, TowerMaps
 from trainer.model.response_norm import response_norm
 
 NOTHING = 255
 
 
 class TorchKernels:
-    """:class:`trainer.model.kernels.interface.GpuKernels`, but for the update: each by its formula."""
+    """:class:`trainer.model.kernels.interface.GpuKernels` between convolutions: each by its formula.
+
+    Attributes:
+        called: what was called for maps, in order.
+    """
 
     def __init__(self) -> None:
         self.called: list[str] = []
@@ -58,11 +63,27 @@ class TorchKernels:
         self.called.append("relu_backward")
         return _cut_changes(torch.cat(gradients, 1).where(torch.cat(outputs, 1) > 0, 0), layout)
 
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        return _dense(_in_blocks(x, blocks))
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        with torch.enable_grad():
+            x = gradient.new_zeros(shape).requires_grad_()
+            return _dense(torch.autograd.grad(_in_blocks(x, blocks), x, gradient)[0])
+
 
 def places_of(indices: Tensor, width: int, pool: Pool) -> Tensor:
     """Places in their windows, from torch's indices in the whole map."""
     row, column = (torch.arange(side, device=indices.device) * pool.stride for side in indices.shape[2:])
     return (indices // width - row[:, None]) * pool.px + indices % width - column
+
+
+def _in_blocks(x: Tensor, blocks: Blocks) -> Tensor:
+    side, before, rows, columns = dataclasses.astuple(blocks)
+    count, channels, height, width = x.shape
+    x = functional.pad(x, (before, columns * side - width - before, before, rows * side - height - before))
+    cut = x.reshape(count, channels, rows, side, columns, side).permute(0, 3, 5, 1, 2, 4)
+    return cut.reshape(count, side * side * channels, rows, columns)
 
 
 def _whole(maps: TowerMaps) -> Tensor:

@@ -104,19 +104,19 @@ def of_dropout() -> Iterator[Change]:
     yield "dropout: not halved in testing", "x if self.inverted else x * (1 - self.rate)", "x"
     yield "dropout: halved in training", "x / (1 - self.rate) if self.inverted else x", "x / (1 - self.rate)"
     yield "dropout: inverted, not divided", "x / (1 - self.rate) if self.inverted else x", "x"
+    yield "fc6, fc7: tanh is ReLU", '"tanh": torch.tanh', '"tanh": functional.relu_'
+    yield "fc6, fc7: ReLU is tanh", '"relu": functional.relu_', '"relu": torch.tanh'
 
 
 def of_alexnet() -> Iterator[Change]:
     """trainer/model/alexnet.py: the order of layers, the loss."""
     for number in (6, 7):
-        line = f"self.drop{number}(self.activation(self.fc{number}(x)), draws)"
-        no_drop = f"self.activation(self.fc{number}(x))"
+        line = f"self.drop{number}(self.fc{number}(x), draws)"
+        no_drop = f'(functional.relu_ if self.config.activation == "relu" else torch.tanh)(self.fc{number}(x))'
         yield f"fc{number}: no dropout", line, no_drop
         yield f"fc{number}: no dropout in training", line, f"{no_drop} if self.training else {line}"
-        yield f"fc{number}: no activation", line, f"self.drop{number}(self.fc{number}(x), draws)"
-    yield "fc6: dropout drawn as fc7's", 'Dropout(config, "fc6", held)', 'Dropout(config, "fc7", held)'
-    yield "fc6, fc7: tanh is ReLU", '"tanh": torch.tanh', '"tanh": functional.relu_'
-    yield "fc6, fc7: ReLU is tanh", '"relu": functional.relu_', '"relu": torch.tanh'
+        yield f"fc{number}: no activation", f'"fc{number}", held, config.activation)', f'"fc{number}", held)'
+    yield "fc6: dropout drawn as fc7's", 'Dropout(config, "fc6", held,', 'Dropout(config, "fc7", held,'
     yield "fc6 reads columns first", "x = x.flatten(1)", "x = x.transpose(2, 3).flatten(1)"
     yield "fc6 reads channels last", "x = x.flatten(1)", "x = x.permute(0, 2, 3, 1).flatten(1)"
     yield "fc6 reads tower b first", "x = x.flatten(1)", "x = x.roll(x.shape[1] // 2, 1).flatten(1)"
@@ -187,8 +187,9 @@ def of_kernels() -> Iterator[Change]:
 
 def of_gpu_layers() -> Iterator[Change]:
     """trainer/model/gpu_layers.py: the same sums otherwise."""
-    yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
-    yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
+    shifted = "Blocks(stride, window * stride - kernel, window, window)"
+    yield "blocks: zeros before the window", "Blocks(stride, 0, window, window)", shifted
+    yield "blocks: a block more", "// stride + window for side", "// stride + window + 1 for side"
     yield (
         "dense towers: each sees the other's",
         "in whole.chunk(groups, dim=1)",
@@ -215,6 +216,19 @@ def of_gpu_tile() -> Iterator[Change]:
     yield "towers, GPU: both are a's", "tl.where(tower == 0, first, second)", "first"
     yield "towers, GPU: a's biases for both", "tl.expand_dims(tower * MAPS + group", "tl.expand_dims(group"
     yield "bias, GPU: one warp's gradient", "tl.sum(total, 0), mask", "tl.max(total, 0), mask"
+
+
+def of_gpu_blocks() -> Iterator[Change]:
+    """trainer/model/kernels/triton_blocks.py."""
+    yield "blocks, GPU: zeros above forgotten", "* SIDE - BEFORE + value // PIECE", "* SIDE + value // PIECE"
+    yield "blocks, GPU: a line runs into the next", " & (place >= 0) & (place < LINE)", ""
+
+
+def of_gpu_dropout() -> Iterator[Change]:
+    """trainer/model/kernels/triton_dropout.py."""
+    yield "dropout, GPU: tower b drops as a", "start_b + tl.load(more_b)", "start_a + tl.load(more_a)"
+    yield "dropout, GPU: rows of the batch's beginning", "(row + first).to(tl.int64)", "row.to(tl.int64)"
+    yield "dropout, GPU: a gradient through zeros", "tl.where(value <= 0, 0.0, slope", "tl.where(value < 0, 0.0, slope"
 
 
 def of_gpu_update() -> Iterator[Change]:
@@ -320,6 +334,8 @@ GROUPS = (
     ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
     ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
     ("trainer/model/kernels/triton_tile.py", (INTERPRETED,), of_gpu_tile),
+    ("trainer/model/kernels/triton_blocks.py", (INTERPRETED,), of_gpu_blocks),
+    ("trainer/model/kernels/triton_dropout.py", (INTERPRETED,), of_gpu_dropout),
     ("trainer/model/kernels/triton_update.py", (INTERPRETED,), of_gpu_update),
     ("trainer/precision.py", (PRECISION,), of_precision),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),

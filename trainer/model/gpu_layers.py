@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.model.kernels.interface import TowerMaps
+from trainer.model import kernels
+from trainer.model.kernels.interface import Blocks, GpuKernels, TowerMaps
 
 MOST_IMAGE_CHANNELS = 4  # more fill the matrix units better as they are
 
@@ -74,23 +75,41 @@ def block_conv2d(x: Tensor, weight: Tensor, stride: int, zeros: tuple[int, ...])
         (N, outputs, H', W') as ``conv2d`` of x with its zeros gives it.
     """
     kernel = weight.shape[-1]
-    blocks = -(-kernel // stride)
-    sides = [(side + sum(zeros) - kernel) // stride + blocks for side in x.shape[2:]]  # in blocks
-    after = [count * stride - side - zeros[0] for count, side in zip(sides, x.shape[2:], strict=True)]
-    padded = functional.pad(x, (zeros[0], after[1], zeros[0], after[0]))  # negative: what no window sees
-    wider = functional.pad(weight, (0, blocks * stride - kernel) * 2)
-    return functional.conv2d(_to_blocks(padded, stride), _to_blocks(wider, stride))
+    window = -(-kernel // stride)  # in blocks
+    rows, columns = ((side + sum(zeros) - kernel) // stride + window for side in x.shape[2:])
+    cut = to_blocks(x, Blocks(stride, zeros[0], rows, columns))
+    return functional.conv2d(cut, to_blocks(weight, Blocks(stride, 0, window, window)))
 
 
-def _to_blocks(x: Tensor, side: int) -> Tensor:
-    """(N, C, H, W) -> (N, side * side * C, H / side, W / side), channels_last.
+def to_blocks(x: Tensor, blocks: Blocks) -> Tensor:
+    """(N, C, H, W) -> (N, side * side * C, rows, columns), channels_last, with zeros where there is no image.
 
     A block's channels are row by row, pixel by pixel: a block's row is one piece of channels_last memory.
     """
+    if functions := kernels.on_gpu(x):
+        return _ToBlocks.apply(x.contiguous(memory_format=torch.channels_last), blocks, functions)
+    side, before, rows, columns = dataclasses.astuple(blocks)
     count, channels, height, width = x.shape
-    cut = x.reshape(count, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
-    dense = cut.reshape(count, height // side, width // side, side * side * channels)
-    return dense.permute(0, 3, 1, 2)
+    after = rows * side - height - before, columns * side - width - before  # negative: what no window sees
+    padded = functional.pad(x, (before, after[1], before, after[0]))
+    cut = padded.reshape(count, channels, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+    return cut.reshape(count, rows, columns, side * side * channels).permute(0, 3, 1, 2)
+
+
+class _ToBlocks(torch.autograd.Function):
+    """The same in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Blocks, functions: GpuKernels) -> Tensor:
+        ctx.arguments = (x.shape, blocks, functions)
+        return functions.to_blocks(x, blocks)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shape, blocks, functions = ctx.arguments
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        return functions.from_blocks(gradient, shape, blocks), None, None
 
 
 @dataclasses.dataclass

@@ -54,6 +54,33 @@ def test_kernels_compile_for_gpus(capability: int, dtype: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_blocks_and_dropout_compile_for_gpus(
+    capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte is read once and written once, 16 bytes a store; one hash for four units, nothing between threads."""
+    from tests.helpers.gpu_compile import blocks_back_case, compile_kernel, paper_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    size, kernels = 2 if dtype == "bf16" else 4, {kernel.name: kernel for kernel in paper_kernels(dtype, batch=128)}
+    kernels["blocks backward conv1"] = blocks_back_case(dtype)
+    assert kernels["blocks conv1"].moved_bytes == 128 * size * (224 * 224 * 3 + 57 * 57 * 48)
+    assert kernels["dropout backward fc6"].moved_bytes == 3 * 128 * size * 4096
+    made = {name: compile_kernel(kernels[name], capability) for name in kernels if name.startswith(("blocks", "drop"))}
+    for name, found in made.items():
+        assert f".target sm_{capability}" in found.ptx and found.spilled_bytes in (0, None), name
+        assert found.shared_bytes == 0 and (found.registers is None or found.registers <= 40), name
+        assert found.ptx.count("shfl.sync") == 0, name
+    blocks, forward, backward = (made[name] for name in ("blocks conv1", "dropout forward fc6", "dropout backward fc6"))
+    assert blocks.wide_stores == blocks.ptx.count("st.global") == 4  # of a thread, all on their way at once
+    loads = "ld.global.v2.b32" if dtype == "bf16" else "ld.global.v4.b32"  # 4 values: gcd of 12 and 8, or 4
+    assert blocks.ptx.count(loads) == blocks.ptx.count("ld.global") == 4 * (8 // 4 if dtype == "bf16" else 1)
+    assert forward.wide_loads == forward.wide_stores == forward.ptx.count("st.global") == 1
+    assert backward.wide_loads == 2 and backward.wide_stores == backward.ptx.count("st.global") == 1
+    products = forward.ptx.count("mul.lo.s64") + forward.ptx.count("mad.lo.s64")
+    assert products <= (5 if dtype == "bf16" else 3)  # two words of four units in 16 bytes of bfloat16
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 def test_the_input_kernel_compiles_for_gpus(
     capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,44 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What an image is cut into.
+
+    Attributes:
+        side: of a block, px.
+        before: px of zeros above and left of the image.
+        rows: of blocks; there are zeros below the image, too, or lines of it that are left out.
+        columns: likewise.
+    """
+
+    side: int
+    before: int
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Which units of a fully connected layer are kept: see :class:`trainer.model.layers.DropoutDraws`.
+
+    Attributes:
+        starts: where the words of each tower's mask begin; numbers, or int64 scalars on the device.
+        first: first row, of the whole batch.
+        words: random words of a row of one tower's whole mask.
+        skipped: units of that row before the first that is here.
+        least: a unit is kept where its 16 bits, as a signed number, are at least this minus 32768.
+        factor: of what is kept.
+    """
+
+    starts: tuple[int | Tensor, ...]
+    first: int
+    words: int
+    skipped: int
+    least: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """A parameter and what its update needs; dense, float32, all of one layout.
 
@@ -159,6 +197,18 @@ class GpuKernels(Kernels, Protocol):
 
     def relu_backward(self, outputs: Parts, gradients: Parts, layout: Layout) -> Changes:
         """The gradients to maps of that layout; ``outputs`` are the forward's."""
+
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(N, C, H, W) -> (N, side * side * C, rows, columns), both channels_last; a block's channels row by row."""
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        """The gradient to x of shape ``shape``, channels_last as ``gradient`` is."""
+
+    def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
+        """``ReLU(x) * mask * drop.factor`` of x (N, units of all towers here), contiguous."""
+
+    def drop_backward(self, gradient: Tensor, y: Tensor, drop: Drop) -> Tensor:
+        """The gradient to x, from y as the forward gave it; ``gradient`` is contiguous."""
 
     def make_update(self, device: torch.device) -> UpdateAll:
         """One launch for all parameters on a device."""

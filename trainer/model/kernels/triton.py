@@ -1,7 +1,7 @@
 """The kernels of a GPU, in Triton; imported only where Triton is. Nothing here waits for the GPU.
 
-What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_relu.py`` and ``triton_update.py``; here is who
-launches them, and in what portions.
+What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_relu.py``, ``triton_blocks.py``,
+``triton_dropout.py`` and ``triton_update.py``; here is who launches them, and in what portions.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.kernels.interface import Changes, Factors, Layout, Norm, Parts, Pool, TowerMaps
+from trainer.model.kernels.interface import Blocks, Changes, Drop, Factors, Layout, Norm, Parts, Pool, TowerMaps
+from trainer.model.kernels.triton_blocks import from_blocks_kernel, to_blocks_kernel
+from trainer.model.kernels.triton_dropout import relu_dropout_backward_kernel, relu_dropout_kernel
 from trainer.model.kernels.triton_norm import norm_backward_kernel, norm_forward_kernel
 from trainer.model.kernels.triton_pool import pool_backward_kernel, pool_forward_kernel
 from trainer.model.kernels.triton_relu import relu_backward_kernel, relu_forward_kernel
@@ -24,7 +26,7 @@ from trainer.model.kernels.triton_update import UpdateAll
 BLOCK = 1024  # elements a program
 LANES, WARPS = 32, 4
 VECTOR_BYTES = 16  # the widest load of a thread
-MOST_TILES, PROGRAMS = 16, 2048  # of a program that adds up; programs that a launch has before they get more than one
+MOST_TILES, PROGRAMS = 16, 4096  # of a program that adds up; programs of a launch before any has more than one
 # multiply and add in one instruction, as kernels.cpp does; said, because Triton 3.9 asks
 FUSED = {"enable_fp_fusion": True}
 
@@ -140,6 +142,44 @@ class TritonKernels:
             )  # fmt: skip
         return changes, tile.add_up(sums) if layout.has_bias else None
 
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        shape = (len(x), blocks.side**2 * x.shape[1], blocks.rows, blocks.columns)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        vec, block, grid = blocks_tile(y)
+        with torch.cuda.device_of(x):
+            to_blocks_kernel[grid](x, y, *x.shape[2:], x.shape[1], *dataclasses.astuple(blocks), vec, block)
+        return y
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        images, channels, *sides = shape
+        like, line = gradient, sides[1] * channels
+        dx = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        grid = (images * sides[0], triton.cdiv(line, WARPS * LANES))
+        with torch.cuda.device_of(dx):
+            from_blocks_kernel[grid](gradient, dx, *sides, channels, *dataclasses.astuple(blocks), WARPS * LANES)
+        return dx
+
+    def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        y, none = torch.empty_like(x), _nothing(x.device)
+        constants, grid = drop_tile(x, drop)
+        starts = [(none, start) if isinstance(start, int) else (start, 0) for start in drop.starts]
+        (more_a, start_a), (more_b, start_b) = starts[0], starts[-1]
+        numbers = start_a, start_b, len(x), drop.first, drop.least, drop.factor
+        with torch.cuda.device_of(x):
+            relu_dropout_kernel[grid](x, y, more_a, more_b, *numbers, *constants, **FUSED)
+        return y
+
+    def drop_backward(self, gradient: Tensor, y: Tensor, drop: Drop) -> Tensor:
+        """See :class:`.interface.GpuKernels`."""
+        dx = torch.empty_like(y)
+        (*_, vec, block), grid = drop_tile(y, drop)
+        with torch.cuda.device_of(y):
+            relu_dropout_backward_kernel[grid](y, gradient, dx, y.numel(), drop.factor, vec, block, **FUSED)
+        return dx
+
     def update(self, w: Tensor, v: Tensor, g: Tensor, factors: Factors, guard: Tensor | None) -> None:
         """See :class:`.interface.Kernels`."""
         flag = w if guard is None else guard  # a pointer must be given
@@ -214,6 +254,29 @@ def empty_parts(shape: Sequence[int], parts: int, like: Tensor) -> Parts:
     images, channels, *sides = shape
     make = functools.partial(torch.empty, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return tuple(make((images, channels // parts, *sides)) for _ in range(parts))
+
+
+def blocks_tile(written: Tensor) -> tuple[int, int, tuple[int, int]]:
+    """Values a thread, groups of them a program, and the programs for all rows of blocks."""
+    images, channels, rows, columns = written.shape
+    vec = math.gcd(channels, VECTOR_BYTES // written.element_size())
+    groups = columns * channels // vec
+    block = min(triton.next_power_of_2(groups), 4 * WARPS * LANES)
+    return vec, block, (images * rows, triton.cdiv(groups, block))
+
+
+def drop_tile(x: Tensor, drop: Drop) -> tuple[tuple[int, ...], tuple[int]]:
+    """Units of a tower here, towers, words of a row, units skipped, units a thread, groups a program; and programs."""
+    towers, block = len(drop.starts), WARPS * LANES
+    units = x.shape[1] // towers
+    vec = math.gcd(units, drop.skipped, VECTOR_BYTES // x.element_size())
+    return (units, towers, drop.words, drop.skipped, vec, block), (triton.cdiv(x.numel() // vec, block),)
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    """An int64 0 on a device, which no launch changes."""
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def two(parts: Parts) -> tuple[Tensor, Tensor]:
