@@ -9,6 +9,7 @@ RUN_145 = "tests/trainer/model/test_run_145.py"
 NORM = "tests/trainer/model/test_response_norm.py"
 KERNELS = "tests/trainer/model/test_kernels.py"
 GPU_LAYERS = "tests/trainer/model/test_gpu_layers.py"
+GPU_PASSES = "tests/trainer/model/test_gpu_passes.py"
 INTERPRETED = "tests/trainer/model/test_kernels_triton.py::test_interpreted_kernels_equal_the_formulas"
 PRECISION = "tests/trainer/test_precision.py"
 RECIPES = "tests/trainer/test_recipes.py"
@@ -199,6 +200,16 @@ def of_gpu_layers() -> Iterator[Change]:
     yield "copy in bfloat16: never made anew", "elif found.version != parameter._version:", "elif False:"
 
 
+def of_gpu_passes() -> Iterator[Change]:
+    """trainer/model/layers.py: how often a GPU passes over maps."""
+    yield "towers apart: together between two layers", "parts=num_towers if is_grouped else 1", "parts=1"
+
+
+def of_pooling() -> Iterator[Change]:
+    """trainer/model/pooling.py: what is one pass on a GPU."""
+    yield "pooling: no ReLU behind it", "is_relu or is_after)", "is_relu)"
+
+
 def of_gpu_norm() -> Iterator[Change]:
     """trainer/model/kernels/triton_norm.py, by Triton's interpreter."""
     yield "norm, GPU: the gradient's factor", "1.5 * alpha * values", "2 * alpha * values"
@@ -331,6 +342,8 @@ GROUPS = (
     ("trainer/model/response_norm.py", (NARROW, BY_HAND, NORM, KERNELS), of_response_norm),
     ("trainer/model/kernels/kernels.cpp", (NORM, OPTIMIZER, KERNELS), of_kernels),
     ("trainer/model/gpu_layers.py", (GPU_LAYERS,), of_gpu_layers),
+    ("trainer/model/layers.py", (GPU_PASSES,), of_gpu_passes),
+    ("trainer/model/pooling.py", (GPU_LAYERS,), of_pooling),
     ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
     ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
     ("trainer/model/kernels/triton_tile.py", (INTERPRETED,), of_gpu_tile),
