@@ -3,6 +3,7 @@
 Tiny-ImageNet's ``val_annotations.txt`` and Kaggle's ``LOC_val_solution.csv`` are such files as they come.
 """
 
+import bisect
 import csv
 import dataclasses
 import io
@@ -26,6 +27,7 @@ KAGGLE_HEADER = "PredictionString"  # its cells hold the class, then boxes
 EXPECTED = "expected a CSV or lines NAME LABEL"
 SHOWN = 60
 MOST_BYTES = 2**30  # of a label file: a million lines have a tenth of it
+LAST = "\U0010ffff"  # sorts behind every name
 
 
 class Row(NamedTuple):
@@ -102,26 +104,39 @@ def read_labels(file: AnyPath, pictures: Iterable[str]) -> Labels:
 
 
 class _Names:
-    """The pictures by the ways in which a line may name them."""
+    """The pictures by the ways in which a line may name them.
+
+    They are sorted by their paths read from the end, without extension: those that end alike stand side by side, and a
+    million of them may have one name in as many folders.
+    """
 
     def __init__(self, pictures: Iterable[str]) -> None:
-        self._by_stem: dict[str, list[str]] = {}
-        for path in pictures:
-            self._by_stem.setdefault(_stem(nfc(path).rpartition("/")[2]), []).append(path)
+        self._paths = list(pictures)
+        self._turned = sorted((_turned(_stem(nfc(path))), number) for number, path in enumerate(self._paths))
+        self._found: dict[str, list[str]] = {}
 
     def find(self, name: str) -> list[str]:
         """The pictures that a name may mean: by its path, by the end of it, by that without extension."""
-        name = nfc(name).removeprefix("./")
-        base = name.rpartition("/")[2]
-        near = [path for stem in dict.fromkeys((_stem(base), base)) for path in self._by_stem.get(stem, ())]
-        if not near:
-            return []
+        if name not in self._found:
+            self._found[name] = self._look(nfc(name).removeprefix("./"))
+        return self._found[name]
+
+    def _look(self, name: str) -> list[str]:
+        near = [self._paths[k] for k in sorted({k for end in (_stem(name), name) for k in self._near(_turned(end))})]
         ways = (
             lambda path: path == name,
             lambda path: f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}"),
             lambda path: f"/{_stem(path)}".endswith(f"/{name}"),
         )
         return next((found for way in ways if (found := [path for path in near if way(nfc(path))])), [])
+
+    def _near(self, turned: str) -> Iterator[int]:
+        """Numbers of the pictures whose path ends so, and of those whose whole path is an end of it."""
+        cuts = [place for place, sign in enumerate(turned, 1) if sign == "/"]
+        for least, most in [*((turned[:cut], turned[:cut]) for cut in cuts[:-1]), (turned, turned + LAST)]:
+            first = bisect.bisect_left(self._turned, (least,))
+            last = bisect.bisect_right(self._turned, (most, len(self._turned)))
+            yield from (number for _, number in self._turned[first:last])
 
 
 def _rows(file: AnyPath, text: str, names: _Names) -> Iterator[Row]:
@@ -193,6 +208,11 @@ def _is_header(rows: list[Row], name_column: int, label_column: int, names: _Nam
 def _stem(name: str) -> str:
     folder, slash, base = name.rpartition("/")
     return folder + slash + (base.rpartition(".")[0] or base)
+
+
+def _turned(path: str) -> str:
+    """Its parts from the last to the first, each with a slash behind it."""
+    return "".join(f"{part}/" for part in reversed(path.split("/")))
 
 
 def _shown(text: str) -> str:

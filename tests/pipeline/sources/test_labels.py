@@ -1,12 +1,13 @@
 """Label files for flat splits: every usual form gives the same labels; what is wrong is one line that names it."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import PrepareOptions
 from pipeline.errors import ConfigError, PipelineError, SourceError
-from pipeline.sources import open_source, reasons
+from pipeline.sources import labels, open_source, reasons
 from pipeline.sources.labels import read_labels
 from tests.pipeline.sources.test_layout import classes_of, counted, listing_of, make
 
@@ -78,6 +79,34 @@ def flat_val(root: Path, labels: str) -> Path:
     make(root, "train/cat/1.jpg", "train/dog/2.jpg", "val/images/a.jpg", "val/images/b.jpg")
     (root / "val/val_annotations.txt").write_text(labels)
     return root / "val/val_annotations.txt"
+
+
+def test_a_name_in_many_folders_costs_a_line_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture a folder, all of one name: as scans of patients come. A line looks at its own picture only."""
+    looked, plain = [], labels.nfc
+    monkeypatch.setattr(labels, "nfc", lambda text: looked.append(text) or plain(text))
+    pictures = [f"{number:03}/camera/front.jpg" for number in range(400)]
+    (tmp_path / "labels").write_text("".join(f"{path.removesuffix('.jpg')},c{path[:2]}\n" for path in pictures))
+    assert read_labels(tmp_path / "labels", pictures).label_of == {path: f"c{path[:2]}" for path in pictures}
+    assert len(looked) <= 12 * len(pictures)
+
+
+def test_a_name_means_what_the_rule_says() -> None:
+    """Against the rule as it stands, for every name that ends, or is longer than, a path."""
+    parts = ("a", "b", "a.jpg", "b.jpg", "a.b.jpg", "a.b")
+    paths = ["/".join(path) for count in (1, 2, 3) for path in itertools.product(parts, repeat=count)][::3]
+    names, stem = labels._Names(paths), labels._stem
+    for name in [
+        "",
+        "/",
+        *("/".join(path) for count in (1, 2, 3, 4) for path in itertools.product(parts, repeat=count)),
+    ]:
+        ways = (
+            [path for path in paths if path == name],
+            [path for path in paths if f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}")],
+            [path for path in paths if f"/{stem(path)}".endswith(f"/{name}")],
+        )
+        assert names.find(name) == next((found for found in ways if found), []), name
 
 
 def test_tiny_imagenet_s_annotations_label_its_flat_val(tmp_path: Path) -> None:
