@@ -80,6 +80,23 @@ def test_blocks_and_dropout_compile_for_gpus(
     assert products <= (5 if dtype == "bf16" else 3)  # two words of four units in 16 bytes of bfloat16
 
 
+def test_dropout_is_one_kernel_for_all_steps() -> None:
+    """Whatever the start, the rows, and where a captured step finds its start: nothing is compiled while capturing."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    from trainer.model.kernels.triton_dropout import relu_dropout_kernel as kernel
+
+    bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+    x, numbers, keys = torch.empty(64, dtype=torch.bfloat16), torch.arange(8), set()
+    for place, start, count, first in ((0, 5, 128, 0), (3, 0, 1, 1), (1, 2**62 + 1, 77, 48), (2, 1, 16, 2**20)):
+        arguments = x, x, numbers[place], numbers[place], start, start, count, first, 1, 1.0
+        keys.add(str(bind(*arguments, 2048, 2, 512, 0, 8, 128)[1]))
+    assert len(keys) == 1, keys
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 def test_the_input_kernel_compiles_for_gpus(
     capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,6 @@ What they do stands in ``triton_norm.py``, ``triton_pool.py``, ``triton_relu.py`
 
 # mypy: disable-error-code="no-untyped-def"
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -46,6 +45,9 @@ def update_kernel(w, v, g, guard, count, momentum, decay, rate, GUARDED: tl.cons
 
 class TritonKernels:
     """:class:`.interface.GpuKernels` of CUDA tensors."""
+
+    def __init__(self) -> None:
+        self._zeros: dict[torch.device, Tensor] = {}  # an int64 0 on each device, which no launch changes
 
     def norm_forward(self, x: Tensor, norm: Norm) -> Tensor:
         """See :class:`.interface.Kernels`."""
@@ -163,7 +165,9 @@ class TritonKernels:
 
     def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
         """See :class:`.interface.GpuKernels`."""
-        y, none = torch.empty_like(x), _nothing(x.device)
+        if x.device not in self._zeros:  # before a step is captured: it was launched by itself first
+            self._zeros[x.device] = torch.zeros((), dtype=torch.int64, device=x.device)
+        y, none = torch.empty_like(x), self._zeros[x.device]
         constants, grid = drop_tile(x, drop)
         starts = [(none, start) if isinstance(start, int) else (start, 0) for start in drop.starts]
         (more_a, start_a), (more_b, start_b) = starts[0], starts[-1]
@@ -252,8 +256,8 @@ class Tile:
 def empty_parts(shape: Sequence[int], parts: int, like: Tensor) -> Parts:
     """Memory for maps (N, C, H, W), channels_last, of the dtype of ``like``."""
     images, channels, *sides = shape
-    make = functools.partial(torch.empty, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return tuple(make((images, channels // parts, *sides)) for _ in range(parts))
+    size, dense = (images, channels // parts, *sides), torch.channels_last
+    return tuple(torch.empty(size, dtype=like.dtype, device=like.device, memory_format=dense) for _ in range(parts))
 
 
 def blocks_tile(written: Tensor) -> tuple[int, int, tuple[int, int]]:
@@ -271,12 +275,6 @@ def drop_tile(x: Tensor, drop: Drop) -> tuple[tuple[int, ...], tuple[int]]:
     units = x.shape[1] // towers
     vec = math.gcd(units, drop.skipped, VECTOR_BYTES // x.element_size())
     return (units, towers, drop.words, drop.skipped, vec, block), (triton.cdiv(x.numel() // vec, block),)
-
-
-@functools.cache
-def _nothing(device: torch.device) -> Tensor:
-    """An int64 0 on a device, which no launch changes."""
-    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def two(parts: Parts) -> tuple[Tensor, Tensor]:
