@@ -18,8 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.loader.open_split import open_split, read_statistics
 from trainer.config import Config
 from trainer.parallel.crossing import make_net
+from trainer.precision import image_dtype
 from trainer.training.optimizer import PaperSGD
-from trainer.training.step import ForwardBackward
+from trainer.training.step import ForwardBackward, StepInputs, StepWork
+from trainer.training.step_graph import CudaGraphs, StepRunner
 
 Step = Callable[[int], Any]
 RATE = 1e-6  # learning rate: the weights stay finite on noise
@@ -45,19 +47,26 @@ def make_batch(config: Config, batch: int, device: str, px: int) -> tuple[torch.
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def our_step(config: Config, batch: int, precision: str, device: str) -> Step:
-    """One update by the trainer's own step and optimizer, without the loop around them."""
+def our_step(config: Config, batch: int, precision: str, device: str, *, graph: bool = True) -> Step:
+    """One update by the trainer's own step and optimizer, without the loop around them.
+
+    Args:
+        config: the recipe.
+        batch: images.
+        precision: ``fp32`` or ``bf16``.
+        device: ``cpu`` or ``cuda:N``.
+        graph: on a GPU, as one CUDA graph after the first steps, as in training; else kernel by kernel.
+    """
     train = dataclasses.replace(config.train, batch_size=batch, precision=precision)  # type: ignore[arg-type]
     net = make_net(config, None, device=device)
     optimizer = PaperSGD(net.named_parameters(), config.optimizer)
-    gradients = ForwardBackward(net, train, mesh=None, device=device)
+    gradients, on_gpu = ForwardBackward(net, train, mesh=None, device=device), device != "cpu"
+    work = StepWork(net, gradients, optimizer, mesh=None, guarded=on_gpu)
+    graphs = CudaGraphs(device) if on_gpu and graph else None
+    runner = StepRunner(work, rows=batch, seed=train.seed, backend=graphs, say=print)
     images, labels = make_batch(config, batch, device, config.model.image_px)
-
-    def step(number: int) -> None:
-        gradients(images, labels, number)
-        optimizer.step()
-
-    return step
+    images = images.to(image_dtype(precision, device))
+    return lambda number: runner(StepInputs(images, labels, lambda: (0, 0, 0), number))
 
 
 def plain_step(config: Config, batch: int, precision: str, device: str, compiled: str = "") -> Step:

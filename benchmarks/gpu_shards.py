@@ -41,10 +41,7 @@ class PhotoSource:
 
 
 def make_shards(work: Path, count: int, side_px: int) -> dict[str, Path]:
-    """Folders by encoding, ``jpeg`` and ``raw``, of the same ``count`` images; on all cores.
-
-    To be called before CUDA is used: it forks.
-    """
+    """Folders by encoding, ``jpeg`` and ``raw``, of the same ``count`` images; on all cores."""
     return {encoding: _make(work / encoding, encoding, count, side_px) for encoding in ("jpeg", "raw")}
 
 
@@ -72,8 +69,8 @@ def _make(folder: Path, encoding: str, count: int, side_px: int) -> Path:
         for split, images in counts.items()
         for plan in plan_split(split, images, seed=0, shard_size=SHARD_SIZE)
     ]
-    _photos()  # the processes inherit them
-    with ProcessPoolExecutor(min(harness.CORES, len(tasks)), multiprocessing.get_context("fork"), _one_thread) as pool:
+    fresh = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA, which cannot work there
+    with ProcessPoolExecutor(min(harness.CORES, len(tasks)), fresh, _one_thread) as pool:
         results = list(pool.map(functools.partial(build_shard, job), tasks))
     whole = [read_result(folder / ".work", task.stem, with_positions=True) for task in tasks if task.split == "train"]
     merged = functools.reduce(lambda a, b: a.merge(b), [result.totals for result in whole if result])

@@ -44,14 +44,15 @@ def _ceilings(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _steps(parts: Mapping[str, Any]) -> Iterator[str]:
-    for number, (batch, found) in enumerate(_of(parts, "step")):
+    for number, (batch, found) in enumerate(sorted(_of(parts, "step"), key=lambda case: int(case[0]))):
         if not number:
-            yield "| step, batch | ours bf16 | plain bf16 | times | ours fp32 | plain fp32 | times |"
-            yield "|---|---:|---:|---:|---:|---:|---:|"
+            yield "| step, batch |" + "".join(
+                f" ours {p} | each kernel | plain {p} | times |" for p in ("bf16", "fp32")
+            )
+            yield "|---|" + 8 * "---:|"
         rates, times = found["images_per_s"], found["ours / plain"]
-        cells = [
-            f"{_rate(rates[f'ours {p}'])} | {_rate(rates[f'plain {p}'])} | {times[p]:.2f}" for p in ("bf16", "fp32")
-        ]
+        names = {p: (f"ours {p}", f"ours {p}, kernel by kernel", f"plain {p}") for p in ("bf16", "fp32")}
+        cells = [f"{' | '.join(_rate(rates[name]) for name in names[p])} | {times[p]:.2f}" for p in names]
         yield f"| {batch} | {' | '.join(cells)} |"
 
 

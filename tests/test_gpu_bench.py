@@ -25,28 +25,30 @@ def test_what_begins_too_late_or_lacks_a_package_is_left_out_by_name(bench: Any,
     import gpu_budget
 
     now = [0.0]
-    budget = gpu_budget.Budget(10.0, bench.PARTS[:-1], clock=lambda: now[0])
+    parts = [part for part in bench.PARTS if part != "compile"]
+    budget = gpu_budget.Budget(10.0 + gpu_budget.TAKES_S["two"], parts, clock=lambda: now[0])
 
     def measure() -> int:
-        now[0] += 6.0
+        now[0] += 12.0
         return 1
 
     def fail() -> int:
         raise ValueError("too small\nby far")
 
     budget.run("loader: jpeg", measure)  # there are no shards
-    budget.run("step: 128", measure)
     budget.run("two: nccl", fail)
+    budget.run("step: 128", measure)
     budget.run("compile: 128", measure)  # not asked for
+    budget.run("two: gloo", fail)  # would end too late
     budget.run("step: 256", measure)
-    budget.run("step: 512", measure)
-    assert budget.results == {"step: 128": 1, "step: 256": 1} and budget.seconds["step: 256"] == 6.0
+    budget.run("ceilings", measure)
+    assert budget.results == {"step: 128": 1, "step: 256": 1, "ceilings": 1} and budget.seconds["step: 256"] == 12.0
     assert budget.left_out == {
         "loader: jpeg": "there are no shards",
         "two: nccl": "failed: ValueError: too small",
-        "step: 512": "no time left after 10 s",
+        "two: gloo": "it takes about 30 s, and 12 of 40 s are over",
     }
-    assert budget.failed and "left out: step: 512: no time left" in capsys.readouterr().out
+    assert budget.failed and "left out: two: gloo: it takes about" in capsys.readouterr().out
     assert not gpu_budget.has("no_such_package") and not gpu_budget.has("no.such") and gpu_budget.has("torch")
 
 

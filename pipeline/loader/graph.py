@@ -9,6 +9,7 @@ describes a loader works where DALI is not installed.
 """
 
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -263,12 +264,16 @@ def _measure_share(decoding: Decoding, samples: SampleReader, share: float) -> f
         return (fed[-1].images,)
 
     pipeline = build_pipeline(trial, lambda: decoded_graph(trial, feed))
-    for _ in range(_WARM_UP):
-        pipeline.run()
-    begin_s = time.perf_counter()
-    for _ in range(_BATCHES):
-        pipeline.run()
-    return _BATCHES * trial.batch_size / (time.perf_counter() - begin_s)
+    try:
+        for _ in range(_WARM_UP):
+            pipeline.run()
+        begin_s = time.perf_counter()
+        for _ in range(_BATCHES):
+            pipeline.run()
+        return _BATCHES * trial.batch_size / (time.perf_counter() - begin_s)
+    finally:
+        del pipeline
+        gc.collect()  # see RunningPipeline.close: its memory on the GPU, and its part of the decoder, are free again
 
 
 def with_decoder_share(decoding: Decoding) -> Decoding:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from tests.helpers import tower_work as work
 from trainer import stopping
@@ -129,7 +130,7 @@ def overlap_of_a_step(mesh: Mesh, device: str) -> list[str]:
         step()
         if device != "cpu":
             torch.cuda.synchronize()
-    events = [] if device == "cpu" else list(profile.events())
+    events = [] if device == "cpu" else [e for e in profile.events() if e.device_type != DeviceType.CPU]
     return overlapping([(event.name, event.time_range.start, event.time_range.end) for event in events])
 
 
@@ -206,9 +207,12 @@ def main(mode: str, device: str, folder: Path) -> int:
         finally:
             lost = mesh.failures.known  # as the trainer has it: all else is a consequence
             mesh.close(failed=failed)
-    except TrainerError as error:
-        print_error(lost or error)
-        return (lost or error).status
+    except Exception as error:
+        known = lost or (error if isinstance(error, TrainerError) else None)
+        if known is None:
+            raise
+        print_error(known)
+        return known.status
     return 0
 
 

@@ -88,6 +88,9 @@ def of_step_graph() -> Iterator[Change]:
     yield "graph: gradients of another step", "parameter.grad = gradient", "pass"
     yield "graph: partial batches too", "len(inputs.labels) != self._rows", "False"
     yield "graph: frozen layers go on", "if moving != self._moving:", "if False:"
+    yield "graph: a capture that failed keeps the stream", "torch.cuda.set_stream(current)", "pass"
+    yield "graph: other kernels warm up", "inputs = self._in_numbers(inputs)[1]", "pass"
+    yield "graph: a capture may be collected in", "gc.disable()", "pass"
 
 
 def of_loop() -> Iterator[Change]:

@@ -20,6 +20,7 @@ from trainer.bench.timing import Clock, Interval, Spans, TimedTrainer
 from trainer.config import Config
 from trainer.parallel.crossing import Link
 from trainer.parallel.mesh import Mesh
+from trainer.training.step_graph import WARM_UP
 
 LEAST, MOST = 5, 200  # repeats of a ceiling
 COPY_BYTES = 1 << 27
@@ -30,6 +31,7 @@ WIRE_BYTES = 1 << 23
 PINGS = 100
 CHECKPOINTS = 3
 MOST_REFILL_S = 1.0
+UNTIL_REPLAYED = WARM_UP + 3  # steps: the first of a run may ask for the rates, the last is the first replay
 BY_THREADS = "synthetic, threads: "  # what synthetic training with fewer threads is called, before their number
 BY_PRECISION = "synthetic, precision: "  # and in another precision, before its name
 BY_PHASE = "synthetic, kernel by kernel"  # and without the CUDA graphs in which phases cannot be told apart
@@ -43,6 +45,7 @@ class BenchSettings:
     seconds: float = 5.0  # length of each measurement, all its rounds together
     batch_sizes: tuple[int, ...] = ()  # to be swept besides the recipe's
     stages: bool = True  # measure ceilings and single stages too, not only the synthetic step
+    phases: bool = True  # of steps that are CUDA graphs, measure the phases beside, kernel by kernel
     rounds: int = 5  # intervals of each measurement
 
 
@@ -110,7 +113,7 @@ def measure(
     finally:
         trainer.end()
         torch.set_num_threads(usual)
-    only_steps = dataclasses.replace(settings, stages=False, batch_sizes=())
+    only_steps = dataclasses.replace(settings, stages=False, phases=False, batch_sizes=())
     for size in settings.batch_sizes:
         say(f"batch size {size}")
         resized = _with_batch_size(config, size)
@@ -152,6 +155,7 @@ def _make_cases(
     """All that takes turns."""
     data, device, train, ahead = settings.data, trainer.device, config.train, config.data.prefetch + 2
     on_cpu, threads = device == "cpu", torch.get_num_threads()
+    settle = UNTIL_REPLAYED if _agree_on(trainer, int(trainer.runner.has_graphs)) else 1
     if data is not None:
         if settings.stages:
             loaders = {"read": config.data, "decode": config.data}
@@ -164,11 +168,11 @@ def _make_cases(
                 )
                 yield Case(name, _taking(stage.__next__), ahead)
         yield Case("loader", _taking(trainer.sources["data"].next), ahead)
-    yield Case("synthetic", lambda count: trainer.run_steps("synthetic", count), 1)
-    if _agree_on(trainer, int(trainer.runner.has_graphs)):
+    yield Case("synthetic", lambda count: trainer.run_steps("synthetic", count), settle)
+    if settings.phases and settle > 1:
         yield Case(BY_PHASE, lambda count: trainer.run_phases("synthetic", count), 1)
     if train.precision == "fp32" and _agree_on(trainer, int(faster_in_bf16)):
-        yield Case(f"{BY_PRECISION}bf16", lambda count: _run_in_precision(trainer, count, "bf16"), 1)
+        yield Case(f"{BY_PRECISION}bf16", lambda count: _run_in_precision(trainer, count, "bf16"), settle)
     if data is not None:
         if settings.stages and on_cpu and threads > 1:
             yield Case(f"{BY_THREADS}{threads // 2}", lambda count: _run_with_threads(trainer, count, threads // 2), 1)

@@ -62,7 +62,7 @@ def run_bench(
     points = {}
     for count in scaling:
         say(f"{count} process{'es' if count > 1 else ''}, synthetic")
-        only = dataclasses.replace(settings, data=None, stages=False, batch_sizes=())
+        only = dataclasses.replace(settings, data=None, stages=False, phases=False, batch_sizes=())
         batch = config.train.batch_size * max(1, count // 2)  # every pair takes the recipe's batch
         grown = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
         found = measure_parts(grown, only, processes=count, device=device, backend=backend, say=lambda _: None)

@@ -83,6 +83,8 @@ class Trainer:
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # kernels are tried on the current one, which else is the first
         self.net = make_net(config, self.link, device=device)
         freeze_statistics(self.net, frozen_layers(config))
         self.optimizer = PaperSGD(self.net.named_parameters(), config.optimizer)

@@ -21,6 +21,7 @@ from twotower.words import one_line
 
 PLAIN_LINE_EVERY_S = 5.0
 WRITE_EVERY_S = 1.0  # of the steps' rows; a run that is killed repeats these steps anyway
+MOST_WAITING = 32  # rows: 2 ms of work, which a GPU's step hides; a second of its steps at once would make it wait
 
 
 def describe_environment(argv: list[str]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class MetricsLog:
         """
         now = time.time()
         self._rows.append((now, row))
-        if now - self._rows[0][0] >= WRITE_EVERY_S:
+        if now - self._rows[0][0] >= WRITE_EVERY_S or len(self._rows) == MOST_WAITING:
             self._write_out()
 
     def _write_out(self) -> None:

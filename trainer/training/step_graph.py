@@ -12,8 +12,9 @@ capturing computes nothing. So no step is made twice, and nothing has to be put 
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ class CudaGraphs:
         device: ``cuda:N``.
     """
 
+    _failed: ClassVar[list[Any]] = []  # graphs: torch's allocator of pinned memory looks at these for ever
+
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
-        self._graph: torch.cuda.CUDAGraph | None = None  # the last: torch's allocator looks at one whose capture failed
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -69,14 +71,49 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :class:`GraphBackend`."""
-        graph = self._graph = torch.cuda.CUDAGraph()
-        # thread_local: DALI's threads take and free memory meanwhile, which would end a capture of mode "global"
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            found = work()
+        graph = torch.cuda.CUDAGraph()
+        pool, current = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self._device)
+        first: BaseException | None = None
+        try:
+            # thread_local: DALI's threads take and free memory meanwhile, which would end a capture of mode "global"
+            with (
+                _collected(),
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    found = work()
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as last:
+            self._give_up(graph, pool, current)
+            raise first or last from None  # that of the end only says that there was one before
         return graph.replay, found
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, pool: Any, current: torch.cuda.Stream) -> None:
+        """Undoes what torch leaves of a capture whose end failed, too: its stream as the current one, and an allocator
+        that believes it to go on, and gives no memory back.
+        """
+        if torch.cuda.current_stream(self._device) != current:
+            torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):  # it has ended, and the graph's memory goes with it
+            torch._C._cuda_endAllocateToPool(self._device.index, pool)
+            self._failed.append(graph)
+            torch._C._cuda_releasePool(self._device.index, pool)
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """Inside, Python collects nothing: what lets go of a GPU's memory by itself (a DALI pipeline) ends a capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclasses.dataclass
@@ -146,7 +183,10 @@ class StepRunner:
         captured = self._graph_for(inputs) if self.has_graphs else None
         if captured is not None:
             return self._replay(captured, inputs)
-        beside = self._backend.beside() if self._backend and self.has_graphs else contextlib.nullcontext()
+        beside: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._backend and self.has_graphs:  # the very kernels of the capture: loading one may end it
+            beside = self._backend.beside()
+            inputs = self._in_numbers(inputs)[1]
         with beside:
             told = self.measure(inputs)
             self._work.update()
@@ -185,14 +225,13 @@ class StepRunner:
         """The step in a graph; None, and never again, where that fails: nothing has been computed then."""
         assert self._backend
         work, has_update = self._work, False
-        numbers = on_host(self._numbers(inputs), work.device).to(work.device)
-        static = StepInputs(
+        numbers, found = self._in_numbers(inputs)
+        static = dataclasses.replace(
+            found,
             images=map_tensors(inputs.images, _place_for),
             labels=_place_for(inputs.labels),
-            host_words=tuple,
+            host_words=tuple,  # which keeps no batch
             step=-1,  # neither is looked at
-            words=numbers[:HOST_WORDS],
-            starts=dict(zip(self._masks(), numbers[HOST_WORDS:].unbind(), strict=True)),
         )
 
         def launch() -> Tensor:
@@ -244,6 +283,12 @@ class StepRunner:
     def _masks(self) -> list[tuple[str, str]]:
         """Every mask of a step, as tower and layer."""
         return [(tower, layer) for layer in DROPPED for tower in self._work.towers]
+
+    def _in_numbers(self, inputs: StepInputs) -> tuple[Tensor, StepInputs]:
+        """A step's whole numbers on the device, and what it is given with views of them."""
+        numbers = on_host(self._numbers(inputs), self._work.device).to(self._work.device, non_blocking=True)
+        starts = dict(zip(self._masks(), numbers[HOST_WORDS:].unbind(), strict=True))
+        return numbers, dataclasses.replace(inputs, words=numbers[:HOST_WORDS], starts=starts)
 
     def _numbers(self, inputs: StepInputs) -> list[int]:
         """What of a step is a whole number."""

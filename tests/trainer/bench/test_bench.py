@@ -96,6 +96,9 @@ def test_phases_of_steps_that_are_graphs(raw, tmp_path, monkeypatch):
     assert "one CUDA graph" in stages["forward"].note
     assert {span.name for span in record.timeline} == graphs
     assert judge(record).side == "net"
+    rates_only = dataclasses.replace(settings, phases=False)
+    part = measure(recipe(), rates_only, mesh=None, device="cpu", scratch=tmp_path, attach=with_graphs)
+    assert set(part.intervals) == {"synthetic"}
 
 
 @pytest.mark.slow

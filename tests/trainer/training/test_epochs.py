@@ -2,11 +2,14 @@
 
 import csv
 import json
+import time
 from pathlib import Path
+
+import pytest
 
 from tests.helpers.synthetic_run import digits_config, make_run
 from trainer.training.epochs import NAME
-from trainer.training.metrics import MetricsLog
+from trainer.training.metrics import MOST_WAITING, MetricsLog
 from trainer.training.rows import iterate_rows
 
 
@@ -41,3 +44,15 @@ def test_a_resumed_run_writes_the_same_table(tmp_path: Path) -> None:
         log.write(row)
     log.close("finished")
     assert (run / NAME).read_bytes() == expected
+
+
+def test_rows_become_visible_in_small_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast steps follow each other: a second of a GPU's steps at once would hold it up."""
+    run = make_run(tmp_path / "run", digits_config(), steps=2)
+    log = MetricsLog(run, digits_config(), 2)
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # no second goes by
+    row = next(row for _, row in iterate_rows(run))
+    for number in range(1, 2 * MOST_WAITING):
+        log.write(row | {"step": 2 + number})
+        assert len(list(iterate_rows(run))) == 2 + number // MOST_WAITING * MOST_WAITING
+    log.close("finished")

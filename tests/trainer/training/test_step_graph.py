@@ -1,7 +1,9 @@
 """Steps in graphs equal steps without, to the bit. The graphs are recordings (``tests/helpers/recorded_graphs.py``)."""
 
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,89 @@ def test_a_capture_that_fails_changes_nothing(tiny_data: Path, tmp_path: Path, c
     assert errors == "note: no CUDA graph, each kernel of a step is launched: CUDA error: operation failed\n"
     assert (failing.captures, failing.replays) == (1, 0)
     assert_same(run, plain)
+
+
+def test_the_warm_up_launches_what_is_captured(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers come out of tensors in both: a kernel that is compiled or loaded for the first time may end a capture."""
+    trainer = make_trainer("usual", tiny_data, tmp_path, lag=1, graphs=RecordedGraphs())
+    seen: list[Any] = []
+    measure = trainer.work.measure
+    monkeypatch.setattr(trainer.work, "measure", lambda inputs: seen.append(inputs) or measure(inputs))
+    for _ in range(WARM_UP + 2):
+        trainer._one_step()
+    trainer._settle()
+    trainer.loader.close()
+    assert len(seen) == WARM_UP + 1  # the last is captured
+    for inputs in seen:
+        assert inputs.words.shape == (3,) and set(inputs.starts) == {(t, f) for t in "ab" for f in ("fc6", "fc7")}
+        assert {start.shape for start in inputs.starts.values()} == {()}
+
+
+class _Played:
+    """What :class:`CudaGraphs` asks of torch, without a GPU; the end of a capture fails where the capture did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ends_itself: bool) -> None:
+        self.said: list[Any] = []
+        self.current, self.captures, self._ends_itself = "usual", False, ends_itself
+        for name, value in (
+            ("Stream", lambda _: "captures"),
+            ("CUDAGraph", lambda: self),
+            ("graph_pool_handle", lambda: (0, 7)),
+            ("current_stream", lambda _: self.current),
+            ("set_stream", lambda stream: setattr(self, "current", stream)),
+            ("device", lambda _: contextlib.nullcontext()),
+            ("graph", self.graph),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_allocating)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: self.said.append(("released", *of)))
+
+    @contextlib.contextmanager
+    def graph(self, _: Any, *, pool: Any, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, capture_error_mode) == ((0, 7), "thread_local")
+        assert not gc.isenabled(), "what is collected in a capture may end it"
+        before, self.current, self.captures = self.current, stream, True
+        try:
+            yield
+        except BaseException:
+            if not self._ends_itself:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+            self.captures = False
+            raise
+        self.current, self.captures = before, False
+
+    def _end_allocating(self, *of: Any) -> None:
+        if not self.captures:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.captures = False
+        self.said.append(("ended", *of))
+
+    def replay(self) -> None:
+        self.said.append("replayed")
+
+
+@pytest.mark.parametrize("ends_itself", [True, False])
+def test_a_capture_that_fails_leaves_torch_as_it_was(ends_itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is the one before, the allocator captures no more, and what is raised is what went wrong first."""
+    played = _Played(monkeypatch, ends_itself)
+
+    def work() -> torch.Tensor:
+        raise ValueError("a number was asked for")
+
+    with pytest.raises(ValueError, match="a number was asked for"):
+        step_graph.CudaGraphs("cuda:1").capture(work)
+    assert played.said == ([] if ends_itself else [("ended", 1, (0, 7)), ("released", 1, (0, 7))])
+    assert played.current == "usual" and not played.captures
+    assert gc.isenabled()
+
+
+def test_a_capture_is_repeated_by_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    played, told = _Played(monkeypatch, True), torch.ones(1)
+    replay, found = step_graph.CudaGraphs("cuda:1").capture(lambda: told)
+    replay()
+    assert found is told and played.said == ["replayed"] and played.current == "usual" and gc.isenabled()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.helpers.recorded_graphs import NoWaits
 from trainer.errors import DivergedError, LostError
 from trainer.model import kernels
 from trainer.parallel.status import PendingStatus
+from trainer.training import loop
 from trainer.training import step as step_module
 from trainer.training.checkpoint import checkpoints
 from trainer.training.step import StepInputs
@@ -165,3 +166,18 @@ def test_late_hosts_agree(tiny_data: Path, tmp_path: Path) -> None:
         assert f"batch keys {', '.join(facts['seen'][3][:4])}, ..." in facts["diverged"]
         assert all(torch.equal(facts["after"][key], tensor) for key, tensor in facts["before"].items())
         assert all(torch.equal(facts["resumed"][key], tensor) for key, tensor in facts["uninterrupted"].items())
+
+
+def test_a_trainer_works_on_its_own_gpu(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two is the current one before the net is made: the first may be somebody's, and full."""
+    chosen: list[str] = []
+
+    def no_net(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(loop, "make_net", no_net)
+    for device in ("cuda:1", "cpu"):
+        with pytest.raises(NotImplementedError):
+            make_trainer("usual", tiny_data, tmp_path, device=device)
+    assert chosen == ["cuda:1"]
