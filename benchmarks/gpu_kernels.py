@@ -1,8 +1,11 @@
-"""The GPU's kernels against the bytes they must move, for the paper's net in one process.
+"""The GPU's kernels against the bytes they must move, for the paper's net in one process, and all that a step moves.
 
 Without a GPU: what each kernel moves by count, its time at ``--rate`` GB/s, and what it takes of a chip once it is
 compiled for it (registers, spills, shared memory, 16-byte loads and stores, shuffles). With a GPU: what it takes there,
 too, beside a copy of memory on the same card in the same run.
+
+A second table counts what forward and backward of a step in bfloat16 move outside of the matrix products: each kernel,
+and each operation of torch that is left.
 
 With ``--cpu``: whether conv1 over blocks of 4 x 4 px (trainer/model/gpu_layers.py) pays on this processor, forward and
 backward, in turns with the plain convolution.
@@ -20,11 +23,13 @@ import harness
 import torch
 from torch import Tensor
 
-from tests.helpers.gpu_compile import KernelCase, compile_kernel, paper_kernels
-from trainer.config import Config
-from trainer.model.kernels.interface import Member, Norm, Pool
+from tests.helpers.gpu_compile import KernelCase, compile_kernel, paper_calls, paper_kernels
+from tests.helpers.gpu_passes import count_step
+from trainer.config import TOWERS, Config
+from trainer.model.gpu_layers import join
+from trainer.model.kernels.interface import Blocks, Member
 from trainer.model.kernels.triton import TritonKernels
-from trainer.model.layers import Conv2d
+from trainer.model.layers import Conv2d, Dropout, DropoutDraws
 from trainer.parallel.crossing import make_net
 from trainer.precision import autocast
 
@@ -57,7 +62,9 @@ def main() -> None:
             row["ms"] = time_ms(launches[row["kernel"]], options.rounds)
             row["times_floor"] = row["ms"] / row["floor_ms"]
     print_table(rows, rate)
-    harness.write_results(options.results, machine, result | {"gb_per_s": rate, "kernels": rows})
+    step = count_passes(options.batch)
+    print_passes(step, rate)
+    harness.write_results(options.results, machine, result | {"gb_per_s": rate, "kernels": rows, "step": step})
 
 
 def describe(case: KernelCase, capability: int, rate: float) -> dict[str, Any]:
@@ -91,24 +98,32 @@ def print_table(rows: list[dict[str, Any]], rate: float) -> None:
         )
 
 
+def count_passes(batch: int) -> list[dict[str, Any]]:
+    """What forward and backward of a step move outside of the matrix products, by operation, most first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for moved in count_step(Config().model, batch):
+        if not moved.is_product:
+            row = rows.setdefault(moved.name, {"operation": moved.name, "calls": 0, "moved_mb": 0.0})
+            row["calls"] += 1
+            row["moved_mb"] += moved.moved_bytes / 1e6
+    return sorted(rows.values(), key=lambda row: -row["moved_mb"])
+
+
+def print_passes(rows: list[dict[str, Any]], rate: float) -> None:
+    """As Markdown; what moves less than a megabyte stands in the sum only."""
+    print(f"\n| a step, but for products and update | calls | MB moved | ms at {rate:,.0f} GB/s |")
+    print("|---|---:|---:|---:|")
+    calls, moved = (sum(row[name] for row in rows) for name in ("calls", "moved_mb"))
+    large = [row for row in rows if row["moved_mb"] >= 1]
+    for row in (*large, {"operation": "all", "calls": calls, "moved_mb": moved}):
+        ms = row["moved_mb"] / rate
+        print(f"| {row['operation']} | {row['calls']} | {row['moved_mb']:,.0f} | {ms:.3f} |")
+
+
 def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
     """Every kernel by its name, on made-up maps on the GPU."""
-    model, functions, found = Config().model, TritonKernels(), {}
-    tensor, sides = torch.bfloat16 if dtype == "bf16" else torch.float32, model.map_sizes()
-    for number, layer in ((0, "conv1"), (1, "conv2"), (4, "conv5")):
-        maps, side = model.channels[number], sides[layer]
-        x = torch.randn(batch, 2 * maps, side, side, device="cuda", dtype=tensor).mul_(30)
-        x = x.contiguous(memory_format=torch.channels_last)
-        pool = Pool(model.pool_px, model.pool_stride, model.pool_ceil, rectify=layer == "conv5")
-        y, place = functions.pool_forward(x, pool)
-        g, norm = torch.randn_like(x), Norm(x.numel() // maps, maps, 5, 1e-4, 2.0, True)
-        found[f"pool forward {layer}"] = lambda x=x, p=pool: functions.pool_forward(x, p)
-        found[f"pool backward {layer}"] = lambda x=x, y=y, s=place, p=pool: functions.pool_backward(y, s, x.shape, p)
-        found[f"norm forward {layer}"] = lambda x=x, n=norm: functions.norm_forward(x, n)
-        found[f"norm backward {layer}"] = lambda x=x, g=g, n=norm: functions.norm_backward(x, g, n)
-        found[f"norm + pool backward {layer}"] = lambda x=x, y=y, s=place, n=norm, p=pool: (
-            functions.pooled_norm_backward(x, y, s, n, p)
-        )
+    functions, tensor = TritonKernels(), torch.bfloat16 if dtype == "bf16" else torch.float32
+    found = paper_calls(functions, dtype, batch, "cuda") | input_launches(batch, tensor, functions)
     update = functions.make_update(torch.device("cuda"))
     members = [
         Member(w, torch.zeros_like(w), torch.zeros_like(w), w.bfloat16() if dtype == "bf16" else None, (0.9, 0.0, 0.0))
@@ -116,6 +131,23 @@ def make_launches(batch: int, dtype: str) -> dict[str, Callable[[], Any]]:
     ]
     update.send(members)
     return found | {"update": lambda: update(members, None)}
+
+
+def input_launches(batch: int, dtype: torch.dtype, functions: TritonKernels) -> dict[str, Callable[[], Any]]:
+    """What cuts images for conv1, and ReLU with dropout behind fc6."""
+    model = Config().model
+    images = torch.randn(batch, model.in_channels, model.image_px, model.image_px, device="cuda", dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    count = model.map_sizes()["conv1"] - 1 - (-model.kernel_sizes[0] // model.strides[0])
+    blocks = Blocks(model.strides[0], model.paddings[0][0], count, count)
+    x = torch.randn(batch, 2 * model.hidden[0], device="cuda", dtype=dtype)
+    drop = Dropout(model, "fc6", TOWERS, "relu").drop(x, DropoutDraws(0, 0))
+    y = functions.drop_forward(x, drop)
+    return {
+        "blocks conv1": lambda: functions.to_blocks(images, blocks),
+        "dropout forward fc6": lambda: functions.drop_forward(x, drop),
+        "dropout backward fc6": lambda: functions.drop_backward(x, y, drop),
+    }
 
 
 def measure_copy() -> float:
@@ -159,7 +191,7 @@ def measure_conv1(options: argparse.Namespace) -> dict[str, Any]:
         y.backward(torch.ones_like(y))
         return time.process_time() - begin
 
-    cases = {"plain": lambda: timed(module), "blocks": lambda: timed(module.rearranged)}
+    cases = {"plain": lambda: timed(module), "blocks": lambda: timed(lambda x: join(module.rearranged(x)))}
     found = harness.take_turns(cases, options.rounds, warm_up=1, show=lambda s: f"{s:.3f} s")
     ratio = harness.ratio(found["plain"], found["blocks"])
     print(f"conv1 over blocks: {ratio['median']:.2f} times the plain rate ({ratio['min']:.2f} to {ratio['max']:.2f})")

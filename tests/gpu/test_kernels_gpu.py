@@ -1,5 +1,7 @@
 """The Triton kernels on a real GPU: equal to the formulas, used by the net, and its update waits for nobody."""
 
+import unittest.mock
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from tests.helpers.gpu_kernels import CHECKS
 from trainer.config import ModelConfig, OptimizerConfig
 from trainer.model import kernels
 from trainer.model.alexnet import AlexNet
+from trainer.model.gpu_layers import low_copy
+from trainer.model.layers import DropoutDraws
 from trainer.model.response_norm import response_norm
 from trainer.training.optimizer import PaperSGD
 
@@ -78,6 +82,36 @@ def test_the_net_equals_float64(low: bool, monkeypatch: pytest.MonkeyPatch) -> N
         assert ours <= (2 * by_torch + 0.05 if low else 1e-3)
 
 
+def test_a_step_counts_its_masks_and_cuts_its_images_in_one_launch_each() -> None:
+    """ReLU and dropout of a layer: one launch forward, one backward; images, conv1's weight and its gradient likewise.
+
+    The outcome is that of torch's operations.
+    """
+    config = ModelConfig(channels=(16, 16, 24, 24, 16), hidden=(32, 32), classes=10, image_px=67, dropout=0.5)
+    net = AlexNet(config).to("cuda", memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = (torch.randn(6, 3, 67, 67, device="cuda") * 9).contiguous(memory_format=torch.channels_last)
+    labels, found = torch.arange(6, device="cuda"), []
+    for on in (kernels.on_gpu, lambda _: None):
+        with unittest.mock.patch.object(kernels, "on_gpu", on):
+            for _ in range(2):
+                net.zero_grad(set_to_none=True)
+                torch.cuda.synchronize()
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    loss = net.loss(x, labels, DropoutDraws(1, 7, first=6))
+                    loss.backward()
+                    torch.cuda.synchronize()
+        launches = {event.key: event.count for event in profile.key_averages()}
+        found.append((loss.detach(), net.fc7.weight.grad, launches))
+    (ours, gradient, launches), (plain, wanted, _) = found
+    for found_here, expected in ((ours, plain), (gradient, wanted)):  # convolutions may be tf32
+        assert (found_here - expected).abs().max() <= 0.01 * expected.abs().max()
+    counts = {"relu_dropout_kernel": 2, "relu_dropout_backward_kernel": 2, "to_blocks_kernel": 2}
+    assert {name: launches.get(name) for name in counts} == counts and launches["from_blocks_kernel"] == 1
+
+
 def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
     """From the second step on: the update has written what the forward multiplies."""
     net = small_net(torch.float32)
@@ -85,7 +119,9 @@ def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
     for _ in range(2):
         gradients(net, low=True)
         optimizer.step()
-    copies = {parameter: parameter.low_copy.tensor for parameter in net.parameters()}
+    copies = {parameter: parameter.low_copy.tensor for parameter in net.parameters() if low_copy(parameter)}
+    alone = {name for name, parameter in net.named_parameters() if parameter not in copies}
+    assert alone == {f"conv{number}.bias" for number in range(1, 6)}  # kernels add them as they are
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         gradients(net, low=True)
@@ -93,5 +129,8 @@ def test_a_step_casts_no_weights_and_updates_in_one_launch() -> None:
         torch.cuda.synchronize()
     launches = {event.key: event.count for event in profile.key_averages()}
     assert launches["update_all_kernel"] == 1 and "update_kernel" not in launches
+    assert launches["relu_forward_kernel"] == launches["relu_backward_kernel"] == 2
+    assert launches["norm_forward_kernel"] == launches["norm_backward_kernel"] == 2
+    assert launches["pool_forward_kernel"] == 3 and launches["pool_backward_kernel"] == 1
     for parameter, copy in copies.items():
         assert parameter.low_copy.tensor is copy and torch.equal(copy, parameter.bfloat16())

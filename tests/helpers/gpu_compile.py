@@ -5,19 +5,21 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.loader import triton_input
 from pipeline.loader.input_rule import InputRule
+from tests.helpers.gpu_launches import recorded
 from trainer.config import Config
-from trainer.model.kernels.interface import Norm
-from trainer.model.kernels.triton import norm_tile, pool_tile
-from trainer.model.kernels.triton_norm import norm_backward_kernel, norm_forward_kernel
-from trainer.model.kernels.triton_pool import pool_backward_kernel, pool_forward_kernel
+from trainer.model.kernels.interface import Drop, GpuKernels, Norm, Pool, TowerMaps
+from trainer.model.kernels.triton import LANES, WARPS, TritonKernels, blocks_tile, drop_tile
+from trainer.model.kernels.triton_blocks import from_blocks_kernel, to_blocks_kernel
+from trainer.model.kernels.triton_dropout import relu_dropout_backward_kernel, relu_dropout_kernel
 from trainer.model.kernels.triton_update import BLOCK, update_all_kernel
 from trainer.planning.describe import count_layers
 
@@ -68,44 +70,103 @@ class Compiled:
     wide_stores: int
 
 
+PARTS = {"conv1": (1, 2), "conv2": (2, 1), "conv3": (1, 2), "conv4": (2, 2), "conv5": (2, 1)}  # of what it makes; after
+
+
+def paper_calls(functions: GpuKernels, dtype: str, batch: int, device: str) -> dict[str, Callable[[], Any]]:
+    """Every kernel between the convolutions of the paper's net in one process, on made-up maps, by its name."""
+    model, found = Config().model, {}
+    tensor, sides = torch.bfloat16 if dtype == "bf16" else torch.float32, model.map_sizes()
+
+    def noise(channels: int, side: int, parts: int) -> tuple[Tensor, ...]:
+        shape = (batch, channels // parts, side, side)
+        made = [torch.randn(shape, device=device, dtype=tensor).mul_(30) for _ in range(parts)]
+        return tuple(each.contiguous(memory_format=torch.channels_last) for each in made)
+
+    for number, (layer, (before, after)) in enumerate(PARTS.items()):
+        channels, side = 2 * model.channels[number], sides[layer]
+        out = sides.get(f"pool{number + 1}", side)
+        maps = TowerMaps(noise(channels, side, before), torch.randn(channels, device=device))
+        names, norm = model.post_ops[number], Norm(batch * side**2 * 2, channels // 2, 5, 1e-4, 2.0, True)
+        if "maxpool" not in names:
+            ys, slopes = noise(channels, side, after), noise(channels, side, after)
+            found[f"relu forward {layer}"] = lambda m=maps, n=after: functions.relu_forward(m, n)
+            found[f"relu backward {layer}"] = lambda m=maps.layout, y=ys, g=slopes: functions.relu_backward(y, g, m)
+            continue
+        pool = Pool(model.pool_px, model.pool_stride, model.pool_ceil, rectify="lrn" not in names)
+        slopes, before_pool = noise(channels, out, after), maps
+        if "lrn" in names:
+            found[f"norm forward {layer}"] = lambda m=maps, n=norm: functions.norm_maps(m, n)
+            before_pool = TowerMaps(noise(channels, side, 1))
+        found[f"pool forward {layer}"] = lambda m=before_pool, p=pool, n=after: functions.pool_forward(m, p, n)
+        places = functions.pool_forward(before_pool, pool, after)[1]
+        if "lrn" in names:
+            found[f"norm + pool backward {layer}"] = lambda m=maps, g=slopes, s=places, n=norm, p=pool: (
+                functions.pooled_norm_backward(m, g, s, n, p)
+            )
+        else:
+            found[f"pool backward {layer}"] = lambda m=maps.layout, g=slopes, s=places, p=pool: functions.pool_backward(
+                g, s, m, p
+            )
+    return found
+
+
 def paper_kernels(dtype: str, batch: int) -> list[KernelCase]:
     """Every kernel of a step of the paper's net in one process, in ``bf16`` or ``fp32``."""
-    model, cases = Config().model, []
-    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
-    size, pointer, sides = tensor.itemsize, f"*{dtype}", model.map_sizes()
-    integers = dict.fromkeys(("rows", "pixels", "shape_h", "shape_w", "out_h", "out_w"), "i32")
-    for number, layer in ((0, "conv1"), (1, "conv2"), (4, "conv5")):
-        maps, side, out = model.channels[number], sides[layer], sides[f"pool{number + 1}"]
-        x = torch.empty(batch, 2 * maps, side, side, dtype=tensor, device="meta")
-        y = torch.empty(batch, 2 * maps, out, out, dtype=tensor, device="meta")
-        bytes_x, bytes_y, bytes_place = size * x.numel(), size * y.numel(), y.numel()
-        types = (
-            dict.fromkeys(("x", "y", "g", "dx"), pointer) | {"place": "*u8", "alpha": "fp32", "k": "fp32"} | integers
-        )
-        pool = {"PX": model.pool_px, "STRIDE": model.pool_stride}
-        vec, block, (forward,) = pool_tile(y)
-        tile = {"CHANNELS": 2 * maps, **pool, "VEC": vec, "BLOCK": block}
-        rectify = layer == "conv5"
-        cases.append(KernelCase(
-            f"pool forward {layer}", pool_forward_kernel, types, {**tile, "RECTIFY": rectify}, forward,
-            bytes_x + bytes_y + bytes_place,
-        ))  # fmt: skip
-        if layer == "conv5":
-            (backward,) = pool_tile(x)[2]
+    cases = []
+    with recorded() as launches:
+        for name, call in paper_calls(TritonKernels(), dtype, batch, "meta").items():
+            launches.clear()
+            call()
+            (launch,) = launches
             cases.append(KernelCase(
-                f"pool backward {layer}", pool_backward_kernel, types, tile, backward, bytes_x + bytes_y + bytes_place
+                name, launch.kernel, launch.types, launch.constants, launch.programs, launch.moved_bytes
             ))  # fmt: skip
-            continue
-        vec, pieces, lanes, (programs,) = norm_tile(x, Norm(x.numel() // maps, maps, 5, 1e-4, 2.0, True))
-        tile = {"HALF": 2, "RECTIFY": True, "MAPS": maps, "VEC": vec, "W": pieces, "L": lanes}
-        cases.append(KernelCase(f"norm forward {layer}", norm_forward_kernel, types, tile, programs, 2 * bytes_x))
-        for name, pooled, moved in (
-            ("norm backward", False, 3 * bytes_x),
-            ("norm + pool backward", True, 2 * bytes_x + bytes_y + bytes_place),
-        ):
-            constants = {**tile, **pool, "TOWERS": 2, "POOLED": pooled}
-            cases.append(KernelCase(f"{name} {layer}", norm_backward_kernel, types, constants, programs, moved))
-    return [*cases, _update_case(dtype)]
+    return [*cases, blocks_case(dtype, batch), *_dropout_cases(dtype, batch), _update_case(dtype)]
+
+
+def blocks_case(dtype: str, batch: int) -> KernelCase:
+    """What cuts images into conv1's blocks of 4 x 4 px."""
+    model, pointer = Config().model, f"*{dtype}"
+    (before, _), stride, side = model.paddings[0], model.strides[0], model.image_px
+    count = model.map_sizes()["conv1"] - 1 - (-model.kernel_sizes[0] // stride)
+    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
+    y = torch.empty(batch, stride**2 * model.in_channels, count, count, dtype=tensor, device="meta")
+    vec, block, (rows, parts) = blocks_tile(y)
+    constants = {"HEIGHT": side, "WIDTH": side, "CHANNELS": model.in_channels, "SIDE": stride, "BEFORE": before}
+    constants |= {"ROWS": count, "COLUMNS": count, "VEC": vec, "BLOCK": block}
+    moved = tensor.itemsize * (batch * model.in_channels * side**2 + y.numel())
+    return KernelCase("blocks conv1", to_blocks_kernel, {"x": pointer, "y": pointer}, constants, rows * parts, moved)
+
+
+def blocks_back_case(dtype: str) -> KernelCase:
+    """What puts the gradient of conv1's weight, over blocks, together again."""
+    model, pointer = Config().model, f"*{dtype}"
+    kernel, stride, outputs = model.kernel_sizes[0], model.strides[0], 2 * model.channels[0]
+    window, line = -(-kernel // stride), kernel * model.in_channels
+    constants = {"HEIGHT": kernel, "WIDTH": kernel, "CHANNELS": model.in_channels, "SIDE": stride, "BEFORE": 0}
+    constants |= {"ROWS": window, "COLUMNS": window, "BLOCK": WARPS * LANES}
+    moved = 2 * (2 if dtype == "bf16" else 4) * outputs * kernel * line
+    types = {"g": pointer, "dx": pointer}
+    return KernelCase("blocks backward conv1", from_blocks_kernel, types, constants, outputs * kernel, moved)
+
+
+def _dropout_cases(dtype: str, batch: int) -> list[KernelCase]:
+    """ReLU and dropout of fc6, or of fc7."""
+    units, pointer = Config().model.hidden[0], f"*{dtype}"
+    tensor = torch.bfloat16 if dtype == "bf16" else torch.float32
+    x = torch.empty(batch, 2 * units, dtype=tensor, device="meta")
+    tile, (programs,) = drop_tile(x, Drop((0, 0), 0, units // 4, 0, 32768, 1.0))
+    types = dict.fromkeys(("x", "y", "g", "dx"), pointer) | dict.fromkeys(("more_a", "more_b"), "*i64")
+    types |= dict.fromkeys(("start_a", "start_b"), "i64") | {"factor": "fp32"}
+    types |= dict.fromkeys(("count", "first", "least"), "i32")
+    constants = dict(zip(("UNITS", "TOWERS", "WORDS", "SKIPPED", "VEC", "BLOCK"), tile, strict=True))
+    back = {name: constants[name] for name in ("VEC", "BLOCK")}
+    size = tensor.itemsize * x.numel()
+    return [
+        KernelCase("dropout forward fc6", relu_dropout_kernel, types, constants, programs, 2 * size),
+        KernelCase("dropout backward fc6", relu_dropout_backward_kernel, types, back, programs, 3 * size),
+    ]
 
 
 def _update_case(dtype: str) -> KernelCase:

@@ -9,6 +9,7 @@ RUN_145 = "tests/trainer/model/test_run_145.py"
 NORM = "tests/trainer/model/test_response_norm.py"
 KERNELS = "tests/trainer/model/test_kernels.py"
 GPU_LAYERS = "tests/trainer/model/test_gpu_layers.py"
+GPU_PASSES = "tests/trainer/model/test_gpu_passes.py"
 INTERPRETED = "tests/trainer/model/test_kernels_triton.py::test_interpreted_kernels_equal_the_formulas"
 PRECISION = "tests/trainer/test_precision.py"
 RECIPES = "tests/trainer/test_recipes.py"
@@ -104,19 +105,19 @@ def of_dropout() -> Iterator[Change]:
     yield "dropout: not halved in testing", "x if self.inverted else x * (1 - self.rate)", "x"
     yield "dropout: halved in training", "x / (1 - self.rate) if self.inverted else x", "x / (1 - self.rate)"
     yield "dropout: inverted, not divided", "x / (1 - self.rate) if self.inverted else x", "x"
+    yield "fc6, fc7: tanh is ReLU", '"tanh": torch.tanh', '"tanh": functional.relu_'
+    yield "fc6, fc7: ReLU is tanh", '"relu": functional.relu_', '"relu": torch.tanh'
 
 
 def of_alexnet() -> Iterator[Change]:
     """trainer/model/alexnet.py: the order of layers, the loss."""
     for number in (6, 7):
-        line = f"self.drop{number}(self.activation(self.fc{number}(x)), draws)"
-        no_drop = f"self.activation(self.fc{number}(x))"
+        line = f"self.drop{number}(self.fc{number}(x), draws)"
+        no_drop = f'(functional.relu_ if self.config.activation == "relu" else torch.tanh)(self.fc{number}(x))'
         yield f"fc{number}: no dropout", line, no_drop
         yield f"fc{number}: no dropout in training", line, f"{no_drop} if self.training else {line}"
-        yield f"fc{number}: no activation", line, f"self.drop{number}(self.fc{number}(x), draws)"
-    yield "fc6: dropout drawn as fc7's", 'Dropout(config, "fc6", held)', 'Dropout(config, "fc7", held)'
-    yield "fc6, fc7: tanh is ReLU", '"tanh": torch.tanh', '"tanh": functional.relu_'
-    yield "fc6, fc7: ReLU is tanh", '"relu": functional.relu_', '"relu": torch.tanh'
+        yield f"fc{number}: no activation", f'"fc{number}", held, config.activation)', f'"fc{number}", held)'
+    yield "fc6: dropout drawn as fc7's", 'Dropout(config, "fc6", held,', 'Dropout(config, "fc7", held,'
     yield "fc6 reads columns first", "x = x.flatten(1)", "x = x.transpose(2, 3).flatten(1)"
     yield "fc6 reads channels last", "x = x.flatten(1)", "x = x.permute(0, 2, 3, 1).flatten(1)"
     yield "fc6 reads tower b first", "x = x.flatten(1)", "x = x.roll(x.shape[1] // 2, 1).flatten(1)"
@@ -187,10 +188,26 @@ def of_kernels() -> Iterator[Change]:
 
 def of_gpu_layers() -> Iterator[Change]:
     """trainer/model/gpu_layers.py: the same sums otherwise."""
-    yield "blocks: zeros before the window", "(0, blocks * stride - kernel) * 2", "(blocks * stride - kernel, 0) * 2"
-    yield "blocks: a block more", "// stride + blocks for side", "// stride + blocks + 1 for side"
-    yield "dense towers: each sees the other's channels", "x.chunk(groups, dim=1)]", "reversed(x.chunk(groups, dim=1))]"
+    shifted = "Blocks(stride, window * stride - kernel, window, window)"
+    yield "blocks: zeros before the window", "Blocks(stride, 0, window, window)", shifted
+    yield "blocks: a block more", "// stride + window for side", "// stride + window + 1 for side"
+    yield (
+        "dense towers: each sees the other's",
+        "in whole.chunk(groups, dim=1)",
+        "in reversed(whole.chunk(groups, dim=1))",
+    )
+    yield "towers apart: a bias that nobody adds", "whole if x.bias is None else", "whole if True else"
     yield "copy in bfloat16: never made anew", "elif found.version != parameter._version:", "elif False:"
+
+
+def of_gpu_passes() -> Iterator[Change]:
+    """trainer/model/layers.py: how often a GPU passes over maps."""
+    yield "towers apart: together between two layers", "parts=num_towers if is_grouped else 1", "parts=1"
+
+
+def of_pooling() -> Iterator[Change]:
+    """trainer/model/pooling.py: what is one pass on a GPU."""
+    yield "pooling: no ReLU behind it", "is_relu or is_after)", "is_relu)"
 
 
 def of_gpu_norm() -> Iterator[Change]:
@@ -203,6 +220,26 @@ def of_gpu_pool() -> Iterator[Change]:
     """trainer/model/kernels/triton_pool.py."""
     yield "pool, GPU: the last of those that tie", "(value > best) | ", "(value >= best) | "
     yield "pool, GPU: a gradient through zeros", "tl.where(best <= 0, NOTHING", "tl.where(best < 0, NOTHING"
+
+
+def of_gpu_tile() -> Iterator[Change]:
+    """trainer/model/kernels/triton_tile.py, by Triton's interpreter."""
+    yield "towers, GPU: both are a's", "tl.where(tower == 0, first, second)", "first"
+    yield "towers, GPU: a's biases for both", "tl.expand_dims(tower * MAPS + group", "tl.expand_dims(group"
+    yield "bias, GPU: one warp's gradient", "tl.sum(total, 0), mask", "tl.max(total, 0), mask"
+
+
+def of_gpu_blocks() -> Iterator[Change]:
+    """trainer/model/kernels/triton_blocks.py."""
+    yield "blocks, GPU: zeros above forgotten", "* SIDE - BEFORE + value // PIECE", "* SIDE + value // PIECE"
+    yield "blocks, GPU: a line runs into the next", " & (place >= 0) & (place < LINE)", ""
+
+
+def of_gpu_dropout() -> Iterator[Change]:
+    """trainer/model/kernels/triton_dropout.py."""
+    yield "dropout, GPU: tower b drops as a", "start_b + tl.load(more_b)", "start_a + tl.load(more_a)"
+    yield "dropout, GPU: rows of the batch's beginning", "(row + first).to(tl.int64)", "row.to(tl.int64)"
+    yield "dropout, GPU: a gradient through zeros", "tl.where(value <= 0, 0.0, slope", "tl.where(value < 0, 0.0, slope"
 
 
 def of_gpu_update() -> Iterator[Change]:
@@ -305,8 +342,13 @@ GROUPS = (
     ("trainer/model/response_norm.py", (NARROW, BY_HAND, NORM, KERNELS), of_response_norm),
     ("trainer/model/kernels/kernels.cpp", (NORM, OPTIMIZER, KERNELS), of_kernels),
     ("trainer/model/gpu_layers.py", (GPU_LAYERS,), of_gpu_layers),
+    ("trainer/model/layers.py", (GPU_PASSES,), of_gpu_passes),
+    ("trainer/model/pooling.py", (GPU_LAYERS,), of_pooling),
     ("trainer/model/kernels/triton_norm.py", (INTERPRETED,), of_gpu_norm),
     ("trainer/model/kernels/triton_pool.py", (INTERPRETED,), of_gpu_pool),
+    ("trainer/model/kernels/triton_tile.py", (INTERPRETED,), of_gpu_tile),
+    ("trainer/model/kernels/triton_blocks.py", (INTERPRETED,), of_gpu_blocks),
+    ("trainer/model/kernels/triton_dropout.py", (INTERPRETED,), of_gpu_dropout),
     ("trainer/model/kernels/triton_update.py", (INTERPRETED,), of_gpu_update),
     ("trainer/precision.py", (PRECISION,), of_precision),
     ("trainer/parallel/crossing.py", (CROSSING, EQUALITY, OVERLAP), of_crossing),

@@ -14,10 +14,11 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import ImageError
@@ -26,6 +27,8 @@ from pipeline.manifest import ClassRecord, read_manifest
 from trainer.config import LAYERS
 from trainer.errors import RunError
 from trainer.inference.input_rule import InputRule, rule_of
+from trainer.model.gpu_layers import join
+from trainer.model.kernels.interface import TowerMaps
 from trainer.training.evaluate import load_network
 from trainer.training.fit import check_fits
 from trainer.training.kept_data import compare_data, data_of
@@ -230,7 +233,11 @@ class TrainedNet:
         """A layer's output for stored images."""
         place = {"fc6": "drop6", "fc7": "drop7", "fc8": "fc8"}.get(layer, layer.replace("conv", "post"))
         found: list[Tensor] = []
-        hook = getattr(self._net, place).register_forward_hook(lambda _, __, output: found.append(output.clone()))
+
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor | TowerMaps) -> None:
+            found.append(join(output).clone())
+
+        hook = getattr(self._net, place).register_forward_hook(keep)
         try:
             self._net(self._centers.images(stored))
         finally:

@@ -66,11 +66,10 @@ class AlexNet(nn.Module):
         self.conv5 = layers.conv("conv5", channels[3], channels[4])
         self.post5 = post_ops(config, 4, len(held))
         self.fc6 = layers.linear("fc6", channels[4] * config.final_side**2, hidden[0])  # sees both towers
-        self.drop6 = Dropout(config, "fc6", held)
+        self.drop6 = Dropout(config, "fc6", held, config.activation)
         self.fc7 = layers.linear("fc7", hidden[0], hidden[1])  # sees both towers
-        self.drop7 = Dropout(config, "fc7", held)
+        self.drop7 = Dropout(config, "fc7", held, config.activation)
         self.fc8 = layers.linear("fc8", hidden[1], config.classes)  # sees both towers, on tower a
-        self.activation = {"relu": functional.relu_, "tanh": torch.tanh}[config.activation]
         self._initialize(seed)
 
     def forward(self, x: Tensor, draws: DropoutDraws | None = None) -> Tensor:
@@ -90,8 +89,8 @@ class AlexNet(nn.Module):
         x = self.post4(self.conv4(x))  # (N, 384, 13, 13)
         x = self.post5(self.conv5(x))  # (N, 256, 6, 6)
         x = x.flatten(1)  # (N, 9216)  tower a's channels, each row by row, then b's
-        x = self.drop6(self.activation(self.fc6(x)), draws)  # (N, 4096)  the towers cross
-        x = self.drop7(self.activation(self.fc7(x)), draws)  # (N, 4096)  the towers cross
+        x = self.drop6(self.fc6(x), draws)  # (N, 4096)  activation and dropout; the towers cross
+        x = self.drop7(self.fc7(x), draws)  # (N, 4096)  activation and dropout; the towers cross
         return self.fc8(x)  # (N, 1000)  tower b's half goes to tower a
 
     def loss(self, x: Tensor, labels: Tensor, draws: DropoutDraws | None = None) -> Tensor:

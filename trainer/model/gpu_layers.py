@@ -1,38 +1,60 @@
 """How a GPU computes the same layers: dense convolutions of multiples of 8 channels, and weights that are bf16 already.
 
 cuDNN has no good grouped bf16 convolution in channels_last: four weight gradients took 5.0 of a step's 13.7 ms (batch
-128, H100), and each group is cut out and padded around the kernel. Two towers in one tensor are therefore two dense
-convolutions. conv1's three channels would leave the matrix units empty: the image's blocks of 4 x 4 px become 48
-channels, the window of 11 x 11 px one of 3 x 3 blocks. The sums are the same, with 23 zeros among 144 weights.
+128, H100), and each group is cut out and padded around the kernel. Two towers are therefore two dense convolutions, and
+their maps stay two tensors from one to the next (:class:`.kernels.interface.TowerMaps`): joined and cut apart again,
+those of conv2, conv4 and conv5 would move 3 GB in a step of 1,024. A bias is left to whoever reads the maps next
+(:mod:`.pooling`): added by torch's convolution it is a pass of its own, 2.7 GB over the five.
+
+conv1's three channels would leave the matrix units empty: the image's blocks of 4 x 4 px become 48 channels, the window
+of 11 x 11 px one of 3 x 3 blocks. The sums are the same, with 23 zeros among 144 weights.
 
 On a CPU this does not pay: conv1 over blocks had 0.81 times the plain rate in float32 and 1.11 in bfloat16
 (``benchmarks/gpu_kernels.py --cpu``). So it is for a GPU; it runs on any device, and is tested in float64.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.model import kernels
+from trainer.model.kernels.interface import Blocks, GpuKernels, TowerMaps
+
 MOST_IMAGE_CHANNELS = 4  # more fill the matrix units better as they are
 
 
-def split_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
-) -> Tensor:
-    """A grouped convolution as dense ones; (N, inputs, H, W) -> (N, outputs, H', W'), channels_last.
+def tower_parts(x: Tensor | TowerMaps, groups: int) -> tuple[Tensor, ...]:
+    """What each group of a convolution sees: (N, C / groups, H, W), channels_last.
 
-    A part of the channels is copied once, so that neither the forward nor the weight's gradient has to.
+    Where the layer before has left the towers apart, nothing is copied; else once, so that neither the forward nor the
+    weight's gradient has to.
     """
+    if isinstance(x, TowerMaps) and len(x.parts) == groups and x.bias is None:
+        return x.parts
+    whole = join(x)
     if groups == 1:
-        return functional.conv2d(x, weight, bias, stride, padding)
-    parts = [part.contiguous(memory_format=torch.channels_last) for part in x.chunk(groups, dim=1)]
-    weights = weight.chunk(groups)
-    biases: tuple[Tensor | None, ...] = bias.chunk(groups) if bias is not None else (None,) * groups
-    found = [functional.conv2d(part, w, b, stride, padding) for part, w, b in zip(parts, weights, biases, strict=True)]
-    return torch.cat(found, dim=1)
+        return (whole,)
+    return tuple(part.contiguous(memory_format=torch.channels_last) for part in whole.chunk(groups, dim=1))
+
+
+def join(x: Tensor | TowerMaps) -> Tensor:
+    """All towers' maps in one tensor (N, C, H, W), the bias added: what no kernel has done on the way."""
+    if isinstance(x, Tensor):
+        return x
+    whole = x.parts[0] if len(x.parts) == 1 else torch.cat(x.parts, dim=1)
+    return whole if x.bias is None else whole + lowered(x.bias, whole.dtype)[:, None, None]
+
+
+def part_conv2d(
+    parts: Sequence[Tensor], weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """A grouped convolution as dense ones, without bias; (N, inputs of a group, H, W) each -> outputs of a group."""
+    weights = weight.chunk(len(parts)) if len(parts) > 1 else (weight,)
+    return tuple(functional.conv2d(part, w, None, stride, padding) for part, w in zip(parts, weights, strict=True))
 
 
 def has_blocks(inputs: int, stride: int, groups: int) -> bool:
@@ -40,13 +62,12 @@ def has_blocks(inputs: int, stride: int, groups: int) -> bool:
     return groups == 1 and stride > 1 and inputs <= MOST_IMAGE_CHANNELS
 
 
-def block_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, zeros: tuple[int, ...]) -> Tensor:
-    """A convolution with a stride as one without, over blocks of stride x stride px.
+def block_conv2d(x: Tensor, weight: Tensor, stride: int, zeros: tuple[int, ...]) -> Tensor:
+    """A convolution with a stride as one without, over blocks of stride x stride px; no bias.
 
     Args:
         x: (N, C, H, W).
         weight: (outputs, C, k, k).
-        bias: (outputs,).
         stride: of both directions, s.
         zeros: px at top and left, px at bottom and right.
 
@@ -54,23 +75,41 @@ def block_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ze
         (N, outputs, H', W') as ``conv2d`` of x with its zeros gives it.
     """
     kernel = weight.shape[-1]
-    blocks = -(-kernel // stride)
-    sides = [(side + sum(zeros) - kernel) // stride + blocks for side in x.shape[2:]]  # in blocks
-    after = [count * stride - side - zeros[0] for count, side in zip(sides, x.shape[2:], strict=True)]
-    padded = functional.pad(x, (zeros[0], after[1], zeros[0], after[0]))  # negative: what no window sees
-    wider = functional.pad(weight, (0, blocks * stride - kernel) * 2)
-    return functional.conv2d(_to_blocks(padded, stride), _to_blocks(wider, stride), bias)
+    window = -(-kernel // stride)  # in blocks
+    rows, columns = ((side + sum(zeros) - kernel) // stride + window for side in x.shape[2:])
+    cut = to_blocks(x, Blocks(stride, zeros[0], rows, columns))
+    return functional.conv2d(cut, to_blocks(weight, Blocks(stride, 0, window, window)))
 
 
-def _to_blocks(x: Tensor, side: int) -> Tensor:
-    """(N, C, H, W) -> (N, side * side * C, H / side, W / side), channels_last.
+def to_blocks(x: Tensor, blocks: Blocks) -> Tensor:
+    """(N, C, H, W) -> (N, side * side * C, rows, columns), channels_last, with zeros where there is no image.
 
     A block's channels are row by row, pixel by pixel: a block's row is one piece of channels_last memory.
     """
+    if functions := kernels.on_gpu(x):
+        return _ToBlocks.apply(x.contiguous(memory_format=torch.channels_last), blocks, functions)
+    side, before, rows, columns = dataclasses.astuple(blocks)
     count, channels, height, width = x.shape
-    cut = x.reshape(count, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
-    dense = cut.reshape(count, height // side, width // side, side * side * channels)
-    return dense.permute(0, 3, 1, 2)
+    after = rows * side - height - before, columns * side - width - before  # negative: what no window sees
+    padded = functional.pad(x, (before, after[1], before, after[0]))
+    cut = padded.reshape(count, channels, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+    return cut.reshape(count, rows, columns, side * side * channels).permute(0, 3, 1, 2)
+
+
+class _ToBlocks(torch.autograd.Function):
+    """The same in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Blocks, functions: GpuKernels) -> Tensor:
+        ctx.arguments = (x.shape, blocks, functions)
+        return functions.to_blocks(x, blocks)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shape, blocks, functions = ctx.arguments
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        return functions.from_blocks(gradient, shape, blocks), None, None
 
 
 @dataclasses.dataclass

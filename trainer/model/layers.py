@@ -8,14 +8,15 @@ the same otherwise: see :mod:`trainer.model.gpu_layers`.
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import TOWERS, ModelConfig
+from trainer.config import LAYERS, TOWERS, ModelConfig
+from trainer.model import kernels
 from trainer.model.gpu_layers import (
     LowLinear,
     block_conv2d,
@@ -23,14 +24,17 @@ from trainer.model.gpu_layers import (
     fresh_copy,
     has_blocks,
     lowered,
-    split_conv2d,
+    part_conv2d,
+    tower_parts,
 )
+from trainer.model.kernels.interface import Drop, GpuKernels, TowerMaps
 from trainer.model.pooling import PostOps
 from trainer.model.response_norm import LocalResponseNorm, WithinChannelNorm
 
 BATCH_NORM_MOMENTUM = 0.1  # share of a new batch in the running statistics
 BATCH_NORM_EPSILON = 1e-5  # of Ioffe and Szegedy 2015
 LANES = 4  # units that share a random word, 16 bits each
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": functional.relu_, "tanh": torch.tanh}
 
 
 class Conv2d(nn.Conv2d):
@@ -64,18 +68,22 @@ class Conv2d(nn.Conv2d):
         before, after = self.zeros
         return x if before == after else functional.pad(x, (before, after, before, after))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H', W')."""
-        return self.rearranged(x) if x.is_cuda else super().forward(self.pad(x))
+    def forward(self, x: Tensor | TowerMaps) -> Tensor | TowerMaps:  # type: ignore[override]
+        """(N, inputs, H, W) -> (N, outputs, H', W'); on a GPU its bias is left to what follows."""
+        if isinstance(x, TowerMaps) or x.is_cuda:
+            return self.rearranged(x)
+        return super().forward(self.pad(x))
 
-    def rearranged(self, x: Tensor) -> Tensor:
+    def rearranged(self, x: Tensor | TowerMaps) -> TowerMaps:
         """The same as a GPU computes it (see :mod:`trainer.model.gpu_layers`)."""
-        dtype = dtype_of_products(x)
         assert self.bias is not None and not isinstance(self.padding, str)
-        x, weight, bias = x.to(dtype), lowered(self.weight, dtype), lowered(self.bias, dtype)
+        parts = tower_parts(x, self.groups)
+        dtype = dtype_of_products(parts[0])
+        parts, weight = tuple(part.to(dtype) for part in parts), lowered(self.weight, dtype)
         if self.has_blocks:
-            return block_conv2d(x, weight, bias, self.stride[0], self.zeros)
-        return split_conv2d(self.pad(x), weight, bias, self.stride, self.padding, self.groups)
+            return TowerMaps((block_conv2d(parts[0], weight, self.stride[0], self.zeros),), self.bias)
+        padded = [self.pad(part) for part in parts]
+        return TowerMaps(part_conv2d(padded, weight, self.stride, self.padding), self.bias)
 
 
 class Linear(nn.Linear):
@@ -156,7 +164,10 @@ def post_ops(config: ModelConfig, index: int, num_towers: int) -> PostOps:
         modules.append((name, module))
     taken = [name for name, _ in modules]
     names = [name if taken.count(name) == 1 else f"{name}{number}" for number, name in enumerate(taken)]
-    return PostOps(OrderedDict(zip(names, (module for _, module in modules), strict=True)))
+    following = LAYERS[index + 1]
+    is_grouped = following.startswith("conv") and following not in config.crossings
+    named = OrderedDict(zip(names, (module for _, module in modules), strict=True))
+    return PostOps(named, parts=num_towers if is_grouped else 1)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -214,36 +225,58 @@ class DropoutDraws:
         """Where the words of a tower's mask begin, 0..2**63 - 1."""
         return stable_seed(self.seed, self.step, tower, layer)
 
+    def begin(self, tower: str, layer: str) -> int | Tensor:
+        """The start of this step, or where it is to be found."""
+        return self.starts[tower, layer] if self.starts else self.start(tower, layer)
+
     def mask(self, tower: str, layer: str, like: Tensor, rate: float) -> Tensor:
         """0/1 mask with the shape, dtype and device of ``like``; 1 keeps a unit, with probability 1 - rate.
 
         ``rate`` counts in steps of 1 / 65536, and the mask is the same on every device.
         """
         units = like[:1].numel()
-        words = -(-units // LANES)  # a row; the same row has the same words whoever draws it
-        begin = self.starts[tower, layer] if self.starts else self.start(tower, layer)
+        words = words_of(units)  # the same row has the same words whoever draws it
+        begin = self.begin(tower, layer)
         numbers = _counted(begin, self.first * words, len(like) * words, like.device)
         lanes = numbers.view(torch.int16).view(len(like), LANES * words)[:, :units]
-        least = min(round(rate * 65536), 65535) - 32768  # int16 goes from -32768 to 32767
+        least = least_kept(rate) - 32768  # int16 goes from -32768 to 32767
         return (lanes >= least).to(like.dtype).view_as(like)
+
+
+def words_of(units: int) -> int:
+    """Random words of a row of units."""
+    return -(-units // LANES)
+
+
+def least_kept(rate: float) -> int:
+    """Of the 65536 values of a unit's 16 bits, the first that keeps it."""
+    return min(round(rate * 65536), 65535)
 
 
 class Dropout(nn.Module):
     """Paper section 4.2: half of the units are set to zero in training, all outputs are halved in testing.
 
+    On a GPU a ReLU and the dropout behind it are one pass, if there is a kernel, and so is their gradient.
+
     Args:
         config: rate and kind; ``inverted`` divides by what is kept in training instead, and does nothing in testing.
         layer: fc6 or fc7.
         towers: whose units x holds, in this order along dimension 1.
+        activation: what is done before it, ``relu`` (in place) or ``tanh``; empty: nothing.
     """
 
-    def __init__(self, config: ModelConfig, layer: str, towers: tuple[str, ...]) -> None:
+    def __init__(self, config: ModelConfig, layer: str, towers: tuple[str, ...], activation: str = "") -> None:
         super().__init__()
         self.rate, self.inverted = config.dropout, config.dropout_kind == "inverted"
-        self.layer, self.towers = layer, towers
+        self.layer, self.towers, self.activation = layer, towers, activation
 
     def forward(self, x: Tensor, draws: DropoutDraws | None) -> Tensor:
         """(N, units) -> (N, units)."""
+        fuses = self.training and self.rate > 0 and self.activation == "relu"
+        functions = kernels.on_gpu(x) if fuses else None
+        if functions is not None and draws is not None:
+            return _ReluDropout.apply(x, self.drop(x, draws), functions)
+        x = ACTIVATIONS[self.activation](x) if self.activation else x
         if self.rate == 0:
             return x
         if not self.training:
@@ -257,6 +290,30 @@ class Dropout(nn.Module):
         halves = zip(self.towers, x.chunk(len(self.towers), dim=1), strict=True)
         masks = [draws.mask(tower, self.layer, half, self.rate) for tower, half in halves]
         return masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
+
+    def drop(self, x: Tensor, draws: DropoutDraws) -> Drop:
+        """The same for a kernel."""
+        starts = tuple(draws.begin(tower, self.layer) for tower in self.towers)
+        factor = 1 / (1 - self.rate) if self.inverted else 1.0
+        words = words_of(x.shape[1] // len(starts))
+        return Drop(starts, draws.first, words, 0, least_kept(self.rate), factor)
+
+
+class _ReluDropout(torch.autograd.Function):
+    """Keeps its output, which the next layer keeps in any case."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drop: Drop, functions: GpuKernels) -> Tensor:
+        y = functions.drop_forward(x.contiguous(), drop)
+        ctx.save_for_backward(y)
+        ctx.arguments = (drop, functions)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (y,), (drop, functions) = ctx.saved_tensors, ctx.arguments
+        return functions.drop_backward(gradients[0].contiguous(), y, drop), None, None
 
 
 def _counted(seed: int | Tensor, first: int, count: int, device: torch.device) -> Tensor:

@@ -1,95 +1,169 @@
-"""Max pooling, on a GPU by kernels of our own, with the ReLU or the normalization before it in the same pass.
+"""What follows a convolution; on a GPU by kernels of our own, each of which reads the maps once.
 
-What that saves, in bytes moved for conv1 of the paper (bfloat16; x: bytes of conv1's output): torch's normalization,
-ReLU and pooling would read and write 2 x each, and keep x, the normalized x and 8 bytes an output. Here the forward
-moves 2 x for the normalization and 1.4 x for the pooling, and the normalized x is not kept; the backward moves 2.4 x
-where two passes would move 4.4 x. The two forward passes stay two: windows overlap, so a pooled pixel needs nine
-normalized ones, and in one pass each root would be taken 2.25 times.
+A pass is a ReLU, or a max pooling with the ReLU or the normalization before it and a ReLU behind it. The first one adds
+the convolution's bias, the last one leaves the towers as the next convolution wants them, together or apart: neither is
+a pass of its own (see :class:`.kernels.interface.TowerMaps`). In the backward the gradient of the bias is added up
+where that of the maps is written.
+
+What that saves, in bytes moved for conv1 of the paper (bfloat16; x: bytes of conv1's output): torch's bias,
+normalization, ReLU and pooling would read and write 2 x each, and keep x, the normalized x and 8 bytes an output. Here
+the forward moves 2 x for the normalization and 1.4 x for the pooling, and the normalized x is not kept; the backward
+moves 2.4 x where three passes would move 5.4 x. The two forward passes stay two: windows overlap, so a pooled pixel
+needs nine normalized ones, and in one pass each root would be taken 2.25 times.
 """
 
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model import kernels
-from trainer.model.kernels.interface import MOST_POOL_PX, GpuKernels, Norm, Pool
+from trainer.model.gpu_layers import join
+from trainer.model.kernels.interface import MOST_POOL_PX, Changes, GpuKernels, Norm, Parts, Pool, TowerMaps
 from trainer.model.response_norm import LocalResponseNorm
 
 
 class PostOps(nn.Sequential):
-    """What follows a convolution. On a GPU pooling and what is before it are one operation where there is a kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H', W')."""
-        modules = list(self)
-        functions = kernels.on_gpu(x) if _fits(modules[-1:], x) else None
-        if functions is None:
-            return super().forward(x)
-        for module in modules[:-2]:
-            x = module(x)
-        return pool_after(modules[-2] if len(modules) > 1 else None, modules[-1], x, functions)
-
-
-def _fits(last: list[nn.Module], x: Tensor) -> bool:
-    """Whether the last operation is a pooling that the kernels know."""
-    known = bool(last) and isinstance(last[0], nn.MaxPool2d) and cast(int, last[0].kernel_size) <= MOST_POOL_PX
-    return known and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def pool_after(before: nn.Module | None, module: nn.Module, x: Tensor, functions: GpuKernels) -> Tensor:
-    """x after ``before`` and the pooling ``module``, by kernels; channels_last (N, C, H, W) -> (N, C, H', W').
+    """What follows a convolution, in order.
 
     Args:
-        before: what is done first; a ReLU or a normalization in the same pass.
-        module: an ``nn.MaxPool2d``.
-        x: the maps.
-        functions: the kernels.
+        modules: by name.
+        parts: how the next layer wants the maps on a GPU: of all towers in one tensor, or of each in one.
     """
-    assert isinstance(module, nn.MaxPool2d)
-    rectify = isinstance(before, nn.ReLU)
-    pool = Pool(cast(int, module.kernel_size), cast(int, module.stride), module.ceil_mode, rectify)
-    norm = before.as_norm(x) if isinstance(before, LocalResponseNorm) else None
-    if norm is not None:
-        return _NormMaxPool.apply(x, norm, pool, functions)
-    if before is not None and not rectify:
-        x = before(x).contiguous(memory_format=torch.channels_last)
-    return _MaxPool.apply(x, pool, functions)
+
+    def __init__(self, modules: "OrderedDict[str, nn.Module]", parts: int = 1) -> None:
+        super().__init__(modules)
+        self.parts = parts
+
+    def forward(self, x: Tensor | TowerMaps) -> Tensor | TowerMaps:
+        """(N, C, H, W) -> (N, C, H', W'); only kernels of a GPU leave the towers apart."""
+        maps = x if isinstance(x, TowerMaps) else TowerMaps((x,))
+        functions = kernels.on_gpu(maps.parts[0])
+        if functions is None:
+            return super().forward(join(x))
+        modules = list(self)
+        while modules:
+            step = next_pass(modules)
+            modules = modules[step.modules :]
+            maps = step(maps, 1 if modules else self.parts, functions)
+        return maps if len(maps.parts) > 1 and maps.bias is None else join(maps)
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.contiguous(memory_format=torch.channels_last)
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What is done of some modules in one pass over the maps.
+
+    Attributes:
+        modules: how many they are.
+        plain: the module, where no kernel does it.
+        norm: the normalization, before the pooling.
+        pool: the pooling, with any ReLU beside it; where there is none: a ReLU.
+    """
+
+    modules: int
+    plain: nn.Module | None = None
+    norm: LocalResponseNorm | None = None
+    pool: Pool | None = None
+
+    def __call__(self, maps: TowerMaps, parts: int, functions: GpuKernels) -> TowerMaps:
+        """(N, C, H, W) -> (N, C, H', W') in ``parts``, but for what no kernel does."""
+        if self.plain is not None:
+            return TowerMaps((self.plain(join(maps)),))
+        given = (parts, maps.bias, *(_dense(part) for part in maps.parts))
+        if self.pool is None:
+            return TowerMaps(_Relu.apply(functions, *given))
+        if self.norm is None:
+            return TowerMaps(_MaxPool.apply(functions, self.pool, *given))
+        norm = self.norm.as_norm(math.prod(maps.layout.shape))
+        return TowerMaps(_NormMaxPool.apply(functions, norm, self.pool, *given))
+
+
+def next_pass(modules: Sequence[nn.Module]) -> Pass:
+    """What the first of some modules come to: as many as one pass does."""
+    first = modules[0]
+    is_norm, is_relu = isinstance(first, LocalResponseNorm) and first.is_known, isinstance(first, nn.ReLU)
+    at = 1 if is_norm or is_relu else 0
+    found = modules[at] if at < len(modules) else None
+    if isinstance(found, nn.MaxPool2d) and cast(int, found.kernel_size) <= MOST_POOL_PX:
+        count = at + 1
+        is_after = count < len(modules) and isinstance(modules[count], nn.ReLU)  # the largest of what is above 0
+        pool = Pool(cast(int, found.kernel_size), cast(int, found.stride), found.ceil_mode, is_relu or is_after)
+        return Pass(count + is_after, norm=cast(LocalResponseNorm, first) if is_norm else None, pool=pool)
+    return Pass(1) if is_relu else Pass(1, plain=first)
+
+
+def _dense(maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _changes(ctx: Any, changes: Changes) -> tuple[Tensor | None, ...]:
+    """The gradients to the bias, in its dtype, and to the parts."""
+    parts, bias = changes
+    return (None if bias is None else bias.to(ctx.bias_dtype), *parts)
+
+
+class _Relu(torch.autograd.Function):
+    """Bias and ReLU; keeps what comes out, which the next convolution keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, functions: GpuKernels, parts: int, bias: Tensor | None, *xs: Tensor) -> Parts:
+        maps = TowerMaps(xs, bias)
+        ys = functions.relu_forward(maps, parts)
+        ctx.save_for_backward(*ys)
+        ctx.functions, ctx.layout, ctx.bias_dtype = functions, maps.layout, bias.dtype if bias is not None else None
+        return ys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = tuple(_dense(gradient) for gradient in gradients)
+        return None, None, *_changes(ctx, ctx.functions.relu_backward(ctx.saved_tensors, slopes, ctx.layout))
 
 
 class _MaxPool(torch.autograd.Function):
-    """Keeps a byte an output."""
+    """Bias and pooling, with its ReLU; keeps a byte an output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pool: Pool, functions: GpuKernels) -> Tensor:
-        y, place = functions.pool_forward(x, pool)
-        ctx.save_for_backward(place)
-        ctx.arguments = (x.shape, pool, functions)
-        return y
+    def forward(ctx: Any, functions: GpuKernels, pool: Pool, parts: int, bias: Tensor | None, *xs: Tensor) -> Parts:
+        maps = TowerMaps(xs, bias)
+        ys, places = functions.pool_forward(maps, pool, parts)
+        ctx.save_for_backward(*places)
+        ctx.arguments = (maps.layout, pool)
+        ctx.functions, ctx.bias_dtype = functions, bias.dtype if bias is not None else None
+        return ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (place,), (shape, pool, functions) = ctx.saved_tensors, ctx.arguments
-        return functions.pool_backward(_dense(gradients[0]), place, shape, pool), None, None
+        slopes = tuple(_dense(gradient) for gradient in gradients)
+        changes = ctx.functions.pool_backward(slopes, ctx.saved_tensors, *ctx.arguments)
+        return None, None, None, *_changes(ctx, changes)
 
 
 class _NormMaxPool(torch.autograd.Function):
-    """Normalization (with its ReLU) and pooling; keeps x and a byte an output."""
+    """Bias, normalization (with its ReLU) and pooling; keeps the convolution's output and a byte an output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, pool: Pool, functions: GpuKernels) -> Tensor:
-        y, place = functions.pool_forward(functions.norm_forward(x, norm), pool)
-        ctx.save_for_backward(x, place)
-        ctx.arguments = (norm, pool, functions)
-        return y
+    def forward(
+        ctx: Any, functions: GpuKernels, norm: Norm, pool: Pool, parts: int, bias: Tensor | None, *xs: Tensor
+    ) -> Parts:
+        normalized = TowerMaps((functions.norm_maps(TowerMaps(xs, bias), norm),))
+        ys, places = functions.pool_forward(normalized, pool, parts)
+        ctx.save_for_backward(*places, *xs, *(() if bias is None else (bias,)))
+        ctx.arguments, ctx.counts = (norm, pool), (len(places), len(places) + len(xs))
+        ctx.functions, ctx.bias_dtype = functions, bias.dtype if bias is not None else None
+        return ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, place), (norm, pool, functions) = ctx.saved_tensors, ctx.arguments
-        return functions.pooled_norm_backward(x, _dense(gradients[0]), place, norm, pool), None, None, None
+        saved, (end_of_places, end_of_xs) = ctx.saved_tensors, ctx.counts
+        places, xs, bias = saved[:end_of_places], saved[end_of_places:end_of_xs], saved[end_of_xs:]
+        slopes = tuple(_dense(gradient) for gradient in gradients)
+        maps = TowerMaps(xs, bias[0] if bias else None)
+        changes = ctx.functions.pooled_norm_backward(maps, slopes, places, *ctx.arguments)
+        return None, None, None, None, *_changes(ctx, changes)

@@ -265,11 +265,15 @@ class LocalResponseNorm(nn.Module):
         self.channels, self.rectify = channels, rectify
         self.config = config
 
-    def as_norm(self, x: Tensor) -> Norm | None:
-        """What a kernel must know of this layer on channels_last x; None where none does it."""
+    @property
+    def is_known(self) -> bool:
+        """Whether there are kernels for it."""
+        return self.config.size in SIZES and self.config.beta == BETA
+
+    def as_norm(self, values: int) -> Norm:
+        """What a kernel must know of this layer on ``values`` values of all maps."""
         c = self.config
-        known = c.size in SIZES and c.beta == BETA
-        return Norm(x.numel() // self.channels, self.channels, c.size, c.alpha, c.k, self.rectify) if known else None
+        return Norm(values // self.channels, self.channels, c.size, c.alpha, c.k, self.rectify)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""

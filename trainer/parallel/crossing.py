@@ -144,7 +144,7 @@ class CrossingConv2d(Conv2d):
 
     halves: _Halves
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """This tower's half (N, inputs, H, W) -> (N, outputs, H', W')."""
         return _SeeBoth.apply(x, *lowered_parameters(self, x), self.halves)
 

@@ -99,11 +99,11 @@ def exchange_status(
         All that was told, int64, for :class:`PendingStatus`; and whether all is finite and the batches are the same,
         a scalar bool: the update may be applied.
     """
-    figures = torch.stack([figure.double() for figure in (*norms.values(), loss)]).view(torch.int64)
+    figures = torch.stack([*norms.values(), loss]).double().view(torch.int64)
     figures, finite = figures.to(words.device), finite.to(words.device)
     fingerprint, order, flags = words.unbind()
     flags = flags | FINITE * finite
-    told, sound = [torch.stack((fingerprint, order, flags)), figures], finite
+    told, sound = [words[: HOST_WORDS - 1], flags[None], figures], finite
     if mesh:
         theirs = mesh.link.exchange_words(torch.stack((fingerprint, flags, figures[0])))
         flags = _both(flags, theirs[1])

@@ -19,6 +19,7 @@ softmax, as in the net that it is compared with: workers exchange two numbers an
 exponentials and the label's logit.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 from trainer.config import TOWERS, Config, ModelConfig
 from trainer.model.alexnet import AlexNet
-from trainer.model.layers import Dropout, DropoutDraws, Linear, WholeNetLayers
+from trainer.model.kernels.interface import Drop
+from trainer.model.layers import Dropout, DropoutDraws, Linear, WholeNetLayers, words_of
 from trainer.parallel.crossing import crossing_linear, lowered_parameters
 from trainer.parallel.data_parallel import GradientSum
 from trainer.parallel.link import Link
@@ -84,13 +86,19 @@ class HalfDropout(Dropout):
     """Dropout of the units of one worker: its columns of the mask that one process would draw."""
 
     def __init__(self, config: ModelConfig, layer: str, worker: str) -> None:
-        super().__init__(config, layer, ("a",))
+        super().__init__(config, layer, ("a",), config.activation)
         self._place = TOWERS.index(worker)
 
     def mask(self, x: Tensor, draws: DropoutDraws) -> Tensor:
         """0/1 mask (N, units of this worker)."""
         whole = x.new_empty(()).expand(len(x), WORKERS * x.shape[1])
         return super().mask(whole, draws).chunk(WORKERS, dim=1)[self._place]
+
+    def drop(self, x: Tensor, draws: DropoutDraws) -> Drop:
+        """See :class:`trainer.model.layers.Dropout`."""
+        units = x.shape[1]
+        words, skipped = words_of(WORKERS * units), self._place * units
+        return dataclasses.replace(super().drop(x, draws), words=words, skipped=skipped)
 
 
 class WorkerLayers:

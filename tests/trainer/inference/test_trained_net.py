@@ -13,11 +13,14 @@ from pipeline.errors import ImageError
 from pipeline.loader.batches import EvaluationLoader
 from tests.helpers.kept_run import make_kept_run
 from tests.helpers.loader_data_set import photo_crop
+from tests.helpers.torch_kernels import TorchKernels
 from trainer.config import LAYERS
 from trainer.errors import RunError
 from trainer.inference import TrainedNet, load
 from trainer.inference.neighbours import find_neighbours
 from trainer.inference.trained_net import FeatureRow
+from trainer.model import kernels
+from trainer.model.layers import Conv2d
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("one_thread")]
 
@@ -97,6 +100,18 @@ def test_features_are_what_the_next_layer_gets(net):
     sides = list(net.config.model.map_sizes().values())
     assert found["conv1"].shape == (5, 16, sides[1], sides[1]) and found["fc7"].shape == (5, 48)
     assert net.kernels().shape == (16, 11, 11, 3)
+
+
+def test_features_as_a_gpu_computes_them(net, monkeypatch):
+    """Towers that are apart between two layers are joined for whoever asks."""
+    pictures = [photo_crop(number, 96, 96, 3) for number in (1, 2)]
+    found = {layer: net.features(pictures, layer) for layer in LAYERS}
+    functions = TorchKernels()
+    monkeypatch.setattr(Conv2d, "forward", Conv2d.rearranged)
+    monkeypatch.setattr(kernels, "on_gpu", lambda _: functions)
+    for layer, wanted in found.items():
+        np.testing.assert_allclose(net.features(pictures, layer), wanted, rtol=1e-4, atol=1e-4)
+    assert functions.called
 
 
 def test_a_stored_image_is_seen_as_in_an_evaluation(net, tmp_path):

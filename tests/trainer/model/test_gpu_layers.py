@@ -1,22 +1,36 @@
 """How a GPU computes the layers, on the CPU in float64: the same sums as the plain layers, forward and backward."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.helpers.torch_kernels import TorchKernels
 from trainer.config import ModelConfig
+from trainer.model import kernels
 from trainer.model.alexnet import AlexNet
-from trainer.model.gpu_layers import LowLinear, block_conv2d, fresh_copy, has_blocks, lowered, split_conv2d
-from trainer.model.layers import Conv2d, Linear
+from trainer.model.gpu_layers import (
+    LowLinear,
+    block_conv2d,
+    fresh_copy,
+    has_blocks,
+    join,
+    lowered,
+    part_conv2d,
+    tower_parts,
+)
+from trainer.model.kernels.interface import TowerMaps
+from trainer.model.layers import Conv2d, Linear, post_ops
 
 pytestmark = pytest.mark.numeric
 
 
 def check_same(module: Conv2d, x: Tensor) -> None:
-    """Outputs and all gradients of ``on_gpu`` and of the plain layer, within 1e-12 of the largest."""
+    """Outputs and all gradients of ``rearranged`` and of the plain layer, within 1e-12 of the largest."""
     results = []
-    for compute in (module.rearranged, module.forward):
+    for compute in (lambda x: join(module.rearranged(x)), module.forward):
         module.zero_grad(set_to_none=True)
         leaf = x.clone().requires_grad_()
         y = compute(leaf)
@@ -56,33 +70,78 @@ def test_the_first_convolution_becomes_one_of_48_channels(monkeypatch: pytest.Mo
     plain, seen = functional.conv2d, []
     monkeypatch.setattr(functional, "conv2d", lambda x, w, *more: seen.append((x.shape, w.shape)) or plain(x, w, *more))
     x, weight = torch.zeros(1, 3, 224, 224), torch.zeros(96, 3, 11, 11)
-    assert block_conv2d(x, weight, None, 4, (0, 3)).shape == (1, 96, 55, 55)
+    assert block_conv2d(x, weight, 4, (0, 3)).shape == (1, 96, 55, 55)
     assert seen == [((1, 48, 57, 57), (96, 48, 3, 3))]
     seen.clear()
-    grouped = split_conv2d(torch.zeros(1, 96, 27, 27), torch.zeros(256, 48, 5, 5), None, (1, 1), (2, 2), 2)
-    assert grouped.shape == (1, 256, 27, 27) and grouped.is_contiguous(memory_format=torch.channels_last)
+    maps = tower_parts(torch.zeros(1, 96, 27, 27), 2)
+    grouped = part_conv2d(maps, torch.zeros(256, 48, 5, 5), (1, 1), (2, 2))
+    assert [part.shape for part in grouped] == [(1, 128, 27, 27)] * 2
     assert seen == [((1, 48, 27, 27), (128, 48, 5, 5))] * 2
+    assert tower_parts(TowerMaps(grouped), 2) is grouped  # nothing is copied between two of them
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in maps)
 
 
-def test_the_whole_net_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient of the paper's structure, narrow: all layers as a GPU computes them, or none."""
-    config = ModelConfig(channels=(8, 16, 16, 16, 8), hidden=(16, 16), classes=10, image_px=67, dropout=0.0)
+PAPER = ModelConfig.__dataclass_fields__["post_ops"].default
+ORIGINAL = (("lrn", "maxpool", "relu"), ("relu", "lrn", "lrn_within_channel", "maxpool"), *PAPER[2:4], PAPER[4][::-1])
+NORMALIZED = (("batch_norm", "maxpool", "relu"), ("relu", "maxpool", "lrn"), ("batch_norm", "relu"), (), ("tanh",))
+NETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "original": {"post_ops": ORIGINAL},
+    "batch norm, nothing, tanh": {"post_ops": NORMALIZED},
+    "one tower": {"towers": 1},
+    "towers that meet at fc6": {"crossings": ("fc6", "fc7", "fc8"), "pool_ceil": True},
+    "no overlap": {"pool_px": 2, "channels": (5, 7, 9, 6, 3)},
+}
+
+
+def loss_and_gradients(net: AlexNet, config: ModelConfig) -> list[Tensor]:
+    """Of three images; gradients lie in memory as their weights do, as the update wants them."""
+    torch.manual_seed(2)
+    images = torch.randn(3, 3, config.image_px, config.image_px, dtype=torch.float64) * 9
+    net.zero_grad(set_to_none=True)
+    loss = net.loss(images, torch.tensor([1, 7, 3]))
+    loss.backward()
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in net.parameters())
+    return [loss.detach(), *(parameter.grad for parameter in net.parameters())]
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["kernels", "no kernels"])
+@pytest.mark.parametrize("changes", NETS.values(), ids=NETS)
+def test_the_whole_net_in_float64(changes: dict[str, Any], on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient, narrow: all layers and what is between them as a GPU computes them, or none."""
+    shape = {"channels": (8, 16, 16, 16, 8), "hidden": (16, 16), "classes": 10, "image_px": 67, "dropout": 0.0}
+    config = ModelConfig(**shape | changes)
     net = AlexNet(config).double().to(memory_format=torch.channels_last)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.1)
-    x, labels = torch.randn(2, 3, 67, 67, dtype=torch.float64) * 9, torch.tensor([1, 7])
-    found = []
-    for changed in (False, True):
-        if changed:
-            monkeypatch.setattr(Conv2d, "forward", Conv2d.rearranged)
-        net.zero_grad(set_to_none=True)
-        loss = net.loss(x, labels)
-        loss.backward()
-        found.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
-        strides = [parameter.grad.stride() == parameter.stride() for parameter in net.parameters()]
-        assert all(strides)  # as the update wants them
-    for plain, ours in zip(*found, strict=True):
-        assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+    plain, functions = loss_and_gradients(net, config), TorchKernels()
+    monkeypatch.setattr(Conv2d, "forward", Conv2d.rearranged)
+    monkeypatch.setattr(kernels, "on_gpu", lambda _: functions if on else None)
+    for ours, wanted in zip(loss_and_gradients(net, config), plain, strict=True):
+        assert (ours - wanted).abs().max() <= 1e-12 * wanted.abs().max() + 1e-15  # of a bias before batch norm: 0
+    with torch.no_grad():
+        images = torch.randn(1, 3, config.image_px, config.image_px, dtype=torch.float64)
+        ours = net.eval()(images)
+        monkeypatch.undo()
+        torch.testing.assert_close(ours, net(images), rtol=1e-11, atol=1e-11)
+    if on and not changes:
+        forward = ["norm_maps", "pool_forward", "norm_maps", "pool_forward", *["relu_forward"] * 2, "pool_forward"]
+        backward = ["pool_backward", *["relu_backward"] * 2, *["pooled_norm_backward"] * 2]
+        assert functions.called == [*forward, *backward, *forward]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_tower_by_itself_takes_and_gives_tensors(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process with one tower hands on: a layer that sees both adds its bias itself."""
+    config, functions = ModelConfig(channels=(8,) * 5), TorchKernels()
+    module, x = post_ops(config, index, 1), torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last)
+    plain = module(x.clone(memory_format=torch.preserve_format))
+    monkeypatch.setattr(kernels, "on_gpu", lambda _: functions)
+    ours, with_bias = module(x), module(TowerMaps((x,), torch.ones(8, dtype=torch.float64)))
+    assert isinstance(ours, Tensor) and isinstance(with_bias, Tensor) and functions.called
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(with_bias, module(x + 1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_low_linear_layer_is_autocasts_with_a_wider_gradient() -> None:

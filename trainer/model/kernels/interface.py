@@ -49,6 +49,78 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
+class TowerMaps:
+    """Maps as a GPU keeps them between two layers: cut into towers where the next layer wants them so.
+
+    Attributes:
+        parts: all towers' maps (N, C, H, W), or each tower's (N, C / 2, H, W); channels_last.
+        bias: (C,) of the convolution that has made them, still to be added; None where there is none.
+    """
+
+    parts: tuple[Tensor, ...]
+    bias: Tensor | None = None
+
+    @property
+    def layout(self) -> "Layout":
+        """What is known of them without their memory."""
+        images, channels, *sides = self.parts[0].shape
+        return Layout((images, channels * len(self.parts), *sides), len(self.parts), self.bias is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How :class:`TowerMaps` lie in memory.
+
+    Attributes:
+        shape: (N, C, H, W) of all parts.
+        parts: 1 or 2.
+        has_bias: one is to be added.
+    """
+
+    shape: tuple[int, ...]
+    parts: int
+    has_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What an image is cut into.
+
+    Attributes:
+        side: of a block, px.
+        before: px of zeros above and left of the image.
+        rows: of blocks; there are zeros below the image, too, or lines of it that are left out.
+        columns: likewise.
+    """
+
+    side: int
+    before: int
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Which units of a fully connected layer are kept: see :class:`trainer.model.layers.DropoutDraws`.
+
+    Attributes:
+        starts: where the words of each tower's mask begin; numbers, or int64 scalars on the device.
+        first: first row, of the whole batch.
+        words: random words of a row of one tower's whole mask.
+        skipped: units of that row before the first that is here.
+        least: a unit is kept where its 16 bits, as a signed number, are at least this minus 32768.
+        factor: of what is kept.
+    """
+
+    starts: tuple[int | Tensor, ...]
+    first: int
+    words: int
+    skipped: int
+    least: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """A parameter and what its update needs; dense, float32, all of one layout.
 
@@ -98,17 +170,45 @@ class UpdateAll(Protocol):
         """Updates them all, once they were sent; ``guard`` as there. A graph that holds this may be sent others."""
 
 
+Parts = tuple[Tensor, ...]  # as TowerMaps has them, channels_last
+Changes = tuple[Parts, Tensor | None]  # gradients: to the parts, and to the bias where there is one, float32
+
+
 class GpuKernels(Kernels, Protocol):
-    """What is written by hand for a GPU only: elsewhere torch's own are as good."""
+    """What is written by hand for a GPU only: elsewhere torch's own are as good.
 
-    def pool_forward(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        """Maxima, and their places (uint8), of x (N, C, H, W), channels_last; both channels_last."""
+    What is to be written in ``parts`` is one tensor of all towers' maps, or two.
+    """
 
-    def pool_backward(self, gradient: Tensor, place: Tensor, shape: torch.Size, pool: Pool) -> Tensor:
-        """The gradient to x of shape ``shape``; ``gradient`` is channels_last."""
+    def norm_maps(self, maps: TowerMaps, norm: Norm) -> Tensor:
+        """The normalized maps of all towers in one tensor, channels_last."""
 
-    def pooled_norm_backward(self, x: Tensor, gradient: Tensor, place: Tensor, norm: Norm, pool: Pool) -> Tensor:
-        """The gradient to x, normalized and then pooled; ``gradient`` and ``place`` are the pooling's."""
+    def pool_forward(self, maps: TowerMaps, pool: Pool, parts: int) -> tuple[Parts, Parts]:
+        """Maxima, and their places (uint8)."""
+
+    def pool_backward(self, gradients: Parts, places: Parts, layout: Layout, pool: Pool) -> Changes:
+        """The gradients to maps of that layout."""
+
+    def pooled_norm_backward(self, maps: TowerMaps, gradients: Parts, places: Parts, norm: Norm, pool: Pool) -> Changes:
+        """The gradients to maps that were normalized then pooled; ``gradients`` and ``places`` are the pooling's."""
+
+    def relu_forward(self, maps: TowerMaps, parts: int) -> Parts:
+        """ReLU of the maps."""
+
+    def relu_backward(self, outputs: Parts, gradients: Parts, layout: Layout) -> Changes:
+        """The gradients to maps of that layout; ``outputs`` are the forward's."""
+
+    def to_blocks(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(N, C, H, W) -> (N, side * side * C, rows, columns), both channels_last; a block's channels row by row."""
+
+    def from_blocks(self, gradient: Tensor, shape: torch.Size, blocks: Blocks) -> Tensor:
+        """The gradient to x of shape ``shape``, channels_last as ``gradient`` is."""
+
+    def drop_forward(self, x: Tensor, drop: Drop) -> Tensor:
+        """``ReLU(x) * mask * drop.factor`` of x (N, units of all towers here), contiguous."""
+
+    def drop_backward(self, gradient: Tensor, y: Tensor, drop: Drop) -> Tensor:
+        """The gradient to x, from y as the forward gave it; ``gradient`` is contiguous."""
 
     def make_update(self, device: torch.device) -> UpdateAll:
         """One launch for all parameters on a device."""

@@ -12,19 +12,23 @@ import triton
 import triton.language as tl
 
 from trainer.model.kernels.triton_pool import unpooled
-from trainer.model.kernels.triton_tile import locate, pack, unpack, window
+from trainer.model.kernels.triton_tile import bias_of, locate, pack, spots, store_sums, tower_of, unpack, window
 
 
 @triton.jit
 def norm_forward_kernel(
-    x, y, rows, alpha, k, HALF: tl.constexpr, RECTIFY: tl.constexpr, MAPS: tl.constexpr, VEC: tl.constexpr,
-    W: tl.constexpr, L: tl.constexpr,
+    x, x_b, bias, y, pixels, alpha, k, HALF: tl.constexpr, RECTIFY: tl.constexpr, BIAS: tl.constexpr,
+    MAPS: tl.constexpr, TOWERS: tl.constexpr, X_PITCH: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
-    """y = x d^-0.75, d = k + alpha * sum of x^2 over the window, of W * (L // groups) rows of ``MAPS`` maps."""
+    """y = x d^-0.75, d = k + alpha * sum of x^2 over the window, of one tile; y has all towers' maps side by side."""
     GROUPS: tl.constexpr = MAPS // VEC
-    row, group, inside = locate(rows, GROUPS, W, L)
-    at = (row.to(tl.int64) * MAPS + group * VEC)[:, :, None] + tl.arange(0, VEC)[None, None, :]
-    value = tl.load(x + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    tower = tl.program_id(0) % TOWERS
+    pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, GROUPS, W, L)
+    from_x = tower_of(x, x_b, tower, MAPS, X_PITCH) + spots(pixel, group, X_PITCH, VEC)
+    value = tl.load(from_x, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    if BIAS:
+        value += bias_of(bias, tower, group, MAPS, VEC)
     if RECTIFY:
         value = tl.where(value < 0, 0.0, value)
     values = unpack(value, VEC)
@@ -33,41 +37,58 @@ def norm_forward_kernel(
     for j in tl.static_range(VEC):
         root = tl.rsqrt(k + alpha * sums[j])
         out = out + (values[j] * (root * tl.sqrt(root)),)
-    tl.store(y + at, pack(out, VEC).to(y.dtype.element_ty), mask=inside[:, :, None])
+    to = y + tower * MAPS + spots(pixel, group, MAPS * TOWERS, VEC)
+    tl.store(to, pack(out, VEC).to(y.dtype.element_ty), mask=inside[:, :, None])
 
 
 @triton.jit
 def norm_backward_kernel(
-    x, g, place, dx, rows, alpha, k, shape_h, shape_w, out_h, out_w, HALF: tl.constexpr, RECTIFY: tl.constexpr,
-    MAPS: tl.constexpr, TOWERS: tl.constexpr, POOLED: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr,
-    VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
+    x, x_b, bias, g, g_b, place, place_b, dx, dx_b, sums, pixels, alpha, k, shape_h, shape_w, out_h, out_w,
+    TILES: tl.constexpr, HALF: tl.constexpr, RECTIFY: tl.constexpr, BIAS: tl.constexpr, MAPS: tl.constexpr,
+    TOWERS: tl.constexpr, X_PITCH: tl.constexpr, G_PITCH: tl.constexpr, POOLED: tl.constexpr, PX: tl.constexpr,
+    STRIDE: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """dx = g d^-0.75 - 1.5 alpha x * sum(g x d^-1.75) of as many rows; ``POOLED``: g is that of the pooled maps."""
+    """dx = g d^-0.75 - 1.5 alpha x * sum(g x d^-1.75) of ``TILES`` tiles; ``POOLED``: g is that of the pooled maps.
+
+    ``BIAS``: it is added to x, and ``sums`` gets what this program has to give to its gradient.
+    """
     GROUPS: tl.constexpr = MAPS // VEC
-    row, group, inside = locate(rows, GROUPS, W, L)
-    at = (row.to(tl.int64) * MAPS + group * VEC)[:, :, None] + tl.arange(0, VEC)[None, None, :]
-    value = tl.load(x + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
-    if POOLED:
-        pixel, channel = row // TOWERS, (row % TOWERS) * MAPS + group * VEC
-        h, w, image = (pixel // shape_w) % shape_h, pixel % shape_w, pixel // (shape_w * shape_h)
-        slope = unpooled(g, place, h, w, image, channel, inside, out_h, out_w, MAPS * TOWERS, PX, STRIDE, VEC)
-    else:
-        slope = tl.load(g + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
-    if RECTIFY:
-        value = tl.where(value < 0, 0.0, value)
-    values, slopes = unpack(value, VEC), unpack(slope, VEC)
-    sums = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC)
-    first, products = (), ()
-    for j in tl.static_range(VEC):
-        root = tl.rsqrt(k + alpha * sums[j])
-        scaled = slopes[j] * (root * tl.sqrt(root))
-        first = first + (scaled,)
-        products = products + (scaled * values[j] * root * root,)
-    totals = window(products, group, HALF, GROUPS, VEC)
-    out = ()
-    for j in tl.static_range(VEC):
-        change = first[j] - 1.5 * alpha * values[j] * totals[j]
+    tower = tl.program_id(0) % TOWERS
+    x, dx = tower_of(x, x_b, tower, MAPS, X_PITCH), tower_of(dx, dx_b, tower, MAPS, X_PITCH)
+    g, place = tower_of(g, g_b, tower, MAPS, G_PITCH), tower_of(place, place_b, tower, MAPS, G_PITCH)
+    total = tl.zeros((W, L, VEC), tl.float32)
+    for number in range(TILES):
+        tile = tl.program_id(0) // TOWERS * TILES + number
+        pixel, group, inside = locate(tile, pixels, GROUPS, W, L)
+        at = spots(pixel, group, X_PITCH, VEC)
+        value = tl.load(x + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        if BIAS:
+            value += bias_of(bias, tower, group, MAPS, VEC)
+        if POOLED:
+            slope = unpooled(g, place, pixel, group, inside, shape_h, shape_w, out_h, out_w, G_PITCH, PX, STRIDE, VEC)
+        else:
+            from_g = g + spots(pixel, group, G_PITCH, VEC)
+            slope = tl.load(from_g, mask=inside[:, :, None], other=0.0).to(tl.float32)
         if RECTIFY:
-            change = tl.where(values[j] <= 0, 0.0, change)
-        out = out + (change,)
-    tl.store(dx + at, pack(out, VEC).to(dx.dtype.element_ty), mask=inside[:, :, None])
+            value = tl.where(value < 0, 0.0, value)
+        values, slopes = unpack(value, VEC), unpack(slope, VEC)
+        squares = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC)
+        first, products = (), ()
+        for j in tl.static_range(VEC):
+            root = tl.rsqrt(k + alpha * squares[j])
+            scaled = slopes[j] * (root * tl.sqrt(root))
+            first = first + (scaled,)
+            products = products + (scaled * values[j] * root * root,)
+        totals = window(products, group, HALF, GROUPS, VEC)
+        out = ()
+        for j in tl.static_range(VEC):
+            change = first[j] - 1.5 * alpha * values[j] * totals[j]
+            if RECTIFY:
+                change = tl.where(values[j] <= 0, 0.0, change)
+            out = out + (change,)
+        change = pack(out, VEC)
+        tl.store(dx + at, change.to(dx.dtype.element_ty), mask=inside[:, :, None])
+        if BIAS:
+            total += change  # 0 where nothing is inside: the gradient there is
+    if BIAS:
+        store_sums(sums, total, GROUPS, VEC)

@@ -92,20 +92,61 @@ def window(parts, group, HALF: tl.constexpr, GROUPS: tl.constexpr, VEC: tl.const
 
 
 @triton.jit
-def locate(count, GROUPS: tl.constexpr, W: tl.constexpr, L: tl.constexpr):
-    """Where this program's groups lie: (W, L) row, group in its row, and whether there is one.
+def locate(tile, pixels, GROUPS: tl.constexpr, W: tl.constexpr, L: tl.constexpr):
+    """Where the groups of a tower's tile lie: (W, L) pixel, group in its row, and whether there is one.
 
     A warp's lanes have whole rows only; what is left of 32 lanes is idle (2 of 32 for 48 maps, none for 128).
 
     Args:
-        count: rows in all.
+        tile: its number among those of its tower.
+        pixels: rows in all.
         GROUPS: groups in a row.
-        W: pieces of a program.
+        W: pieces of a tile.
         L: lanes of a piece.
     """
     ROWS: tl.constexpr = L // GROUPS
-    piece = tl.program_id(0) * W + tl.arange(0, W)[:, None]
+    piece = tile * W + tl.arange(0, W)[:, None]
     lane = tl.arange(0, L)[None, :]
-    row = piece * ROWS + lane // GROUPS
-    inside = (lane < ROWS * GROUPS) & (row < count)
-    return row, tl.broadcast_to(lane % GROUPS, (W, L)), inside
+    pixel = piece * ROWS + lane // GROUPS
+    inside = (lane < ROWS * GROUPS) & (pixel < pixels)
+    return pixel, tl.broadcast_to(lane % GROUPS, (W, L)), inside
+
+
+@triton.jit
+def tower_of(first, second, tower, MAPS: tl.constexpr, PITCH: tl.constexpr):
+    """Where a tower's maps begin.
+
+    Args:
+        first: all towers' maps, of a pixel side by side; or tower a's.
+        second: tower b's; where there are no parts, it is not looked at.
+        tower: 0 or 1.
+        MAPS: of a tower.
+        PITCH: channels of a pixel in this memory: ``MAPS`` where a tower has memory of its own.
+    """
+    if PITCH == MAPS:
+        return tl.where(tower == 0, first, second)
+    else:
+        return first + tower * MAPS
+
+
+@triton.jit
+def spots(pixel, group, PITCH: tl.constexpr, VEC: tl.constexpr):
+    """(..., VEC) where the channels of a group lie, from a tower's begin; ``pixel`` and ``group`` are (...)."""
+    return tl.expand_dims(pixel.to(tl.int64) * PITCH + group * VEC, -1) + tl.arange(0, VEC)
+
+
+@triton.jit
+def bias_of(bias, tower, group, MAPS: tl.constexpr, VEC: tl.constexpr):
+    """(W, L, VEC) float32: the biases of a tower's groups."""
+    at = tl.expand_dims(tower * MAPS + group * VEC, -1) + tl.arange(0, VEC)
+    return tl.load(bias + at).to(tl.float32)
+
+
+@triton.jit
+def store_sums(sums, total, GROUPS: tl.constexpr, VEC: tl.constexpr):
+    """Writes a program's row of ``sums``: what it has added up, by lane: (programs, L // GROUPS rows, maps) float32."""
+    L: tl.constexpr = total.shape[1]
+    LANES: tl.constexpr = L // GROUPS * GROUPS
+    lane = tl.arange(0, L)[:, None]
+    at = tl.program_id(0).to(tl.int64) * (LANES * VEC) + lane * VEC + tl.arange(0, VEC)[None, :]
+    tl.store(sums + at, tl.sum(total, 0), mask=lane < LANES)
