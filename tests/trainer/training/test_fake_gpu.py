@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.loader.batches import TrainingLoader
 from tests.helpers.fake_gpu import FakeGpu, FakeTensor, fake_gpu
 from tests.helpers.lagging import read_tensors
 from tests.helpers.tiny_run import RECIPE
@@ -43,21 +44,25 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[FakeGpu]:
-    """It computes by torch operations."""
+    """It computes by torch operations; neither a step nor a batch may wait."""
     monkeypatch.setenv(kernels.SWITCH, "off")
-    step = StepRunner.__call__
-
-    def waitless(self: StepRunner, *inputs: Any) -> Any:
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error" if isinstance(next(self._work.net.parameters()), FakeTensor) else before)
-        try:
-            return step(self, *inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-    monkeypatch.setattr(StepRunner, "__call__", waitless)
+    for owner, name in ((StepRunner, "__call__"), (TrainingLoader, "next")):
+        monkeypatch.setattr(owner, name, waitless(getattr(owner, name)))
     with fake_gpu() as found:
         yield found
+
+
+def waitless(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with all that makes the host wait an error."""
+
+    def checked(*arguments: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return work(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
 
 
 def train(trainer: Run, data: Path, run: Path, device: str, *changes: str, words: tuple[object, ...] = ()) -> Path:
