@@ -96,7 +96,7 @@ def test_phases_of_steps_that_are_graphs(raw, tmp_path, monkeypatch):
     assert "one CUDA graph" in stages["forward"].note
     assert {span.name for span in record.timeline} == graphs
     assert judge(record).side == "net"
-    rates_only = dataclasses.replace(settings, phases=False)
+    rates_only = dataclasses.replace(settings, phases=False, seconds=0.1, rounds=1)
     part = measure(recipe(), rates_only, mesh=None, device="cpu", scratch=tmp_path, attach=with_graphs)
     assert set(part.intervals) == {"synthetic"}
 
