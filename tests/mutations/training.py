@@ -83,10 +83,6 @@ def of_step() -> Iterator[Change]:
 def of_step_on_a_gpu() -> Iterator[Change]:
     """trainer/training/step.py: what a copy needs that nobody waits for."""
     yield "words: from memory that is not pinned", "found.pin_memory() if", "found if"
-    yield (
-        "words.to(self._words_device, non_blocking=True)",
-        "words.to(self.device)",
-    )
 
 
 def of_told_on_a_gpu() -> Iterator[Change]:
