@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import preparing
 from tests.helpers.training_commands import DOUBLE, run, train_words
 
 
@@ -59,18 +58,24 @@ def exact_serial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 small PNGs in three classes."""
+    from tests.helpers import preparing  # a machine that only runs tests/gpu has no libraries of JPEGs
+
     return preparing.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
 def arguments(images: Path) -> tuple[object, ...]:
     """prepare's arguments for them, but for --output and --workers: six shards of train, one of val."""
+    from tests.helpers import preparing
+
     return ("prepare", "--source", "folder", "--input", images, "--shard-size", 9, *preparing.KEEP)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(arguments: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set that one worker makes when nothing happens to it."""
+    from tests.helpers import preparing
+
     folder = tmp_path_factory.mktemp("undisturbed") / "data"
     preparing.run(*arguments, "--workers", 1, "--output", folder)
     return folder

@@ -40,17 +40,17 @@ def test_equal_to_the_kernels_of_the_processor() -> None:
 def small_net(dtype: torch.dtype) -> AlexNet:
     """The paper's structure, narrow, on the GPU; every layer has weights that matter."""
     config = ModelConfig(channels=(16, 16, 24, 24, 16), hidden=(32, 32), classes=10, image_px=67, dropout=0.0)
-    net = AlexNet(config).to("cuda", dtype, memory_format=torch.channels_last)
+    net = AlexNet(config)
     torch.manual_seed(0)
-    for parameter in net.parameters():
+    for parameter in net.parameters():  # in float32: noise of another dtype would be other noise
         nn.init.normal_(parameter, std=0.1)
-    return net
+    return net.to("cuda", dtype, memory_format=torch.channels_last)
 
 
 def gradients(net: AlexNet, *, low: bool) -> list[torch.Tensor]:
     """Loss and gradients of one batch."""
     torch.manual_seed(1)
-    x = (torch.randn(6, 3, 67, 67, device="cuda") * 9).to(next(net.parameters()).dtype)
+    x = (torch.randn(6, 3, 67, 67) * 9).to("cuda", next(net.parameters()).dtype)
     x, labels = x.contiguous(memory_format=torch.channels_last), torch.arange(6, device="cuda")
     net.zero_grad(set_to_none=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=low):
@@ -59,16 +59,27 @@ def gradients(net: AlexNet, *, low: bool) -> list[torch.Tensor]:
     return [loss.detach(), *(parameter.grad for parameter in net.parameters())]
 
 
+def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    """Relative, of the norms."""
+    return [float((ours.double() - wanted).norm() / wanted.norm()) for ours, wanted in zip(found, exact, strict=True)]
+
+
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-def test_the_net_equals_float64(low: bool) -> None:
-    """Dense convolutions, blocks of pixels, fused pooling and all; gradients lie in memory as their weights do."""
+def test_the_net_equals_float64(low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense convolutions, blocks of pixels, fused pooling and all; gradients lie in memory as their weights do.
+
+    Rounded to bf16, a maximum of near ones is another, and a unit near 0 on the other side: that alone is a fifth of
+    conv1's gradient here. So the error must be that of torch's own operations in bf16, or little more.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 10 bits would do the same to fp32
     exact = gradients(small_net(torch.float64), low=False)
     net = small_net(torch.float32)
-    found = gradients(net, low=low)
-    for ours, wanted in zip(found, exact, strict=True):
-        scale = wanted.abs().max()
-        assert (ours.double() - wanted).abs().max() <= (0.1 if low else 5e-3) * scale  # convolutions may be tf32
+    found = errors(gradients(net, low=low), exact)
     assert all(parameter.grad.stride() == parameter.stride() for parameter in net.parameters())
+    monkeypatch.setattr(kernels, "load_triton", lambda: None)
+    plain = errors(gradients(small_net(torch.float32), low=low), exact)
+    for ours, by_torch in zip(found, plain, strict=True):
+        assert ours <= (2 * by_torch + 0.05 if low else 1e-3)
 
 
 def test_a_step_counts_its_masks_and_cuts_its_images_in_one_launch_each() -> None:

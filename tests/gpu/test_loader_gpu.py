@@ -33,6 +33,7 @@ CONFIG = LoaderConfig(crop_px=CROP, color="deviation", threads=2)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     folder = tmp_path_factory.mktemp("gpu")
     shapes = {"jpeg": ("jpeg", 3), "png": ("png", 3), "raw": ("raw", 3), "gray": ("jpeg", 1)}
     return {

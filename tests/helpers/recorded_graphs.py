@@ -30,12 +30,12 @@ class NoWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recording(NoWaits):
+class Recording(NoWaits):
     """Operations in their order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor], set[int]]] = []
+        self.calls: list[tuple[Callable[..., Any], Any, Any, list[Tensor], set[int]]] = []
         self._made: set[int] = set()
         self._before: dict[int, tuple[Any, Any]] = {}
 
@@ -58,10 +58,30 @@ class _Recording(NoWaits):
         if memory not in self._made and memory not in self._before:
             self._before[memory] = (storage, storage.clone())
 
+    def add(self, launch: Callable[[], Any]) -> None:
+        """Something that torch does not know of, to be done when all this is repeated."""
+        self.calls.append((launch, (), {}, [], set()))
+
     def undo(self) -> None:
         """Everything that was there before is as it was."""
         for storage, before in self._before.values():
             storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Repeats them: results come to where they were."""
+        for func, args, kwargs, results, given in self.calls:
+            for place, tensor in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+                if _memory(place) not in given:
+                    place.copy_(tensor)
+
+    @torch.no_grad()
+    def spoil(self) -> None:
+        """Nothing that they have made is to be read before they are repeated."""
+        for *_, results, given in self.calls:
+            for place in results:
+                if _memory(place) not in given and place.is_floating_point():
+                    place.fill_(torch.nan)
 
 
 class RecordedGraphs:
@@ -81,7 +101,7 @@ class RecordedGraphs:
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captures += 1
-        recording = _Recording()
+        recording = Recording()
         try:
             with recording:
                 found = work()
@@ -90,13 +110,9 @@ class RecordedGraphs:
         if self._error:
             raise self._error
 
-        @torch.no_grad()
         def replay() -> None:
             self.replays += 1
-            for func, args, kwargs, results, given in recording.calls:
-                for place, tensor in zip(results, _tensors(func(*args, **kwargs)), strict=True):
-                    if _memory(place) not in given:
-                        place.copy_(tensor)
+            recording.replay()
 
         return replay, found
 

@@ -11,6 +11,7 @@ PARTIAL = "tests/trainer/training/test_partial_batch.py"
 PIECES = "tests/trainer/parallel/test_data_parallel.py::test_accumulation_equals_the_whole_batch"
 VERDICTS = "tests/trainer/training/test_verdicts.py"
 GRAPHS = "tests/trainer/training/test_step_graph.py"
+FAKE_GPU = "tests/trainer/training/test_fake_gpu.py::test_a_run_equals_one_on_the_cpu"
 EVALUATE = "tests/trainer/training/test_evaluate.py"
 PREDICT = "tests/trainer/inference/test_predict.py"
 REPLICAS = "tests/trainer/parallel/test_data_parallel.py"
@@ -79,6 +80,21 @@ def of_step() -> Iterator[Change]:
     yield "guard: never shut", "self.guard.mul_(sound)", "pass"
 
 
+def of_step_on_a_gpu() -> Iterator[Change]:
+    """trainer/training/step.py: what a copy needs that nobody waits for."""
+    yield "words: from memory that is not pinned", "found.pin_memory() if", "found if"
+
+
+def of_told_on_a_gpu() -> Iterator[Change]:
+    """trainer/parallel/status.py: what has come."""
+    yield "told: read before it has come", "self._event.synchronize()", "pass"
+
+
+def of_input_on_a_gpu() -> Iterator[Change]:
+    """pipeline/loader/net_input.py: what differs between images follows without a wait."""
+    yield "labels: from memory that is not pinned", "host.pin_memory().to(device", "host.to(device"
+
+
 def of_step_graph() -> Iterator[Change]:
     """trainer/training/step_graph.py: what changes from replay to replay."""
     numbers = "captured.numbers.copy_(on_host(self._numbers(inputs), work.device), non_blocking=True)"
@@ -139,6 +155,9 @@ def of_predict() -> Iterator[Change]:
 GROUPS = (
     ("trainer/training/optimizer.py", (OPTIMIZER, RECIPES, KERNELS, GRAPHS), of_optimizer),
     ("trainer/training/step.py", (VERDICTS, PIECES, REPLICAS), of_step),
+    ("trainer/training/step.py", (FAKE_GPU,), of_step_on_a_gpu),
+    ("trainer/parallel/status.py", (FAKE_GPU,), of_told_on_a_gpu),
+    ("pipeline/loader/net_input.py", (FAKE_GPU,), of_input_on_a_gpu),
     ("trainer/training/step_graph.py", (GRAPHS,), of_step_graph),
     ("trainer/training/loop.py", (VERDICTS, f"{PARTIAL}::test_a_run_by_hand"), of_loop),
     ("trainer/training/evaluate.py", (EVALUATE,), of_evaluate),
