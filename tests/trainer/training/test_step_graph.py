@@ -30,13 +30,6 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "load", lambda: None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> None:
-    """Each loader that is closed collects, which is slow with all of torch on the heap."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> TableUpdate:
     """All parameters are updated by one launch that reads its rates from a table, as on a GPU."""

@@ -1,6 +1,5 @@
 """A host that reads one step late, as beside a GPU: the same run as one that waits, to the bit."""
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +28,6 @@ from trainer.training import step as step_module
 from trainer.training.checkpoint import checkpoints
 from trainer.training.step import StepInputs
 from trainer.training.verdicts import default_lag
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> None:
-    """Each loader that is closed collects, which is slow with all of torch on the heap."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")
