@@ -52,7 +52,7 @@ test-isa: setup  ## the numeric tests with other instructions, threads and kerne
 test-mutations: setup  ## make one constant or operator wrong at a time: a fast test must notice (about 27 minutes on 2 busy cores)
 	$(PY) -m tests.mutations --jobs 2
 
-test-gpu: setup  ## the tests that need a GPU, on one card (under 3 minutes)
+test-gpu: setup  ## the tests that need a GPU, on one card (about 3 minutes: an estimate)
 	$(PY) -m pytest tests/gpu -m gpu
 
 bench-gpu: setup  ## measure everything about this GPU (6 minutes)
