@@ -218,7 +218,7 @@ def of_gpu_norm() -> Iterator[Change]:
 
 def of_gpu_pool() -> Iterator[Change]:
     """trainer/model/kernels/triton_pool.py."""
-    yield "pool, GPU: the last of those that tie", "(value > best) | ", "(value >= best) | "
+    yield "pool, GPU: the last of those that tie", "tl.where(value > best, i", "tl.where(value >= best, i"
     yield "pool, GPU: a gradient through zeros", "tl.where(best <= 0, NOTHING", "tl.where(best < 0, NOTHING"
 
 
@@ -226,7 +226,7 @@ def of_gpu_tile() -> Iterator[Change]:
     """trainer/model/kernels/triton_tile.py, by Triton's interpreter."""
     yield "towers, GPU: both are a's", "tl.where(tower == 0, first, second)", "first"
     yield "towers, GPU: a's biases for both", "tl.expand_dims(tower * MAPS + group", "tl.expand_dims(group"
-    yield "bias, GPU: one warp's gradient", "tl.sum(total, 0), mask", "tl.max(total, 0), mask"
+    yield "bias, GPU: one warp's gradient", "tl.sum(pieces, 0), mask", "tl.max(pieces, 0), mask"
 
 
 def of_gpu_blocks() -> Iterator[Change]:

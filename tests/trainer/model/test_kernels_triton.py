@@ -50,6 +50,9 @@ def test_kernels_compile_for_gpus(capability: int, dtype: str, tmp_path: Path, m
         assert f".target sm_{capability}" in made.ptx and made.spilled_bytes in (0, None), name
         assert made.shared_bytes <= 4096 and (made.registers is None or made.registers <= 96), name
         assert made.ptx.count("shfl.sync") == count, name
+        # channels never pass through shared memory: what a bias has gathered does, and the update's copies in bfloat16
+        barriers = 11 if "backward" in name else 6 if name == "update" else 0
+        assert made.ptx.count("bar.sync") <= barriers, name
         assert made.wide_loads and made.wide_stores, name
 
 

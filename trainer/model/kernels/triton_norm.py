@@ -26,27 +26,27 @@ def norm_forward_kernel(
     tower = tl.program_id(0) % TOWERS
     pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, GROUPS, W, L)
     from_x = tower_of(x, x_b, tower, MAPS, X_PITCH) + spots(pixel, group, X_PITCH, VEC)
-    value = tl.load(from_x, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    value = tl.load(from_x, mask=inside[:, None], other=0.0).to(tl.float32)
     if BIAS:
         value += bias_of(bias, tower, group, MAPS, VEC)
     if RECTIFY:
-        value = tl.where(value < 0, 0.0, value)
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     values = unpack(value, VEC)
-    sums = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC)
+    sums = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC, L)
     out = ()
     for j in tl.static_range(VEC):
         root = tl.rsqrt(k + alpha * sums[j])
         out = out + (values[j] * (root * tl.sqrt(root)),)
     to = y + tower * MAPS + spots(pixel, group, MAPS * TOWERS, VEC)
-    tl.store(to, pack(out, VEC).to(y.dtype.element_ty), mask=inside[:, :, None])
+    tl.store(to, pack(out, VEC).to(y.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def norm_backward_kernel(
-    x, x_b, bias, g, g_b, place, place_b, dx, dx_b, sums, pixels, alpha, k, shape_h, shape_w, out_h, out_w,
-    TILES: tl.constexpr, HALF: tl.constexpr, RECTIFY: tl.constexpr, BIAS: tl.constexpr, MAPS: tl.constexpr,
-    TOWERS: tl.constexpr, X_PITCH: tl.constexpr, G_PITCH: tl.constexpr, POOLED: tl.constexpr, PX: tl.constexpr,
-    STRIDE: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
+    x, x_b, bias, g, g_b, place, place_b, dx, dx_b, sums, pixels, alpha, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, TILES: tl.constexpr, HALF: tl.constexpr, RECTIFY: tl.constexpr,
+    BIAS: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr, X_PITCH: tl.constexpr, G_PITCH: tl.constexpr,
+    POOLED: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """dx = g d^-0.75 - 1.5 alpha x * sum(g x d^-1.75) of ``TILES`` tiles; ``POOLED``: g is that of the pooled maps.
 
@@ -56,30 +56,32 @@ def norm_backward_kernel(
     tower = tl.program_id(0) % TOWERS
     x, dx = tower_of(x, x_b, tower, MAPS, X_PITCH), tower_of(dx, dx_b, tower, MAPS, X_PITCH)
     g, place = tower_of(g, g_b, tower, MAPS, G_PITCH), tower_of(place, place_b, tower, MAPS, G_PITCH)
-    total = tl.zeros((W, L, VEC), tl.float32)
+    total = tl.zeros((W * L, VEC), tl.float32)
+    if BIAS:  # read once: a lane's channels are the same in every tile
+        more = bias_of(bias, tower, locate(0, pixels, GROUPS, W, L)[1], MAPS, VEC)
     for number in range(TILES):
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, GROUPS, W, L)
         at = spots(pixel, group, X_PITCH, VEC)
-        value = tl.load(x + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
         if BIAS:
-            value += bias_of(bias, tower, group, MAPS, VEC)
+            value += more
         if POOLED:
-            slope = unpooled(g, place, pixel, group, inside, shape_h, shape_w, out_h, out_w, G_PITCH, PX, STRIDE, VEC)
+            slope = unpooled(g, place, pixel, group, inside, HEIGHT, WIDTH, OUT_H, OUT_W, G_PITCH, PX, STRIDE, VEC)
         else:
             from_g = g + spots(pixel, group, G_PITCH, VEC)
-            slope = tl.load(from_g, mask=inside[:, :, None], other=0.0).to(tl.float32)
+            slope = tl.load(from_g, mask=inside[:, None], other=0.0).to(tl.float32)
         if RECTIFY:
-            value = tl.where(value < 0, 0.0, value)
+            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
         values, slopes = unpack(value, VEC), unpack(slope, VEC)
-        squares = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC)
+        squares = window(unpack(value * value, VEC), group, HALF, GROUPS, VEC, L)
         first, products = (), ()
         for j in tl.static_range(VEC):
             root = tl.rsqrt(k + alpha * squares[j])
             scaled = slopes[j] * (root * tl.sqrt(root))
             first = first + (scaled,)
             products = products + (scaled * values[j] * root * root,)
-        totals = window(products, group, HALF, GROUPS, VEC)
+        totals = window(products, group, HALF, GROUPS, VEC, L)
         out = ()
         for j in tl.static_range(VEC):
             change = first[j] - 1.5 * alpha * values[j] * totals[j]
@@ -87,8 +89,8 @@ def norm_backward_kernel(
                 change = tl.where(values[j] <= 0, 0.0, change)
             out = out + (change,)
         change = pack(out, VEC)
-        tl.store(dx + at, change.to(dx.dtype.element_ty), mask=inside[:, :, None])
+        tl.store(dx + at, change.to(dx.dtype.element_ty), mask=inside[:, None])
         if BIAS:
             total += change  # 0 where nothing is inside: the gradient there is
     if BIAS:
-        store_sums(sums, total, GROUPS, VEC)
+        store_sums(sums, total, GROUPS, VEC, L)

@@ -19,26 +19,27 @@ NOTHING = tl.constexpr(255)  # the window has nothing above 0
 
 @triton.jit
 def pool_forward_kernel(
-    x, x_b, bias, y, y_b, place, place_b, pixels, shape_h, shape_w, out_h, out_w, RECTIFY: tl.constexpr,
-    BIAS: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr, X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr,
-    PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
+    x, x_b, bias, y, y_b, place, place_b, pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr, RECTIFY: tl.constexpr, BIAS: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr,
+    X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y (N, out_h, out_w, C) and of places (uint8), of x (N, H, W, C)."""
+    """One tile of y (N, OUT_H, OUT_W, C) and of places (uint8), of x (N, H, W, C)."""
     tower = tl.program_id(0) % TOWERS
     x = tower_of(x, x_b, tower, MAPS, X_PITCH)
     pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, MAPS // VEC, W, L)
-    row, column, image = (pixel // out_w) % out_h, pixel % out_w, pixel // (out_w * out_h)
-    best = tl.full((W, L, VEC), float("-inf"), tl.float32)
-    found = tl.zeros((W, L, VEC), tl.int32)
+    row, column, image = (pixel // OUT_W) % OUT_H, pixel % OUT_W, pixel // (OUT_W * OUT_H)
+    best = tl.full((W * L, VEC), float("-inf"), tl.float32)
+    found = tl.zeros((W * L, VEC), tl.int32)
     for i in tl.static_range(PX):
         for j in tl.static_range(PX):
             h, w = row * STRIDE + i, column * STRIDE + j
-            at = spots((image * shape_h + h) * shape_w + w, group, X_PITCH, VEC)
-            there = inside & (h < shape_h) & (w < shape_w)  # rounded up, a window hangs over the edge
-            value = tl.load(x + at, mask=there[:, :, None], other=float("-inf")).to(tl.float32)
-            larger = (value > best) | (value != value)
-            best = tl.where(larger, value, best)
-            found = tl.where(larger, i * PX + j, found)
+            at = spots((image * HEIGHT + h) * WIDTH + w, group, X_PITCH, VEC)
+            there = inside & (h < HEIGHT) & (w < WIDTH)  # rounded up, a window hangs over the edge
+            value = tl.load(x + at, mask=there[:, None], other=float("-inf")).to(tl.float32)
+            found = tl.where(value > best, i * PX + j, found)
+            found = tl.where(value != value, i * PX + j, found)  # apart: one condition of two costs three times as much
+            best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
     if BIAS:
         best += bias_of(bias, tower, group, MAPS, VEC)
     if RECTIFY:
@@ -46,41 +47,42 @@ def pool_forward_kernel(
         best = tl.where(best < 0, 0.0, best)
     to = spots(pixel, group, Y_PITCH, VEC)
     y, place = tower_of(y, y_b, tower, MAPS, Y_PITCH), tower_of(place, place_b, tower, MAPS, Y_PITCH)
-    tl.store(y + to, best.to(y.dtype.element_ty), mask=inside[:, :, None])
-    tl.store(place + to, found.to(tl.uint8), mask=inside[:, :, None])
+    tl.store(y + to, best.to(y.dtype.element_ty), mask=inside[:, None])
+    tl.store(place + to, found.to(tl.uint8), mask=inside[:, None])
 
 
 @triton.jit
 def unpooled(
-    g, place, pixel, group, inside, shape_h, shape_w, out_h, out_w, PITCH: tl.constexpr, PX: tl.constexpr,
-    STRIDE: tl.constexpr, VEC: tl.constexpr,
+    g, place, pixel, group, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr, PITCH: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the pooling's input, (..., VEC) float32: from each window that holds a pixel and chose it.
+    """The gradient of the pooling's input, (P, VEC) float32: from each window that holds a pixel and chose it.
 
     ``pixel`` and ``group`` are those of each group, ``inside`` whether there is one; g and place are a tower's
-    (N, out_h, out_w, ``PITCH``).
+    (N, OUT_H, OUT_W, ``PITCH``).
     """
     REACH: tl.constexpr = (PX + STRIDE - 1) // STRIDE  # windows that hold a pixel, in each direction, at most
-    row, column, image = (pixel // shape_w) % shape_h, pixel % shape_w, pixel // (shape_w * shape_h)
+    row, column, image = (pixel // WIDTH) % HEIGHT, pixel % WIDTH, pixel // (WIDTH * HEIGHT)
     total = tl.expand_dims(tl.where(inside, 0.0, 0.0), -1) + tl.zeros((VEC,), tl.float32)
     for i in tl.static_range(REACH):
         for j in tl.static_range(REACH):
             to_h, to_w = row // STRIDE - i, column // STRIDE - j
             down, right = row - to_h * STRIDE, column - to_w * STRIDE
-            there = inside & (to_h >= 0) & (to_w >= 0) & (to_h < out_h) & (to_w < out_w) & (down < PX) & (right < PX)
-            at = spots((image * out_h + to_h) * out_w + to_w, group, PITCH, VEC)
+            there = inside & (to_h >= 0) & (to_w >= 0) & (to_h < OUT_H) & (to_w < OUT_W) & (down < PX) & (right < PX)
+            at = spots((image * OUT_H + to_h) * OUT_W + to_w, group, PITCH, VEC)
             mask = tl.expand_dims(there, -1)
             chosen = tl.load(place + at, mask=mask, other=NOTHING).to(tl.int32)
             slope = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
-            total += tl.where(chosen == tl.expand_dims(down * PX + right, -1), slope, 0.0)
+            total = tl.where(chosen == tl.expand_dims(down * PX + right, -1), total + slope, total)
     return total
 
 
 @triton.jit
 def pool_backward_kernel(
-    g, g_b, place, place_b, dx, dx_b, sums, pixels, shape_h, shape_w, out_h, out_w, TILES: tl.constexpr,
-    BIAS: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr, X_PITCH: tl.constexpr, G_PITCH: tl.constexpr,
-    PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
+    g, g_b, place, place_b, dx, dx_b, sums, pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr,
+    X_PITCH: tl.constexpr, G_PITCH: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """``TILES`` tiles of dx (N, H, W, C), each element written once, so nothing is added in memory.
 
@@ -89,14 +91,14 @@ def pool_backward_kernel(
     tower = tl.program_id(0) % TOWERS
     g, place = tower_of(g, g_b, tower, MAPS, G_PITCH), tower_of(place, place_b, tower, MAPS, G_PITCH)
     dx = tower_of(dx, dx_b, tower, MAPS, X_PITCH)
-    total = tl.zeros((W, L, VEC), tl.float32)
+    total = tl.zeros((W * L, VEC), tl.float32)
     for number in range(TILES):
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, MAPS // VEC, W, L)
-        change = unpooled(g, place, pixel, group, inside, shape_h, shape_w, out_h, out_w, G_PITCH, PX, STRIDE, VEC)
+        change = unpooled(g, place, pixel, group, inside, HEIGHT, WIDTH, OUT_H, OUT_W, G_PITCH, PX, STRIDE, VEC)
         to = spots(pixel, group, X_PITCH, VEC)
-        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, :, None])
+        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, None])
         if BIAS:
             total += change
     if BIAS:
-        store_sums(sums, total, MAPS // VEC, VEC)
+        store_sums(sums, total, MAPS // VEC, VEC, L)

@@ -20,11 +20,11 @@ def relu_forward_kernel(
     tower = tl.program_id(0) % TOWERS
     pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, MAPS // VEC, W, L)
     from_x = tower_of(x, x_b, tower, MAPS, X_PITCH) + spots(pixel, group, X_PITCH, VEC)
-    value = tl.load(from_x, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    value = tl.load(from_x, mask=inside[:, None], other=0.0).to(tl.float32)
     if BIAS:
         value += bias_of(bias, tower, group, MAPS, VEC)
     to_y = tower_of(y, y_b, tower, MAPS, Y_PITCH) + spots(pixel, group, Y_PITCH, VEC)
-    tl.store(to_y, tl.where(value < 0, 0.0, value).to(y.dtype.element_ty), mask=inside[:, :, None])
+    tl.store(to_y, tl.where(value < 0, 0.0, value).to(y.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -37,17 +37,17 @@ def relu_backward_kernel(
     tower = tl.program_id(0) % TOWERS
     y, g = tower_of(y, y_b, tower, MAPS, Y_PITCH), tower_of(g, g_b, tower, MAPS, Y_PITCH)
     dx = tower_of(dx, dx_b, tower, MAPS, X_PITCH)
-    total = tl.zeros((W, L, VEC), tl.float32)
+    total = tl.zeros((W * L, VEC), tl.float32)
     for number in range(TILES):
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, MAPS // VEC, W, L)
         at = spots(pixel, group, Y_PITCH, VEC)
-        value = tl.load(y + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
-        slope = tl.load(g + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        value = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        slope = tl.load(g + at, mask=inside[:, None], other=0.0).to(tl.float32)
         change = tl.where(value <= 0, 0.0, slope)
         to = spots(pixel, group, X_PITCH, VEC)
-        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, :, None])
+        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, None])
         if BIAS:
             total += change
     if BIAS:
-        store_sums(sums, total, MAPS // VEC, VEC)
+        store_sums(sums, total, MAPS // VEC, VEC, L)
