@@ -1,7 +1,8 @@
 """The GPU's kernels against the bytes they must move, for the paper's net in one process, and all that a step moves.
 
 Without a GPU: what each kernel moves by count, its time at ``--rate`` GB/s, and what it takes of a chip once it is
-compiled for it (registers, spills, shared memory, 16-byte loads and stores, shuffles). With a GPU: what it takes there,
+compiled for it (registers, spills, shared memory, 16-byte loads and stores, shuffles, instructions: a kernel that has
+more of them than an H100 issues while its bytes move is not at its floor). With a GPU: what it takes there,
 too, beside a copy of memory on the same card in the same run.
 
 A second table counts what forward and backward of a step in bfloat16 move outside of the matrix products: each kernel,
@@ -34,6 +35,7 @@ from trainer.parallel.crossing import make_net
 from trainer.precision import autocast
 
 H100_GB_PER_S = 2870  # read and written, as measured on an H100; --rate for another card
+H100_ISSUES_PER_S = 132 * 4 * 1.7e9  # instructions of a warp: processors, a cycle, Hz; no kernel reaches all of them
 COPY_BYTES = 1 << 30
 
 
@@ -70,11 +72,14 @@ def main() -> None:
 def describe(case: KernelCase, capability: int, rate: float) -> dict[str, Any]:
     """A row of the table: what is known of a kernel before it runs."""
     made = compile_kernel(case, capability)
+    issued = case.programs * case.warps * made.instructions if made.instructions else None
     return {
         "kernel": case.name,
         "programs": case.programs,
         "moved_mb": case.moved_bytes / 1e6,
         "floor_ms": case.moved_bytes / rate / 1e6,
+        "instructions": made.instructions,
+        "issue_ms": issued and issued / H100_ISSUES_PER_S * 1e3,
         "registers": made.registers,
         "spilled_bytes": made.spilled_bytes,
         "shared_bytes": made.shared_bytes,
@@ -87,12 +92,14 @@ def describe(case: KernelCase, capability: int, rate: float) -> dict[str, Any]:
 def print_table(rows: list[dict[str, Any]], rate: float) -> None:
     """As Markdown."""
     measured = any("ms" in row for row in rows)
-    columns = f"MB moved | ms at {rate:,.0f} GB/s | registers | spilled bytes | shared bytes | 16-byte loads, stores"
+    columns = f"MB moved | ms at {rate:,.0f} GB/s | ms to issue, H100 | registers | spilled bytes | shared bytes"
+    columns += " | 16-byte loads, stores"
     print(f"| kernel | {columns} |" + (" measured ms | times the floor |" if measured else ""))
-    print("|---|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if measured else ""))
+    print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if measured else ""))
     for row in rows:
+        issue = "" if row["issue_ms"] is None else f"{row['issue_ms']:.3f}"
         print(
-            f"| {row['kernel']} | {row['moved_mb']:,.0f} | {row['floor_ms']:.3f} | {row['registers']} | "
+            f"| {row['kernel']} | {row['moved_mb']:,.0f} | {row['floor_ms']:.3f} | {issue} | {row['registers']} | "
             f"{row['spilled_bytes']} | {row['shared_bytes']} | {row['wide_loads']}, {row['wide_stores']} |"
             + (f" {row.get('ms', float('nan')):.3f} | {row.get('times_floor', float('nan')):.2f} |" if measured else "")
         )

@@ -60,6 +60,7 @@ class Compiled:
         shared_bytes: of a program.
         wide_loads: loads of 16 bytes.
         wide_stores: stores of 16 bytes.
+        instructions: of a thread, those of a loop as often as it runs; None likewise.
     """
 
     ptx: str
@@ -68,6 +69,7 @@ class Compiled:
     shared_bytes: int
     wide_loads: int
     wide_stores: int
+    instructions: int | None
 
 
 PARTS = {"conv1": (1, 2), "conv2": (2, 1), "conv3": (1, 2), "conv4": (2, 2), "conv5": (2, 1)}  # of what it makes; after
@@ -215,6 +217,7 @@ def compile_kernel(case: KernelCase, capability: int) -> Compiled:
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = made.asm["ptx"]
     registers, spilled = _read_usage(made.asm["cubin"])
+    code = _read(made.asm["cubin"], "-sass")
     wide = r"\.(v4\.(b32|f32|u32)|v2\.(b64|f64|u64))"
     return Compiled(
         ptx=ptx,
@@ -223,19 +226,38 @@ def compile_kernel(case: KernelCase, capability: int) -> Compiled:
         shared_bytes=made.metadata.shared,
         wide_loads=len(re.findall(rf"ld\.global\S*{wide}", ptx)),
         wide_stores=len(re.findall(rf"st\.global\S*{wide}", ptx)),
+        instructions=count_instructions(code, case.constants.get("TILES", 1)) if code else None,
     )
+
+
+def count_instructions(code: str, rounds: int) -> int:
+    """Instructions that a thread of ``cuobjdump -sass`` is given, if its longest loop goes round so many times."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)
+    place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    backward = [
+        number - place[int(to, 16)] + 1
+        for number, (_, text) in enumerate(lines)
+        for to in re.findall(r"BRA\b.*?0x([0-9a-f]+)", text)
+        if place.get(int(to, 16), number) < number
+    ]
+    given = sum(not text.startswith("NOP") for _, text in lines)
+    return given + (rounds - 1) * max(backward, default=0)
 
 
 def _read_usage(cubin: bytes) -> tuple[int | None, int | None]:
     """Registers and bytes of stack and local memory of a thread, where Triton brings the tool that reads them."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _read(cubin, "-res-usage"))
+    return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
+
+
+def _read(cubin: bytes, what: str) -> str:
+    """What ``cuobjdump`` says of it; empty where Triton does not bring that."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
-        return None, None
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
-    return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=False).stdout

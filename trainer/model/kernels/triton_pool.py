@@ -52,6 +52,17 @@ def pool_forward_kernel(
 
 
 @triton.jit
+def _holds(last, place, i: tl.constexpr, SIDE: tl.constexpr, OUT: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr):
+    """Whether window ``last - i`` is there and holds the pixel, which is at ``place`` of window ``last``."""
+    found = last >= i
+    if OUT + i <= (SIDE - 1) // STRIDE:  # else there are as many
+        found = found & (last < OUT + i)
+    if PX < (i + 1) * STRIDE:  # else it is large enough
+        found = found & (place < PX - i * STRIDE)
+    return found
+
+
+@triton.jit
 def unpooled(
     g, place, pixel, group, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_H: tl.constexpr,
     OUT_W: tl.constexpr, PITCH: tl.constexpr, PX: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr,
@@ -63,17 +74,20 @@ def unpooled(
     """
     REACH: tl.constexpr = (PX + STRIDE - 1) // STRIDE  # windows that hold a pixel, in each direction, at most
     row, column, image = (pixel // WIDTH) % HEIGHT, pixel % WIDTH, pixel // (WIDTH * HEIGHT)
+    up, left = row // STRIDE, column // STRIDE  # the last of them; ``down`` and ``right``: where the pixel is in it
+    down, right = row - up * STRIDE, column - left * STRIDE
+    at = spots((image * OUT_H + up) * OUT_W + left, group, PITCH, VEC)
+    from_g, from_place = g + at, place + at  # the others lie a constant before it
     total = tl.expand_dims(tl.where(inside, 0.0, 0.0), -1) + tl.zeros((VEC,), tl.float32)
     for i in tl.static_range(REACH):
         for j in tl.static_range(REACH):
-            to_h, to_w = row // STRIDE - i, column // STRIDE - j
-            down, right = row - to_h * STRIDE, column - to_w * STRIDE
-            there = inside & (to_h >= 0) & (to_w >= 0) & (to_h < OUT_H) & (to_w < OUT_W) & (down < PX) & (right < PX)
-            at = spots((image * OUT_H + to_h) * OUT_W + to_w, group, PITCH, VEC)
-            mask = tl.expand_dims(there, -1)
-            chosen = tl.load(place + at, mask=mask, other=NOTHING).to(tl.int32)
-            slope = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
-            total = tl.where(chosen == tl.expand_dims(down * PX + right, -1), total + slope, total)
+            before = (i * OUT_W + j) * PITCH
+            there = _holds(up, down, i, HEIGHT, OUT_H, PX, STRIDE) & _holds(left, right, j, WIDTH, OUT_W, PX, STRIDE)
+            mask = tl.expand_dims(inside & there, -1)
+            chosen = tl.load(from_place - before, mask=mask, other=NOTHING).to(tl.int32)
+            slope = tl.load(from_g - before, mask=mask, other=0.0).to(tl.float32)
+            number = (down + i * STRIDE) * PX + right + j * STRIDE
+            total = tl.where(chosen == tl.expand_dims(number, -1), total + slope, total)
     return total
 
 
