@@ -57,7 +57,7 @@ def _holds(last, place, i: tl.constexpr, SIDE: tl.constexpr, OUT: tl.constexpr, 
     found = last >= i
     if OUT + i <= (SIDE - 1) // STRIDE:  # else there are as many
         found = found & (last < OUT + i)
-    if PX < (i + 1) * STRIDE:  # else it is large enough
+    if (i + 1) * STRIDE > PX:  # else it is large enough
         found = found & (place < PX - i * STRIDE)
     return found
 
