@@ -67,7 +67,7 @@ def join_as_stranger(secret: str, store: str) -> str:
     program = (
         "from tests.trainer.parallel import test_strangers as t; from trainer.parallel import mesh, proof\n"
         "mesh.store_prefix = lambda start: t.prefix_of(start)\n"
-        "try: mesh.connect(60.0, 'gloo')\n"
+        "try: mesh.connect(60.0, 'gloo'); print('let in')\n"
         "except mesh.PeerError as error: print(error)\n"
     )
     environment = os.environ | words | {"STOLEN": proof.store_prefix("0"), "PYTHONPATH": str(ROOT)}
@@ -93,7 +93,7 @@ def test_who_does_not_know_the_secret_is_found_out(monkeypatch: pytest.MonkeyPat
         said_to_stranger = join_as_stranger("guessed", meeting[STORE])
         said = tower_a.communicate(timeout=100)[1]
     assert tower_a.returncode and "process 1 does not know the secret of this run" in said, said
-    assert any(words in said_to_stranger for words in ("does not know the secret", "cannot find each other"))
+    assert "let in" not in said_to_stranger  # how he ends depends on when tower a does
     assert meeting[SECRET] not in said_to_stranger + said
 
 
