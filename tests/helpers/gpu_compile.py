@@ -216,13 +216,13 @@ def compile_kernel(case: KernelCase, capability: int) -> Compiled:
     options = {"num_warps": case.warps, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = made.asm["ptx"]
-    registers, spilled = _read_usage(made.asm["cubin"])
-    code = _read(made.asm["cubin"], "-sass")
+    code = _read_code(made.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", code)
     wide = r"\.(v4\.(b32|f32|u32)|v2\.(b64|f64|u64))"
     return Compiled(
         ptx=ptx,
-        registers=registers,
-        spilled_bytes=spilled,
+        registers=int(usage[1]) if usage else None,
+        spilled_bytes=int(usage[2]) + int(usage[3]) if usage else None,
         shared_bytes=made.metadata.shared,
         wide_loads=len(re.findall(rf"ld\.global\S*{wide}", ptx)),
         wide_stores=len(re.findall(rf"st\.global\S*{wide}", ptx)),
@@ -244,14 +244,10 @@ def count_instructions(code: str, rounds: int) -> int:
     return given + (rounds - 1) * max(backward, default=0)
 
 
-def _read_usage(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and bytes of stack and local memory of a thread, where Triton brings the tool that reads them."""
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _read(cubin, "-res-usage"))
-    return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
-
-
-def _read(cubin: bytes, what: str) -> str:
-    """What ``cuobjdump`` says of it; empty where Triton does not bring that."""
+def _read_code(cubin: bytes) -> str:
+    """What a thread takes (registers; bytes of stack and local memory), and its code; empty where Triton does not bring
+    the tool that reads them.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -260,4 +256,5 @@ def _read(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=False).stdout
+        command = [tool, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout

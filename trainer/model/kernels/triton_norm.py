@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from trainer.model.kernels.triton_pool import unpooled
-from trainer.model.kernels.triton_tile import bias_of, locate, pack, spots, store_sums, tower_of, unpack, window
+from trainer.model.kernels.triton_tile import bias_of, locate, pack, read, store_sums, tower_of, unpack, window, write
 
 
 @triton.jit
@@ -25,8 +25,7 @@ def norm_forward_kernel(
     GROUPS: tl.constexpr = MAPS // VEC
     tower = tl.program_id(0) % TOWERS
     pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, GROUPS, W, L)
-    from_x = tower_of(x, x_b, tower, MAPS, X_PITCH) + spots(pixel, group, X_PITCH, VEC)
-    value = tl.load(from_x, mask=inside[:, None], other=0.0).to(tl.float32)
+    value = read(tower_of(x, x_b, tower, MAPS, X_PITCH), pixel, group, inside, X_PITCH, VEC)
     if BIAS:
         value += bias_of(bias, tower, group, MAPS, VEC)
     if RECTIFY:
@@ -37,8 +36,7 @@ def norm_forward_kernel(
     for j in tl.static_range(VEC):
         root = tl.rsqrt(k + alpha * sums[j])
         out = out + (values[j] * (root * tl.sqrt(root)),)
-    to = y + tower * MAPS + spots(pixel, group, MAPS * TOWERS, VEC)
-    tl.store(to, pack(out, VEC).to(y.dtype.element_ty), mask=inside[:, None])
+    write(y + tower * MAPS, pack(out, VEC), pixel, group, inside, MAPS * TOWERS, VEC)
 
 
 @triton.jit
@@ -62,15 +60,13 @@ def norm_backward_kernel(
     for number in range(TILES):
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, GROUPS, W, L)
-        at = spots(pixel, group, X_PITCH, VEC)
-        value = tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        value = read(x, pixel, group, inside, X_PITCH, VEC)
         if BIAS:
             value += more
         if POOLED:
             slope = unpooled(g, place, pixel, group, inside, HEIGHT, WIDTH, OUT_H, OUT_W, G_PITCH, PX, STRIDE, VEC)
         else:
-            from_g = g + spots(pixel, group, G_PITCH, VEC)
-            slope = tl.load(from_g, mask=inside[:, None], other=0.0).to(tl.float32)
+            slope = read(g, pixel, group, inside, G_PITCH, VEC)
         if RECTIFY:
             value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
         values, slopes = unpack(value, VEC), unpack(slope, VEC)
@@ -89,7 +85,7 @@ def norm_backward_kernel(
                 change = tl.where(values[j] <= 0, 0.0, change)
             out = out + (change,)
         change = pack(out, VEC)
-        tl.store(dx + at, change.to(dx.dtype.element_ty), mask=inside[:, None])
+        write(dx, change, pixel, group, inside, X_PITCH, VEC)
         if BIAS:
             total += change  # 0 where nothing is inside: the gradient there is
     if BIAS:

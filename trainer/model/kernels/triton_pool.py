@@ -12,7 +12,7 @@ Bytes, of x elements of 2 bytes (bf16) and y outputs: forward reads 2 x, writes 
 import triton
 import triton.language as tl
 
-from trainer.model.kernels.triton_tile import bias_of, locate, spots, store_sums, tower_of
+from trainer.model.kernels.triton_tile import bias_of, locate, spots, store_sums, tower_of, write
 
 NOTHING = tl.constexpr(255)  # the window has nothing above 0
 
@@ -45,10 +45,8 @@ def pool_forward_kernel(
     if RECTIFY:
         found = tl.where(best <= 0, NOTHING, found)
         best = tl.where(best < 0, 0.0, best)
-    to = spots(pixel, group, Y_PITCH, VEC)
-    y, place = tower_of(y, y_b, tower, MAPS, Y_PITCH), tower_of(place, place_b, tower, MAPS, Y_PITCH)
-    tl.store(y + to, best.to(y.dtype.element_ty), mask=inside[:, None])
-    tl.store(place + to, found.to(tl.uint8), mask=inside[:, None])
+    write(tower_of(y, y_b, tower, MAPS, Y_PITCH), best, pixel, group, inside, Y_PITCH, VEC)
+    write(tower_of(place, place_b, tower, MAPS, Y_PITCH), found, pixel, group, inside, Y_PITCH, VEC)
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def unpooled(
     down, right = row - up * STRIDE, column - left * STRIDE
     at = spots((image * OUT_H + up) * OUT_W + left, group, PITCH, VEC)
     from_g, from_place = g + at, place + at  # the others lie a constant before it
-    total = tl.expand_dims(tl.where(inside, 0.0, 0.0), -1) + tl.zeros((VEC,), tl.float32)
+    total = tl.zeros((inside.shape[0], VEC), tl.float32)
     for i in tl.static_range(REACH):
         for j in tl.static_range(REACH):
             before = (i * OUT_W + j) * PITCH
@@ -110,8 +108,7 @@ def pool_backward_kernel(
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, MAPS // VEC, W, L)
         change = unpooled(g, place, pixel, group, inside, HEIGHT, WIDTH, OUT_H, OUT_W, G_PITCH, PX, STRIDE, VEC)
-        to = spots(pixel, group, X_PITCH, VEC)
-        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, None])
+        write(dx, change, pixel, group, inside, X_PITCH, VEC)
         if BIAS:
             total += change
     if BIAS:

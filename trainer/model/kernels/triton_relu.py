@@ -8,7 +8,7 @@ apart of both towers' maps move nothing of their own.
 import triton
 import triton.language as tl
 
-from trainer.model.kernels.triton_tile import bias_of, locate, spots, store_sums, tower_of
+from trainer.model.kernels.triton_tile import bias_of, locate, read, store_sums, tower_of, write
 
 
 @triton.jit
@@ -19,12 +19,11 @@ def relu_forward_kernel(
     """y = ReLU(x + bias) of one tile."""
     tower = tl.program_id(0) % TOWERS
     pixel, group, inside = locate(tl.program_id(0) // TOWERS, pixels, MAPS // VEC, W, L)
-    from_x = tower_of(x, x_b, tower, MAPS, X_PITCH) + spots(pixel, group, X_PITCH, VEC)
-    value = tl.load(from_x, mask=inside[:, None], other=0.0).to(tl.float32)
+    value = read(tower_of(x, x_b, tower, MAPS, X_PITCH), pixel, group, inside, X_PITCH, VEC)
     if BIAS:
         value += bias_of(bias, tower, group, MAPS, VEC)
-    to_y = tower_of(y, y_b, tower, MAPS, Y_PITCH) + spots(pixel, group, Y_PITCH, VEC)
-    tl.store(to_y, tl.where(value < 0, 0.0, value).to(y.dtype.element_ty), mask=inside[:, None])
+    value = tl.where(value < 0, 0.0, value)
+    write(tower_of(y, y_b, tower, MAPS, Y_PITCH), value, pixel, group, inside, Y_PITCH, VEC)
 
 
 @triton.jit
@@ -41,12 +40,9 @@ def relu_backward_kernel(
     for number in range(TILES):
         tile = tl.program_id(0) // TOWERS * TILES + number
         pixel, group, inside = locate(tile, pixels, MAPS // VEC, W, L)
-        at = spots(pixel, group, Y_PITCH, VEC)
-        value = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        slope = tl.load(g + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        change = tl.where(value <= 0, 0.0, slope)
-        to = spots(pixel, group, X_PITCH, VEC)
-        tl.store(dx + to, change.to(dx.dtype.element_ty), mask=inside[:, None])
+        value = read(y, pixel, group, inside, Y_PITCH, VEC)
+        change = tl.where(value <= 0, 0.0, read(g, pixel, group, inside, Y_PITCH, VEC))
+        write(dx, change, pixel, group, inside, X_PITCH, VEC)
         if BIAS:
             total += change
     if BIAS:

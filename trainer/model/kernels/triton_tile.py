@@ -135,6 +135,18 @@ def spots(pixel, group, PITCH: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def read(maps, pixel, group, inside, PITCH: tl.constexpr, VEC: tl.constexpr):
+    """(P, VEC) float32: a tile of a tower's maps; 0 where nothing is inside."""
+    return tl.load(maps + spots(pixel, group, PITCH, VEC), mask=inside[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(maps, value, pixel, group, inside, PITCH: tl.constexpr, VEC: tl.constexpr):
+    """The inverse of :func:`read`, in the maps' dtype."""
+    tl.store(maps + spots(pixel, group, PITCH, VEC), value.to(maps.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
 def bias_of(bias, tower, group, MAPS: tl.constexpr, VEC: tl.constexpr):
     """(P, VEC) float32: the biases of a tower's groups."""
     at = tl.expand_dims(tower * MAPS + group * VEC, -1) + tl.arange(0, VEC)
