@@ -104,6 +104,15 @@ def reach(address: str) -> tuple[str, int] | None:
     return host, port
 
 
+def refusal(address: str) -> str:
+    """Why no Ray cluster of ours can be at an address, in words; empty where one may be, and where it names no port."""
+    try:
+        server = reach(address)
+    except (OSError, OverflowError) as error:
+        return f"no Ray cluster answers: {error}"
+    return stranger_words(*server) if server else ""
+
+
 def stranger_words(host: str, port: int) -> str:
     """What to say where another user of this machine listens, who would get the token; else an empty text."""
     stranger = stranger_at(addresses_here(host), port)

@@ -89,11 +89,7 @@ def check_address(address: str) -> None:
     Raises:
         ClusterError: says so.
     """
-    try:
-        server = listeners.reach(address)
-    except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster answers: {error}") from None
-    if server and (told := listeners.stranger_words(*server)):
+    if told := listeners.refusal(address):
         raise ClusterError(told)
 
 

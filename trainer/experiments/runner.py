@@ -122,11 +122,7 @@ def check_cluster(address: str) -> None:
     Raises:
         RunError: nobody answers there, or another user of this machine does.
     """
-    try:
-        server = listeners.reach(address)
-    except (OSError, OverflowError) as error:
-        raise RunError(f"--address {address}: no Ray cluster answers: {error}") from None
-    if server and (told := listeners.stranger_words(*server)):
+    if told := listeners.refusal(address):
         raise RunError(f"--address {address}: {told}")
 
 
